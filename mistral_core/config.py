@@ -1,0 +1,176 @@
+"""MistralConfig: one frozen description of a model, read from and written to every dialect of config file.
+
+The legend of axis letters, for the whole project:
+
+    B batch            N query heads            V vocabulary
+    T query positions  K key/value heads        W sliding window
+    S key positions    G = N / K, group size    L layers
+    D hidden size      H head dimension         C classes (labels)
+                       F intermediate size
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import config_checks, strict_json
+from .errors import CheckpointNotFoundError, ConfigError, UnknownFieldError
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+CONFIG_FILES = ("config.json", "params.json")
+
+
+@dataclass(frozen=True)
+class MistralConfig:
+    """Sizes and numbers of a Mistral, in Hugging Face's names; defaults are those of transformers 4.56.
+
+    `rope_scaling` is None or `{"rope_type": "linear" | "yarn" | "llama3", "factor": ..., ...}`. `sliding_window` is the number
+    of keys a position sees, itself included, or None. `layer_types` names each layer full or sliding; None makes all sliding
+    where there is a window. `extra` keeps the keys of a file that this class does not know, for the way back.
+
+    Raises ConfigError (a ValueError), with all that is wrong at once.
+    """
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = None  # type: ignore[assignment]  # None becomes hidden_size / num_attention_heads
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096 * 32
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 2
+    tie_word_embeddings: bool = False
+    rope_theta: float = 10000.0
+    rope_scaling: Mapping[str, Any] | None = None
+    sliding_window: int | None = 4096
+    attention_dropout: float = 0.0
+    layer_types: tuple[str, ...] | None = None
+    num_labels: int = 2
+    id2label: Mapping[int, str] | None = None
+    label2id: Mapping[str, int] | None = None
+    problem_type: str | None = None
+    classifier_dropout: float = 0.1
+    dtype: str | None = None
+    output_attentions: bool = False
+    output_hidden_states: bool = False
+    return_dict: bool = True
+    architectures: tuple[str, ...] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value in config_checks.normalised(self).items():
+            object.__setattr__(self, name, value)
+        config_checks.check(self)
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.to_dict(), sort_keys=True))
+
+    # What the models ask
+
+    @property
+    def num_key_value_groups(self) -> int:
+        """G: how many query heads share one key/value head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """The window of each layer, None where it sees everything."""
+        if self.layer_types is None:
+            return (self.sliding_window,) * self.num_hidden_layers
+        return tuple(
+            self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types
+        )
+
+    @property
+    def rope_parameters(self) -> dict[str, Any]:
+        """Theta and scaling in one mapping, as transformers 5 writes them."""
+        scaling = dict(self.rope_scaling or {"rope_type": "default"})
+        return {"rope_theta": self.rope_theta, **scaling}
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The end-of-sequence ids as a tuple, empty if there is none."""
+        if self.eos_token_id is None:
+            return ()
+        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+
+    def replace(self, **changes: Any) -> MistralConfig:
+        """A copy with some fields changed and all checks made again.
+
+        Changing `num_labels` or `hidden_size` drops what was derived from the old value.
+        """
+        if "num_labels" in changes and changes["num_labels"] != self.num_labels:
+            changes = {"id2label": None, "label2id": None, **changes}
+        unknown = sorted(set(changes) - {f.name for f in dataclasses.fields(self)})
+        if unknown:
+            raise UnknownFieldError(f"MistralConfig has no field {unknown}; see help(MistralConfig).")
+        return dataclasses.replace(self, **changes)
+
+    # Files
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, strict: bool = False, where: str = "config") -> MistralConfig:
+        """Read a Hugging Face config, of transformers 4 or 5, or a raw `params.json`, whichever `data` is.
+
+        Keys nobody knows are kept in `extra` with one warning; with `strict` they raise UnknownFieldError.
+        """
+        from . import config_dialects
+
+        fields, unknown = config_dialects.read(data, where=where)
+        if unknown and strict:
+            raise UnknownFieldError(f"{where}: unknown keys {sorted(unknown)}; remove them or pass strict=False.")
+        if unknown:
+            warnings.warn(f"{where}: unknown keys {sorted(unknown)} are kept but not used.", stacklevel=2)
+        return cls(**fields)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], *, strict: bool = False, **overrides: Any) -> MistralConfig:
+        """Read `config.json` or, in a raw checkpoint, `params.json`, from a file, a directory or a hub id.
+
+        `overrides` replace fields; `revision`, `cache_dir`, `token` and `local_files_only` go to the hub.
+        Raises CheckpointNotFoundError, ConfigError; where both files are present and disagree, ConfigError names the fields.
+        """
+        from .weights import hub
+
+        hub_arguments = {key: overrides.pop(key) for key in hub.ARGUMENTS if key in overrides}
+        root = hub.resolve(path, files=CONFIG_FILES, **hub_arguments)
+        files = [root] if root.is_file() else [root / name for name in CONFIG_FILES if (root / name).exists()]
+        if not files:
+            raise CheckpointNotFoundError(f"{root}: neither {' nor '.join(CONFIG_FILES)} is there.")
+        configs = []
+        for file in files:
+            data = strict_json.read_object(file, error=ConfigError)
+            configs.append(cls.from_dict(data, strict=strict, where=str(file)))
+        if len(configs) == 2:
+            config_checks.check_agree(configs[0], configs[1], where=str(root))
+        return configs[0].replace(**overrides) if overrides else configs[0]
+
+    def to_dict(self, *, dialect: str = "v4") -> dict[str, Any]:
+        """The Hugging Face dictionary: `v4` writes rope_theta, rope_scaling and torch_dtype, `v5` rope_parameters and dtype."""
+        from . import config_dialects
+
+        return config_dialects.write(self, dialect=dialect)
+
+    def to_json_string(self, *, dialect: str = "v4") -> str:
+        """`to_dict` as the text of a config.json."""
+        return json.dumps(self.to_dict(dialect=dialect), indent=2, sort_keys=True) + "\n"
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write config.json into a directory."""
+        from .weights import files
+
+        files.write_file(Path(directory) / "config.json", self.to_json_string().encode())

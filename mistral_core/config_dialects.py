@@ -1,0 +1,234 @@
+"""Config dialects: Hugging Face config.json of transformers 4 and 5, and raw Mistral params.json.
+
+`read` turns any of them into fields of MistralConfig and the keys nobody knows; `write` and `write_raw` go back. What no
+dialect may do is choose code or a path: such keys are carried as data and never followed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from . import rope
+from .config_checks import field_names, is_int
+from .errors import ConfigError, UnsupportedFeatureError
+
+if TYPE_CHECKING:
+    from .config import MistralConfig
+
+# Hugging Face keys with no meaning for the model: kept for the way back, never followed, no warning
+CARRIED = frozenset({
+    "model_type", "transformers_version", "auto_map", "_name_or_path", "_attn_implementation",
+    "_attn_implementation_autoset", "_attn_implementation_internal", "attn_implementation", "attention_bias",
+    "trust_remote_code", "_commit_hash", "is_decoder", "is_encoder_decoder", "unsloth_version", "unsloth_fixed",
+    "use_return_dict", "chunk_size_feed_forward", "torchscript", "mlp_bias",
+})  # fmt: skip
+
+# params.json key <-> field
+RAW = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "head_dim": "head_dim",
+    "hidden_dim": "intermediate_size",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "norm_eps": "rms_norm_eps",
+    "vocab_size": "vocab_size",
+    "rope_theta": "rope_theta",
+    "tied_embeddings": "tie_word_embeddings",
+    "activation": "hidden_act",
+    "dtype": "dtype",
+}
+RAW_REQUIRED = ("dim", "n_layers", "hidden_dim", "n_heads", "norm_eps", "vocab_size")
+RAW_POSITIONS = ("max_position_embeddings", "max_seq_len")
+RAW_IGNORED = frozenset({"max_batch_size", "model_type", *RAW_POSITIONS})
+# not a dense Mistral, with what it is
+RAW_REFUSED = {
+    "moe": "a mixture of experts (Mixtral)",
+    "lora": "a LoRA adapter; merge it into its base first",
+    "vision_encoder": "a multimodal model (Pixtral)",
+    "multimodal": "a multimodal model",
+    "q_lora_rank": "multi-head latent attention (Mistral 4)",
+    "kv_lora_rank": "multi-head latent attention (Mistral 4)",
+    "qk_nope_head_dim": "multi-head latent attention (Mistral 4)",
+    "llama_4_scaling": "Ministral 3 (position-dependent query scale)",
+    "quantization": "quantised weights; dequantise them first",
+}
+
+# what raw files leave out, as Mistral's own and Hugging Face's converters fill it
+RAW_MAX_POSITIONS = 32768
+RAW_THETA_WITH_WINDOW = 10000.0
+
+
+def read(data: Mapping[str, Any], *, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(fields of MistralConfig, unknown keys) of a config in any dialect."""
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where}: the top level is {type(data).__name__}, an object was expected.")
+    if "dim" in data and "n_layers" in data:
+        return _read_raw(data, where)
+    return _read_hugging_face(data, where)
+
+
+# Hugging Face
+
+
+def _read_hugging_face(data: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    _refuse_other_models(data, where)
+    known = field_names() - {"extra"}
+    fields = {key: value for key, value in data.items() if key in known}
+    for name in ("id2label", "label2id"):
+        if fields.get(name) is None:
+            fields.pop(name, None)
+    if "torch_dtype" in data:
+        _agree(fields, "dtype", data["torch_dtype"], where, "torch_dtype")
+    if isinstance(fields.get("dtype"), str):
+        fields["dtype"] = fields["dtype"].removeprefix("torch.")
+    if data.get("rope_parameters") is not None:
+        _read_rope_parameters(fields, data["rope_parameters"], where)
+    if fields.get("num_key_value_heads", 0) is None:
+        fields["num_key_value_heads"] = fields.get("num_attention_heads", 32)
+    extra = {key: value for key, value in data.items() if key not in known}
+    for key in ("torch_dtype", "rope_parameters", "model_type"):
+        extra.pop(key, None)
+    unknown = {key: value for key, value in extra.items() if key not in CARRIED}
+    fields["extra"] = extra
+    return fields, unknown
+
+
+def _refuse_other_models(data: Mapping[str, Any], where: str) -> None:
+    kind = data.get("model_type", "mistral")
+    if kind != "mistral":
+        raise UnsupportedFeatureError(f"{where}: model_type is {kind!r}; only 'mistral' is a dense Mistral.")
+    for key in ("attention_bias", "mlp_bias"):
+        if data.get(key):
+            raise UnsupportedFeatureError(f"{where}: {key} is true; no Mistral has biases in its layers.")
+    if data.get("quantization_config") is not None:
+        method = data["quantization_config"]
+        method = method.get("quant_method", "unnamed") if isinstance(method, Mapping) else method
+        raise UnsupportedFeatureError(f"{where}: quantised weights ({method!r}); dequantise the checkpoint first.")
+    if "vision_config" in data or "num_local_experts" in data:
+        raise UnsupportedFeatureError(f"{where}: a vision model or a mixture of experts, not a dense Mistral.")
+
+
+def _read_rope_parameters(fields: dict[str, Any], given: Any, where: str) -> None:
+    """The dialect of transformers 5: theta and scaling in one object; both dialects at once must agree."""
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{where}: rope_parameters is {type(given).__name__}, an object was expected.")
+    given = dict(given)
+    if "rope_theta" in given:
+        _agree(fields, "rope_theta", given.pop("rope_theta"), where, "rope_parameters.rope_theta")
+    given.setdefault("rope_type", given.pop("type", "default"))
+    scaling = rope.normalised(given)
+    old = fields.get("rope_scaling")
+    if old is not None and rope.normalised(old) != scaling:
+        raise ConfigError(f"{where}: rope_scaling {old} and rope_parameters {given} disagree; keep one.")
+    fields["rope_scaling"] = scaling
+
+
+def _agree(fields: dict[str, Any], name: str, value: Any, where: str, key: str) -> None:
+    if fields.get(name) is not None and value is not None and fields[name] != value:
+        raise ConfigError(f"{where}: {name} {fields[name]!r} and {key} {value!r} disagree; keep one.")
+    if value is not None:
+        fields[name] = value
+
+
+def write(config: MistralConfig, *, dialect: str = "v4") -> dict[str, Any]:
+    """The config.json dictionary in the dialect of transformers 4 (`v4`) or 5 (`v5`), unknown keys included."""
+    if dialect not in ("v4", "v5"):
+        raise ConfigError(f"dialect: {dialect!r}, 'v4' or 'v5' was expected.")
+    data = {"model_type": "mistral", **config.extra}
+    for name in sorted(field_names() - {"extra"}):
+        value = getattr(config, name)
+        if isinstance(value, tuple):
+            value = list(value)
+        elif isinstance(value, Mapping):
+            value = dict(value)
+        data[name] = value
+    data["id2label"] = {str(index): label for index, label in data["id2label"].items()}
+    del data["num_labels"]
+    for name in ("architectures", "layer_types", "problem_type"):
+        if data[name] is None:
+            del data[name]
+    dtype = data.pop("dtype")
+    if dialect == "v4":
+        data["torch_dtype"] = dtype
+    else:
+        data["dtype"] = dtype
+        del data["rope_theta"], data["rope_scaling"]
+        data["rope_parameters"] = config.rope_parameters
+    return data
+
+
+# Raw Mistral
+
+
+def _read_raw(data: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    for key, what in RAW_REFUSED.items():
+        if data.get(key):
+            raise UnsupportedFeatureError(f"{where}: {key} says this is {what}.")
+    if data.get("model_type", "transformer") != "transformer":
+        raise UnsupportedFeatureError(f"{where}: model_type is {data['model_type']!r}; only 'transformer' is read.")
+    missing = [key for key in RAW_REQUIRED if key not in data]
+    if missing:
+        raise ConfigError(f"{where}: params.json lacks {missing}.")
+    fields = {name: data[key] for key, name in RAW.items() if data.get(key) is not None}
+    fields.setdefault("num_key_value_heads", data["n_heads"])
+    positions = [data[key] for key in RAW_POSITIONS if data.get(key) is not None]
+    fields["max_position_embeddings"] = positions[0] if positions else RAW_MAX_POSITIONS
+    fields.update(_raw_window(data, where))
+    if "rope_theta" not in fields:
+        if fields["sliding_window"] is None:
+            raise ConfigError(
+                f"{where}: rope_theta is absent and there is no window, which means 1e4 to some readers and 1e6 to "
+                'others; add "rope_theta" (1e6 for Mistral-7B-v0.2 and later).'
+            )
+        fields["rope_theta"] = RAW_THETA_WITH_WINDOW
+    if data.get("yarn"):
+        fields["rope_scaling"] = _raw_yarn(data["yarn"], where)
+    known = {*RAW, *RAW_IGNORED, "sliding_window", "_sliding_window", "yarn", *RAW_REFUSED}
+    return fields, {key: value for key, value in data.items() if key not in known}
+
+
+def _raw_window(data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """One window, or a list of windows repeated over the layers; digits in a string count as a number here."""
+    given = [data[key] for key in ("sliding_window", "_sliding_window") if data.get(key) is not None]
+    if len(given) > 1:
+        raise ConfigError(f"{where}: both sliding_window and _sliding_window; keep one.")
+    window = given[0] if given else None
+    if not isinstance(window, list):
+        return {"sliding_window": _raw_int(window)}
+    layers = data["n_layers"]
+    windows = [_raw_int(entry) for entry in window]
+    if not windows or not is_int(layers) or layers % len(windows):
+        raise ConfigError(f"{where}: {len(windows)} windows do not divide n_layers {layers}.")
+    sizes = sorted({entry for entry in windows if entry is not None}, key=str)
+    if len(sizes) > 1:
+        raise UnsupportedFeatureError(f"{where}: windows of several sizes {sizes}; one size per model is supported.")
+    if None not in windows:
+        return {"sliding_window": sizes[0]}
+    kinds = ["full_attention" if entry is None else "sliding_attention" for entry in windows]
+    layer_types = kinds * (layers // len(kinds)) if sizes else None
+    return {"sliding_window": sizes[0] if sizes else None, "layer_types": layer_types}
+
+
+def _raw_int(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def _raw_yarn(yarn: Any, where: str) -> dict[str, Any]:
+    """params.json's beta and alpha are beta_fast and beta_slow; apply_scale false means no attention factor."""
+    if not isinstance(yarn, Mapping):
+        raise ConfigError(f"{where}: yarn is {type(yarn).__name__}, an object was expected.")
+    names = {
+        "factor": "factor",
+        "original_max_position_embeddings": "original_max_position_embeddings",
+        "beta": "beta_fast",
+        "alpha": "beta_slow",
+    }
+    unknown = sorted(set(yarn) - set(names) - {"apply_scale"})
+    if unknown:
+        raise UnsupportedFeatureError(f"{where}: yarn has unknown keys {unknown}.")
+    scaling = {"rope_type": "yarn", **{names[key]: value for key, value in yarn.items() if key in names}}
+    if yarn.get("apply_scale") is False:
+        scaling["attention_factor"] = 1.0
+    return scaling

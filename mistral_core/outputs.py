@@ -1,0 +1,93 @@
+"""What a model returns: the same NamedTuples in every backend.
+
+A NamedTuple is a pytree in JAX and a nest in TensorFlow as it is. Besides attributes, `out["logits"]` works, and
+`to_tuple()` leaves out what is None, in Hugging Face's order. An integer index counts every field, None or not.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+Array = Any
+"""A NumPy, torch, JAX or TensorFlow array."""
+
+
+def _getitem(self: tuple[Any, ...], key: Any) -> Any:
+    return getattr(self, key) if isinstance(key, str) else tuple.__getitem__(self, key)
+
+
+def _to_tuple(self: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The fields that are not None."""
+    return tuple(value for value in self if value is not None)
+
+
+class ModelOutput(NamedTuple):
+    """Of MistralModel."""
+
+    last_hidden_state: Array
+    """[B, T, D], after the final norm."""
+    past_key_values: Any = None
+    hidden_states: tuple[Array, ...] | None = None
+    """L + 1 arrays [B, T, D]: the embeddings, then each layer's output, the last one after the final norm."""
+    attentions: tuple[Array, ...] | None = None
+    """L arrays [B, N, T, S]: each layer's attention weights."""
+
+    __getitem__ = _getitem
+    to_tuple = _to_tuple
+
+
+class CausalLMOutput(NamedTuple):
+    """Of MistralForCausalLM."""
+
+    loss: Array | None = None
+    """Scalar float32: mean cross entropy of the next token where its label is not -100."""
+    logits: Array | None = None
+    """[B, T, V] float32."""
+    past_key_values: Any = None
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+
+    __getitem__ = _getitem
+    to_tuple = _to_tuple
+
+
+class SequenceClassifierOutput(NamedTuple):
+    """Of MistralForSequenceClassification."""
+
+    loss: Array | None = None
+    logits: Array | None = None
+    """[B, C] float32, read at the last real token."""
+    past_key_values: Any = None
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+
+    __getitem__ = _getitem
+    to_tuple = _to_tuple
+
+
+class TokenClassifierOutput(NamedTuple):
+    """Of MistralForTokenClassification."""
+
+    loss: Array | None = None
+    logits: Array | None = None
+    """[B, T, C] float32."""
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+
+    __getitem__ = _getitem
+    to_tuple = _to_tuple
+
+
+class QuestionAnsweringOutput(NamedTuple):
+    """Of MistralForQuestionAnswering."""
+
+    loss: Array | None = None
+    start_logits: Array | None = None
+    """[B, T] float32."""
+    end_logits: Array | None = None
+    """[B, T] float32."""
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+
+    __getitem__ = _getitem
+    to_tuple = _to_tuple

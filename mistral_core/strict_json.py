@@ -1,0 +1,111 @@
+"""JSON as configs and indexes must be: UTF-8, bounded, no duplicate keys, no NaN, an object at the top."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointNotFoundError, LimitExceededError, MistralError
+
+MAX_DEPTH = 16
+MAX_BYTES = 1 << 20
+
+
+def read_object(
+    path: str | os.PathLike[str], *, error: type[MistralError], max_bytes: int = MAX_BYTES
+) -> dict[str, Any]:
+    """Read a JSON file whose top level is an object.
+
+    Raises CheckpointNotFoundError, LimitExceededError (size), and `error` for everything malformed.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise LimitExceededError(f"{path}: {size} bytes of JSON; at most {max_bytes} are read.")
+        data = path.read_bytes()
+    except FileNotFoundError as cause:
+        raise CheckpointNotFoundError(f"{path}: no such file; check the path.") from cause
+    except (IsADirectoryError, PermissionError) as cause:
+        raise error(f"{path}: cannot be read ({cause.strerror}); a JSON file was expected.") from cause
+    return parse_object(data, where=str(path), error=error)
+
+
+def parse_object(data: bytes, *, where: str, error: type[MistralError]) -> dict[str, Any]:
+    """Parse bytes whose top level is a JSON object; `where` names them in errors of type `error`."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as cause:
+        raise error(f"{where}: not UTF-8 at byte {cause.start}; save the file as UTF-8.") from cause
+    if _depth(text) > MAX_DEPTH:
+        raise error(f"{where}: nested deeper than {MAX_DEPTH} levels; this is not a config.")
+
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise error(f"{where}: the keys {twice} stand there twice; keep one of each.")
+        return dict(pairs)
+
+    def refuse_constant(name: str) -> float:
+        raise error(f"{where}: {name} is not a JSON number; write a finite one.")
+
+    def finite(text: str) -> float:
+        value = float(text)
+        if value in (float("inf"), float("-inf")):
+            raise error(f"{where}: {text} is beyond float64; write a finite number.")
+        return value
+
+    def bounded(text: str) -> int:
+        if len(text) > 20:
+            raise error(f"{where}: an integer of {len(text)} digits; at most 20 make sense here.")
+        return int(text)
+
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=refuse_duplicates,
+            parse_constant=refuse_constant,
+            parse_float=finite,
+            parse_int=bounded,
+        )
+    except json.JSONDecodeError as cause:
+        raise error(
+            f"{where}: not valid JSON at line {cause.lineno}, column {cause.colno}: {cause.msg}."
+        ) from cause
+    if not isinstance(value, dict):
+        raise error(f"{where}: the top level is {type(value).__name__}, a JSON object was expected.")
+    if _has_surrogate(text, value):
+        raise error(f"{where}: holds a lone surrogate (\\ud800 to \\udfff); remove it.")
+    return value
+
+
+def _depth(text: str) -> int:
+    """Deepest nesting of brackets outside strings, found without recursion."""
+    depth = deepest = 0
+    in_string = escaped = False
+    for char in text:
+        if in_string:
+            if escaped:
+                escaped = False
+            elif char == "\\":
+                escaped = True
+            elif char == '"':
+                in_string = False
+        elif char == '"':
+            in_string = True
+        elif char in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif char in "]}":
+            depth -= 1
+    return deepest
+
+
+def _has_surrogate(text: str, value: Any) -> bool:
+    if "\\u" not in text:
+        return False
+    decoded = json.dumps(value, ensure_ascii=False)
+    return any("\ud800" <= char <= "\udfff" for char in decoded)
