@@ -1,0 +1,70 @@
+"""What a backend is to the core and the command line, and where it is found: the entry points `mistral.backends`.
+
+A fourth backend is a package that registers an object of this protocol there and passes conformance.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from typing import Any, Protocol
+
+from .errors import MissingExtraError
+
+GROUP = "mistral.backends"
+
+
+class Backend(Protocol):
+    """One implementation of Mistral in one framework."""
+
+    name: str
+    framework: str
+    """The package whose version is reported."""
+    attention_implementations: tuple[str, ...]
+
+    def model_class(self, architecture: str) -> Any:
+        """The class of this name: MistralModel, MistralForCausalLM, ..."""
+
+    def to_numpy(self, array: Any) -> Any:
+        """A framework's array as NumPy, bits kept."""
+
+    def from_numpy(self, array: Any) -> Any:
+        """A NumPy array as the framework's own."""
+
+
+def names() -> list[str]:
+    """The registered backends, installed framework or not."""
+    return sorted({point.name for point in importlib.metadata.entry_points(group=GROUP)})
+
+
+def get(name: str) -> Backend:
+    """Import a backend; raises MissingExtraError naming the extra when its framework is not installed."""
+    points = {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
+    if name not in points:
+        raise MissingExtraError(f"backend {name!r} is not registered; known are {sorted(points)}.")
+    try:
+        backend: Backend = points[name].load()
+    except ImportError as cause:
+        if cause.name is not None and cause.name.partition(".")[0].startswith("mistral"):
+            raise
+        raise MissingExtraError(
+            f"backend {name!r} needs {cause.name or cause}; pip install 'mistral-frameworks[{name}]'."
+        ) from cause
+    return backend
+
+
+def version(backend: Backend) -> str:
+    """Framework and version, as reports print it."""
+    return f"{backend.framework} {importlib.metadata.version(backend.framework)}"
+
+
+def installed() -> list[str]:
+    """The registered backends that can be imported."""
+    usable = []
+    for name in names():
+        try:
+            get(name)
+        except MissingExtraError:
+            continue
+        usable.append(name)
+    return usable

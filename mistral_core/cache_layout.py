@@ -1,0 +1,47 @@
+"""How many slots each layer's KV cache has: integers only, the same for the reference and every backend."""
+
+from __future__ import annotations
+
+from .config import MistralConfig
+from .errors import InputError
+
+
+def layer_slots(
+    config: MistralConfig, capacity: int | None, *, rolling: bool = True, lookback: int = 0
+) -> tuple[int, ...]:
+    """R of each layer of a new cache: capacity + 1, or W + 1 + lookback where it rolls; 1 where it is to grow."""
+    if capacity is None:
+        return (1,) * config.num_hidden_layers
+    return tuple(
+        capacity + 1 if window is None or not rolling else min(window + lookback, capacity) + 1
+        for window in config.layer_windows
+    )
+
+
+def grown_slots(slots: int, new: int, window: int | None, capacity: int | None) -> int:
+    """R after `new` more columns: unchanged with a capacity; without, as many as needed up to the window."""
+    if capacity is not None:
+        return slots
+    return slots + new if window is None else max(slots, min(slots + new, window + 1))
+
+
+def overwrites_visible(slots: int, past_slots: int, new: int, window: int | None, capacity: int | None) -> bool:
+    """Whether writing `new` columns into a ring of `slots` may destroy a key that one of them must still see.
+
+    Then attention reads the past and the new tokens side by side, else it reads the ring after the write.
+    """
+    never_wraps = (capacity is not None and capacity < slots) or slots == past_slots + new
+    return not never_wraps and window is not None and new > slots - window
+
+
+def check_rollback(config: MistralConfig, slots: list[int], length: list[int], count: list[int]) -> None:
+    """Raise InputError unless the last `count` tokens of each row can be forgotten and all the window shows is there."""
+    for row, (tokens, back) in enumerate(zip(length, count, strict=True)):
+        if not 0 <= back <= tokens:
+            raise InputError(f"rollback: {back} tokens of row {row}, which has {tokens}.")
+        for window, ring in zip(config.layer_windows, slots, strict=True):
+            if window is not None and tokens >= ring and back > ring - window - 1:
+                raise InputError(
+                    f"rollback: {back} tokens of row {row}, the rolling cache can go back {ring - window - 1}; "
+                    "allocate it with a larger lookback."
+                )

@@ -1,0 +1,80 @@
+"""The KV cache as a value: what the past keys and values are, and in which slot each one lives.
+
+A layer has R slots a row. The token of order o (its number among the real tokens of its row) lives in slot o mod R; padding lives
+nowhere. With W + 1 slots a layer with a window of W never needs more, however long the text: the cache is *rolling*.
+With capacity + 1 slots nothing is ever overwritten: it is *full*. One slot is always spare.
+
+Window 3, R = 4, after five tokens a b c d e and after a sixth:
+
+    slot    0 1 2 3        0 1 2 3
+    order   4 1 2 3        4 5 2 3
+    token   e b c d        e f c d       the next query has order 6 and sees 4 and 5; 2 and 3 are masked by order
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ..cache_layout import layer_slots
+from ..config import MistralConfig
+from .ops import Array
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the past, one array per layer, and how many real tokens each row has."""
+
+    keys: tuple[Array, ...]
+    """L arrays [B, R, K, H], rotated."""
+    values: tuple[Array, ...]
+    """L arrays [B, R, K, H]."""
+    length: Array
+    """[B] int: real tokens so far."""
+    capacity: int | None = None
+    """The most real tokens a row may have, or None for no limit: layers then grow as far as their window."""
+
+    @classmethod
+    def allocate(
+        cls,
+        config: MistralConfig,
+        batch_size: int,
+        capacity: int | None = None,
+        *,
+        rolling: bool = True,
+        lookback: int = 0,
+    ) -> KVCache:
+        """An empty cache; `lookback` tokens can be rolled back even where the cache rolls."""
+        slots = layer_slots(config, capacity, rolling=rolling, lookback=lookback)
+        shapes = [(batch_size, r, config.num_key_value_heads, config.head_dim) for r in slots]
+        return cls(
+            tuple(np.zeros(s) for s in shapes),
+            tuple(np.zeros(s) for s in shapes),
+            np.zeros(batch_size, int),
+            capacity,
+        )
+
+    def update(self, layer: int, k_BTKH: Array, v_BTKH: Array, order_BT: Array, slots: int) -> tuple[Array, Array]:
+        """The layer's keys and values after writing the new tokens into a ring of `slots`."""
+        keys, values = (grown(x[layer], slots) for x in (self.keys, self.values))
+        for row, order in enumerate(order_BT):
+            for column in np.flatnonzero(order >= 0):
+                keys[row, order[column] % slots] = k_BTKH[row, column]
+                values[row, order[column] % slots] = v_BTKH[row, column]
+        return keys, values
+
+    def rollback(self, count_B: Array) -> KVCache:
+        """Forget the last `count_B` tokens of each row; they are overwritten later."""
+        return self._replace(length=self.length - count_B)
+
+
+def grown(x_BRKH: Array, slots: int) -> Array:
+    """A copy with zeros in the slots that are new."""
+    return np.pad(x_BRKH, ((0, 0), (0, slots - x_BRKH.shape[1]), (0, 0), (0, 0)))
+
+
+def slot_order(length_B: Array, slots: int) -> Array:
+    """[B, R]: the order of the token in each slot, -1 where there is none: the newest o < length with o mod R = slot."""
+    newest = length_B[:, None] - 1
+    order = newest - (newest - np.arange(slots)) % slots
+    return np.maximum(order, -1)

@@ -1,0 +1,139 @@
+"""MistralModel: embed, L blocks of attention and MLP around a residual stream, norm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ..cache_layout import grown_slots
+from ..config import MistralConfig
+from ..outputs import ModelOutput
+from . import ops
+from .cache import KVCache, slot_order
+from .ops import Array, Round, exact
+
+Parameters = Mapping[str, Array]
+
+
+def forward(
+    config: MistralConfig,
+    parameters: Parameters,
+    input_ids: Array | None = None,
+    attention_mask: Array | None = None,
+    position_ids: Array | None = None,
+    past_key_values: KVCache | None = None,
+    inputs_embeds: Array | None = None,
+    *,
+    document_ids: Array | None = None,
+    use_cache: bool = False,
+    round: Round = exact,
+) -> ModelOutput:
+    """Hidden states [B, T, D] of ids [B, T]; every layer's states and weights; the cache that follows if asked for."""
+    parameters = _Exact(parameters)
+    x_BTD = parameters["model.embed_tokens.weight"][np.asarray(input_ids)] if inputs_embeds is None else inputs_embeds
+    mask_BT = np.ones(x_BTD.shape[:2], int) if attention_mask is None else np.asarray(attention_mask, int)
+    past = past_key_values
+    if past is None and use_cache:
+        past = KVCache.allocate(config, len(x_BTD))
+    length_B = np.zeros(len(x_BTD), int) if past is None else past.length
+    order_BT = ops.token_order(mask_BT, length_B)
+    if position_ids is None:
+        position_ids = ops.token_positions(mask_BT, length_B, document_ids)
+    cos_sin = ops.rotary(np.asarray(position_ids), config)
+
+    hidden_states, attentions, kept = [x_BTD], [], []
+    for layer in range(config.num_hidden_layers):
+        x_BTD, weights, keys_values = decoder_layer(
+            config, parameters, layer, x_BTD, cos_sin, order_BT, past, document_ids, round=round
+        )
+        hidden_states.append(x_BTD)
+        attentions.append(weights)
+        kept.append(keys_values)
+    hidden_states[-1] = ops.rms_norm(x_BTD, parameters["model.norm.weight"], config.rms_norm_eps, round=round)
+
+    cache = None
+    if past is not None:
+        keys, values = zip(*kept, strict=True)
+        cache = KVCache(keys, values, length_B + mask_BT.sum(axis=1), past.capacity)
+    return ModelOutput(hidden_states[-1], cache, tuple(hidden_states), tuple(attentions))
+
+
+def decoder_layer(
+    config: MistralConfig,
+    parameters: Parameters,
+    layer: int,
+    x_BTD: Array,
+    cos_sin: tuple[Array, Array],
+    order_BT: Array,
+    past: KVCache | None = None,
+    document_ids: Array | None = None,
+    *,
+    round: Round = exact,
+) -> tuple[Array, Array, tuple[Array, Array] | None]:
+    """One block: x + attention(norm(x)), then x + mlp(norm(x)); also the weights and the layer's cache."""
+
+    def weight(name: str) -> Array:
+        return parameters[f"model.layers.{layer}.{name}.weight"]
+
+    h = ops.rms_norm(x_BTD, weight("input_layernorm"), config.rms_norm_eps, round=round)
+    h, weights, kept = attention(
+        config, parameters, layer, h, cos_sin, order_BT, past, document_ids, round=round
+    )
+    x_BTD = round(x_BTD + h)
+    h = ops.rms_norm(x_BTD, weight("post_attention_layernorm"), config.rms_norm_eps, round=round)
+    h = ops.swiglu(h, weight("mlp.gate_proj"), weight("mlp.up_proj"), weight("mlp.down_proj"), round=round)
+    return round(x_BTD + h), weights, kept
+
+
+def attention(
+    config: MistralConfig,
+    parameters: Parameters,
+    layer: int,
+    x_BTD: Array,
+    cos_sin: tuple[Array, Array],
+    order_BT: Array,
+    past: KVCache | None = None,
+    document_ids: Array | None = None,
+    *,
+    round: Round = exact,
+) -> tuple[Array, Array, tuple[Array, Array] | None]:
+    """Project, rotate, remember, attend over the past and the new tokens, project back."""
+    B, T, _ = x_BTD.shape
+    window = config.layer_windows[layer]
+
+    def project(name: str, x: Array) -> Array:
+        return ops.linear(x, parameters[f"model.layers.{layer}.self_attn.{name}.weight"], round=round)
+
+    q_BTNH = project("q_proj", x_BTD).reshape(B, T, config.num_attention_heads, config.head_dim)
+    k_BTKH = project("k_proj", x_BTD).reshape(B, T, config.num_key_value_heads, config.head_dim)
+    v_BTKH = project("v_proj", x_BTD).reshape(B, T, config.num_key_value_heads, config.head_dim)
+    q_BTNH = ops.rotate(q_BTNH, *cos_sin, round=round)
+    k_BTKH = ops.rotate(k_BTKH, *cos_sin, round=round)
+
+    k_BSKH, v_BSKH, key_order_BS, kept = k_BTKH, v_BTKH, order_BT, None
+    if past is not None:
+        past_keys, past_values = past.keys[layer], past.values[layer]
+        slots = grown_slots(past_keys.shape[1], T, window, past.capacity)
+        kept = past.update(layer, k_BTKH, v_BTKH, order_BT, slots)
+        k_BSKH = np.concatenate([past_keys, k_BTKH], axis=1)
+        v_BSKH = np.concatenate([past_values, v_BTKH], axis=1)
+        key_order_BS = np.concatenate([slot_order(past.length, past_keys.shape[1]), order_BT], axis=1)
+
+    visible_BTS = ops.attention_mask(
+        order_BT, key_order_BS, window, document_ids_BT=document_ids
+    )
+    o_BTNH, weights = ops.attend(q_BTNH, k_BSKH, v_BSKH, visible_BTS, round=round)
+    return project("o_proj", o_BTNH.reshape(B, T, -1)), weights, kept
+
+
+class _Exact(dict[str, Array]):
+    """The parameters in float64, each converted when it is first asked for."""
+
+    def __init__(self, source: Parameters) -> None:
+        super().__init__()
+        self._source = source._source if isinstance(source, _Exact) else source
+
+    def __missing__(self, name: str) -> Array:
+        self[name] = np.asarray(self._source[name]).astype(np.float64)
+        return self[name]

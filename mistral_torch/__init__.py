@@ -1,0 +1,24 @@
+"""Mistral in PyTorch: the mirror of mistral_flax and mistral_tf."""
+
+from mistral_core import GenerationConfig, MistralConfig, MistralTokenizer
+
+from .cache import KVCache
+from .heads import (
+    MistralForCausalLM,
+    MistralForQuestionAnswering,
+    MistralForSequenceClassification,
+    MistralForTokenClassification,
+)
+from .model import MistralModel
+
+__all__ = [
+    "GenerationConfig",
+    "KVCache",
+    "MistralConfig",
+    "MistralForCausalLM",
+    "MistralForQuestionAnswering",
+    "MistralForSequenceClassification",
+    "MistralForTokenClassification",
+    "MistralModel",
+    "MistralTokenizer",
+]

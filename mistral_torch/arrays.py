@@ -1,0 +1,133 @@
+"""Between NumPy and PyTorch, and what a user may pass as a model's input."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor
+
+from mistral_core import MistralConfig, validate
+from mistral_core.errors import ConfigError, InputError
+
+from .cache import KVCache
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def as_dtype(dtype: Any) -> torch.dtype:
+    """A torch dtype from itself or its name; raises ConfigError for a dtype no model can have."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ConfigError(f"dtype: {dtype!r}, one of {', '.join(DTYPES)} was expected.")
+    return DTYPES[name]
+
+
+def to_numpy(array: Tensor) -> np.ndarray:
+    """A tensor as NumPy, bits kept: bfloat16 travels as its 16 bits."""
+    array = array.detach().cpu()
+    if array.dtype == torch.bfloat16:
+        return array.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return array.numpy()
+
+
+def from_numpy(array: np.ndarray) -> Tensor:
+    """A NumPy array as a tensor over the same memory, bits kept."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def is_traced(*arrays: Any) -> bool:
+    """Whether there are no values to look at: under torch.compile, torch.func, or on the meta device."""
+    if torch.compiler.is_compiling():
+        return True
+    tensors = [a for a in arrays if isinstance(a, Tensor)]
+    return any(a.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(a) for a in tensors)
+
+
+class Inputs(NamedTuple):
+    """What `MistralModel` computes with, on its device."""
+
+    input_ids: Tensor | None
+    inputs_embeds: Tensor | None
+    attention_mask: Tensor
+    """[B, T] of the new tokens."""
+    position_ids: Tensor | None
+    document_ids: Tensor | None
+
+
+def model_inputs(
+    config: MistralConfig,
+    device: torch.device,
+    input_ids: Any = None,
+    attention_mask: Any = None,
+    position_ids: Any = None,
+    past_key_values: KVCache | None = None,
+    inputs_embeds: Any = None,
+    document_ids: Any = None,
+) -> Inputs:
+    """Lists, NumPy arrays or tensors as tensors on the model's device, checked where there are values to look at."""
+    traced = is_traced(input_ids, attention_mask, position_ids, inputs_embeds, document_ids)
+    ids = integers("input_ids", input_ids, device)
+    positions = integers("position_ids", position_ids, device)
+    documents = integers("document_ids", document_ids, device)
+    if inputs_embeds is not None and not isinstance(inputs_embeds, Tensor):
+        inputs_embeds = from_numpy(np.asarray(inputs_embeds))
+    mask = attention_mask
+    if mask is not None and not traced:
+        mask = torch.from_numpy(validate.mask(to_numpy(mask) if isinstance(mask, Tensor) else mask))
+    if not traced:
+        past = past_key_values
+        validate.check_call(
+            config,
+            input_ids=_values(ids),
+            inputs_embeds=_values(inputs_embeds),
+            attention_mask=_values(mask),
+            position_ids=_values(positions),
+            document_ids=_values(documents),
+            past_length=None if past is None else to_numpy(past.length),
+            past_shape=None if past is None else (len(past.keys), *past.keys[0].shape),
+            capacity=None if past is None else past.capacity,
+        )
+    embeds = None if inputs_embeds is None else inputs_embeds.to(device)
+    shape = ids.shape if ids is not None else embeds.shape[:2]
+    if mask is None:
+        mask = torch.ones(shape, dtype=torch.int64, device=device)
+    return Inputs(ids, embeds, mask[:, mask.shape[1] - shape[1] :].to(device, torch.int64), positions, documents)
+
+
+def integers(name: str, value: Any, device: torch.device, *, rank: int = 2) -> Tensor | None:
+    """Token ids, positions or labels as int64 on a device; with rank 2, one dimension is a batch of one."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        value = np.asarray(value) if rank != 2 else validate.integers(name, value)
+        return torch.from_numpy(value.astype(np.int64)).to(device)
+    if value.dtype.is_floating_point or value.dtype == torch.bool:
+        validate.integers(name, to_numpy(value))
+    if value.ndim == 1 and rank == 2:
+        value = value[None]
+    if value.ndim != rank:
+        raise InputError(f"{name}: shape {tuple(value.shape)}, {rank} dimensions were expected.")
+    return value.to(device, torch.int64)
+
+
+def _values(array: Tensor | None) -> np.ndarray | None:
+    return None if array is None else to_numpy(array)
+
+
+def labels_array(config: MistralConfig, labels: Any, logits: Tensor) -> Tensor:
+    """Labels of a row classifier as a tensor beside its logits [B, C]; raises InputError or TokenIdError."""
+    if not isinstance(labels, Tensor):
+        labels = torch.from_numpy(np.asarray(labels))
+    if not is_traced(labels, logits):
+        validate.check_row_labels(config, to_numpy(labels), tuple(logits.shape))
+    return labels.to(logits.device)

@@ -1,0 +1,118 @@
+"""The KV cache as a value: it goes into a call and the next one comes out; full or rolling.
+
+The layout is specified and drawn in `mistral_core.reference.cache`: the token of order o lives in slot o mod R.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mistral_core import MistralConfig
+from mistral_core.cache_layout import check_rollback, grown_slots, layer_slots, overwrites_visible
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the past; always use the one a call returns: without gradients the memory is reused."""
+
+    keys: tuple[Tensor, ...]
+    """L tensors [B, R, K, H], rotated."""
+    values: tuple[Tensor, ...]
+    """L tensors [B, R, K, H]."""
+    length: Tensor
+    """[B] int64: real tokens so far."""
+    capacity: int | None = None
+    """The most real tokens a row may have; None: layers grow as far as their window."""
+
+    @classmethod
+    def allocate(
+        cls,
+        config: MistralConfig,
+        batch_size: int,
+        capacity: int | None = None,
+        *,
+        rolling: bool = True,
+        lookback: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> KVCache:
+        """An empty cache for `capacity` tokens a row; without one it grows with the text, as far as each window.
+
+        `rolling=False` keeps every token of windowed layers too; the last `lookback` tokens can always be rolled back.
+        """
+        shapes = [
+            (batch_size, slots, config.num_key_value_heads, config.head_dim)
+            for slots in layer_slots(config, capacity, rolling=rolling, lookback=lookback)
+        ]
+        return cls(
+            tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes),
+            tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes),
+            torch.zeros(batch_size, dtype=torch.int64, device=device),
+            capacity,
+        )
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and length, as one layer reads them."""
+        return self.keys[index], self.values[index], self.length
+
+    def rollback(self, count_B: Tensor, config: MistralConfig) -> KVCache:
+        """Forget the last `count_B` [B] tokens of each row.
+
+        Raises InputError where a rolling layer no longer has what the window would show.
+        """
+        count_B = torch.as_tensor(count_B, device=self.length.device)
+        if not torch.compiler.is_compiling():
+            check_rollback(config, [k.shape[1] for k in self.keys], self.length.tolist(), count_B.tolist())
+        return self._replace(length=self.length - count_B)
+
+
+def slot_order(length_B: Tensor, slots: int) -> Tensor:
+    """[B, R]: the order of the token in each slot, -1 where there is none."""
+    newest = length_B[:, None] - 1
+    order = newest - (newest - torch.arange(slots, device=length_B.device)) % slots
+    return order.clamp(min=-1)
+
+
+def remember(
+    k_BTKH: Tensor,
+    v_BTKH: Tensor,
+    order_BT: Tensor,
+    *,
+    past: tuple[Tensor, Tensor, Tensor] | None,
+    window: int | None,
+    capacity: int | None,
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """What the new tokens attend to, and what is kept of it.
+
+    `past` is (keys [B, R, K, H], values [B, R, K, H], length [B]) or None. Returns keys, values [B, S, K, H] and order [B, S] of what
+    is seen, and the layer's next keys and values, None without a past.
+    """
+    if past is None:
+        return k_BTKH, v_BTKH, order_BT, None
+    keys, values, length_B = past
+    T, past_slots = order_BT.shape[1], keys.shape[1]
+    slots = grown_slots(past_slots, T, window, capacity)
+    next_length_B = length_B + (order_BT >= 0).sum(1)
+    beside = overwrites_visible(slots, past_slots, T, window, capacity)
+    if beside:  # joined before the write, which may reuse the memory
+        seen = torch.cat([keys, k_BTKH], dim=1), torch.cat([values, v_BTKH], dim=1)
+        seen_order_BS = torch.cat([slot_order(length_B, past_slots), order_BT], dim=1)
+    # padding, and what a long chunk would overwrite at once, goes to the spare slot
+    fits_BT = (order_BT >= 0) & (order_BT > next_length_B[:, None] - slots)
+    slot_BT = torch.where(fits_BT, order_BT % slots, next_length_B[:, None] % slots)
+    kept = write(keys, k_BTKH, slot_BT, slots), write(values, v_BTKH, slot_BT, slots)
+    if not beside:
+        seen, seen_order_BS = kept, slot_order(next_length_B, slots)
+    return *seen, seen_order_BS, kept
+
+
+def write(x_BRKH: Tensor, new_BTKH: Tensor, slot_BT: Tensor, slots: int) -> Tensor:
+    """The new tokens put into their slots of a ring grown to `slots`; in place where nobody differentiates."""
+    if slots > x_BRKH.shape[1]:
+        x_BRKH = F.pad(x_BRKH, (0, 0, 0, 0, 0, slots - x_BRKH.shape[1]))
+    row_B1 = torch.arange(slot_BT.shape[0], device=slot_BT.device)[:, None]
+    put = x_BRKH.index_put if torch.is_grad_enabled() else x_BRKH.index_put_
+    return put((row_B1, slot_BT), new_BTKH.to(x_BRKH.dtype))

@@ -1,0 +1,203 @@
+"""The four heads: a MistralModel and a projection; logits are float32 in every precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mistral_core import MistralConfig, validate
+from mistral_core.outputs import (
+    CausalLMOutput,
+    QuestionAnsweringOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+
+from .arrays import integers, is_traced, labels_array, to_numpy
+from .generate import generate
+from .layers import last_token, project
+from .losses import classification_loss, cross_entropy, span_loss
+from .model import MistralModel
+from .weights import PreTrainedModel
+
+
+class MistralForCausalLM(PreTrainedModel):
+    """Predicts the next token."""
+
+    def __init__(self, config: MistralConfig, *, attn_implementation: str = "sdpa") -> None:
+        super().__init__(config)
+        self.model = MistralModel(config, attn_implementation=attn_implementation)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.initialise("lm_head")
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make head and embedding one tensor where the config ties them."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Any = None,
+        labels: Any = None,
+        *,
+        logits_to_keep: Any = 0,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> CausalLMOutput | tuple[Any, ...]:
+        """Logits [B, T, V]; with labels [B, T], the loss of predicting each next label that is not -100.
+
+        `logits_to_keep` is how many last columns to compute (0: all) or their indices. Options are those of MistralModel.
+        """
+        out = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **options, return_dict=True
+        )
+        x_BTD = out.last_hidden_state
+        loss = None
+        labels = integers("labels", labels, self.device)
+        if not is_traced(x_BTD):
+            validate.check_logits_to_keep(logits_to_keep, x_BTD.shape[1])
+            if labels is not None:
+                validate.check_labels("labels", to_numpy(labels), x_BTD.shape[:2], self.config.vocab_size)
+        logits = project(_kept(x_BTD, 0 if labels is not None else logits_to_keep), self.lm_head.weight)
+        if labels is not None:
+            loss = cross_entropy(logits[:, :-1], labels[:, 1:])
+            logits = _kept(logits, logits_to_keep)
+        return self.output(CausalLMOutput(loss, logits, *out[1:]), return_dict)
+
+    def generate(self, input_ids: Any, *, attention_mask: Any = None, **options: Any) -> Tensor:
+        """Continue token ids [B, T] greedily to [B, T + new]; see `mistral_torch.generate.generate`."""
+        return generate(self, input_ids, attention_mask=attention_mask, **options)
+
+
+def _kept(x: Tensor, logits_to_keep: Any) -> Tensor:
+    if isinstance(logits_to_keep, int):
+        return x[:, -logits_to_keep:] if logits_to_keep else x
+    return x[:, torch.as_tensor(logits_to_keep, device=x.device)]
+
+
+class MistralForSequenceClassification(PreTrainedModel):
+    """One set of scores for each row, read at its last real token."""
+
+    def __init__(self, config: MistralConfig, *, attn_implementation: str = "sdpa") -> None:
+        super().__init__(config)
+        self.model = MistralModel(config, attn_implementation=attn_implementation)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.initialise("score")
+
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Any = None,
+        labels: Any = None,
+        *,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> SequenceClassifierOutput | tuple[Any, ...]:
+        """Scores [B, C]; labels are classes [B], numbers [B] or [B, C], or many classes [B, C] by `problem_type`.
+
+        The last real token is told by the mask if given, else by pad_token_id, else it is the last column.
+        """
+        out = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **options, return_dict=True
+        )
+        x_BTD = out.last_hidden_state
+        column_B = last_token(self._real_tokens(input_ids, attention_mask, x_BTD))
+        pooled_BD = x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), column_B]
+        logits = project(pooled_BD, self.score.weight)
+        loss = None
+        if labels is not None:
+            labels = labels_array(self.config, labels, logits)
+            loss = classification_loss(self.config, logits, labels)
+        return self.output(SequenceClassifierOutput(loss, logits, *out[1:]), return_dict)
+
+    def _real_tokens(self, input_ids: Any, attention_mask: Any, x_BTD: Tensor) -> Tensor:
+        """[B, T]: what counts as a token when looking for the last one."""
+        if attention_mask is not None:
+            mask = torch.atleast_2d(torch.as_tensor(attention_mask, device=x_BTD.device))
+            return mask[:, mask.shape[1] - x_BTD.shape[1] :]
+        if self.config.pad_token_id is not None and input_ids is not None:
+            return integers("input_ids", input_ids, x_BTD.device) != self.config.pad_token_id
+        return torch.ones(x_BTD.shape[:2], device=x_BTD.device)
+
+
+class MistralForTokenClassification(PreTrainedModel):
+    """One set of scores for each token."""
+
+    def __init__(self, config: MistralConfig, *, attn_implementation: str = "sdpa") -> None:
+        super().__init__(config)
+        self.model = MistralModel(config, attn_implementation=attn_implementation)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.initialise("score")
+
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Any = None,
+        labels: Any = None,
+        *,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> TokenClassifierOutput | tuple[Any, ...]:
+        """Scores [B, T, C]; labels [B, T] are classes or -100."""
+        out = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **options, return_dict=True
+        )
+        x_BTD = F.dropout(out.last_hidden_state, self.config.classifier_dropout, self.training)
+        logits = project(x_BTD, self.score.weight, self.score.bias)
+        loss = None
+        labels = integers("labels", labels, self.device)
+        if labels is not None:
+            if not is_traced(x_BTD):
+                validate.check_labels("labels", to_numpy(labels), x_BTD.shape[:2], self.config.num_labels)
+            loss = cross_entropy(logits, labels)
+        return self.output(TokenClassifierOutput(loss, logits, *out[2:]), return_dict)
+
+
+class MistralForQuestionAnswering(PreTrainedModel):
+    """Where an answer starts and ends."""
+
+    def __init__(self, config: MistralConfig, *, attn_implementation: str = "sdpa") -> None:
+        super().__init__(config)
+        self.model = MistralModel(config, attn_implementation=attn_implementation)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.initialise("qa_outputs")
+
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Any = None,
+        start_positions: Any = None,
+        end_positions: Any = None,
+        *,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> QuestionAnsweringOutput | tuple[Any, ...]:
+        """Scores [B, T] of each token as start and as end; positions [B] beyond the text are not counted."""
+        out = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **options, return_dict=True
+        )
+        logits = project(out.last_hidden_state, self.qa_outputs.weight, self.qa_outputs.bias)
+        start_logits, end_logits = logits[..., 0], logits[..., 1]
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            start = integers("start_positions", start_positions, self.device, rank=1)
+            end = integers("end_positions", end_positions, self.device, rank=1)
+            loss = span_loss(start_logits, end_logits, start, end)
+        return self.output(QuestionAnsweringOutput(loss, start_logits, end_logits, *out[2:]), return_dict)

@@ -1,0 +1,231 @@
+"""The pieces of a Mistral in the order of use; letters are those of `mistral_core.config`.
+
+A function does mathematics, a module holds parameters. Numbers: the contract of `mistral_core.reference.ops`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mistral_core import MistralConfig
+from mistral_core.rope import rotary_table
+
+from .cache import remember
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) in float32, cast to the dtype of x, then times the weight [D]."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        h = x_BTD.float()
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        return h.to(x_BTD.dtype) * self.weight
+
+
+def token_order(attention_mask_BT: Tensor, past_length_B: Tensor) -> Tensor:
+    """[B, T]: the number of real tokens before each token of its row, -1 for padding."""
+    order = past_length_B[:, None] + attention_mask_BT.cumsum(1) - 1
+    return torch.where(attention_mask_BT != 0, order, -1)
+
+
+def token_positions(
+    attention_mask_BT: Tensor, past_length_B: Tensor, document_ids_BT: Tensor | None = None
+) -> Tensor:
+    """[B, T]: the position each token is rotated by; each packed document counts anew."""
+    position = torch.clamp(past_length_B[:, None] + attention_mask_BT.cumsum(1) - 1, min=0)
+    if document_ids_BT is None:
+        return position
+    same = document_ids_BT[:, 1:] == document_ids_BT[:, :-1]
+    starts = torch.cat([torch.ones_like(same[:, :1]), ~same], dim=1)
+    return position - torch.where(starts, position, 0).cummax(1).values
+
+
+def attention_mask(
+    query_order_BT: Tensor,
+    key_order_BS: Tensor,
+    window: int | None,
+    *,
+    document_ids_BT: Tensor | None = None,
+) -> Tensor:
+    """[B, T, S] bool: a query sees the W keys up to itself, counted in real tokens, of its own document."""
+    query, key = query_order_BT[:, :, None], key_order_BS[:, None, :]
+    visible = (key >= 0) & (key <= query)
+    if window is not None:
+        visible = visible & (query - key < window)
+    if document_ids_BT is not None:
+        visible = visible & (document_ids_BT[:, :, None] == document_ids_BT[:, None, :])
+    return visible
+
+
+def rotary(position_BT: Tensor, config: MistralConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, T, H/2] in float32, whatever the dtype of the model."""
+    table = rotary_table(config)
+    inverse_frequency = torch.tensor(table.inverse_frequency, dtype=torch.float32, device=position_BT.device)
+    angle = position_BT.float()[..., None] * inverse_frequency
+    return angle.cos() * table.attention_factor, angle.sin() * table.attention_factor
+
+
+def rotate(x_BTNH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> Tensor:
+    """Turn the pairs (x_i, x_{i+H/2}) by their angles, in float32."""
+    first, second = x_BTNH.float().chunk(2, dim=-1)
+    cos, sin = cos_BTH[:, :, None, :], sin_BTH[:, :, None, :]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BTNH.dtype)
+
+
+def attend(
+    q_BTNH: Tensor,
+    k_BSKH: Tensor,
+    v_BSKH: Tensor,
+    visible_BTS: Tensor,
+    *,
+    implementation: str = "eager",
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor | None]:
+    """softmax(q k / sqrt(H)) v [B, T, N, H], and the weights [B, N, T, S] where the implementation has them."""
+    return ATTENTION[implementation](q_BTNH, k_BSKH, v_BSKH, visible_BTS, dropout)
+
+
+def attend_eager(
+    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, visible_BTS: Tensor, dropout: float
+) -> tuple[Tensor, Tensor | None]:
+    """The formula: scores and softmax in float32, weights in the dtype of v."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    scores = torch.einsum("BTKGH,BSKH->BKGTS", q_BTKGH.float(), k_BSKH.float()) * H**-0.5
+    visible = visible_BTS[:, None, None]
+    # the lowest float, not -inf: a row that sees nothing stays finite, in its gradient too
+    weights = torch.softmax(scores.masked_fill(~visible, torch.finfo(scores.dtype).min), dim=-1)
+    weights = weights.masked_fill(~visible, 0).to(v_BSKH.dtype)
+    dropped = F.dropout(weights, dropout) if dropout else weights
+    o_BTKGH = torch.einsum("BKGTS,BSKH->BTKGH", dropped, v_BSKH)
+    return o_BTKGH.reshape(B, T, N, H), weights.reshape(B, N, T, -1)
+
+
+def attend_sdpa(
+    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, visible_BTS: Tensor, dropout: float
+) -> tuple[Tensor, Tensor | None]:
+    """torch's fused scaled_dot_product_attention; it never builds the weights."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
+    o = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=visible_BTS[:, None], dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return o.transpose(1, 2), None
+
+
+ATTENTION = {"eager": attend_eager, "sdpa": attend_sdpa}
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: project, rotate, remember, attend, project back."""
+
+    def __init__(self, config: MistralConfig, window: int | None, implementation: str) -> None:
+        super().__init__()
+        D, N, K, H = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.q_proj = nn.Linear(D, N * H, bias=False)
+        self.k_proj = nn.Linear(D, K * H, bias=False)
+        self.v_proj = nn.Linear(D, K * H, bias=False)
+        self.o_proj = nn.Linear(N * H, D, bias=False)
+        self.head_dim = H
+        self.window = window
+        self.implementation = implementation
+        self.dropout = config.attention_dropout
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        cos_sin: tuple[Tensor, Tensor],
+        order_BT: Tensor,
+        *,
+        past: tuple[Tensor, Tensor, Tensor] | None = None,
+        capacity: int | None = None,
+        document_ids: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+        B, T, _ = x_BTD.shape
+        q_BTNH = rotate(self.q_proj(x_BTD).view(B, T, -1, self.head_dim), *cos_sin)
+        k_BTKH = rotate(self.k_proj(x_BTD).view(B, T, -1, self.head_dim), *cos_sin)
+        v_BTKH = self.v_proj(x_BTD).view(B, T, -1, self.head_dim)
+        k_BSKH, v_BSKH, key_order_BS, kept = remember(
+            k_BTKH, v_BTKH, order_BT, past=past, window=self.window, capacity=capacity
+        )
+        visible_BTS = attention_mask(order_BT, key_order_BS, self.window, document_ids_BT=document_ids)
+        o_BTNH, weights = attend(
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            visible_BTS,
+            implementation="eager" if output_attentions else self.implementation,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        return self.o_proj(o_BTNH.reshape(B, T, -1)), weights, kept
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: MistralConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: MistralConfig, window: int | None, implementation: str) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, window, implementation)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        cos_sin: tuple[Tensor, Tensor],
+        order_BT: Tensor,
+        *,
+        past: tuple[Tensor, Tensor, Tensor] | None = None,
+        capacity: int | None = None,
+        document_ids: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+        h, weights, kept = self.self_attn(
+            self.input_layernorm(x_BTD),
+            cos_sin,
+            order_BT,
+            past=past,
+            capacity=capacity,
+            document_ids=document_ids,
+            output_attentions=output_attentions,
+        )
+        x_BTD = x_BTD + h
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), weights, kept
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A head's product x W^T + b, accumulated and returned in float32."""
+    return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+
+
+def last_token(attention_mask_BT: Tensor) -> Tensor:
+    """[B]: the column of each row's last real token, 0 where a row has none."""
+    column = torch.arange(attention_mask_BT.shape[1], device=attention_mask_BT.device)
+    return torch.where(attention_mask_BT != 0, column, 0).max(1).values
