@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from mistral_core.config import MistralConfig
-from mistral_torch import MistralForCausalLM
+from mistral_torch import GenerationConfig, MistralConfig, MistralForCausalLM, MistralTokenizer
 
 CONFIG = MistralConfig(
     vocab_size=2048,
@@ -39,6 +38,16 @@ CONFIG = MistralConfig(
 )
 CONTROL = ["<unk>", "<s>", "</s>"]
 BOS, EOS = 1, 2
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "clean_up_tokenization_spaces": False,
+    "model_max_length": CONFIG.max_position_embeddings,
+}
 
 
 def read_chapters(path: Path) -> list[list[str]]:
@@ -106,8 +115,8 @@ class Passages:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over a fiftieth of the steps, then a cosine down to a fiftieth of the peak."""
-    warmup = max(1, steps // 50)
+    """Linear warm-up over a twentieth of the steps, then a cosine down to a fiftieth of the peak."""
+    warmup = max(1, steps // 20)
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))))
@@ -127,10 +136,10 @@ def main() -> None:
     )
     parser.add_argument("text", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -171,9 +180,11 @@ def main() -> None:
                 line += f"; held out {unseen_loss:.3f} ({bits:.3f} bits per character)"
             print(line, flush=True)
 
-    args.out.mkdir(parents=True, exist_ok=True)
+    model.generation_config = GenerationConfig(
+        max_new_tokens=200, eos_token_id=EOS, extra={"bos_token_id": BOS}
+    )
     model.to(torch.bfloat16).save_pretrained(args.out)
-    tokenizer.save(str(args.out / "tokenizer.json"))
+    MistralTokenizer(tokenizer.to_str(pretty=True), TOKENIZER_CONFIG).save_pretrained(args.out)
 
 
 if __name__ == "__main__":

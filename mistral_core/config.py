@@ -55,13 +55,13 @@ class MistralConfig:
     eos_token_id: int | tuple[int, ...] | None = 2
     tie_word_embeddings: bool = False
     rope_theta: float = 10000.0
-    rope_scaling: Mapping[str, Any] | None = None
+    rope_scaling: Mapping[str, Any] | None = field(default=None, hash=False)
     sliding_window: int | None = 4096
     attention_dropout: float = 0.0
     layer_types: tuple[str, ...] | None = None
     num_labels: int = 2
-    id2label: Mapping[int, str] | None = None
-    label2id: Mapping[str, int] | None = None
+    id2label: Mapping[int, str] | None = field(default=None, hash=False)
+    label2id: Mapping[str, int] | None = field(default=None, hash=False)
     problem_type: str | None = None
     classifier_dropout: float = 0.1
     dtype: str | None = None
@@ -69,15 +69,12 @@ class MistralConfig:
     output_hidden_states: bool = False
     return_dict: bool = True
     architectures: tuple[str, ...] | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for name, value in config_checks.normalised(self).items():
             object.__setattr__(self, name, value)
         config_checks.check(self)
-
-    def __hash__(self) -> int:
-        return hash(json.dumps(self.to_dict(), sort_keys=True))
 
     # What the models ask
 

@@ -34,7 +34,7 @@ class GenerationConfig:
     pad_token_id: int | None = None
     cache: str = "auto"
     compile: str = "auto"
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str]) -> GenerationConfig:

@@ -70,7 +70,7 @@ class MistralForCausalLM(PreTrainedModel):
         if labels is not None:
             loss = cross_entropy(logits[:, :-1], labels[:, 1:])
             logits = _kept(logits, logits_to_keep)
-        return self.output(CausalLMOutput(loss, logits, *out[1:]), return_dict)
+        return self.returned(CausalLMOutput(loss, logits, *out[1:]), return_dict)
 
     def generate(self, input_ids: Any, *, attention_mask: Any = None, **options: Any) -> Tensor:
         """Continue token ids [B, T] greedily to [B, T + new]; see `mistral_torch.generate.generate`."""
@@ -119,7 +119,7 @@ class MistralForSequenceClassification(PreTrainedModel):
         if labels is not None:
             labels = labels_array(self.config, labels, logits)
             loss = classification_loss(self.config, logits, labels)
-        return self.output(SequenceClassifierOutput(loss, logits, *out[1:]), return_dict)
+        return self.returned(SequenceClassifierOutput(loss, logits, *out[1:]), return_dict)
 
     def _real_tokens(self, input_ids: Any, attention_mask: Any, x_BTD: Tensor) -> Tensor:
         """[B, T]: what counts as a token when looking for the last one."""
@@ -164,7 +164,7 @@ class MistralForTokenClassification(PreTrainedModel):
             if not is_traced(x_BTD):
                 validate.check_labels("labels", to_numpy(labels), x_BTD.shape[:2], self.config.num_labels)
             loss = cross_entropy(logits, labels)
-        return self.output(TokenClassifierOutput(loss, logits, *out[2:]), return_dict)
+        return self.returned(TokenClassifierOutput(loss, logits, *out[2:]), return_dict)
 
 
 class MistralForQuestionAnswering(PreTrainedModel):
@@ -200,4 +200,4 @@ class MistralForQuestionAnswering(PreTrainedModel):
             start = integers("start_positions", start_positions, self.device, rank=1)
             end = integers("end_positions", end_positions, self.device, rank=1)
             loss = span_loss(start_logits, end_logits, start, end)
-        return self.output(QuestionAnsweringOutput(loss, start_logits, end_logits, *out[2:]), return_dict)
+        return self.returned(QuestionAnsweringOutput(loss, start_logits, end_logits, *out[2:]), return_dict)

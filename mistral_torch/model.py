@@ -97,4 +97,4 @@ class MistralModel(PreTrainedModel):
             tuple(hidden_states) if with_states else None,
             tuple(attentions) if with_attentions else None,
         )
-        return self.output(output, return_dict)
+        return self.returned(output, return_dict)

@@ -103,7 +103,7 @@ class PreTrainedModel(nn.Module):
             else:
                 nn.init.normal_(parameter, std=self.config.initializer_range)
 
-    def output(self, output: Any, return_dict: bool | None) -> Any:
+    def returned(self, output: Any, return_dict: bool | None) -> Any:
         """The output as asked for: by name, or as a plain tuple without the Nones."""
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 

@@ -17,7 +17,14 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from ..errors import ConversionError, MistralError, NoSpaceError, OutputBusyError, OutputExistsError
+from ..errors import (
+    ConversionError,
+    MistralError,
+    NoSpaceError,
+    OutputBusyError,
+    OutputExistsError,
+    UnsafeFileError,
+)
 
 PathLike = str | bytes | os.PathLike[str]
 
@@ -30,12 +37,17 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _UNREADABLE_LOCK_SECONDS = 10.0
 
 
+def as_path(path: PathLike) -> Path:
+    """A Path of a str, bytes or path-like, `~` expanded."""
+    return Path(os.path.expanduser(os.fsdecode(path)))
+
+
 def write_file(path: PathLike, data: bytes) -> None:
     """Write a file atomically and durably; missing parents are made.
 
     Raises NoSpaceError or ConversionError; an older file is then untouched.
     """
-    path = Path(os.fsdecode(path))
+    path = as_path(path)
     temporary = _sibling(path, "tmp")
     with os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +85,15 @@ def os_errors(path: PathLike) -> Iterator[None]:
         if cause.errno in _FULL:
             message = f"{where}: {cause.strerror}; free some space, what was there before is untouched."
             raise NoSpaceError(cause.errno, message) from cause
-        raise ConversionError(f"{where}: cannot be written ({cause}); check the path and its rights.") from cause
+        raise ConversionError(
+            f"{where}: cannot be written ({cause}); check the path and its rights."
+        ) from cause
+
+
+def check_bare_name(name: str, where: str) -> None:
+    """Raise UnsafeFileError unless a name out of a file is a plain file name on every system."""
+    if name in ("", ".", "..") or len(name) > 255 or any(c in "/\\:" or not c.isprintable() for c in name):
+        raise UnsafeFileError(f"{where}: {ascii(name[:200])} is not a bare file name; refused.")
 
 
 def require_space(directory: PathLike, size: int) -> None:
@@ -115,7 +135,7 @@ def atomic_directory(target: PathLike, *, overwrite: bool = True) -> Iterator[Pa
 
 def _checked(target: PathLike, overwrite: bool) -> Path:
     """The real path of a directory that may be replaced as a whole."""
-    path = Path(os.path.realpath(os.path.expanduser(os.fsdecode(target))))
+    path = Path(os.path.realpath(as_path(target)))
     if not overwrite and os.path.lexists(path):
         raise OutputExistsError(f"{path}: is there already; choose another path or pass overwrite=True.")
     if path.exists() and not path.is_dir():
@@ -249,9 +269,7 @@ def _remove_stale(lock: Path) -> bool:
     try:
         # of two that find the same stale lock one removes it; the other must not remove the first one's new lock
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if not lock.exists() or not os.path.sameopenfile(descriptor, descriptor):
-            return True
-        if os.fstat(descriptor).st_ino != lock.stat().st_ino:
+        if not lock.exists() or os.fstat(descriptor).st_ino != lock.stat().st_ino:
             return True
         if _alive(os.read(descriptor, 4096), os.fstat(descriptor).st_mtime):
             return False

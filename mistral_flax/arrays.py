@@ -1,0 +1,126 @@
+"""Between NumPy and JAX, and what a user may pass as a model's input."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from mistral_core import MistralConfig, validate
+from mistral_core.errors import ConfigError, InputError
+
+from .cache import KVCache
+
+DTYPES = {
+    "float64": jnp.float64,
+    "float32": jnp.float32,
+    "float16": jnp.float16,
+    "bfloat16": jnp.bfloat16,
+}
+
+
+def as_dtype(dtype: Any) -> Any:
+    """A JAX dtype from itself or its name; raises ConfigError for a dtype no model can have."""
+    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    if name not in DTYPES:
+        raise ConfigError(f"dtype: {dtype!r}, one of {', '.join(DTYPES)} was expected.")
+    return DTYPES[name]
+
+
+def to_numpy(array: Array) -> np.ndarray:
+    """An array as NumPy, bits kept; bfloat16 is ml_dtypes' in both."""
+    return np.asarray(array)
+
+
+def from_numpy(array: np.ndarray) -> Array:
+    """A NumPy array as JAX's, bits kept."""
+    return jnp.asarray(array)
+
+
+def is_traced(*arrays: Any) -> bool:
+    """Whether there are no values to look at: under jit, grad, vmap, eval_shape."""
+    leaves = jax.tree.leaves(arrays)
+    return any(isinstance(a, jax.core.Tracer | jax.ShapeDtypeStruct) for a in leaves)
+
+
+class Inputs(NamedTuple):
+    """What `MistralModel` computes with."""
+
+    input_ids: Array | None
+    inputs_embeds: Array | None
+    attention_mask: Array
+    """[B, T] of the new tokens."""
+    position_ids: Array | None
+    document_ids: Array | None
+
+
+def model_inputs(
+    config: MistralConfig,
+    input_ids: Any = None,
+    attention_mask: Any = None,
+    position_ids: Any = None,
+    past_key_values: KVCache | None = None,
+    inputs_embeds: Any = None,
+    document_ids: Any = None,
+) -> Inputs:
+    """Lists, NumPy or JAX arrays as JAX arrays, checked where there are values to look at."""
+    given = input_ids, attention_mask, position_ids, inputs_embeds, document_ids
+    traced = is_traced(given, past_key_values)
+    ids = integers("input_ids", input_ids)
+    positions = integers("position_ids", position_ids)
+    documents = integers("document_ids", document_ids)
+    mask = attention_mask
+    if mask is not None and not traced:
+        mask = validate.mask(mask)
+    if not traced:
+        past = past_key_values
+        validate.check_call(
+            config,
+            input_ids=_values(ids),
+            inputs_embeds=_values(inputs_embeds),
+            attention_mask=mask,
+            position_ids=_values(positions),
+            document_ids=_values(documents),
+            past_length=None if past is None else to_numpy(past.length),
+            past_shape=None if past is None else (len(past.keys), *past.keys[0].shape),
+            capacity=None if past is None else past.capacity,
+        )
+    embeds = None if inputs_embeds is None else jnp.asarray(inputs_embeds)
+    shape = ids.shape if ids is not None else embeds.shape[:2]
+    if mask is None:
+        mask = jnp.ones(shape, jnp.int32)
+    mask = jnp.asarray(mask).astype(jnp.int32)
+    return Inputs(ids, embeds, mask[:, mask.shape[1] - shape[1] :], positions, documents)
+
+
+def integers(name: str, value: Any, *, rank: int = 2) -> Array | None:
+    """Token ids, positions or labels as int32; with rank 2, one dimension is a batch of one."""
+    if value is None:
+        return None
+    if not isinstance(value, Array):
+        value = np.asarray(value) if rank != 2 else validate.integers(name, value)
+        # clipped so that an id beyond int32 is still out of range, not wrapped into it
+        return jnp.asarray(np.clip(value, -(2**31), 2**31 - 1).astype(np.int32))
+    if not jnp.issubdtype(value.dtype, jnp.integer):
+        validate.integers(name, np.zeros(value.shape, value.dtype))
+    if value.ndim == 1 and rank == 2:
+        value = value[None]
+    if value.ndim != rank:
+        raise InputError(f"{name}: shape {tuple(value.shape)}, {rank} dimensions were expected.")
+    return value.astype(jnp.int32)
+
+
+def labels_array(config: MistralConfig, labels: Any, logits: Array) -> Array:
+    """Labels of a row classifier as an array beside its logits [B, C]; raises InputError or TokenIdError."""
+    if not isinstance(labels, Array):
+        labels = np.asarray(labels)
+    if not is_traced(labels, logits):
+        validate.check_row_labels(config, np.asarray(labels), tuple(logits.shape))
+    return jnp.asarray(labels)
+
+
+def _values(array: Any) -> np.ndarray | None:
+    return None if array is None else np.asarray(array)

@@ -1,0 +1,120 @@
+"""The KV cache as a value: it goes into a call and the next one comes out; full or rolling.
+
+The layout is specified and drawn in `mistral_core.reference.cache`: the token of order o lives in slot o mod R.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from mistral_core import MistralConfig
+from mistral_core.cache_layout import check_rollback, grown_slots, layer_slots, overwrites_visible
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the past; a pytree whose capacity is static."""
+
+    keys: tuple[Array, ...]
+    """L arrays [B, R, K, H], rotated."""
+    values: tuple[Array, ...]
+    """L arrays [B, R, K, H]."""
+    length: Array
+    """[B] int32: real tokens so far."""
+    capacity: int | None = dataclasses.field(default=None, metadata={"static": True})
+    """The most real tokens a row may have; None: layers grow as far as their window."""
+
+    @classmethod
+    def allocate(
+        cls,
+        config: MistralConfig,
+        batch_size: int,
+        capacity: int | None = None,
+        *,
+        rolling: bool = True,
+        lookback: int = 0,
+        dtype: Any = jnp.float32,
+    ) -> KVCache:
+        """An empty cache for `capacity` tokens a row; without one it grows with the text, as far as each window.
+
+        `rolling=False` keeps every token of windowed layers too; the last `lookback` tokens can always be rolled back.
+        """
+        shapes = [
+            (batch_size, slots, config.num_key_value_heads, config.head_dim)
+            for slots in layer_slots(config, capacity, rolling=rolling, lookback=lookback)
+        ]
+        return cls(
+            tuple(jnp.zeros(shape, dtype) for shape in shapes),
+            tuple(jnp.zeros(shape, dtype) for shape in shapes),
+            jnp.zeros(batch_size, jnp.int32),
+            capacity,
+        )
+
+    def layer(self, index: int) -> tuple[Array, Array, Array]:
+        """Keys, values and length, as one layer reads them."""
+        return self.keys[index], self.values[index], self.length
+
+    def rollback(self, count_B: Array, config: MistralConfig) -> KVCache:
+        """Forget the last `count_B` [B] tokens of each row.
+
+        Raises InputError where a rolling layer no longer has what the window would show.
+        """
+        count_B = jnp.asarray(count_B, jnp.int32)
+        if not isinstance(self.length, jax.core.Tracer) and not isinstance(count_B, jax.core.Tracer):
+            check_rollback(config, [k.shape[1] for k in self.keys], self.length.tolist(), count_B.tolist())
+        return dataclasses.replace(self, length=self.length - count_B)
+
+
+def slot_order(length_B: Array, slots: int) -> Array:
+    """[B, R]: the order of the token in each slot, -1 where there is none."""
+    newest = length_B[:, None] - 1
+    order = newest - (newest - jnp.arange(slots)) % slots
+    return jnp.maximum(order, -1)
+
+
+def remember(
+    k_BTKH: Array,
+    v_BTKH: Array,
+    order_BT: Array,
+    *,
+    past: tuple[Array, Array, Array] | None,
+    window: int | None,
+    capacity: int | None,
+) -> tuple[Array, Array, Array, tuple[Array, Array] | None]:
+    """What the new tokens attend to, and what is kept of it.
+
+    `past` is (keys [B, R, K, H], values [B, R, K, H], length [B]) or None. Returns keys, values [B, S, K, H] and order [B, S] of what
+    is seen, and the layer's next keys and values, None without a past.
+    """
+    if past is None:
+        return k_BTKH, v_BTKH, order_BT, None
+    keys, values, length_B = past
+    T, past_slots = order_BT.shape[1], keys.shape[1]
+    slots = grown_slots(past_slots, T, window, capacity)
+    next_length_B = length_B + (order_BT >= 0).sum(1)
+    beside = overwrites_visible(slots, past_slots, T, window, capacity)
+    if beside:
+        seen = jnp.concatenate([keys, k_BTKH], axis=1), jnp.concatenate([values, v_BTKH], axis=1)
+        seen_order_BS = jnp.concatenate([slot_order(length_B, past_slots), order_BT], axis=1)
+    # padding, and what a long chunk would overwrite at once, goes to the spare slot
+    fits_BT = (order_BT >= 0) & (order_BT > next_length_B[:, None] - slots)
+    slot_BT = jnp.where(fits_BT, order_BT % slots, next_length_B[:, None] % slots)
+    kept = write(keys, k_BTKH, slot_BT, slots), write(values, v_BTKH, slot_BT, slots)
+    if not beside:
+        seen, seen_order_BS = kept, slot_order(next_length_B, slots)
+    return *seen, seen_order_BS, kept
+
+
+def write(x_BRKH: Array, new_BTKH: Array, slot_BT: Array, slots: int) -> Array:
+    """The new tokens put into their slots of a ring grown to `slots`."""
+    if slots > x_BRKH.shape[1]:
+        x_BRKH = jnp.pad(x_BRKH, ((0, 0), (0, slots - x_BRKH.shape[1]), (0, 0), (0, 0)))
+    row_B1 = jnp.arange(slot_BT.shape[0])[:, None]
+    return x_BRKH.at[row_B1, slot_BT].set(new_BTKH.astype(x_BRKH.dtype))

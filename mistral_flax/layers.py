@@ -1,0 +1,284 @@
+"""The pieces of a Mistral in the order of use; letters are those of `mistral_core.config`.
+
+A function does mathematics, a module holds parameters. Numbers: the contract of `mistral_core.reference.ops`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from mistral_core import MistralConfig
+from mistral_core.rope import rotary_table
+
+from .cache import remember
+
+
+class Linear(nnx.Module):
+    """x W^T + b, with W [out, in] as in every checkpoint."""
+
+    def __init__(self, size_in: int, size_out: int, *, bias: bool = False, dtype: Any, rngs: nnx.Rngs, std: float) -> None:
+        self.weight = nnx.Param(jax.random.normal(rngs.params(), (size_out, size_in), dtype) * std)
+        self.bias = nnx.Param(jnp.zeros(size_out, dtype)) if bias else None
+
+    def __call__(self, x: Array) -> Array:
+        bias = None if self.bias is None else self.bias[...]
+        return project(x, self.weight[...], bias).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """The rows [V, D] that token ids pick."""
+
+    def __init__(self, size: int, width: int, *, dtype: Any, rngs: nnx.Rngs, std: float) -> None:
+        self.weight = nnx.Param(jax.random.normal(rngs.params(), (size, width), dtype) * std)
+
+    def __call__(self, ids_BT: Array) -> Array:
+        # "fill": an id out of range under jit makes NaN, not the nearest row
+        return jnp.take(self.weight[...], ids_BT, axis=0, mode="fill")
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) in float32, cast to the dtype of x, then times the weight [D]."""
+
+    def __init__(self, size: int, eps: float, *, dtype: Any) -> None:
+        self.weight = nnx.Param(jnp.ones(size, dtype))
+        self.eps = eps
+
+    def __call__(self, x_BTD: Array) -> Array:
+        h = x_BTD.astype(jnp.float32)
+        h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.eps)
+        return h.astype(x_BTD.dtype) * self.weight[...]
+
+
+def matmul(x: Array, weight: Array) -> Array:
+    """x W^T, accumulated and returned in float32 at full precision on every device."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum("...i,oi->...o", x, weight, precision=precision, preferred_element_type=jnp.float32)
+
+
+def token_order(attention_mask_BT: Array, past_length_B: Array) -> Array:
+    """[B, T]: the number of real tokens before each token of its row, -1 for padding."""
+    order = past_length_B[:, None] + attention_mask_BT.cumsum(1) - 1
+    return jnp.where(attention_mask_BT != 0, order, -1)
+
+
+def token_positions(
+    attention_mask_BT: Array, past_length_B: Array, document_ids_BT: Array | None = None
+) -> Array:
+    """[B, T]: the position each token is rotated by; each packed document counts anew."""
+    position = jnp.maximum(past_length_B[:, None] + attention_mask_BT.cumsum(1) - 1, 0)
+    if document_ids_BT is None:
+        return position
+    same = document_ids_BT[:, 1:] == document_ids_BT[:, :-1]
+    starts = jnp.concatenate([jnp.ones_like(same[:, :1]), ~same], axis=1)
+    return position - jax.lax.cummax(jnp.where(starts, position, 0), axis=1)
+
+
+def attention_mask(
+    query_order_BT: Array,
+    key_order_BS: Array,
+    window: int | None,
+    *,
+    document_ids_BT: Array | None = None,
+) -> Array:
+    """[B, T, S] bool: a query sees the W keys up to itself, counted in real tokens, of its own document."""
+    query, key = query_order_BT[:, :, None], key_order_BS[:, None, :]
+    visible = (key >= 0) & (key <= query)
+    if window is not None:
+        visible = visible & (query - key < window)
+    if document_ids_BT is not None:
+        visible = visible & (document_ids_BT[:, :, None] == document_ids_BT[:, None, :])
+    return visible
+
+
+def rotary(position_BT: Array, config: MistralConfig) -> tuple[Array, Array]:
+    """cos and sin [B, T, H/2] in float32, whatever the dtype of the model."""
+    table = rotary_table(config)
+    inverse_frequency = jnp.array(table.inverse_frequency, jnp.float32)
+    angle = position_BT.astype(jnp.float32)[..., None] * inverse_frequency
+    return jnp.cos(angle) * table.attention_factor, jnp.sin(angle) * table.attention_factor
+
+
+def rotate(x_BTNH: Array, cos_BTH: Array, sin_BTH: Array) -> Array:
+    """Turn the pairs (x_i, x_{i+H/2}) by their angles, in float32."""
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos_BTH[:, :, None, :], sin_BTH[:, :, None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def attend(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    visible_BTS: Array,
+    *,
+    implementation: str = "eager",
+    dropout: float = 0.0,
+    rngs: Array | None = None,
+) -> tuple[Array, Array | None]:
+    """softmax(q k / sqrt(H)) v [B, T, N, H], and the weights [B, N, T, S] where the implementation has them."""
+    if dropout and rngs is not None:
+        implementation = "eager"  # the fused kernel has no dropout
+    return ATTENTION[implementation](q_BTNH, k_BSKH, v_BSKH, visible_BTS, dropout, rngs)
+
+
+def attend_eager(
+    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visible_BTS: Array, dropout: float, rngs: Array | None
+) -> tuple[Array, Array | None]:
+    """The formula: scores and softmax in float32, weights in the dtype of v."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    highest = jax.lax.Precision.HIGHEST if q_BTNH.dtype == jnp.float32 else None
+    scores = jnp.einsum(
+        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, precision=highest, preferred_element_type=jnp.float32
+    )
+    scores = scores * H**-0.5
+    visible = visible_BTS[:, None, None]
+    # the lowest float, not -inf: a row that sees nothing stays finite, in its gradient too
+    weights = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(scores.dtype).min), axis=-1)
+    weights = jnp.where(visible, weights, 0).astype(v_BSKH.dtype)
+    dropped = weights
+    if dropout and rngs is not None:
+        dropped = jnp.where(jax.random.bernoulli(rngs, 1 - dropout, weights.shape), weights / (1 - dropout), 0)
+    o_BTKGH = jnp.einsum(
+        "BKGTS,BSKH->BTKGH", dropped, v_BSKH, precision=highest, preferred_element_type=jnp.float32
+    )
+    return o_BTKGH.astype(v_BSKH.dtype).reshape(B, T, N, H), weights.reshape(B, N, T, -1)
+
+
+def attend_dot_product(
+    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visible_BTS: Array, dropout: float, rngs: Array | None
+) -> tuple[Array, Array | None]:
+    """jax.nn.dot_product_attention; it never returns the weights."""
+    o = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=visible_BTS[:, None])
+    # for a row that sees nothing it returns the mean of v
+    return jnp.where(visible_BTS.any(-1)[:, :, None, None], o, 0), None
+
+
+ATTENTION = {"eager": attend_eager, "dot_product": attend_dot_product}
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention: project, rotate, remember, attend, project back."""
+
+    def __init__(
+        self, config: MistralConfig, window: int | None, implementation: str, *, dtype: Any, rngs: nnx.Rngs
+    ) -> None:
+        D, N, K, H = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        options = {"dtype": dtype, "rngs": rngs, "std": config.initializer_range}
+        self.q_proj = Linear(D, N * H, **options)
+        self.k_proj = Linear(D, K * H, **options)
+        self.v_proj = Linear(D, K * H, **options)
+        self.o_proj = Linear(N * H, D, **options)
+        self.head_dim = H
+        self.window = window
+        self.implementation = implementation
+        self.dropout = config.attention_dropout
+
+    def __call__(
+        self,
+        x_BTD: Array,
+        cos_sin: tuple[Array, Array],
+        order_BT: Array,
+        *,
+        past: tuple[Array, Array, Array] | None = None,
+        capacity: int | None = None,
+        document_ids: Array | None = None,
+        output_attentions: bool = False,
+        rngs: Array | None = None,
+    ) -> tuple[Array, Array | None, tuple[Array, Array] | None]:
+        B, T, _ = x_BTD.shape
+        q_BTNH = rotate(self.q_proj(x_BTD).reshape(B, T, -1, self.head_dim), *cos_sin)
+        k_BTKH = rotate(self.k_proj(x_BTD).reshape(B, T, -1, self.head_dim), *cos_sin)
+        v_BTKH = self.v_proj(x_BTD).reshape(B, T, -1, self.head_dim)
+        k_BSKH, v_BSKH, key_order_BS, kept = remember(
+            k_BTKH, v_BTKH, order_BT, past=past, window=self.window, capacity=capacity
+        )
+        visible_BTS = attention_mask(order_BT, key_order_BS, self.window, document_ids_BT=document_ids)
+        o_BTNH, weights = attend(
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            visible_BTS,
+            implementation="eager" if output_attentions else self.implementation,
+            dropout=self.dropout,
+            rngs=rngs,
+        )
+        return self.o_proj(o_BTNH.reshape(B, T, -1)), weights, kept
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: MistralConfig, *, dtype: Any, rngs: nnx.Rngs) -> None:
+        options = {"dtype": dtype, "rngs": rngs, "std": config.initializer_range}
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, **options)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, **options)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, **options)
+
+    def __call__(self, x_BTD: Array) -> Array:
+        return self.down_proj(silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+def silu(x: Array) -> Array:
+    """x / (1 + exp(-x)) in float32, rounded once."""
+    return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)
+
+
+class DecoderLayer(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(
+        self, config: MistralConfig, window: int | None, implementation: str, *, dtype: Any, rngs: nnx.Rngs
+    ) -> None:
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.self_attn = Attention(config, window, implementation, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x_BTD: Array,
+        cos_sin: tuple[Array, Array],
+        order_BT: Array,
+        *,
+        past: tuple[Array, Array, Array] | None = None,
+        capacity: int | None = None,
+        document_ids: Array | None = None,
+        output_attentions: bool = False,
+        rngs: Array | None = None,
+    ) -> tuple[Array, Array | None, tuple[Array, Array] | None]:
+        h, weights, kept = self.self_attn(
+            self.input_layernorm(x_BTD),
+            cos_sin,
+            order_BT,
+            past=past,
+            capacity=capacity,
+            document_ids=document_ids,
+            output_attentions=output_attentions,
+            rngs=rngs,
+        )
+        x_BTD = x_BTD + h
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), weights, kept
+
+
+def project(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """A head's product x W^T + b, accumulated and returned in float32."""
+    y = matmul(x, weight)
+    return y if bias is None else y + bias.astype(jnp.float32)
+
+
+def last_token(attention_mask_BT: Array) -> Array:
+    """[B]: the column of each row's last real token, 0 where a row has none."""
+    column = jnp.arange(attention_mask_BT.shape[1])
+    return jnp.where(attention_mask_BT != 0, column, 0).max(1)
