@@ -1,1 +1,1 @@
-"""Weights on disk: safe writes, safetensors checkpoints, their manifest, and the hub; no framework is imported."""
+"""Weights on disk: safe writes, safetensors checkpoints, their manifest, and the hub, with no framework."""

@@ -1,12 +1,8 @@
-"""Checkpoints of Hugging Face safetensors <-> a stream of (canonical name, array), one tensor in memory at a time."""
+"""Hugging Face safetensors checkpoints <-> a stream of (canonical name, array), one tensor at a time."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import math
-import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,77 +10,42 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from .. import strict_json
 from ..config import MistralConfig
 from ..errors import (
-    CheckpointIndexError,
-    CheckpointNotFoundError,
-    ConversionError,
     CorruptCheckpointError,
     DtypeMismatchError,
-    LimitExceededError,
     LossyConversionError,
     MissingTensorsError,
     NonFiniteWeightsError,
-    ShardMissingError,
     TensorMismatchError,
     UnexpectedTensorsError,
-    UnsafeFileError,
     UnsupportedFeatureError,
 )
-from ..parameters import BASE_PREFIX, HEADS, initial_value, parameters, shapes
+from ..parameters import HEADS, initial_value, parameters, shapes
 from . import files, hub, manifest, safetensors_file
 from .matching import EMBEDDING, LM_HEAD, match
 from .safetensors_file import CODES, DTYPES, SafetensorsFile, TensorInfo, quoted
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-MAX_INDEX_BYTES = 10 << 20
-MAX_SHARDS = 1000
-
-_FOREIGN = {
-    "consolidated": "a raw Mistral checkpoint",
-    "pytorch_model": "a PyTorch pickle, which is never unpickled",
-    ".pth": "a PyTorch pickle, which is never unpickled",
-    ".bin": "a PyTorch pickle, which is never unpickled",
-    ".h5": "a TensorFlow or Keras checkpoint",
-    ".keras": "a Keras model",
-    ".msgpack": "a Flax checkpoint",
-    ".gguf": "a GGUF file",
-}
-_UNITS = {
-    "": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-}
+from .shards import create_shards, open_files, shard_bytes
 
 
 class Checkpoint(NamedTuple):
     """The checked headers of a checkpoint's files."""
 
     path: Path
-    files: Mapping[Path, SafetensorsFile]
+    shards: Mapping[Path, SafetensorsFile]
     tensors: Mapping[str, TensorInfo]
 
     @classmethod
     def open(cls, path: files.PathLike) -> Checkpoint:
-        """Open a directory, a `*.safetensors.index.json` or one safetensors file; only headers are read.
+        """Open a directory, a `model.safetensors.index.json` or one safetensors file; only headers are read.
 
         Raises CheckpointNotFoundError, UnsupportedFeatureError (another format), CheckpointIndexError,
         ShardMissingError, UnsafeFileError, LimitExceededError, and what SafetensorsFile raises.
         """
         path = files.as_path(path)
-        shards = _open_index(path) if path.name.endswith(".index.json") else None
-        if path.is_dir():
-            shards = _open_directory(path)
-        opened = shards if shards is not None else [SafetensorsFile(path)]
-        tensors = {name: info for file in opened for name, info in file.tensors.items()}
-        return cls(path, {file.path: file for file in opened}, tensors)
+        shards = open_files(path)
+        tensors = {name: info for shard in shards for name, info in shard.tensors.items()}
+        return cls(path, {shard.path: shard for shard in shards}, tensors)
 
     @property
     def directory(self) -> Path:
@@ -94,87 +55,18 @@ class Checkpoint(NamedTuple):
     @property
     def metadata(self) -> dict[str, str]:
         """The metadata of all files in one mapping."""
-        return {key: value for file in self.files.values() for key, value in file.metadata.items()}
+        return {key: value for shard in self.shards.values() for key, value in shard.metadata.items()}
+
+    def dtype(self, name: str) -> np.dtype:
+        """The NumPy dtype of a tensor stored as a kind of float."""
+        return DTYPES[self.tensors[name].dtype]
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, as stored.
 
         Raises CorruptCheckpointError if its file changed, DtypeMismatchError if it is no kind of float.
         """
-        return self.files[self.tensors[name].file].read(name)
-
-
-def _open_directory(directory: Path) -> list[SafetensorsFile]:
-    single, index = directory / SINGLE, directory / INDEX
-    if not single.exists() and not index.exists():
-        raise _nothing_to_read(directory)
-    if not index.exists():
-        return [SafetensorsFile(single)]
-    if not single.exists():
-        return _open_index(index)
-    file = SafetensorsFile(single)
-    if set(file.tensors) != set(_weight_map(index)[0]):
-        raise CheckpointIndexError(
-            f"{directory}: {SINGLE} and {INDEX} name different tensors; remove the stale one."
-        )
-    return [file]
-
-
-def _nothing_to_read(directory: Path) -> Exception:
-    """The error for a directory without safetensors, naming the foreign format if there is one."""
-    for name in sorted(entry.name for entry in directory.iterdir()):
-        for mark, what in _FOREIGN.items():
-            if name.endswith(mark) if mark.startswith(".") else name.startswith(mark):
-                return UnsupportedFeatureError(
-                    f"{directory}: {quoted(name)} is {what}; only Hugging Face safetensors is read so far."
-                )
-    return CheckpointNotFoundError(f"{directory}: neither {SINGLE} nor {INDEX} is there; check the path.")
-
-
-def _weight_map(index: Path) -> tuple[dict[str, str], Any]:
-    """The checked weight map of an index and its total_size, if it has one."""
-    data = strict_json.read_object(index, error=CheckpointIndexError, max_bytes=MAX_INDEX_BYTES)
-    weight_map = data.get("weight_map")
-    if not (isinstance(weight_map, dict) and weight_map):
-        raise CheckpointIndexError(f"{index}: weight_map, a mapping of tensors to files, was expected.")
-    for name, file in weight_map.items():
-        if not isinstance(file, str):
-            raise CheckpointIndexError(
-                f"{index}: the file of {quoted(name)} is {type(file).__name__}, not a name."
-            )
-        files.check_bare_name(file, str(index))
-        if not file.endswith(".safetensors"):
-            raise UnsafeFileError(
-                f"{index}: {quoted(file)} is not safetensors; only safetensors shards are read."
-            )
-    if len(set(weight_map.values())) > MAX_SHARDS:
-        raise LimitExceededError(
-            f"{index}: {len(set(weight_map.values()))} shards; at most {MAX_SHARDS} are read."
-        )
-    metadata = data.get("metadata")
-    return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
-
-
-def _open_index(index: Path) -> list[SafetensorsFile]:
-    """Every shard of an index, each holding exactly the tensors mapped to it."""
-    weight_map, total_size = _weight_map(index)
-    names = sorted(set(weight_map.values()))
-    absent = [quoted(name) for name in names if not (index.parent / name).exists()]
-    if absent:
-        raise ShardMissingError(f"{index}: the shards {', '.join(absent)} are not there; download them.")
-    shards = [SafetensorsFile(index.parent / name) for name in names]
-    for shard in shards:
-        mapped = {name for name, file in weight_map.items() if file == shard.path.name}
-        wrong = sorted(quoted(name) for name in mapped ^ set(shard.tensors))
-        if wrong:
-            raise CheckpointIndexError(
-                f"{index}: {shard.path.name} and the index disagree on {', '.join(wrong)}."
-            )
-    size = sum(info.nbytes for shard in shards for info in shard.tensors.values())
-    if total_size is not None and total_size != size:
-        # transformers itself wrote this number wrong at times
-        warnings.warn(f"{index}: total_size is {total_size}, the shards hold {size} bytes.", stacklevel=4)
-    return shards
+        return self.shards[self.tensors[name].file].read(name)
 
 
 # Loading
@@ -191,20 +83,16 @@ def load(
     check_finite: bool = False,
     **hub_arguments: Any,
 ) -> tuple[MistralConfig, Iterator[tuple[str, np.ndarray]]]:
-    """Match a checkpoint to a class; returns the config and a stream of (canonical name, array) in table order.
+    """Match a checkpoint to a class; gives the config and a stream of (canonical name, array) in table order.
 
-    All checks are made here, before the stream gives its first tensor. `dtype` casts, None gives what is stored;
-    `verify` is a mode of `manifest.verify`; `hub_arguments` are those of `hub.resolve`; `seed` is for a new head.
-    Raises CheckpointError and its kinds, ConfigError, HubError.
+    All is checked here, before the stream gives its first tensor, except what only values can tell: overflow
+    in a cast to `dtype` (None: as stored), and NaN unless `check_finite`, which reads everything once more.
+    `verify` is a mode of `manifest.verify`, `seed` is for a new head, `hub_arguments` are `hub.ARGUMENTS`.
+    Raises CheckpointError and its kinds, ConfigError, HubError; the stream LossyConversionError.
     """
-    if architecture not in HEADS:
-        raise UnsupportedFeatureError(
-            f"architecture: {architecture!r}, one of {', '.join(HEADS)} was expected."
-        )
+    _check_architecture(architecture)
     target = dtype_of(dtype) if dtype is not None else None
-    checkpoint = Checkpoint.open(
-        hub.resolve(files.as_path(path) if isinstance(path, bytes) else path, **hub_arguments)
-    )
+    checkpoint = Checkpoint.open(hub.resolve(path, **hub_arguments))
     if config is None:
         config = MistralConfig.from_pretrained(checkpoint.directory)
     manifest.verify(checkpoint.directory, verify)
@@ -225,18 +113,23 @@ def _stream(
 ) -> Iterator[tuple[str, np.ndarray]]:
     embedding = sources[EMBEDDING]
     assert embedding is not None  # only heads are initialised
-    like = target or DTYPES[checkpoint.tensors[embedding].dtype]
+    like = target or checkpoint.dtype(embedding)
     for name, row in parameters(config, architecture):
         source = sources[name]
         if source is None:
             yield name, cast(initial_value(name, row, config, seed=seed), like, name)
         else:
-            array = checkpoint.read(source)
-            yield name, array if target is None else cast(array, target, name)
+            # no name for the array: it would keep one tensor too many alive
+            yield name, cast(checkpoint.read(source), target or checkpoint.dtype(source), name)
+
+
+def _check_architecture(name: str) -> None:
+    if name not in HEADS:
+        raise UnsupportedFeatureError(f"architecture: {name!r}, one of {', '.join(HEADS)} was expected.")
 
 
 def dtype_of(name: str) -> np.dtype:
-    """The NumPy dtype of weights called `bfloat16`, `float16`, `float32` or `float64`; else DtypeMismatchError."""
+    """The NumPy dtype of `bfloat16`, `float16`, `float32` or `float64`; DtypeMismatchError for others."""
     for dtype in DTYPES.values():
         if dtype.name == name:
             return dtype
@@ -246,7 +139,7 @@ def dtype_of(name: str) -> np.dtype:
 
 
 def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """Round an array to the nearest value of a dtype; LossyConversionError where a finite value becomes infinite."""
+    """Round an array to the nearest values of a dtype; LossyConversionError where one becomes infinite."""
     if array.dtype == dtype:
         return array
     if array.dtype == ml_dtypes.bfloat16 and dtype == np.float32:
@@ -291,30 +184,28 @@ def save(
     overwrite: bool = True,
     other_files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write a stream of (canonical name, array), in any order, as a checkpoint that replaces `directory` as a whole.
+    """Write a stream of (canonical name, array), in any order, as a checkpoint that replaces `directory`.
 
-    Headers are written before the data, so all tensors have the dtype of the first unless `dtypes` names each one's.
-    `other_files` (name -> content) go in too, as do the old directory's files that are not weights. Everything is
-    read back, compared and listed in a manifest before the swap.
-    Raises TensorMismatchError and its kinds, OutputExistsError, OutputBusyError, NoSpaceError, ConversionError.
+    Headers come before the data, so every tensor has the dtype of the first unless `dtypes` (name -> dtype)
+    says otherwise. `other_files` (name -> content) go in too, as do the old directory's files that are not
+    weights. All is read back, compared and listed in a manifest before the directories are swapped.
+    Raises TensorMismatchError and its kinds, OutputExistsError, OutputBusyError, NoSpaceError,
+    ConversionError; the old directory is then untouched.
     """
-    if architecture not in HEADS:
-        raise UnsupportedFeatureError(
-            f"architecture: {architecture!r}, one of {', '.join(HEADS)} was expected."
-        )
+    _check_architecture(architecture)
     limit = shard_bytes(max_shard_size)
     with files.atomic_directory(directory, overwrite=overwrite) as temporary:
-        first, stream = _peek(tensors)
+        dtype, stream = _peek(tensors)
         specs = {
-            name: (CODES[dtype_of(dtypes[name]) if dtypes else first.dtype], shape)
+            name: (CODES[dtype_of((dtypes or {}).get(name, dtype))], shape)
             for name, shape in shapes(config, architecture).items()
         }
         config = config.replace(architectures=(architecture,), dtype=DTYPES[specs[EMBEDDING][0]].name)
-        files.write_file(temporary / "config.json", config.to_json_string().encode())
         for name, content in (other_files or {}).items():
             files.check_bare_name(name, "other_files")
             files.write_file(temporary / name, content)
-        infos = _create_shards(temporary, specs, limit, bare=architecture == "MistralModel")
+        config.save_pretrained(temporary)
+        infos = create_shards(temporary, specs, limit, bare=architecture == "MistralModel")
         digests = _write_all(stream, infos, tied=config.tie_word_embeddings)
         description = manifest.describe(temporary)
         for name, info in infos.items():
@@ -323,34 +214,8 @@ def save(
         manifest.store(temporary, description)
 
 
-def shard_bytes(size: int | str) -> int:
-    """Bytes of a shard size such as `"5GB"` (decimal) or `"2GiB"`; ConversionError if it is not one."""
-    number = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?\s*", str(size).upper())
-    unit = _UNITS.get(number[2] or "") if number else None
-    if number is None or unit is None or float(number[1]) * unit < 1:
-        raise ConversionError(f"max_shard_size: {size!r}, a positive size such as '5GB' was expected.")
-    return int(float(number[1]) * unit)
-
-
-def split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in shards, greedily and in order; a tensor beyond the limit is a shard of its own."""
-    shards: list[list[str]] = []
-    current: list[str] = []
-    used = 0
-    for name, size in sizes.items():
-        if size > limit:
-            shards.append([name])
-            continue
-        if used + size > limit:
-            shards.append(current)
-            current, used = [], 0
-        current.append(name)
-        used += size
-    return [*shards, current] if current else shards
-
-
-def _peek(tensors: Iterable[tuple[str, np.ndarray]]) -> tuple[np.ndarray, Iterator[tuple[str, np.ndarray]]]:
-    """The first array, and the stream with it."""
+def _peek(tensors: Iterable[tuple[str, np.ndarray]]) -> tuple[str, Iterator[tuple[str, np.ndarray]]]:
+    """The dtype of the first array, and the whole stream."""
     stream = iter(tensors)
     name, first = next(stream, (None, None))
     if name is None or first is None:
@@ -358,30 +223,7 @@ def _peek(tensors: Iterable[tuple[str, np.ndarray]]) -> tuple[np.ndarray, Iterat
     first = np.asarray(first)
     if first.dtype not in CODES:
         raise DtypeMismatchError(f"{quoted(name)}: {first.dtype}, one of {', '.join(DTYPES)} was expected.")
-    return first, itertools.chain([(name, first)], stream)
-
-
-def _create_shards(
-    directory: Path, specs: Mapping[str, tuple[str, tuple[int, ...]]], limit: int, *, bare: bool
-) -> dict[str, TensorInfo]:
-    """Reserve every shard and write their index; canonical name -> where the tensor goes."""
-    sizes = {name: math.prod(shape) * DTYPES[code].itemsize for name, (code, shape) in specs.items()}
-    files.require_space(directory, sum(sizes.values()))
-    stored = {name: name.removeprefix(BASE_PREFIX) if bare else name for name in specs}
-    shards = split(sizes, limit)
-    infos: dict[str, TensorInfo] = {}
-    for number, names in enumerate(shards, 1):
-        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        created = safetensors_file.create(directory / file, {stored[name]: specs[name] for name in names})
-        infos |= {name: created[stored[name]] for name in names}
-    if len(shards) > 1:
-        parameter_count = sum(math.prod(shape) for _, shape in specs.values())
-        index = {
-            "metadata": {"total_parameters": parameter_count, "total_size": sum(sizes.values())},
-            "weight_map": {stored[name]: info.file.name for name, info in infos.items()},
-        }
-        files.write_file(directory / INDEX, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
-    return infos
+    return first.dtype.name, itertools.chain(iter([(name, first)]), stream)
 
 
 def _write_all(
@@ -399,6 +241,7 @@ def _write_all(
             digests[name] = safetensors_file.digest(np.asarray(array))
         else:
             unexpected.append(quoted(name))
+        del array  # before the next one comes
     missing = sorted(set(infos) - set(digests))
     if unexpected:
         raise UnexpectedTensorsError(f"save: the class has no place for {', '.join(sorted(unexpected))}.")

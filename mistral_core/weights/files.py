@@ -93,7 +93,7 @@ def os_errors(path: PathLike) -> Iterator[None]:
 def check_bare_name(name: str, where: str) -> None:
     """Raise UnsafeFileError unless a name out of a file is a plain file name on every system."""
     if name in ("", ".", "..") or len(name) > 255 or any(c in "/\\:" or not c.isprintable() for c in name):
-        raise UnsafeFileError(f"{where}: {ascii(name[:200])} is not a bare file name; refused.")
+        raise UnsafeFileError(f"{where}: {name[:200]!a} is not a bare file name; refused.")
 
 
 def require_space(directory: PathLike, size: int) -> None:
@@ -112,7 +112,7 @@ def atomic_directory(target: PathLike, *, overwrite: bool = True) -> Iterator[Pa
     """Yield an empty sibling directory that takes the place of `target` if, and only if, the body succeeds.
 
     Files of the old directory that are not weights and that the new one lacks are carried along.
-    Raises OutputExistsError, OutputBusyError, NoSpaceError, ConversionError; the old directory is then untouched.
+    Raises OutputExistsError, OutputBusyError, NoSpaceError, ConversionError; the old one is then untouched.
     """
     path = _checked(target, overwrite)
     with os_errors(path):
@@ -267,7 +267,7 @@ def _remove_stale(lock: Path) -> bool:
     except FileNotFoundError:
         return True
     try:
-        # of two that find the same stale lock one removes it; the other must not remove the first one's new lock
+        # two may find the same stale lock: the second must not remove the new lock of the first
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         if not lock.exists() or os.fstat(descriptor).st_ino != lock.stat().st_ino:
             return True

@@ -10,14 +10,12 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
-from .. import strict_json
 from ..errors import (
     AuthRequiredError,
     CheckpointError,
-    CheckpointIndexError,
     CheckpointNotFoundError,
     DownloadCorruptError,
     FileNotOnHubError,
@@ -28,11 +26,11 @@ from ..errors import (
     RepoNotFoundError,
 )
 from . import files as safe_files
+from .shards import INDEX, SINGLE, weight_map_of
 
 ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only")
 
 CONFIGS = ("config.json", "params.json")
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SMALL_FILES = (
     *CONFIGS,
     "generation_config.json",
@@ -51,22 +49,21 @@ SMALL_FILES = (
 _DOWNLOADS_AT_ONCE = 4
 
 
-class _Repository(NamedTuple):
+@dataclass(frozen=True)
+class _Repository:
     """What is asked of the hub; the token is kept out of its text."""
 
     id: str
     revision: str | None
     cache_dir: str | None
-    token: str | bool | None
+    token: str | bool | None = field(repr=False)
 
     def __str__(self) -> str:
         return f"{self.id}@{self.revision or 'main'}"
 
-    __repr__ = __str__
-
 
 def resolve(
-    path_or_id: str | os.PathLike[str],
+    path_or_id: safe_files.PathLike,
     *,
     files: Iterable[str] | None = None,
     revision: str | None = None,
@@ -76,8 +73,9 @@ def resolve(
 ) -> Path:
     """The local path of a path, or of a hub id whose `files` are downloaded, all at one commit.
 
-    Of `files` those the repository has, at least one; by default configs, tokenizers and safetensors weights, never
-    another format. A hub that cannot be reached leaves what is in the cache, with a warning unless offline is meant.
+    Of `files` those the repository has, at least one; by default configs, tokenizers and safetensors weights,
+    never another format. Where the hub does not answer, a complete copy in the cache is used, with a warning
+    unless offline is what was asked for.
     Raises CheckpointNotFoundError (for a path), HubError and its kinds.
     """
     path = safe_files.as_path(path_or_id)
@@ -110,7 +108,7 @@ def resolve(
 
 def _looks_like_path(text: str, path: Path) -> bool:
     """Hub ids have at most one slash, no leading dot, and no directory on this disk before it."""
-    several = text.count("/") > 1 or os.sep != "/" and os.sep in text
+    several = text.count("/") > 1 or (os.sep != "/" and os.sep in text)
     return text.startswith((".", "/", "~")) or several or (len(path.parts) > 1 and path.parent.exists())
 
 
@@ -152,19 +150,22 @@ def _download(repository: _Repository, wanted: Sequence[str] | None) -> Path:
 def _fetch(
     repository: _Repository, commit: str, names: Sequence[str], digests: Mapping[str, str | None]
 ) -> Path:
-    """Download files of one commit, several at once, and compare the new ones with the SHA-256 the hub announced."""
+    """Download files of one commit and compare the new ones with the SHA-256 that the hub announced."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     def fetch(name: str) -> Path:
-        where = {"revision": commit, "cache_dir": repository.cache_dir}
-        fresh = not isinstance(try_to_load_from_cache(repository.id, name, **where), str)
-        path = Path(hf_hub_download(repository.id, name, token=repository.token, **where))
+        cache = repository.cache_dir
+        fresh = not isinstance(try_to_load_from_cache(repository.id, name, cache, commit), str)
+        path = Path(
+            hf_hub_download(repository.id, name, revision=commit, cache_dir=cache, token=repository.token)
+        )
         if fresh and digests[name]:
             _check_digest(path, digests[name], repository)
         return path
 
     with ThreadPoolExecutor(_DOWNLOADS_AT_ONCE) as pool:
-        return list(pool.map(fetch, names))[0].parent
+        paths = list(pool.map(fetch, names))
+    return paths[0].parent
 
 
 def _check_digest(path: Path, expected: str | None, repository: _Repository) -> None:
@@ -204,9 +205,8 @@ def _cached(repository: _Repository, wanted: Sequence[str] | None) -> Path:
             "load it once online or check cache_dir."
         )
     snapshot = Path(found).parent
-    missing = (
-        [] if wanted is not None else [n for n in _weight_files(snapshot) if not (snapshot / n).exists()]
-    )
+    weights = _weight_files(snapshot) if wanted is None else []
+    missing = [name for name in weights if not (snapshot / name).exists()]
     if missing:
         raise OfflineError(
             f"{repository}: offline, and the cache lacks {', '.join(missing)} of commit {snapshot.name}; "
@@ -216,17 +216,9 @@ def _cached(repository: _Repository, wanted: Sequence[str] | None) -> Path:
 
 
 def _weight_files(snapshot: Path) -> list[str]:
-    """The safetensors files that the index of a snapshot names."""
-    if not (snapshot / INDEX).exists():
-        return [SINGLE]
-    index = strict_json.read_object(snapshot / INDEX, error=CheckpointIndexError, max_bytes=10 << 20)
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointIndexError(f"{snapshot / INDEX}: weight_map, a mapping, was expected.")
-    names = sorted({str(name) for name in weight_map.values()})
-    for name in names:
-        safe_files.check_bare_name(name, str(snapshot / INDEX))
-    return names
+    """The safetensors files of a snapshot that has its small files."""
+    index = snapshot / INDEX
+    return sorted(set(weight_map_of(index)[0].values())) if index.exists() else [SINGLE]
 
 
 # Errors
@@ -239,52 +231,47 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _translated(error: Exception, repository: _Repository) -> Exception:
-    """The error of this project for one of huggingface_hub, of its HTTP library, or of the system; else itself.
+    """The error of this project for one of huggingface_hub, its HTTP library or the system; else itself.
 
     No text of the server goes into the message: it could repeat the token.
     """
-    from huggingface_hub import errors as hf
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     if isinstance(error, MistralError):
         return error
-    http = sys.modules[
-        hf.HfHubHTTPError.__mro__[1].__module__.partition(".")[0]
-    ]  # httpx, or httpx2 since 2.0
-    kinds: tuple[tuple[type | tuple[type, ...], type[HubError], str], ...] = (
+    for cause in _chain(error):
+        if isinstance(cause, LocalEntryNotFoundError):
+            continue  # it only wraps the cause that follows
+        for kind, ours, text in _kinds():
+            if isinstance(cause, kind):
+                return ours(f"{repository}: {text}.")
+        if isinstance(cause, HfHubHTTPError):
+            return _of_status(cause.response, repository)
+    return _of_system(error, repository)
+
+
+def _kinds() -> list[tuple[type, type[HubError], str]]:
+    """Their error, ours, and what to do; subclasses first."""
+    from huggingface_hub import errors as hf
+
+    http = sys.modules[hf.HfHubHTTPError.__mro__[1].__module__.partition(".")[0]]  # httpx or httpx2
+    log_in = "log in with `hf auth login` or pass token="
+    unknown = f"no such repository, nor such a path here; check the id, or, if it is private, {log_in}"
+    gated = f"gated; accept its licence on its page, then {log_in}"
+    unreachable = "the hub cannot be reached; check the network, proxy and HF_ENDPOINT"
+    return [
         (hf.HFValidationError, RepoNotFoundError, "neither a path here nor a hub id; check it"),
-        (
-            hf.GatedRepoError,
-            AuthRequiredError,
-            "gated: accept its licence on its page, then log in with `hf auth login` or pass token=",
-        ),
-        (
-            hf.RepositoryNotFoundError,
-            RepoNotFoundError,
-            "no such repository, nor such a path here; check the id, or, if it is private, log in with "
-            "`hf auth login` or pass token=",
-        ),
+        (hf.LocalTokenNotFoundError, AuthRequiredError, f"there is no token; {log_in}"),
+        (hf.GatedRepoError, AuthRequiredError, gated),
+        (hf.RepositoryNotFoundError, RepoNotFoundError, unknown),
         (hf.RevisionNotFoundError, RepoNotFoundError, "no such revision; check the branch, tag or commit"),
         (hf.DisabledRepoError, HubError, "the repository is disabled; see its page"),
         (hf.EntryNotFoundError, FileNotOnHubError, "a file is not in the repository; check the revision"),
         (http.TimeoutException, HubTimeoutError, "the hub did not answer in time; try again"),
         (http.RemoteProtocolError, DownloadCorruptError, "the connection broke off; load again to resume"),
-        (
-            http.TransportError,
-            OfflineError,
-            "the hub cannot be reached; check the network, proxy and HF_ENDPOINT",
-        ),
+        (http.RequestError, OfflineError, unreachable),
         (hf.OfflineModeIsEnabled, OfflineError, "offline mode is on; unset HF_HUB_OFFLINE"),
-    )
-    chain = list(_chain(error))
-    for cause in chain:
-        if isinstance(cause, hf.LocalEntryNotFoundError):
-            continue  # it only wraps the cause that follows
-        for kind, ours, text in kinds:
-            if isinstance(cause, kind):
-                return ours(f"{repository}: {text}.")
-        if isinstance(cause, hf.HfHubHTTPError):
-            return _of_status(cause.response, repository)
-    return _of_system(error, repository)
+    ]
 
 
 def _of_status(response: object, repository: _Repository) -> HubError:
@@ -306,4 +293,6 @@ def _of_system(error: Exception, repository: _Repository) -> Exception:
         return HubError(
             error.errno or 0, f"{repository}: {text}; check the cache directory and its free space."
         )
+    if isinstance(error, (ValueError, LookupError)):
+        return HubError(f"{repository}: the hub's answer cannot be read; check HF_ENDPOINT.")
     return error

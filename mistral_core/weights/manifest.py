@@ -11,8 +11,8 @@ from typing import Any
 from .. import strict_json
 from .._version import __version__
 from ..errors import (
-    ChecksumMismatchError,
     CheckpointNotFoundError,
+    ChecksumMismatchError,
     CorruptCheckpointError,
     TruncatedFileError,
 )
@@ -56,10 +56,11 @@ def store(directory: Path, description: dict[str, Any]) -> None:
 
 
 def verify(directory: files.PathLike, mode: str = "full") -> None:
-    """Compare a directory with its manifest: `off` does nothing, `sizes` looks at the weight files' sizes if there is
-    a manifest, `full` demands one and hashes every file it lists.
+    """Compare a directory with its manifest.
 
-    Raises ChecksumMismatchError naming files and tensors, TruncatedFileError, CheckpointNotFoundError, ValueError.
+    `off` does nothing, `sizes` looks at the sizes of weight files if there is a manifest, `full` demands one
+    and hashes every file it lists. Raises ChecksumMismatchError naming files and tensors,
+    TruncatedFileError, CheckpointNotFoundError, ValueError (an unknown mode).
     """
     directory = files.as_path(directory)
     if mode not in MODES:

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint make a model of a class: everything that is wrong, said at once, before any is read."""
+"""Which tensors of a checkpoint make a model of a class, with all that is wrong said at once."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def match(
 ) -> dict[str, str | None]:
     """Canonical name -> name in the file, or None for a head to be initialised, in table order.
 
-    Raises MissingTensorsError, UnexpectedTensorsError, ShapeMismatchError, DtypeMismatchError, or for several kinds
-    at once TensorMismatchError; warns of a head that is initialised and of an `lm_head` that is dropped.
+    Raises MissingTensorsError, UnexpectedTensorsError, ShapeMismatchError, DtypeMismatchError, or for several
+    kinds at once TensorMismatchError; warns of an initialised head and of a dropped `lm_head`.
     """
     rows = dict(parameters(config, architecture))
     sources = canonical_names(tensors)
@@ -51,16 +51,16 @@ def match(
     if dropped and architecture == "MistralForCausalLM":
         _check_tied(read, sources, where)
     elif dropped:
-        warnings.warn(f"{where}: {LM_HEAD} is not used by {architecture} and dropped.", stacklevel=4)
+        warnings.warn(f"{where}: {LM_HEAD} is not used by {architecture} and dropped.", stacklevel=3)
     if fresh:
         names = ", ".join(sorted(fresh))
         message = f"{where}: holds a {own}; {names} of {architecture} are initialised: train them before use."
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=3)
     return {name: None if name in fresh else sources[name] for name in rows}
 
 
 def canonical_names(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Canonical name -> name in the file; a bare model's names get their prefix, rotary buffers are left out."""
+    """Canonical name -> name in the file: a bare model gets its prefix, rotary buffers are left out."""
     kept = [name for name in tensors if not name.endswith(".rotary_emb.inv_freq")]
     if any(name.startswith(BASE_PREFIX) for name in kept):
         return {name: name for name in kept}
@@ -141,5 +141,5 @@ def _check_tied(read: Callable[[str], np.ndarray], sources: Mapping[str, str], w
     same = head.dtype == embedding.dtype and head.shape == embedding.shape
     if not (same and np.array_equal(head.reshape(-1).view(np.uint8), embedding.reshape(-1).view(np.uint8))):
         raise TensorMismatchError(
-            f"{where}: tie_word_embeddings is true, but {LM_HEAD} is not the embedding; set it to false in config.json."
+            f"{where}: tie_word_embeddings is true, but {LM_HEAD} is not the embedding; should it be false?"
         )

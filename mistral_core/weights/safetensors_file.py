@@ -39,26 +39,30 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype("<f2"),
 }
-"""What weights may be stored as: name in the file -> NumPy dtype; in the order in which safetensors lays them out."""
+"""What weights may be stored as: name in the file -> NumPy dtype, in the library's order in a file."""
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 _BITS = {
     **{code: 8 * dtype.itemsize for code, dtype in DTYPES.items()},
-    **{
-        "BOOL": 8,
-        "U8": 8,
-        "I8": 8,
-        "U16": 16,
-        "I16": 16,
-        "U32": 32,
-        "I32": 32,
-        "U64": 64,
-        "I64": 64,
-        "C64": 64,
-    },
-    **{"F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
-    **{"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "U16": 16,
+    "I16": 16,
+    "U32": 32,
+    "I32": 32,
+    "U64": 64,
+    "I64": 64,
+    "C64": 64,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F4": 4,
 }
 
 
@@ -108,7 +112,7 @@ class SafetensorsFile:
             raise DtypeMismatchError(f"{self.path}: {quoted(name)} is {info.dtype}; {_supported()}.")
         data = np.empty(info.nbytes, np.uint8)
         with _opened(self.path) as descriptor:
-            whole = _read_at(descriptor, memoryview(data), info.start)
+            whole = _read_at(descriptor, data.data, info.start)
             if not whole or _stamp(descriptor) != self._stamp:
                 raise CorruptCheckpointError(f"{self.path}: changed while it was read; load it again.")
         return data.view(DTYPES[info.dtype]).reshape(info.shape)
@@ -129,7 +133,7 @@ def digest(array: np.ndarray) -> str:
 
 
 def create(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, TensorInfo]:
-    """Write the header of a file for name -> (dtype, shape), and reserve its size; `write` fills it in any order.
+    """Write the header of a file for name -> (dtype, shape); `write` then fills it, in any order.
 
     Order, spacing and padding are those of the safetensors library: the bytes are the same.
     """
@@ -186,7 +190,7 @@ def _read_header(path: Path, descriptor: int, size: int) -> tuple[bytes, int]:
         )
     length = int.from_bytes(first[:8], "little")
     if length > MAX_HEADER_BYTES and first[:8].isascii() and first[:8].decode().isprintable():
-        raise CorruptCheckpointError(f"{path}: text, not safetensors: it begins {ascii(first[:60])}.")
+        raise CorruptCheckpointError(f"{path}: text, not safetensors: it begins {first[:60]!a}.")
     if length > MAX_HEADER_BYTES:
         raise LimitExceededError(f"{path}: a header of {length} bytes; at most {MAX_HEADER_BYTES} are read.")
     if 8 + length > size:
@@ -201,7 +205,7 @@ def _read_header(path: Path, descriptor: int, size: int) -> tuple[bytes, int]:
 def _parse(path: Path, header: bytes) -> dict[str, Any]:
     """The JSON object of a header, duplicates refused."""
     if not header.startswith(b"{"):
-        raise CorruptCheckpointError(f"{path}: the header begins {ascii(header[:20])}, '{{' was expected.")
+        raise CorruptCheckpointError(f"{path}: the header begins {header[:20]!a}, '{{' was expected.")
     # before parsing: a tensor has at most 7 commas, and the objects of a million would fill the memory
     if header.count(b",") > 10 * MAX_TENSORS:
         raise LimitExceededError(f"{path}: the header lists more than {MAX_TENSORS} tensors.")
@@ -317,7 +321,7 @@ def _read_at(descriptor: int, view: memoryview, offset: int) -> bool:
 
 def _bytes(array: np.ndarray) -> memoryview:
     """The bytes in row-major order; bfloat16 has no buffer of its own, so it is viewed as uint8."""
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _supported() -> str:

@@ -1,0 +1,33 @@
+"""Mistral in TensorFlow, with Keras 3: the mirror of mistral_torch and mistral_flax."""
+
+import keras as _keras
+
+from mistral_core import GenerationConfig, MistralConfig, MistralTokenizer
+from mistral_core.errors import UnsupportedFeatureError as _UnsupportedFeatureError
+
+if _keras.backend.backend() != "tensorflow":
+    raise _UnsupportedFeatureError(
+        f"mistral_tf: Keras runs on {_keras.backend.backend()!r} and needs TensorFlow here; set the environment variable "
+        "KERAS_BACKEND=tensorflow before keras is imported, or use mistral_torch or mistral_flax."
+    )
+
+from .cache import KVCache  # noqa: E402
+from .heads import (  # noqa: E402
+    MistralForCausalLM,
+    MistralForQuestionAnswering,
+    MistralForSequenceClassification,
+    MistralForTokenClassification,
+)
+from .model import MistralModel  # noqa: E402
+
+__all__ = [
+    "GenerationConfig",
+    "KVCache",
+    "MistralConfig",
+    "MistralForCausalLM",
+    "MistralForQuestionAnswering",
+    "MistralForSequenceClassification",
+    "MistralForTokenClassification",
+    "MistralModel",
+    "MistralTokenizer",
+]

@@ -1,0 +1,124 @@
+"""Between NumPy and TensorFlow, and what a user may pass as a model's input."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tensorflow import Tensor
+
+from mistral_core import MistralConfig, validate
+from mistral_core.errors import ConfigError, InputError
+
+from .cache import KVCache
+
+DTYPES = {
+    "float64": tf.float64,
+    "float32": tf.float32,
+    "float16": tf.float16,
+    "bfloat16": tf.bfloat16,
+}
+
+
+def as_dtype(dtype: Any) -> Any:
+    """A TensorFlow dtype from itself or its name; raises ConfigError for a dtype no model can have."""
+    name = dtype if isinstance(dtype, str) else tf.as_dtype(dtype).name
+    if name not in DTYPES:
+        raise ConfigError(f"dtype: {dtype!r}, one of {', '.join(DTYPES)} was expected.")
+    return DTYPES[name]
+
+
+def to_numpy(array: Tensor) -> np.ndarray:
+    """An array as NumPy, bits kept; bfloat16 is ml_dtypes' in both."""
+    return keras.ops.convert_to_numpy(array)
+
+
+def from_numpy(array: np.ndarray) -> Tensor:
+    """A NumPy array as TensorFlow's, bits kept."""
+    return tf.convert_to_tensor(array)
+
+
+def is_traced(*arrays: Any) -> bool:
+    """Whether there are no values to look at: inside tf.function, or for Keras' symbolic tensors."""
+    symbolic = any(isinstance(a, keras.KerasTensor) for a in arrays)
+    return symbolic or not tf.executing_eagerly()
+
+
+class Inputs(NamedTuple):
+    """What `MistralModel` computes with."""
+
+    input_ids: Tensor | None
+    inputs_embeds: Tensor | None
+    attention_mask: Tensor
+    """[B, T] of the new tokens."""
+    position_ids: Tensor | None
+    document_ids: Tensor | None
+
+
+def model_inputs(
+    config: MistralConfig,
+    input_ids: Any = None,
+    attention_mask: Any = None,
+    position_ids: Any = None,
+    past_key_values: KVCache | None = None,
+    inputs_embeds: Any = None,
+    document_ids: Any = None,
+) -> Inputs:
+    """Lists, NumPy arrays or tensors as tensors, checked where there are values to look at."""
+    traced = is_traced(input_ids, attention_mask, position_ids, inputs_embeds, document_ids)
+    ids = integers("input_ids", input_ids)
+    positions = integers("position_ids", position_ids)
+    documents = integers("document_ids", document_ids)
+    mask = attention_mask
+    if mask is not None and not traced:
+        mask = validate.mask(mask)
+    if not traced:
+        past = past_key_values
+        validate.check_call(
+            config,
+            input_ids=_values(ids),
+            inputs_embeds=_values(inputs_embeds),
+            attention_mask=mask,
+            position_ids=_values(positions),
+            document_ids=_values(documents),
+            past_length=None if past is None else to_numpy(past.length),
+            past_shape=None if past is None else (len(past.keys), *past.keys[0].shape),
+            capacity=None if past is None else past.capacity,
+        )
+    embeds = None if inputs_embeds is None else tf.convert_to_tensor(inputs_embeds)
+    shape = tf.shape(ids if ids is not None else embeds)[:2]
+    if mask is None:
+        mask = tf.ones(shape, tf.int32)
+    mask = tf.cast(mask, tf.int32)
+    return Inputs(ids, embeds, mask[:, tf.shape(mask)[1] - shape[1] :], positions, documents)
+
+
+def integers(name: str, value: Any, *, rank: int = 2) -> Tensor | None:
+    """Token ids, positions or labels as int32; with rank 2, one dimension is a batch of one."""
+    if value is None:
+        return None
+    if not tf.is_tensor(value) and not isinstance(value, keras.KerasTensor):
+        value = np.asarray(value) if rank != 2 else validate.integers(name, value)
+        # clipped so that an id beyond int32 is still out of range, not wrapped into it
+        return tf.convert_to_tensor(np.clip(value, -(2**31), 2**31 - 1).astype(np.int32))
+    if not tf.as_dtype(value.dtype).is_integer:
+        validate.integers(name, np.zeros([1, 1], tf.as_dtype(value.dtype).as_numpy_dtype))
+    if len(value.shape) == 1 and rank == 2:
+        value = value[None]
+    if len(value.shape) != rank:
+        raise InputError(f"{name}: shape {tuple(value.shape)}, {rank} dimensions were expected.")
+    return tf.cast(value, tf.int32)
+
+
+def labels_array(config: MistralConfig, labels: Any, logits: Tensor) -> Tensor:
+    """Labels of a row classifier as an array beside its logits [B, C]; raises InputError or TokenIdError."""
+    labels = tf.convert_to_tensor(labels)
+    if not is_traced(labels, logits):
+        validate.check_row_labels(config, to_numpy(labels), tuple(logits.shape))
+    return labels
+
+
+def _values(array: Any) -> np.ndarray | None:
+    return None if array is None else to_numpy(array)

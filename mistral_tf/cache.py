@@ -1,0 +1,116 @@
+"""The KV cache as a value: it goes into a call and the next one comes out; full or rolling.
+
+The layout is specified and drawn in `mistral_core.reference.cache`: the token of order o lives in slot o mod R.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import tensorflow as tf
+from tensorflow import Tensor
+
+from mistral_core import MistralConfig
+from mistral_core.cache_layout import check_rollback, grown_slots, layer_slots, overwrites_visible
+
+
+class KVCache(tf.experimental.ExtensionType):
+    """Keys and values of the past; goes in and out of tf.function, its capacity static."""
+
+    keys: tuple[Tensor, ...]
+    """L arrays [B, R, K, H], rotated."""
+    values: tuple[Tensor, ...]
+    """L arrays [B, R, K, H]."""
+    length: Tensor
+    """[B] int32: real tokens so far."""
+    capacity: Optional[int] = None  # noqa: UP045  (ExtensionType knows no other spelling)
+    """The most real tokens a row may have; None: layers grow as far as their window."""
+
+    @classmethod
+    def allocate(
+        cls,
+        config: MistralConfig,
+        batch_size: int,
+        capacity: int | None = None,
+        *,
+        rolling: bool = True,
+        lookback: int = 0,
+        dtype: Any = tf.float32,
+    ) -> KVCache:
+        """An empty cache for `capacity` tokens a row; without one it grows with the text, as far as each window.
+
+        `rolling=False` keeps every token of windowed layers too; the last `lookback` tokens can always be rolled back.
+        """
+        shapes = [
+            (batch_size, slots, config.num_key_value_heads, config.head_dim)
+            for slots in layer_slots(config, capacity, rolling=rolling, lookback=lookback)
+        ]
+        return cls(
+            tuple(tf.zeros(shape, dtype) for shape in shapes),
+            tuple(tf.zeros(shape, dtype) for shape in shapes),
+            tf.zeros([batch_size], tf.int32),
+            capacity,
+        )
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and length, as one layer reads them."""
+        return self.keys[index], self.values[index], self.length
+
+    def rollback(self, count_B: Tensor, config: MistralConfig) -> KVCache:
+        """Forget the last `count_B` [B] tokens of each row.
+
+        Raises InputError where a rolling layer no longer has what the window would show.
+        """
+        count_B = tf.cast(count_B, tf.int32)
+        if tf.executing_eagerly():
+            length, count = self.length.numpy().tolist(), count_B.numpy().tolist()
+            check_rollback(config, [k.shape[1] for k in self.keys], length, count)
+        return KVCache(self.keys, self.values, self.length - count_B, self.capacity)
+
+
+def slot_order(length_B: Tensor, slots: int) -> Tensor:
+    """[B, R]: the order of the token in each slot, -1 where there is none."""
+    newest = length_B[:, None] - 1
+    order = newest - (newest - tf.range(slots)) % slots
+    return tf.maximum(order, -1)
+
+
+def remember(
+    k_BTKH: Tensor,
+    v_BTKH: Tensor,
+    order_BT: Tensor,
+    *,
+    past: tuple[Tensor, Tensor, Tensor] | None,
+    window: int | None,
+    capacity: int | None,
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """What the new tokens attend to, and what is kept of it.
+
+    `past` is (keys [B, R, K, H], values [B, R, K, H], length [B]) or None. Returns keys, values [B, S, K, H] and order [B, S] of what
+    is seen, and the layer's next keys and values, None without a past.
+    """
+    if past is None:
+        return k_BTKH, v_BTKH, order_BT, None
+    keys, values, length_B = past
+    T, past_slots = order_BT.shape[1], keys.shape[1]
+    slots = grown_slots(past_slots, T, window, capacity)
+    next_length_B = length_B + tf.reduce_sum(tf.cast(order_BT >= 0, tf.int32), 1)
+    beside = overwrites_visible(slots, past_slots, T, window, capacity)
+    if beside:
+        seen = tf.concat([keys, k_BTKH], axis=1), tf.concat([values, v_BTKH], axis=1)
+        seen_order_BS = tf.concat([slot_order(length_B, past_slots), order_BT], axis=1)
+    # padding, and what a long chunk would overwrite at once, goes to the spare slot
+    fits_BT = (order_BT >= 0) & (order_BT > next_length_B[:, None] - slots)
+    slot_BT = tf.where(fits_BT, order_BT % slots, next_length_B[:, None] % slots)
+    kept = write(keys, k_BTKH, slot_BT, slots), write(values, v_BTKH, slot_BT, slots)
+    if not beside:
+        seen, seen_order_BS = kept, slot_order(next_length_B, slots)
+    return *seen, seen_order_BS, kept
+
+
+def write(x_BRKH: Tensor, new_BTKH: Tensor, slot_BT: Tensor, slots: int) -> Tensor:
+    """The new tokens put into their slots of a ring grown to `slots`."""
+    if slots > x_BRKH.shape[1]:
+        x_BRKH = tf.pad(x_BRKH, ((0, 0), (0, slots - x_BRKH.shape[1]), (0, 0), (0, 0)))
+    row_BT = tf.broadcast_to(tf.range(tf.shape(slot_BT)[0])[:, None], tf.shape(slot_BT))
+    return tf.tensor_scatter_nd_update(x_BRKH, tf.stack([row_BT, slot_BT], -1), tf.cast(new_BTKH, x_BRKH.dtype))

@@ -1,0 +1,224 @@
+"""The four heads: a MistralModel and a projection; logits are float32 in every precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+from tensorflow import Tensor
+
+from mistral_core import MistralConfig, validate
+from mistral_core.outputs import (
+    CausalLMOutput,
+    QuestionAnsweringOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+
+from .arrays import integers, is_traced, labels_array, to_numpy
+from .generate import generate
+from .layers import Linear, last_token, project
+from .losses import classification_loss, cross_entropy, span_loss
+from .model import MistralModel
+from .weights import PreTrainedModel, default_initializer
+
+
+class MistralForCausalLM(PreTrainedModel):
+    """Predicts the next token."""
+
+    def __init__(
+        self, config: MistralConfig, *, attn_implementation: str = "eager", dtype: Any = "float32", initializer: Any = None
+    ) -> None:
+        super().__init__(config, dtype=dtype)
+        initializer = initializer or default_initializer(config)
+        self.model = MistralModel(
+            config, attn_implementation=attn_implementation, dtype=dtype, initializer=initializer
+        )
+        options = {"dtype": dtype, "initializer": initializer}
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, **options)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]: the head, which is the embedding itself where the config ties them."""
+        return tf.convert_to_tensor((self.model.embed_tokens if self.lm_head is None else self.lm_head).weight)
+
+    def call(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Any = None,
+        labels: Any = None,
+        *,
+        logits_to_keep: Any = 0,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> CausalLMOutput | tuple[Any, ...]:
+        """Logits [B, T, V]; with labels [B, T], the loss of predicting each next label that is not -100.
+
+        `logits_to_keep` is how many last columns to compute (0: all) or their indices. Options are those of MistralModel.
+        """
+        out = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **options, return_dict=True
+        )
+        x_BTD = out.last_hidden_state
+        loss = None
+        labels = integers("labels", labels)
+        if not is_traced(x_BTD):
+            validate.check_logits_to_keep(logits_to_keep, x_BTD.shape[1])
+            if labels is not None:
+                validate.check_labels("labels", to_numpy(labels), x_BTD.shape[:2], self.config.vocab_size)
+        logits = project(_kept(x_BTD, 0 if labels is not None else logits_to_keep), self.head_weight)
+        if labels is not None:
+            loss = cross_entropy(logits[:, :-1], labels[:, 1:])
+            logits = _kept(logits, logits_to_keep)
+        return self.returned(CausalLMOutput(loss, logits, *out[1:]), return_dict)
+
+    def generate(self, input_ids: Any, *, attention_mask: Any = None, **options: Any) -> Tensor:
+        """Continue token ids [B, T] greedily to [B, T + new]; see `mistral_tf.generate.generate`."""
+        return generate(self, input_ids, attention_mask=attention_mask, **options)
+
+
+def _kept(x: Tensor, logits_to_keep: Any) -> Tensor:
+    if isinstance(logits_to_keep, int):
+        return x[:, -logits_to_keep:] if logits_to_keep else x
+    return tf.gather(x, logits_to_keep, axis=1)
+
+
+class MistralForSequenceClassification(PreTrainedModel):
+    """One set of scores for each row, read at its last real token."""
+
+    def __init__(
+        self, config: MistralConfig, *, attn_implementation: str = "eager", dtype: Any = "float32", initializer: Any = None
+    ) -> None:
+        super().__init__(config, dtype=dtype)
+        initializer = initializer or default_initializer(config)
+        self.model = MistralModel(
+            config, attn_implementation=attn_implementation, dtype=dtype, initializer=initializer
+        )
+        self.score = Linear(config.hidden_size, config.num_labels, dtype=dtype, initializer=initializer)
+
+    def call(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Any = None,
+        labels: Any = None,
+        *,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> SequenceClassifierOutput | tuple[Any, ...]:
+        """Scores [B, C]; labels are classes [B], numbers [B] or [B, C], or many classes [B, C] by `problem_type`.
+
+        The last real token is told by the mask if given, else by pad_token_id, else it is the last column.
+        """
+        out = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **options, return_dict=True
+        )
+        x_BTD = out.last_hidden_state
+        column_B = last_token(self._real_tokens(input_ids, attention_mask, x_BTD))
+        pooled_BD = tf.gather(x_BTD, column_B, batch_dims=1)
+        logits = project(pooled_BD, self.score.weight)
+        loss = None
+        if labels is not None:
+            labels = labels_array(self.config, labels, logits)
+            loss = classification_loss(self.config, logits, labels)
+        return self.returned(SequenceClassifierOutput(loss, logits, *out[1:]), return_dict)
+
+    def _real_tokens(self, input_ids: Any, attention_mask: Any, x_BTD: Tensor) -> Tensor:
+        """[B, T]: what counts as a token when looking for the last one."""
+        if attention_mask is not None:
+            mask = tf.convert_to_tensor(attention_mask)
+            mask = mask[None] if len(mask.shape) == 1 else mask
+            return mask[:, tf.shape(mask)[1] - tf.shape(x_BTD)[1] :]
+        if self.config.pad_token_id is not None and input_ids is not None:
+            return integers("input_ids", input_ids) != self.config.pad_token_id
+        return tf.ones(tf.shape(x_BTD)[:2])
+
+
+class MistralForTokenClassification(PreTrainedModel):
+    """One set of scores for each token."""
+
+    def __init__(
+        self, config: MistralConfig, *, attn_implementation: str = "eager", dtype: Any = "float32", initializer: Any = None
+    ) -> None:
+        super().__init__(config, dtype=dtype)
+        initializer = initializer or default_initializer(config)
+        self.model = MistralModel(
+            config, attn_implementation=attn_implementation, dtype=dtype, initializer=initializer
+        )
+        self.score = Linear(config.hidden_size, config.num_labels, bias=True, dtype=dtype, initializer=initializer)
+
+    def call(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Any = None,
+        labels: Any = None,
+        *,
+        return_dict: bool | None = None,
+        training: bool = False,
+        **options: Any,
+    ) -> TokenClassifierOutput | tuple[Any, ...]:
+        """Scores [B, T, C]; labels [B, T] are classes or -100."""
+        out = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **options,
+            training=training, return_dict=True,
+        )  # fmt: skip
+        x_BTD = out.last_hidden_state
+        if training:
+            x_BTD = tf.nn.dropout(x_BTD, self.config.classifier_dropout)
+        logits = project(x_BTD, self.score.weight, self.score.bias)
+        loss = None
+        labels = integers("labels", labels)
+        if labels is not None:
+            if not is_traced(x_BTD):
+                validate.check_labels("labels", to_numpy(labels), x_BTD.shape[:2], self.config.num_labels)
+            loss = cross_entropy(logits, labels)
+        return self.returned(TokenClassifierOutput(loss, logits, *out[2:]), return_dict)
+
+
+class MistralForQuestionAnswering(PreTrainedModel):
+    """Where an answer starts and ends."""
+
+    def __init__(
+        self, config: MistralConfig, *, attn_implementation: str = "eager", dtype: Any = "float32", initializer: Any = None
+    ) -> None:
+        super().__init__(config, dtype=dtype)
+        initializer = initializer or default_initializer(config)
+        self.model = MistralModel(
+            config, attn_implementation=attn_implementation, dtype=dtype, initializer=initializer
+        )
+        self.qa_outputs = Linear(config.hidden_size, 2, bias=True, dtype=dtype, initializer=initializer)
+
+    def call(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Any = None,
+        start_positions: Any = None,
+        end_positions: Any = None,
+        *,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> QuestionAnsweringOutput | tuple[Any, ...]:
+        """Scores [B, T] of each token as start and as end; positions [B] beyond the text are not counted."""
+        out = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **options, return_dict=True
+        )
+        logits = project(out.last_hidden_state, self.qa_outputs.weight, self.qa_outputs.bias)
+        start_logits, end_logits = logits[..., 0], logits[..., 1]
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            start = integers("start_positions", start_positions, rank=1)
+            end = integers("end_positions", end_positions, rank=1)
+            loss = span_loss(start_logits, end_logits, start, end)
+        return self.returned(QuestionAnsweringOutput(loss, start_logits, end_logits, *out[2:]), return_dict)

@@ -1,0 +1,42 @@
+"""Losses, each a float32 mean; where there is nothing to predict the loss is 0. Formulas: `mistral_core.reference.ops`."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+from tensorflow import Tensor
+
+from mistral_core import MistralConfig
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, *, ignore: int = -100) -> Tensor:
+    """Mean of -log softmax(logits)[label] over labels other than `ignore`; logits [..., V], labels [...]."""
+    counted = labels != ignore
+    log_probability = tf.nn.log_softmax(tf.cast(logits, tf.float32), axis=-1)
+    picked = tf.gather(log_probability, tf.where(counted, labels, 0), batch_dims=len(labels.shape))
+    count = tf.maximum(tf.reduce_sum(tf.cast(counted, tf.float32)), 1)
+    return -tf.reduce_sum(tf.where(counted, picked, 0)) / count
+
+
+def classification_loss(config: MistralConfig, logits: Tensor, labels: Tensor) -> Tensor:
+    """By problem_type; without one, a single label is regression, integers are classes, floats are many classes."""
+    kind = config.problem_type
+    if kind is None and config.num_labels == 1:
+        kind = "regression"
+    if kind is None:
+        floats = labels.dtype.is_floating
+        kind = "multi_label_classification" if floats else "single_label_classification"
+    if kind == "regression":
+        return tf.reduce_mean(tf.square(tf.reshape(logits, tf.shape(labels)) - tf.cast(labels, tf.float32)))
+    if kind == "single_label_classification":
+        return cross_entropy(logits, tf.reshape(tf.cast(labels, tf.int32), [-1]))
+    return tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(tf.cast(labels, tf.float32), logits))
+
+
+def span_loss(
+    start_logits: Tensor, end_logits: Tensor, start_positions: Tensor, end_positions: Tensor
+) -> Tensor:
+    """Mean of the cross entropies of start and end; a position beyond the text is not counted."""
+    length = tf.shape(start_logits)[1]
+    start = cross_entropy(start_logits, tf.clip_by_value(start_positions, 0, length), ignore=length)
+    end = cross_entropy(end_logits, tf.clip_by_value(end_positions, 0, length), ignore=length)
+    return (start + end) / 2

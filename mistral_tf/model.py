@@ -1,0 +1,107 @@
+"""MistralModel: embed, L decoder layers, norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+from mistral_core import MistralConfig
+from mistral_core.outputs import ModelOutput
+
+from .arrays import model_inputs
+from .cache import KVCache
+from .layers import DecoderLayer, Embedding, RMSNorm, rotary, token_order, token_positions
+from .weights import PreTrainedModel, default_initializer
+
+
+class MistralModel(PreTrainedModel):
+    """The body shared by every head: token ids to hidden states."""
+
+    def __init__(
+        self, config: MistralConfig, *, attn_implementation: str = "eager", dtype: Any = "float32", initializer: Any = None
+    ) -> None:
+        super().__init__(config, dtype=dtype)
+        initializer = initializer or default_initializer(config)
+        self.embed_tokens = Embedding(
+            config.vocab_size, config.hidden_size, dtype=dtype, initializer=initializer
+        )
+        # `layers` is Keras' own name for a model's direct parts
+        self.decoder_layers = [
+            DecoderLayer(config, window, attn_implementation, dtype=dtype, initializer=initializer)
+            for window in config.layer_windows
+        ]
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+
+    def call(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Any = None,
+        *,
+        document_ids: Any = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        training: bool = False,
+    ) -> ModelOutput | tuple[Any, ...]:
+        """Hidden states [B, T, D] of ids [B, T] or embeddings [B, T, D]; None options mean the config's.
+
+        `attention_mask` [B, T] is 1 for real tokens; with a cache it may cover the past too. `position_ids` feed the rotary
+        embeddings only. `document_ids` tell packed documents apart. Raises the InputError family of mistral_core.errors.
+        """
+        config = self.config
+        inputs = model_inputs(
+            config,
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            document_ids,
+        )
+        x_BTD = self.embed_tokens(inputs.input_ids) if inputs.inputs_embeds is None else inputs.inputs_embeds
+        past = past_key_values
+        if past is None and (config.use_cache and not training if use_cache is None else use_cache):
+            past = KVCache.allocate(config, tf.shape(x_BTD)[0], dtype=x_BTD.dtype)
+        length_B = tf.zeros_like(inputs.attention_mask[:, 0]) if past is None else past.length
+        order_BT = token_order(inputs.attention_mask, length_B)
+        position_BT = inputs.position_ids
+        if position_BT is None:
+            position_BT = token_positions(inputs.attention_mask, length_B, inputs.document_ids)
+        cos_sin = rotary(position_BT, config)
+        with_attentions = config.output_attentions if output_attentions is None else output_attentions
+
+        hidden_states, attentions, kept = [x_BTD], [], []
+        for index, layer in enumerate(self.decoder_layers):
+            x_BTD, weights, keys_values = layer(
+                x_BTD,
+                cos_sin,
+                order_BT,
+                past=None if past is None else past.layer(index),
+                capacity=None if past is None else past.capacity,
+                document_ids=inputs.document_ids,
+                output_attentions=with_attentions,
+                training=training,
+            )
+            hidden_states.append(x_BTD)
+            attentions.append(weights)
+            kept.append(keys_values)
+        hidden_states[-1] = self.norm(x_BTD)
+
+        cache = None
+        if past is not None:
+            keys, values = zip(*kept, strict=True)
+            length = length_B + tf.reduce_sum(inputs.attention_mask, 1)
+            cache = KVCache(keys, values, length, past.capacity)
+        with_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output = ModelOutput(
+            hidden_states[-1],
+            cache,
+            tuple(hidden_states) if with_states else None,
+            tuple(attentions) if with_attentions else None,
+        )
+        return self.returned(output, return_dict)
