@@ -25,7 +25,9 @@ def grown_slots(slots: int, new: int, window: int | None, capacity: int | None) 
     return slots + new if window is None else max(slots, min(slots + new, window + 1))
 
 
-def overwrites_visible(slots: int, past_slots: int, new: int, window: int | None, capacity: int | None) -> bool:
+def overwrites_visible(
+    slots: int, past_slots: int, new: int, window: int | None, capacity: int | None
+) -> bool:
     """Whether writing `new` columns into a ring of `slots` may destroy a key that one of them must still see.
 
     Then attention reads the past and the new tokens side by side, else it reads the ring after the write.

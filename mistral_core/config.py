@@ -120,7 +120,9 @@ class MistralConfig:
     # Files
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], *, strict: bool = False, where: str = "config") -> MistralConfig:
+    def from_dict(
+        cls, data: Mapping[str, Any], *, strict: bool = False, where: str = "config"
+    ) -> MistralConfig:
         """Read a Hugging Face config, of transformers 4 or 5, or a raw `params.json`, whichever `data` is.
 
         Keys nobody knows are kept in `extra` with one warning; with `strict` they raise UnknownFieldError.
@@ -129,13 +131,17 @@ class MistralConfig:
 
         fields, unknown = config_dialects.read(data, where=where)
         if unknown and strict:
-            raise UnknownFieldError(f"{where}: unknown keys {sorted(unknown)}; remove them or pass strict=False.")
+            raise UnknownFieldError(
+                f"{where}: unknown keys {sorted(unknown)}; remove them or pass strict=False."
+            )
         if unknown:
             warnings.warn(f"{where}: unknown keys {sorted(unknown)} are kept but not used.", stacklevel=2)
         return cls(**fields)
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], *, strict: bool = False, **overrides: Any) -> MistralConfig:
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], *, strict: bool = False, **overrides: Any
+    ) -> MistralConfig:
         """Read `config.json` or, in a raw checkpoint, `params.json`, from a file, a directory or a hub id.
 
         `overrides` replace fields; `revision`, `cache_dir`, `token` and `local_files_only` go to the hub.

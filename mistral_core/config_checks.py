@@ -70,7 +70,9 @@ def _labels(config: MistralConfig) -> dict[str, Any]:
     try:
         id2label = {int(index): str(label) for index, label in id2label.items()}
     except (AttributeError, TypeError, ValueError):
-        raise ConfigError(f"id2label: {config.id2label!r}; a map from class index to label was expected.") from None
+        raise ConfigError(
+            f"id2label: {config.id2label!r}; a map from class index to label was expected."
+        ) from None
     if label2id is None:
         label2id = {label: index for index, label in id2label.items()}
     return {"id2label": id2label, "label2id": dict(label2id), "num_labels": len(id2label)}
@@ -128,9 +130,10 @@ def _check_values(config: MistralConfig):
         )
     if config.head_dim % 2:
         yield f"head_dim: {config.head_dim} is odd; rotary embeddings need pairs"
-    for name in ("rope_theta", "rms_norm_eps"):
-        if getattr(config, name) <= 0:
-            yield f"{name}: {getattr(config, name)}, more than 0 was expected"
+    if config.rope_theta <= 1:
+        yield f"rope_theta: {config.rope_theta}, more than 1 was expected"
+    if config.rms_norm_eps <= 0:
+        yield f"rms_norm_eps: {config.rms_norm_eps}, more than 0 was expected"
     if config.rms_norm_eps >= 1:
         yield f"rms_norm_eps: {config.rms_norm_eps}, far below 1 was expected (published Mistrals have 1e-5)"
     if config.initializer_range < 0:
@@ -176,7 +179,9 @@ def _check_tokens(config: MistralConfig):
     ):
         for token in ids:
             # transformers 4 wrote -1 for "no padding token"
-            if token is not None and not (0 <= token < config.vocab_size or token == -1 and name == "pad_token_id"):
+            if token is not None and not (
+                0 <= token < config.vocab_size or token == -1 and name == "pad_token_id"
+            ):
                 yield f"{name}: {token} is not in the vocabulary of {config.vocab_size}"
 
 

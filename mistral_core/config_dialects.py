@@ -21,7 +21,7 @@ CARRIED = frozenset({
     "model_type", "transformers_version", "auto_map", "_name_or_path", "_attn_implementation",
     "_attn_implementation_autoset", "_attn_implementation_internal", "attn_implementation", "attention_bias",
     "trust_remote_code", "_commit_hash", "is_decoder", "is_encoder_decoder", "unsloth_version", "unsloth_fixed",
-    "use_return_dict", "chunk_size_feed_forward", "torchscript", "mlp_bias",
+    "use_return_dict", "original_max_position_embeddings", "partial_rotary_factor", "chunk_size_feed_forward", "torchscript", "mlp_bias",
 })  # fmt: skip
 
 # params.json key <-> field
@@ -85,6 +85,7 @@ def _read_hugging_face(data: Mapping[str, Any], where: str) -> tuple[dict[str, A
         fields["dtype"] = fields["dtype"].removeprefix("torch.")
     if data.get("rope_parameters") is not None:
         _read_rope_parameters(fields, data["rope_parameters"], where)
+    _read_original_length(fields, data, where)
     if fields.get("num_key_value_heads", 0) is None:
         fields["num_key_value_heads"] = fields.get("num_attention_heads", 32)
     extra = {key: value for key, value in data.items() if key not in known}
@@ -105,9 +106,17 @@ def _refuse_other_models(data: Mapping[str, Any], where: str) -> None:
     if data.get("quantization_config") is not None:
         method = data["quantization_config"]
         method = method.get("quant_method", "unnamed") if isinstance(method, Mapping) else method
-        raise UnsupportedFeatureError(f"{where}: quantised weights ({method!r}); dequantise the checkpoint first.")
+        raise UnsupportedFeatureError(
+            f"{where}: quantised weights ({method!r}); dequantise the checkpoint first."
+        )
+    if data.get("partial_rotary_factor", 1) != 1:
+        raise UnsupportedFeatureError(
+            f"{where}: partial_rotary_factor is not 1; a Mistral rotates whole heads."
+        )
     if "vision_config" in data or "num_local_experts" in data:
-        raise UnsupportedFeatureError(f"{where}: a vision model or a mixture of experts, not a dense Mistral.")
+        raise UnsupportedFeatureError(
+            f"{where}: a vision model or a mixture of experts, not a dense Mistral."
+        )
 
 
 def _read_rope_parameters(fields: dict[str, Any], given: Any, where: str) -> None:
@@ -123,6 +132,16 @@ def _read_rope_parameters(fields: dict[str, Any], given: Any, where: str) -> Non
     if old is not None and rope.normalised(old) != scaling:
         raise ConfigError(f"{where}: rope_scaling {old} and rope_parameters {given} disagree; keep one.")
     fields["rope_scaling"] = scaling
+
+
+def _read_original_length(fields: dict[str, Any], data: Mapping[str, Any], where: str) -> None:
+    """Some files say original_max_position_embeddings outside of the scaling, and transformers lets that one win."""
+    key = "original_max_position_embeddings"
+    scaling = fields.get("rope_scaling")
+    if key in data and isinstance(scaling, Mapping):
+        scaling = dict(scaling)
+        _agree(scaling, key, data[key], where, f"rope_scaling.{key}")
+        fields["rope_scaling"] = scaling
 
 
 def _agree(fields: dict[str, Any], name: str, value: Any, where: str, key: str) -> None:
@@ -167,7 +186,9 @@ def _read_raw(data: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict
         if data.get(key):
             raise UnsupportedFeatureError(f"{where}: {key} says this is {what}.")
     if data.get("model_type", "transformer") != "transformer":
-        raise UnsupportedFeatureError(f"{where}: model_type is {data['model_type']!r}; only 'transformer' is read.")
+        raise UnsupportedFeatureError(
+            f"{where}: model_type is {data['model_type']!r}; only 'transformer' is read."
+        )
     missing = [key for key in RAW_REQUIRED if key not in data]
     if missing:
         raise ConfigError(f"{where}: params.json lacks {missing}.")
@@ -203,7 +224,9 @@ def _raw_window(data: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise ConfigError(f"{where}: {len(windows)} windows do not divide n_layers {layers}.")
     sizes = sorted({entry for entry in windows if entry is not None}, key=str)
     if len(sizes) > 1:
-        raise UnsupportedFeatureError(f"{where}: windows of several sizes {sizes}; one size per model is supported.")
+        raise UnsupportedFeatureError(
+            f"{where}: windows of several sizes {sizes}; one size per model is supported."
+        )
     if None not in windows:
         return {"sliding_window": sizes[0]}
     kinds = ["full_attention" if entry is None else "sliding_attention" for entry in windows]

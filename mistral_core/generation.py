@@ -60,7 +60,9 @@ class GenerationConfig:
         known = {f.name for f in dataclasses.fields(self)}
         unknown = sorted(set(changes) - known)
         if unknown:
-            raise GenerationConfigError(f"generate has no option {unknown}; it has {sorted(known - {'extra'})}.")
+            raise GenerationConfigError(
+                f"generate has no option {unknown}; it has {sorted(known - {'extra'})}."
+            )
         return dataclasses.replace(self, **changes)
 
     @property

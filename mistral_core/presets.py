@@ -13,7 +13,12 @@ _SMALL_22B = _7B_V03.replace(
     hidden_size=6144, num_hidden_layers=56, num_attention_heads=48, head_dim=128, intermediate_size=16384
 )
 _SMALL_24B = _7B_V03.replace(
-    vocab_size=131072, hidden_size=5120, num_hidden_layers=40, head_dim=128, intermediate_size=32768, rope_theta=1e8
+    vocab_size=131072,
+    hidden_size=5120,
+    num_hidden_layers=40,
+    head_dim=128,
+    intermediate_size=32768,
+    rope_theta=1e8,
 )
 _LARGE = _7B_V03.replace(
     hidden_size=12288, num_hidden_layers=88, num_attention_heads=96, head_dim=128, intermediate_size=28672,

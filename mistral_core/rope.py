@@ -1,9 +1,9 @@
 """Inverse frequencies of rotary embeddings, for every backend: computed in float64, rounded once to float32.
 
-    default  theta^(-2i/H), i = 0 ... H/2-1                        (RoFormer, arXiv 2104.09864, eq. 15)
-    linear   default / factor                                       (position interpolation, arXiv 2306.15595)
-    yarn     between the two by wavelength, and a factor on q, k    (YaRN, arXiv 2309.00071, section 3)
-    llama3   default, / factor, or a blend, by wavelength           (Llama 3.1's published rope_scaling)
+default  theta^(-2i/H), i = 0 ... H/2-1                        (RoFormer, arXiv 2104.09864, eq. 15)
+linear   default / factor                                       (position interpolation, arXiv 2306.15595)
+yarn     between the two by wavelength, and a factor on q, k    (YaRN, arXiv 2309.00071, section 3)
+llama3   default, / factor, or a blend, by wavelength           (Llama 3.1's published rope_scaling)
 """
 
 from __future__ import annotations
@@ -60,12 +60,19 @@ def normalised(scaling: Mapping[str, Any]) -> dict[str, Any] | None:
     needed, optional = TYPES[kind]
     unknown = sorted(set(scaling) - needed - optional)
     if unknown:
-        raise UnsupportedFeatureError(f"rope_scaling: {kind} has no key {unknown}; it has {sorted(needed | optional)}.")
+        raise UnsupportedFeatureError(
+            f"rope_scaling: {kind} has no key {unknown}; it has {sorted(needed | optional)}."
+        )
+    if "truncate" in scaling:  # transformers reads null as false
+        scaling["truncate"] = bool(scaling["truncate"])
     return {"rope_type": kind, **{key: value for key, value in scaling.items() if value is not None}}
 
 
 def check(scaling: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is wrong with a normalised rope_scaling mapping."""
+    low, high = scaling.get("low_freq_factor"), scaling.get("high_freq_factor")
+    if isinstance(low, int | float) and isinstance(high, int | float) and high <= low:
+        yield f"rope_scaling: high_freq_factor {high} must be above low_freq_factor {low}"
     needed, _ = TYPES[scaling["rope_type"]]
     for key in sorted(needed - set(scaling)):
         yield f"rope_scaling: {scaling['rope_type']} needs {key!r}"
@@ -95,7 +102,9 @@ def rotary_table(config: MistralConfig) -> RotaryTable:
     return RotaryTable(tuple(float(x) for x in frequency.astype(np.float32)), factor)
 
 
-def _yarn(frequency: np.ndarray, scaling: Mapping[str, Any], config: MistralConfig) -> tuple[np.ndarray, float]:
+def _yarn(
+    frequency: np.ndarray, scaling: Mapping[str, Any], config: MistralConfig
+) -> tuple[np.ndarray, float]:
     """Fast pairs keep their frequency, slow ones are interpolated, between them a ramp; and mscale."""
     factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
     head_dim = config.head_dim

@@ -21,7 +21,9 @@ from .layers import last_token, project
 if TYPE_CHECKING:
     from .heads import MistralForCausalLM
 
-_compiled: weakref.WeakKeyDictionary[Any, tuple[Callable[..., Any], Callable[..., Any]]] = weakref.WeakKeyDictionary()
+_compiled: weakref.WeakKeyDictionary[Any, tuple[Callable[..., Any], Callable[..., Any]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def generate(
@@ -34,8 +36,8 @@ def generate(
 ) -> Array:
     """Continue ids [B, T] greedily: [B, T + new] int32, the prompt as given, ended rows padded.
 
-    Rows may be padded on either side. `options` are fields of GenerationConfig and come before `generation_config`, which comes
-    before the checkpoint's own. Prefill and step are compiled once per shape unless `compile="off"`.
+    Rows may be padded on either side. `options` are fields of GenerationConfig and come before
+    `generation_config`, which comes before the checkpoint's own. Prefill and step are compiled once per shape unless `compile="off"`.
     Raises GenerationConfigError, EmptyInputError, SequenceTooLongError, TokenIdError, MaskError.
     """
     ids, mask, generation = decoding.prepare(
@@ -90,4 +92,6 @@ def _decode(
     """The next token [B] of each row and the cache after the given one."""
     bound = model.bind(params)
     out = bound.model(token_B[:, None], past_key_values=cache)
-    return project(out.last_hidden_state[:, 0], bound.head_weight).argmax(-1).astype(jnp.int32), out.past_key_values
+    return project(out.last_hidden_state[:, 0], bound.head_weight).argmax(-1).astype(
+        jnp.int32
+    ), out.past_key_values

@@ -29,7 +29,12 @@ class MistralForCausalLM(PreTrainedModel):
     """Predicts the next token."""
 
     def __init__(
-        self, config: MistralConfig, *, attn_implementation: str = "dot_product", dtype: Any = jnp.float32, rngs: nnx.Rngs | None = None
+        self,
+        config: MistralConfig,
+        *,
+        attn_implementation: str = "dot_product",
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs | None = None,
     ) -> None:
         super().__init__(config)
         dtype, rngs = as_dtype(dtype), rngs or nnx.Rngs(0)
@@ -62,7 +67,13 @@ class MistralForCausalLM(PreTrainedModel):
         `logits_to_keep` is how many last columns to compute (0: all) or their indices. Options are those of MistralModel.
         """
         out = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **options, return_dict=True
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            **options,
+            return_dict=True,
         )
         x_BTD = out.last_hidden_state
         loss = None
@@ -92,12 +103,19 @@ class MistralForSequenceClassification(PreTrainedModel):
     """One set of scores for each row, read at its last real token."""
 
     def __init__(
-        self, config: MistralConfig, *, attn_implementation: str = "dot_product", dtype: Any = jnp.float32, rngs: nnx.Rngs | None = None
+        self,
+        config: MistralConfig,
+        *,
+        attn_implementation: str = "dot_product",
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs | None = None,
     ) -> None:
         super().__init__(config)
         dtype, rngs = as_dtype(dtype), rngs or nnx.Rngs(0)
         self.model = MistralModel(config, attn_implementation=attn_implementation, dtype=dtype, rngs=rngs)
-        self.score = Linear(config.hidden_size, config.num_labels, dtype=dtype, rngs=rngs, std=config.initializer_range)
+        self.score = Linear(
+            config.hidden_size, config.num_labels, dtype=dtype, rngs=rngs, std=config.initializer_range
+        )
 
     @functional
     def __call__(
@@ -117,7 +135,13 @@ class MistralForSequenceClassification(PreTrainedModel):
         The last real token is told by the mask if given, else by pad_token_id, else it is the last column.
         """
         out = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **options, return_dict=True
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            **options,
+            return_dict=True,
         )
         x_BTD = out.last_hidden_state
         column_B = last_token(self._real_tokens(input_ids, attention_mask, x_BTD))
@@ -143,12 +167,24 @@ class MistralForTokenClassification(PreTrainedModel):
     """One set of scores for each token."""
 
     def __init__(
-        self, config: MistralConfig, *, attn_implementation: str = "dot_product", dtype: Any = jnp.float32, rngs: nnx.Rngs | None = None
+        self,
+        config: MistralConfig,
+        *,
+        attn_implementation: str = "dot_product",
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs | None = None,
     ) -> None:
         super().__init__(config)
         dtype, rngs = as_dtype(dtype), rngs or nnx.Rngs(0)
         self.model = MistralModel(config, attn_implementation=attn_implementation, dtype=dtype, rngs=rngs)
-        self.score = Linear(config.hidden_size, config.num_labels, bias=True, dtype=dtype, rngs=rngs, std=config.initializer_range)
+        self.score = Linear(
+            config.hidden_size,
+            config.num_labels,
+            bias=True,
+            dtype=dtype,
+            rngs=rngs,
+            std=config.initializer_range,
+        )
 
     @functional
     def __call__(
@@ -188,12 +224,19 @@ class MistralForQuestionAnswering(PreTrainedModel):
     """Where an answer starts and ends."""
 
     def __init__(
-        self, config: MistralConfig, *, attn_implementation: str = "dot_product", dtype: Any = jnp.float32, rngs: nnx.Rngs | None = None
+        self,
+        config: MistralConfig,
+        *,
+        attn_implementation: str = "dot_product",
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs | None = None,
     ) -> None:
         super().__init__(config)
         dtype, rngs = as_dtype(dtype), rngs or nnx.Rngs(0)
         self.model = MistralModel(config, attn_implementation=attn_implementation, dtype=dtype, rngs=rngs)
-        self.qa_outputs = Linear(config.hidden_size, 2, bias=True, dtype=dtype, rngs=rngs, std=config.initializer_range)
+        self.qa_outputs = Linear(
+            config.hidden_size, 2, bias=True, dtype=dtype, rngs=rngs, std=config.initializer_range
+        )
 
     @functional
     def __call__(
@@ -211,7 +254,13 @@ class MistralForQuestionAnswering(PreTrainedModel):
     ) -> QuestionAnsweringOutput | tuple[Any, ...]:
         """Scores [B, T] of each token as start and as end; positions [B] beyond the text are not counted."""
         out = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **options, return_dict=True
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            **options,
+            return_dict=True,
         )
         logits = project(out.last_hidden_state, self.qa_outputs.weight[...], self.qa_outputs.bias[...])
         start_logits, end_logits = logits[..., 0], logits[..., 1]

@@ -21,7 +21,9 @@ from .cache import remember
 class Linear(nnx.Module):
     """x W^T + b, with W [out, in] as in every checkpoint."""
 
-    def __init__(self, size_in: int, size_out: int, *, bias: bool = False, dtype: Any, rngs: nnx.Rngs, std: float) -> None:
+    def __init__(
+        self, size_in: int, size_out: int, *, bias: bool = False, dtype: Any, rngs: nnx.Rngs, std: float
+    ) -> None:
         self.weight = nnx.Param(jax.random.normal(rngs.params(), (size_out, size_in), dtype) * std)
         self.bias = nnx.Param(jnp.zeros(size_out, dtype)) if bias else None
 
@@ -107,7 +109,9 @@ def rotate(x_BTNH: Array, cos_BTH: Array, sin_BTH: Array) -> Array:
     """Turn the pairs (x_i, x_{i+H/2}) by their angles, in float32."""
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos_BTH[:, :, None, :], sin_BTH[:, :, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(
+        x_BTNH.dtype
+    )
 
 
 def attend(
@@ -144,7 +148,9 @@ def attend_eager(
     weights = jnp.where(visible, weights, 0).astype(v_BSKH.dtype)
     dropped = weights
     if dropout and rngs is not None:
-        dropped = jnp.where(jax.random.bernoulli(rngs, 1 - dropout, weights.shape), weights / (1 - dropout), 0)
+        dropped = jnp.where(
+            jax.random.bernoulli(rngs, 1 - dropout, weights.shape), weights / (1 - dropout), 0
+        )
     o_BTKGH = jnp.einsum(
         "BKGTS,BSKH->BTKGH", dropped, v_BSKH, precision=highest, preferred_element_type=jnp.float32
     )

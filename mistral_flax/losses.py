@@ -33,9 +33,7 @@ def classification_loss(config: MistralConfig, logits: Array, labels: Array) -> 
     return (jnp.maximum(logits, 0) - logits * labels + jnp.log1p(jnp.exp(-jnp.abs(logits)))).mean()
 
 
-def span_loss(
-    start_logits: Array, end_logits: Array, start_positions: Array, end_positions: Array
-) -> Array:
+def span_loss(start_logits: Array, end_logits: Array, start_positions: Array, end_positions: Array) -> Array:
     """Mean of the cross entropies of start and end; a position beyond the text is not counted."""
     length = start_logits.shape[1]
     start = cross_entropy(start_logits, start_positions.reshape(-1).clip(0, length), ignore=length)

@@ -21,7 +21,12 @@ class MistralModel(PreTrainedModel):
     """The body shared by every head: token ids to hidden states."""
 
     def __init__(
-        self, config: MistralConfig, *, attn_implementation: str = "dot_product", dtype: Any = jnp.float32, rngs: nnx.Rngs | None = None
+        self,
+        config: MistralConfig,
+        *,
+        attn_implementation: str = "dot_product",
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs | None = None,
     ) -> None:
         super().__init__(config)
         dtype, rngs = as_dtype(dtype), rngs or nnx.Rngs(0)
@@ -55,8 +60,8 @@ class MistralModel(PreTrainedModel):
     ) -> ModelOutput | tuple[Any, ...]:
         """Hidden states [B, T, D] of ids [B, T] or embeddings [B, T, D]; None options mean the config's.
 
-        `attention_mask` [B, T] is 1 for real tokens; with a cache it may cover the past too. `position_ids` feed the rotary
-        embeddings only. `document_ids` tell packed documents apart. Raises the InputError family of mistral_core.errors.
+        `attention_mask` [B, T] is 1 for real tokens; with a cache it may cover the past too. `position_ids` feed
+        the rotary embeddings only. `document_ids` tell packed documents apart. Raises InputError and its kinds.
         With `params`, those are used instead of the model's own; with `rngs` (a key or nnx.Rngs), dropout is on.
         """
         config = self.config

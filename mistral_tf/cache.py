@@ -86,8 +86,8 @@ def remember(
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """What the new tokens attend to, and what is kept of it.
 
-    `past` is (keys [B, R, K, H], values [B, R, K, H], length [B]) or None. Returns keys, values [B, S, K, H] and order [B, S] of what
-    is seen, and the layer's next keys and values, None without a past.
+    `past` is (keys [B, R, K, H], values [B, R, K, H], length [B]) or None. Returns keys, values [B, S, K, H] and
+    order [B, S] of what is seen, and the layer's next keys and values, None without a past.
     """
     if past is None:
         return k_BTKH, v_BTKH, order_BT, None
@@ -113,4 +113,6 @@ def write(x_BRKH: Tensor, new_BTKH: Tensor, slot_BT: Tensor, slots: int) -> Tens
     if slots > x_BRKH.shape[1]:
         x_BRKH = tf.pad(x_BRKH, ((0, 0), (0, slots - x_BRKH.shape[1]), (0, 0), (0, 0)))
     row_BT = tf.broadcast_to(tf.range(tf.shape(slot_BT)[0])[:, None], tf.shape(slot_BT))
-    return tf.tensor_scatter_nd_update(x_BRKH, tf.stack([row_BT, slot_BT], -1), tf.cast(new_BTKH, x_BRKH.dtype))
+    return tf.tensor_scatter_nd_update(
+        x_BRKH, tf.stack([row_BT, slot_BT], -1), tf.cast(new_BTKH, x_BRKH.dtype)
+    )

@@ -20,7 +20,9 @@ from .layers import last_token, project
 if TYPE_CHECKING:
     from .heads import MistralForCausalLM
 
-_compiled: weakref.WeakKeyDictionary[Any, tuple[Callable[..., Any], Callable[..., Any]]] = weakref.WeakKeyDictionary()
+_compiled: weakref.WeakKeyDictionary[Any, tuple[Callable[..., Any], Callable[..., Any]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def generate(
@@ -33,8 +35,8 @@ def generate(
 ) -> Tensor:
     """Continue ids [B, T] greedily: [B, T + new] int32, the prompt as given, ended rows padded.
 
-    Rows may be padded on either side. `options` are fields of GenerationConfig and come before `generation_config`, which comes
-    before the checkpoint's own. Prefill and step are traced once per shape unless `compile="off"`.
+    Rows may be padded on either side. `options` are fields of GenerationConfig and come before
+    `generation_config`, which comes before the checkpoint's own. Prefill and step are traced once per shape unless `compile="off"`.
     Raises GenerationConfigError, EmptyInputError, SequenceTooLongError, TokenIdError, MaskError.
     """
     ids, mask, generation = decoding.prepare(

@@ -27,7 +27,12 @@ class MistralForCausalLM(PreTrainedModel):
     """Predicts the next token."""
 
     def __init__(
-        self, config: MistralConfig, *, attn_implementation: str = "eager", dtype: Any = "float32", initializer: Any = None
+        self,
+        config: MistralConfig,
+        *,
+        attn_implementation: str = "eager",
+        dtype: Any = "float32",
+        initializer: Any = None,
     ) -> None:
         super().__init__(config, dtype=dtype)
         initializer = initializer or default_initializer(config)
@@ -41,7 +46,9 @@ class MistralForCausalLM(PreTrainedModel):
     @property
     def head_weight(self) -> Tensor:
         """[V, D]: the head, which is the embedding itself where the config ties them."""
-        return tf.convert_to_tensor((self.model.embed_tokens if self.lm_head is None else self.lm_head).weight)
+        return tf.convert_to_tensor(
+            (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
+        )
 
     def call(
         self,
@@ -61,7 +68,13 @@ class MistralForCausalLM(PreTrainedModel):
         `logits_to_keep` is how many last columns to compute (0: all) or their indices. Options are those of MistralModel.
         """
         out = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **options, return_dict=True
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            **options,
+            return_dict=True,
         )
         x_BTD = out.last_hidden_state
         loss = None
@@ -91,7 +104,12 @@ class MistralForSequenceClassification(PreTrainedModel):
     """One set of scores for each row, read at its last real token."""
 
     def __init__(
-        self, config: MistralConfig, *, attn_implementation: str = "eager", dtype: Any = "float32", initializer: Any = None
+        self,
+        config: MistralConfig,
+        *,
+        attn_implementation: str = "eager",
+        dtype: Any = "float32",
+        initializer: Any = None,
     ) -> None:
         super().__init__(config, dtype=dtype)
         initializer = initializer or default_initializer(config)
@@ -117,7 +135,13 @@ class MistralForSequenceClassification(PreTrainedModel):
         The last real token is told by the mask if given, else by pad_token_id, else it is the last column.
         """
         out = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **options, return_dict=True
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            **options,
+            return_dict=True,
         )
         x_BTD = out.last_hidden_state
         column_B = last_token(self._real_tokens(input_ids, attention_mask, x_BTD))
@@ -144,14 +168,21 @@ class MistralForTokenClassification(PreTrainedModel):
     """One set of scores for each token."""
 
     def __init__(
-        self, config: MistralConfig, *, attn_implementation: str = "eager", dtype: Any = "float32", initializer: Any = None
+        self,
+        config: MistralConfig,
+        *,
+        attn_implementation: str = "eager",
+        dtype: Any = "float32",
+        initializer: Any = None,
     ) -> None:
         super().__init__(config, dtype=dtype)
         initializer = initializer or default_initializer(config)
         self.model = MistralModel(
             config, attn_implementation=attn_implementation, dtype=dtype, initializer=initializer
         )
-        self.score = Linear(config.hidden_size, config.num_labels, bias=True, dtype=dtype, initializer=initializer)
+        self.score = Linear(
+            config.hidden_size, config.num_labels, bias=True, dtype=dtype, initializer=initializer
+        )
 
     def call(
         self,
@@ -188,7 +219,12 @@ class MistralForQuestionAnswering(PreTrainedModel):
     """Where an answer starts and ends."""
 
     def __init__(
-        self, config: MistralConfig, *, attn_implementation: str = "eager", dtype: Any = "float32", initializer: Any = None
+        self,
+        config: MistralConfig,
+        *,
+        attn_implementation: str = "eager",
+        dtype: Any = "float32",
+        initializer: Any = None,
     ) -> None:
         super().__init__(config, dtype=dtype)
         initializer = initializer or default_initializer(config)
@@ -212,7 +248,13 @@ class MistralForQuestionAnswering(PreTrainedModel):
     ) -> QuestionAnsweringOutput | tuple[Any, ...]:
         """Scores [B, T] of each token as start and as end; positions [B] beyond the text are not counted."""
         out = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **options, return_dict=True
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            **options,
+            return_dict=True,
         )
         logits = project(out.last_hidden_state, self.qa_outputs.weight, self.qa_outputs.bias)
         start_logits, end_logits = logits[..., 0], logits[..., 1]

@@ -28,7 +28,9 @@ class Layer(keras.layers.Layer):
 class Linear(Layer):
     """x W^T + b, with W [out, in] as in every checkpoint."""
 
-    def __init__(self, size_in: int, size_out: int, *, bias: bool = False, dtype: Any, initializer: Any) -> None:
+    def __init__(
+        self, size_in: int, size_out: int, *, bias: bool = False, dtype: Any, initializer: Any
+    ) -> None:
         super().__init__(dtype=dtype)
         self.weight = self.add_weight(shape=(size_out, size_in), initializer=initializer, name="weight")
         self.bias = self.add_weight(shape=(size_out,), initializer="zeros", name="bias") if bias else None

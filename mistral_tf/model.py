@@ -19,7 +19,12 @@ class MistralModel(PreTrainedModel):
     """The body shared by every head: token ids to hidden states."""
 
     def __init__(
-        self, config: MistralConfig, *, attn_implementation: str = "eager", dtype: Any = "float32", initializer: Any = None
+        self,
+        config: MistralConfig,
+        *,
+        attn_implementation: str = "eager",
+        dtype: Any = "float32",
+        initializer: Any = None,
     ) -> None:
         super().__init__(config, dtype=dtype)
         initializer = initializer or default_initializer(config)
@@ -50,8 +55,8 @@ class MistralModel(PreTrainedModel):
     ) -> ModelOutput | tuple[Any, ...]:
         """Hidden states [B, T, D] of ids [B, T] or embeddings [B, T, D]; None options mean the config's.
 
-        `attention_mask` [B, T] is 1 for real tokens; with a cache it may cover the past too. `position_ids` feed the rotary
-        embeddings only. `document_ids` tell packed documents apart. Raises the InputError family of mistral_core.errors.
+        `attention_mask` [B, T] is 1 for real tokens; with a cache it may cover the past too. `position_ids` feed
+        the rotary embeddings only. `document_ids` tell packed documents apart. Raises InputError and its kinds.
         """
         config = self.config
         inputs = model_inputs(

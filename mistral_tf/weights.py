@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from mistral_core import GenerationConfig, MistralConfig
 from mistral_core.parameters import BASE_PREFIX, parameters
-from mistral_core.weights import checkpoint
+from mistral_core.weights import pretrained
 
 from .arrays import as_dtype, to_numpy
 
@@ -49,11 +49,18 @@ class PreTrainedModel(keras.Model):
     ) -> Self:
         """Load a checkpoint directory or hub id, one tensor at a time; without `dtype`, in the file's own.
 
-        `options` are hub arguments (revision, cache_dir, token, local_files_only) and fields of the config to replace. A head that the file
-        lacks is initialised from `seed` with one warning. Raises CheckpointError, ConfigError or HubError and their kind.
+        `options` are hub arguments (revision, cache_dir, token, local_files_only) and fields of the config to
+        replace. A head that the file lacks is initialised from `seed` with one warning. Raises CheckpointError,
+        ConfigError or HubError and their kind.
         """
-        loaded = checkpoint.load(
-            path, cls.__name__, config=config, dtype=None if dtype is None else _name(dtype), seed=seed, verify=verify, **options
+        loaded = pretrained.load(
+            path,
+            cls.__name__,
+            config=config,
+            dtype=None if dtype is None else _name(dtype),
+            seed=seed,
+            verify=verify,
+            **options,
         )
         with tf.device(device):
             model = cls(
@@ -74,9 +81,9 @@ class PreTrainedModel(keras.Model):
 
         Files of other kinds that are already there stay. Raises ConversionError and its kind.
         """
-        checkpoint.save(
+        pretrained.save(
             directory,
-            self.config.replace(dtype=_name(self.dtype)),
+            self.config,
             self.named_arrays(),
             architecture=type(self).__name__,
             generation_config=self.generation_config,
@@ -101,7 +108,9 @@ class PreTrainedModel(keras.Model):
 
     def returned(self, output: Any, return_dict: bool | None) -> Any:
         """The output as asked for: by name, or as a plain tuple without the Nones."""
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+        return (
+            output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+        )
 
     def _parameter(self, name: str) -> keras.Variable:
         """The bare model's own names lack the `model.` in front."""

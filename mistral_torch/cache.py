@@ -87,8 +87,8 @@ def remember(
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """What the new tokens attend to, and what is kept of it.
 
-    `past` is (keys [B, R, K, H], values [B, R, K, H], length [B]) or None. Returns keys, values [B, S, K, H] and order [B, S] of what
-    is seen, and the layer's next keys and values, None without a past.
+    `past` is (keys [B, R, K, H], values [B, R, K, H], length [B]) or None. Returns keys, values [B, S, K, H] and
+    order [B, S] of what is seen, and the layer's next keys and values, None without a past.
     """
     if past is None:
         return k_BTKH, v_BTKH, order_BT, None

@@ -57,7 +57,13 @@ class MistralForCausalLM(PreTrainedModel):
         `logits_to_keep` is how many last columns to compute (0: all) or their indices. Options are those of MistralModel.
         """
         out = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **options, return_dict=True
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            **options,
+            return_dict=True,
         )
         x_BTD = out.last_hidden_state
         loss = None
@@ -109,7 +115,13 @@ class MistralForSequenceClassification(PreTrainedModel):
         The last real token is told by the mask if given, else by pad_token_id, else it is the last column.
         """
         out = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **options, return_dict=True
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            **options,
+            return_dict=True,
         )
         x_BTD = out.last_hidden_state
         column_B = last_token(self._real_tokens(input_ids, attention_mask, x_BTD))
@@ -154,7 +166,13 @@ class MistralForTokenClassification(PreTrainedModel):
     ) -> TokenClassifierOutput | tuple[Any, ...]:
         """Scores [B, T, C]; labels [B, T] are classes or -100."""
         out = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **options, return_dict=True
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            **options,
+            return_dict=True,
         )
         x_BTD = F.dropout(out.last_hidden_state, self.config.classifier_dropout, self.training)
         logits = project(x_BTD, self.score.weight, self.score.bias)
@@ -191,7 +209,13 @@ class MistralForQuestionAnswering(PreTrainedModel):
     ) -> QuestionAnsweringOutput | tuple[Any, ...]:
         """Scores [B, T] of each token as start and as end; positions [B] beyond the text are not counted."""
         out = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **options, return_dict=True
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            **options,
+            return_dict=True,
         )
         logits = project(out.last_hidden_state, self.qa_outputs.weight, self.qa_outputs.bias)
         start_logits, end_logits = logits[..., 0], logits[..., 1]

@@ -12,7 +12,7 @@ from torch import nn
 
 from mistral_core import GenerationConfig, MistralConfig
 from mistral_core.parameters import BASE_PREFIX, parameters
-from mistral_core.weights import checkpoint
+from mistral_core.weights import pretrained
 
 from .arrays import as_dtype, from_numpy, to_numpy
 
@@ -40,11 +40,18 @@ class PreTrainedModel(nn.Module):
     ) -> Self:
         """Load a checkpoint directory or hub id, one tensor at a time; without `dtype`, in the file's own.
 
-        `options` are hub arguments (revision, cache_dir, token, local_files_only) and fields of the config to replace. A head that the file
-        lacks is initialised from `seed` with one warning. Raises CheckpointError, ConfigError or HubError and their kind.
+        `options` are hub arguments (revision, cache_dir, token, local_files_only) and fields of the config to
+        replace. A head that the file lacks is initialised from `seed` with one warning. Raises CheckpointError,
+        ConfigError or HubError and their kind.
         """
-        loaded = checkpoint.load(
-            path, cls.__name__, config=config, dtype=None if dtype is None else _name(dtype), seed=seed, verify=verify, **options
+        loaded = pretrained.load(
+            path,
+            cls.__name__,
+            config=config,
+            dtype=None if dtype is None else _name(dtype),
+            seed=seed,
+            verify=verify,
+            **options,
         )
         with torch.device("meta"):
             model = cls(loaded.config, attn_implementation=attn_implementation)
@@ -61,9 +68,9 @@ class PreTrainedModel(nn.Module):
 
         Files of other kinds that are already there stay. Raises ConversionError and its kind.
         """
-        checkpoint.save(
+        pretrained.save(
             directory,
-            self.config.replace(dtype=_name(self.dtype)),
+            self.config,
             self.named_arrays(),
             architecture=type(self).__name__,
             generation_config=self.generation_config,
@@ -76,7 +83,9 @@ class PreTrainedModel(nn.Module):
         for name, _ in parameters(self.config, type(self).__name__):
             yield name, to_numpy(self.get_parameter(self._own_name(name)))
 
-    def set_parameter(self, name: str, array: np.ndarray, *, device: torch.device | str | None = None) -> None:
+    def set_parameter(
+        self, name: str, array: np.ndarray, *, device: torch.device | str | None = None
+    ) -> None:
         """Let the parameter of this canonical name be an array, without a copy on CPU."""
         module_name, _, attribute = self._own_name(name).rpartition(".")
         setattr(self.get_submodule(module_name), attribute, nn.Parameter(from_numpy(array).to(device)))
@@ -105,7 +114,9 @@ class PreTrainedModel(nn.Module):
 
     def returned(self, output: Any, return_dict: bool | None) -> Any:
         """The output as asked for: by name, or as a plain tuple without the Nones."""
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+        return (
+            output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+        )
 
     @property
     def device(self) -> torch.device:

@@ -54,7 +54,9 @@ class KVCache(NamedTuple):
             capacity,
         )
 
-    def update(self, layer: int, k_BTKH: Array, v_BTKH: Array, order_BT: Array, slots: int) -> tuple[Array, Array]:
+    def update(
+        self, layer: int, k_BTKH: Array, v_BTKH: Array, order_BT: Array, slots: int
+    ) -> tuple[Array, Array]:
         """The layer's keys and values after writing the new tokens into a ring of `slots`."""
         keys, values = (grown(x[layer], slots) for x in (self.keys, self.values))
         for row, order in enumerate(order_BT):

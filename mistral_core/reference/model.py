@@ -31,7 +31,11 @@ def forward(
 ) -> ModelOutput:
     """Hidden states [B, T, D] of ids [B, T]; every layer's states and weights; the cache that follows if asked for."""
     parameters = _Exact(parameters)
-    x_BTD = parameters["model.embed_tokens.weight"][np.asarray(input_ids)] if inputs_embeds is None else inputs_embeds
+    x_BTD = (
+        parameters["model.embed_tokens.weight"][np.asarray(input_ids)]
+        if inputs_embeds is None
+        else inputs_embeds
+    )
     mask_BT = np.ones(x_BTD.shape[:2], int) if attention_mask is None else np.asarray(attention_mask, int)
     past = past_key_values
     if past is None and use_cache:
@@ -120,9 +124,7 @@ def attention(
         v_BSKH = np.concatenate([past_values, v_BTKH], axis=1)
         key_order_BS = np.concatenate([slot_order(past.length, past_keys.shape[1]), order_BT], axis=1)
 
-    visible_BTS = ops.attention_mask(
-        order_BT, key_order_BS, window, document_ids_BT=document_ids
-    )
+    visible_BTS = ops.attention_mask(order_BT, key_order_BS, window, document_ids_BT=document_ids)
     o_BTNH, weights = ops.attend(q_BTNH, k_BSKH, v_BSKH, visible_BTS, round=round)
     return project("o_proj", o_BTNH.reshape(B, T, -1)), weights, kept
 

@@ -26,7 +26,12 @@ def exact(x: Array) -> Array:
 
 def rounding(dtype: str) -> Round:
     """Round to the nearest value of a lower precision, ties to even, and keep computing in float64."""
-    kind = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32, "float64": np.float64}[dtype]
+    kind = {
+        "bfloat16": ml_dtypes.bfloat16,
+        "float16": np.float16,
+        "float32": np.float32,
+        "float64": np.float64,
+    }[dtype]
     return lambda x: x.astype(kind).astype(np.float64)
 
 
@@ -151,9 +156,7 @@ def silu(x: Array) -> Array:
     return x * np.where(x >= 0, 1, np.exp(np.minimum(x, 0))) / (1 + np.exp(-np.abs(x)))
 
 
-def swiglu(
-    x_BTD: Array, gate_FD: Array, up_FD: Array, down_DF: Array, *, round: Round = exact
-) -> Array:
+def swiglu(x_BTD: Array, gate_FD: Array, up_FD: Array, down_DF: Array, *, round: Round = exact) -> Array:
     """down(silu(gate(x)) * up(x)) (arXiv 2002.05202, eq. 6)."""
     gate = round(silu(linear(x_BTD, gate_FD, round=round)))
     return linear(round(gate * linear(x_BTD, up_FD, round=round)), down_DF, round=round)

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..config import MistralConfig
 from ..errors import (
+    ConversionError,
     CorruptCheckpointError,
     DtypeMismatchError,
     LossyConversionError,
@@ -201,9 +202,7 @@ def save(
             for name, shape in shapes(config, architecture).items()
         }
         config = config.replace(architectures=(architecture,), dtype=DTYPES[specs[EMBEDDING][0]].name)
-        for name, content in (other_files or {}).items():
-            files.check_bare_name(name, "other_files")
-            files.write_file(temporary / name, content)
+        _write_others(temporary, other_files or {})
         config.save_pretrained(temporary)
         infos = create_shards(temporary, specs, limit, bare=architecture == "MistralModel")
         digests = _write_all(stream, infos, tied=config.tie_word_embeddings)
@@ -224,6 +223,16 @@ def _peek(tensors: Iterable[tuple[str, np.ndarray]]) -> tuple[str, Iterator[tupl
     if first.dtype not in CODES:
         raise DtypeMismatchError(f"{quoted(name)}: {first.dtype}, one of {', '.join(DTYPES)} was expected.")
     return first.dtype.name, itertools.chain(iter([(name, first)]), stream)
+
+
+def _write_others(directory: Path, contents: Mapping[str, bytes]) -> None:
+    for name, content in contents.items():
+        files.check_bare_name(name, "other_files")
+        if name == "config.json" or files.is_weights(name):
+            raise ConversionError(
+                f"other_files: {name} is written from the config and tensors; leave it out."
+            )
+        files.write_file(directory / name, content)
 
 
 def _write_all(

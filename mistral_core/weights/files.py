@@ -96,6 +96,11 @@ def check_bare_name(name: str, where: str) -> None:
         raise UnsafeFileError(f"{where}: {name[:200]!a} is not a bare file name; refused.")
 
 
+def is_weights(name: str) -> bool:
+    """Whether a file name is one of `WEIGHT_FILES`."""
+    return any(fnmatch(name, pattern) for pattern in WEIGHT_FILES)
+
+
 def require_space(directory: PathLike, size: int) -> None:
     """Raise NoSpaceError unless `size` bytes and 5 % fit on the file system of a directory."""
     needed, free = size + size // 20, shutil.disk_usage(os.fsdecode(directory)).free
@@ -170,7 +175,7 @@ def _carry(old: Path, new: Path) -> None:
     """Bring along what is not weights and not replaced."""
     for entry in os.scandir(old):
         destination = new / entry.name
-        if os.path.lexists(destination) or any(fnmatch(entry.name, pattern) for pattern in WEIGHT_FILES):
+        if os.path.lexists(destination) or is_weights(entry.name):
             continue
         if entry.is_dir(follow_symlinks=False):
             shutil.copytree(entry.path, destination, symlinks=True, copy_function=_link)

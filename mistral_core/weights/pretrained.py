@@ -1,0 +1,84 @@
+"""What `from_pretrained` and `save_pretrained` of every backend share: config, generation config, tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..config import MistralConfig
+from ..generation import GenerationConfig
+from . import checkpoint, hub
+from .files import PathLike
+
+GENERATION_FILE = "generation_config.json"
+
+
+class Pretrained(NamedTuple):
+    """A checkpoint as a class wants it."""
+
+    config: MistralConfig
+    """With the overrides, and the dtype the tensors come in."""
+    generation_config: GenerationConfig
+    tensors: Iterator[tuple[str, np.ndarray]]
+    """(canonical name, array) in table order, one at a time."""
+
+
+def load(
+    path: PathLike,
+    architecture: str,
+    *,
+    config: MistralConfig | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+    verify: str = "sizes",
+    **options: Any,
+) -> Pretrained:
+    """Open a checkpoint for a class; `options` are hub arguments and fields of the config to replace.
+
+    All tensors come in `dtype`, or in the embedding's own. Raises what `checkpoint.load` raises, and UnknownFieldError.
+    """
+    hub_arguments = {key: options.pop(key) for key in hub.ARGUMENTS if key in options}
+    root = hub.resolve(path, **hub_arguments)
+    directory = root if root.is_dir() else root.parent
+    config = (config or MistralConfig.from_pretrained(directory)).replace(**options)
+    config, stream = checkpoint.load(root, architecture, config=config, dtype=dtype, seed=seed, verify=verify)
+    embedding_name, embedding = next(stream)
+    generation = GenerationConfig.from_model_config(config)
+    if (directory / GENERATION_FILE).exists():
+        generation = GenerationConfig.from_pretrained(directory)
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        nonlocal embedding
+        kind = embedding.dtype
+        yield embedding_name, embedding
+        del embedding  # the caller's now
+        for name, array in stream:
+            yield name, checkpoint.cast(array, kind, name)
+
+    return Pretrained(config.replace(dtype=embedding.dtype.name), generation, tensors())
+
+
+def save(
+    directory: PathLike,
+    config: MistralConfig,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    architecture: str,
+    generation_config: GenerationConfig,
+    max_shard_size: str | int = "5GB",
+    overwrite: bool = True,
+) -> None:
+    """Write config, generation config and tensors as one atomic directory; raises what `checkpoint.save` raises."""
+    generation = json.dumps(generation_config.to_dict(), indent=2, sort_keys=True) + "\n"
+    checkpoint.save(
+        directory,
+        config,
+        tensors,
+        architecture=architecture,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        other_files={GENERATION_FILE: generation.encode()},
+    )
