@@ -99,7 +99,8 @@ def remember(
     T, past_slots = order_BT.shape[1], keys.shape[1]
     slots = grown_slots(past_slots, T, window, capacity)
     next_length_B = length_B + (order_BT >= 0).sum(1)
-    beside = overwrites_visible(slots, past_slots, T, window, capacity)
+    fresh = past_slots == 1  # only the spare slot: nothing is kept yet
+    beside = not fresh and overwrites_visible(slots, past_slots, T, window, capacity)
     if beside:
         seen = jnp.concatenate([keys, k_BTKH], axis=1), jnp.concatenate([values, v_BTKH], axis=1)
         seen_order_BS = jnp.concatenate([slot_order(length_B, past_slots), order_BT], axis=1)
@@ -107,7 +108,9 @@ def remember(
     fits_BT = (order_BT >= 0) & (order_BT > next_length_B[:, None] - slots)
     slot_BT = jnp.where(fits_BT, order_BT % slots, next_length_B[:, None] % slots)
     kept = write(keys, k_BTKH, slot_BT, slots), write(values, v_BTKH, slot_BT, slots)
-    if not beside:
+    if fresh:
+        seen, seen_order_BS = (k_BTKH, v_BTKH), order_BT
+    elif not beside:
         seen, seen_order_BS = kept, slot_order(next_length_B, slots)
     return *seen, seen_order_BS, kept
 

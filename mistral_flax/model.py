@@ -76,7 +76,9 @@ class MistralModel(PreTrainedModel):
         )
         x_BTD = self.embed_tokens(inputs.input_ids) if inputs.inputs_embeds is None else inputs.inputs_embeds
         past = past_key_values
-        if past is None and (config.use_cache and rngs is None if use_cache is None else use_cache):
+        if use_cache is None:
+            use_cache = config.use_cache and rngs is None and document_ids is None
+        if past is None and use_cache:
             past = KVCache.allocate(config, x_BTD.shape[0], dtype=x_BTD.dtype)
         length_B = jnp.zeros_like(inputs.attention_mask[:, 0]) if past is None else past.length
         order_BT = token_order(inputs.attention_mask, length_B)

@@ -149,12 +149,12 @@ def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
         return wide.view(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         result = array.astype(dtype)
-    if ml_dtypes.finfo(dtype).max < ml_dtypes.finfo(array.dtype).max:
-        overflown = np.isinf(result) & ~np.isinf(array)
-        if overflown.any():
-            raise LossyConversionError(
-                f"{name}: {overflown.sum()} values are beyond {dtype.name}; load it as bfloat16 or float32."
-            )
+        narrower = ml_dtypes.finfo(dtype).max < ml_dtypes.finfo(array.dtype).max
+        overflown = np.count_nonzero(np.isinf(result) & ~np.isinf(array)) if narrower else 0
+    if overflown:
+        raise LossyConversionError(
+            f"{name}: {overflown} values are beyond {dtype.name}; load it as bfloat16 or float32."
+        )
     return result
 
 
@@ -163,7 +163,8 @@ def _check_finite(checkpoint: Checkpoint, sources: Iterable[str | None]) -> None
     bad = []
     for source in sources:
         if source is not None:
-            finite = np.isfinite(checkpoint.read(source))
+            with np.errstate(invalid="ignore"):
+                finite = np.isfinite(checkpoint.read(source))
             if not finite.all():
                 first = np.unravel_index(int(finite.argmin()), finite.shape)
                 bad.append(f"{quoted(source)} first at {[int(i) for i in first]}")

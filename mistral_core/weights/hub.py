@@ -79,7 +79,7 @@ def resolve(
     Raises CheckpointNotFoundError (for a path), HubError and its kinds.
     """
     path = safe_files.as_path(path_or_id)
-    if path.exists():
+    if os.path.exists(path):
         return path
     if not isinstance(path_or_id, str) or _looks_like_path(path_or_id, path):
         raise CheckpointNotFoundError(f"{path}: no such file or directory; check the path.")
@@ -109,7 +109,9 @@ def resolve(
 def _looks_like_path(text: str, path: Path) -> bool:
     """Hub ids have at most one slash, no leading dot, and no directory on this disk before it."""
     several = text.count("/") > 1 or (os.sep != "/" and os.sep in text)
-    return text.startswith((".", "/", "~")) or several or (len(path.parts) > 1 and path.parent.exists())
+    if text.startswith((".", "/", "~")) or several:
+        return True
+    return len(path.parts) > 1 and os.path.exists(path.parent)
 
 
 def _download(repository: _Repository, wanted: Sequence[str] | None) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -53,7 +54,7 @@ _UNITS = {
 
 def open_files(path: Path) -> list[SafetensorsFile]:
     """Check the headers of a directory, of an index and its shards, or of one file."""
-    if path.is_dir():
+    if os.path.isdir(path):
         return _open_directory(path)
     return _open_index(path) if path.name.endswith(".index.json") else [SafetensorsFile(path)]
 

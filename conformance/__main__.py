@@ -1,0 +1,50 @@
+"""`python -m conformance`: run the suite on the installed backends and print who agrees with the specification."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0 where everything agrees, 1 where something does not, 2 where nothing could be run."""
+    for name, value in (
+        ("XLA_PYTHON_CLIENT_PREALLOCATE", "false"), ("TF_FORCE_GPU_ALLOW_GROWTH", "true"), ("TF_CPP_MIN_LOG_LEVEL", "2"),
+    ):  # fmt: skip
+        os.environ.setdefault(name, value)  # one GPU for three frameworks
+    from . import adapters, report, suite
+
+    parser = argparse.ArgumentParser(prog="conformance", description=__doc__)
+    parser.add_argument("--backend", action="append", choices=adapters.NAMES, help="default: all installed")
+    parser.add_argument("--dtype", action="append", choices=suite.DTYPES, help="default: all")
+    parser.add_argument("--attention", action="append", help="only these attention implementations")
+    parser.add_argument("--check", default="", help="only checks whose name holds this")
+    parser.add_argument("--json", action="store_true", help="every comparison as JSON")
+    options = parser.parse_args(argv)
+
+    found = []
+    for backend in options.backend or adapters.NAMES:
+        try:
+            chosen = list(
+                suite.subjects((backend,), tuple(options.dtype or suite.DTYPES), tuple(options.attention or ()))
+            )
+        except ImportError as error:
+            print(f"conformance: {backend} is not installed ({error})", file=sys.stderr)
+            continue
+        for subject in chosen:
+            print(f"conformance: {'/'.join(subject.key)}", file=sys.stderr)
+            for check in suite.CHECKS.values():
+                if options.check in check.name and subject.dtype in check.dtypes:
+                    found += check.run(subject)
+    if not found:
+        print("conformance: nothing was compared; see --help", file=sys.stderr)
+        return 2
+    print(report.as_json(found) if options.json else report.table(report.worst(found)))
+    failed = sum(not item.passed for item in found)
+    print(f"{len(found) - failed} comparisons passed, {failed} failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""What an adapter is, and what the three backends share by having the same names."""
+
+from __future__ import annotations
+
+import abc
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mistral_core.config import MistralConfig
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Adapter(abc.ABC):
+    """A backend behind NumPy."""
+
+    name: str
+
+    def __init__(self, package: str) -> None:
+        self.package = importlib.import_module(package)
+        self.layers = importlib.import_module(package + ".layers")
+        self.cache = importlib.import_module(package + ".cache")
+
+    @property
+    def implementations(self) -> tuple[str, ...]:
+        """The attention implementations that run here."""
+        return tuple(self.layers.ATTENTION)
+
+    @abc.abstractmethod
+    def array(self, value: Any, dtype: str | None = None) -> Any:
+        """A NumPy array as the framework's, floats cast to `dtype`."""
+
+    @abc.abstractmethod
+    def numpy(self, array: Any) -> Array:
+        """The framework's array as NumPy, bits kept."""
+
+    @abc.abstractmethod
+    def model(
+        self, architecture: str, config: MistralConfig, parameters: Mapping[str, Array], dtype: str, implementation: str
+    ) -> Any:
+        """A model of a class with these parameters, in inference mode."""
+
+    @abc.abstractmethod
+    def loss_and_gradients(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Array, dict[str, Array]]:
+        """The loss of a call and its gradient by canonical parameter name."""
+
+    @abc.abstractmethod
+    def layer(self, model: Any, index: int) -> Any:
+        """A decoder layer of a model."""
+
+    def call(self, model: Any, **inputs: Any) -> Any:
+        """The model's output, as the framework returns it."""
+        return model(**inputs)
+
+    def allocate(self, config: MistralConfig, batch_size: int, capacity: int | None, dtype: str, **options: Any) -> Any:
+        """An empty KV cache."""
+        kind = self.array(np.zeros(1, np.float32), dtype).dtype
+        return self.package.KVCache.allocate(config, batch_size, capacity, dtype=kind, **options)
+
+    def rotary(self, position_BT: Array, config: MistralConfig) -> tuple[Array, Array]:
+        """cos and sin."""
+        cos, sin = self.layers.rotary(self.array(position_BT), config)
+        return self.numpy(cos), self.numpy(sin)
+
+    def rotate(self, x: Array, cos: Array, sin: Array, dtype: str) -> Array:
+        """x turned by the angles."""
+        return self.numpy(
+            self.layers.rotate(self.array(x, dtype), self.array(cos, "float32"), self.array(sin, "float32"))
+        )
+
+    def mask(self, query_order: Array, key_order: Array, window: int | None, document_ids: Array | None) -> Array:
+        """Which keys each query sees."""
+        documents = None if document_ids is None else self.array(document_ids)
+        query, key = self.array(query_order), self.array(key_order)
+        return self.numpy(self.layers.attention_mask(query, key, window, document_ids_BT=documents))

@@ -1,0 +1,87 @@
+"""One comparison of one array with what the specification says, with everything needed to understand a failure."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from .tolerances import Tolerance, eps_of
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Comparison(NamedTuple):
+    """How far an implementation is from the specification at one piece of one case."""
+
+    backend: str
+    implementation: str
+    dtype: str
+    case: str
+    piece: str
+    shape: tuple[int, ...]
+    max_abs: float
+    max_rel: float
+    """Relative to the largest expected value."""
+    worst: tuple[int, ...]
+    ulp: float
+    """The largest difference in units of the dtype's eps times the largest expected value."""
+    equal: float
+    """Fraction of elements that are equal once rounded to the dtype."""
+    argmax: float
+    """Fraction of last-axis argmaxes that agree."""
+    tolerance: Tolerance
+    problem: str = ""
+    """What is wrong, empty if nothing is."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the array is what it must be."""
+        return not self.problem
+
+    @property
+    def headroom(self) -> float:
+        """Tolerance over difference: below 1 fails; infinite where there is no difference."""
+        return self.tolerance.ulp / self.ulp if self.ulp else float("inf")
+
+    def __str__(self) -> str:
+        where = f"{self.backend}/{self.implementation}/{self.dtype} {self.case}: {self.piece} {list(self.shape)}"
+        return (
+            f"{where}: {self.problem or 'ok'}; max |difference| {self.max_abs:.3g} at {list(self.worst)}, "
+            f"{self.ulp:.3g} of {self.tolerance.ulp:.3g} ulp, {self.equal:.1%} equal, argmax {self.argmax:.1%}"
+        )
+
+
+def compare(
+    subject: tuple[str, str, str], case: str, piece: str, actual: Array, expected: Array, tolerance: Tolerance
+) -> Comparison:
+    """Compare an array with its expected value; `subject` is (backend, implementation, dtype)."""
+    dtype = subject[2]
+    actual, expected = np.asarray(actual), np.asarray(expected, np.float64)
+    blank = (float("inf"), float("inf"), (), float("inf"), 0.0, 0.0)
+    if actual.shape != expected.shape:
+        problem = f"shape {actual.shape}, {expected.shape} was expected"
+        return Comparison(*subject, case, piece, actual.shape, *blank, tolerance, problem)
+    wide = actual.astype(np.float64)
+    if not np.isfinite(wide).all():
+        return Comparison(*subject, case, piece, actual.shape, *blank, tolerance, "NaN or infinity")
+    difference = np.abs(wide - expected)
+    scale = float(np.abs(expected).max(initial=0)) or 1.0
+    worst = np.unravel_index(int(difference.argmax()), difference.shape) if difference.size else ()
+    max_abs = float(difference.max(initial=0))
+    ulp = max_abs / (eps_of(dtype) * scale)
+    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+    equal = float((wide.astype(kind) == expected.astype(kind)).mean())
+    argmax = 1.0
+    if actual.ndim and actual.shape[-1] > 1:
+        argmax = float((wide.argmax(-1) == expected.argmax(-1)).mean())
+    problem = ""
+    if ulp > tolerance.ulp:
+        problem = "too far"
+    elif equal < tolerance.equal:
+        problem = f"only {equal:.1%} equal to the bit, {tolerance.equal:.0%} expected"
+    return Comparison(
+        *subject, case, piece, actual.shape, max_abs, max_abs / scale, tuple(map(int, worst)), ulp, equal, argmax,
+        tolerance, problem,
+    )  # fmt: skip

@@ -1,0 +1,321 @@
+"""What is compared, from small to large: each function runs one kind of piece on one backend and yields comparisons."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from mistral_core.config import MistralConfig
+from mistral_core.presets import TINY
+from mistral_core.reference import heads, model, ops
+from mistral_core.reference.cache import KVCache, slot_order
+
+from .adapters import Adapter
+from .cases import CAUSAL, LENGTHS, Case, T, padded, token_ids
+from .compare import Array, Comparison, compare
+from .tolerances import Tolerance, eps_of, rounds_elsewhere, tolerance
+from .weights import random_parameters
+
+REFERENCE = {
+    "MistralForCausalLM": heads.causal_lm,
+    "MistralForSequenceClassification": heads.sequence_classification,
+    "MistralForTokenClassification": heads.token_classification,
+    "MistralForQuestionAnswering": heads.question_answering,
+}
+BODY_LAYER = 1
+CHUNKINGS = ((1,) * T, (T,), (TINY.sliding_window + 2, 1, 3, T - TINY.sliding_window - 6))  # type: ignore[operator]
+
+
+def cast(array: Array, dtype: str) -> Array:
+    """Floats in a dtype, ml_dtypes' bfloat16 among them."""
+    return array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+
+
+@functools.cache
+def weights(config: MistralConfig, architecture: str, dtype: str) -> dict[str, Array]:
+    """The parameters of a case, in the dtype a model has them."""
+    return {name: cast(array, dtype) for name, array in random_parameters(config, architecture).items()}
+
+
+@functools.cache
+def expected(case_name: str, dtype: str, exact: bool) -> Any:
+    """What the specification returns for a case, rounded as the dtype's contract says or exact."""
+    case = by_name(case_name)
+    inputs = dict(case.inputs)
+    if "inputs_embeds" in inputs:
+        inputs["inputs_embeds"] = cast(inputs["inputs_embeds"], dtype).astype(np.float64)
+    rounds = ops.exact if exact or dtype == "float32" else ops.rounding(dtype)
+    return REFERENCE[case.architecture](
+        case.config, weights(case.config, case.architecture, dtype), **inputs, round=rounds
+    )
+
+
+@functools.cache
+def expected_cache(case_name: str, rolling: bool) -> KVCache:
+    """The specification's cache after a case's whole text."""
+    case = by_name(case_name)
+    inputs = {name: value for name, value in case.inputs.items() if name != "labels"}
+    empty = KVCache.allocate(case.config, len(case.mask), T, rolling=rolling)
+    parameters = weights(case.config, case.architecture, "float32")
+    cache: KVCache = heads.causal_lm(case.config, parameters, **inputs, past_key_values=empty).past_key_values
+    return cache
+
+
+def by_name(name: str) -> Case:
+    """The case of a name."""
+    from .cases import HEADS
+
+    return next(case for case in (*CAUSAL, *HEADS) if case.name == name)
+
+
+class Subject:
+    """One backend with one attention implementation in one dtype."""
+
+    def __init__(self, adapter: Adapter, implementation: str, dtype: str) -> None:
+        self.adapter, self.implementation, self.dtype = adapter, implementation, dtype
+        self.key = adapter.name, implementation, dtype
+
+    def model(self, case: Case) -> Any:
+        """The case's model."""
+        parameters = weights(case.config, case.architecture, self.dtype)
+        return self.adapter.model(case.architecture, case.config, parameters, self.dtype, self.implementation)
+
+    def inputs(self, case: Case) -> dict[str, Any]:
+        """The case's inputs, embeddings in the model's dtype."""
+        inputs = dict(case.inputs)
+        if "inputs_embeds" in inputs:
+            inputs["inputs_embeds"] = self.adapter.array(inputs["inputs_embeds"], self.dtype)
+        return inputs
+
+    def compare(self, case: str, piece: str, actual: Any, wanted: Array, exact: Array | None = None) -> Comparison:
+        """Compare an array of the framework; `exact` measures what rounding alone does."""
+        actual = actual if isinstance(actual, np.ndarray) else self.adapter.numpy(actual)
+        measured = 0.0
+        if exact is not None:
+            scale = float(np.abs(wanted).max(initial=0)) or 1.0
+            measured = float(np.abs(wanted - exact).max(initial=0)) / (eps_of(self.dtype) * scale)
+            if rounds_elsewhere(self.dtype, self.implementation):
+                wanted = exact
+        bound = tolerance(piece, self.dtype, self.implementation, measured=measured)
+        return compare(self.key, case, piece, actual, wanted, bound)
+
+
+def functions(subject: Subject) -> Iterator[Comparison]:
+    """The functions without parameters: rotary tables, rotation, masks."""
+    adapter, dtype = subject.adapter, subject.dtype
+    positions = np.array([[0, 1, 2, 4095], [32766, 32767, 131070, 131071]])
+    for case in CAUSAL:
+        if case.name == "window" or case.config.rope_scaling is not None:
+            wanted = ops.rotary(positions, case.config)
+            for actual, table in zip(adapter.rotary(positions, case.config), wanted, strict=True):
+                bound = tolerance("rotary", dtype, subject.implementation)
+                yield compare(subject.key, case.name, "rotary", actual, table, bound)
+    x = cast(np.random.default_rng(3).normal(size=(2, 4, 3, TINY.head_dim)), dtype)
+    cos, sin = (table.astype(np.float32) for table in ops.rotary(positions, TINY))
+    rounds = ops.exact if dtype == "float32" else ops.rounding(dtype)
+    wanted = ops.rotate(x.astype(np.float64), cos.astype(np.float64), sin.astype(np.float64), round=rounds)
+    bound = tolerance("rotate", dtype, subject.implementation)
+    yield compare(subject.key, "window", "rotate", adapter.rotate(x, cos, sin, dtype), wanted, bound)
+    for side in ("left", "right", "holes"):
+        order = ops.token_order(padded(side), np.zeros(len(LENGTHS), int))
+        for window in (None, 1, 2, 5, T, T + 1):
+            wanted = ops.attention_mask(order, order, window)
+            actual = adapter.mask(order, order, window, None)
+            yield compare(subject.key, f"{side}, window {window}", "mask", actual, wanted, Tolerance(0.0, 1.0))
+
+
+def blocks(subject: Subject) -> Iterator[Comparison]:
+    """The parts of one decoder layer on random input: norm, MLP, attention, layer."""
+    adapter, dtype = subject.adapter, subject.dtype
+    case = by_name("left-padding")
+    config, parameters = case.config, weights(case.config, case.architecture, dtype)
+    layer = adapter.layer(subject.model(case), BODY_LAYER)
+    rounds = ops.exact if dtype == "float32" else ops.rounding(dtype)
+    x = cast(np.random.default_rng(4).normal(size=(len(LENGTHS), T, config.hidden_size)), dtype)
+    wide = x.astype(np.float64)
+    order = ops.token_order(case.mask, np.zeros(len(LENGTHS), int))
+    cos_sin = tuple(t.astype(np.float32) for t in ops.rotary(np.maximum(order, 0), config))
+    given = adapter.array(x, dtype)
+    tables = tuple(adapter.array(t, "float32") for t in cos_sin)
+    exact_tables = tuple(t.astype(np.float64) for t in cos_sin)
+
+    def weight(name: str) -> Array:
+        return parameters[f"model.layers.{BODY_LAYER}.{name}.weight"].astype(np.float64)
+
+    norm = ops.rms_norm(wide, weight("input_layernorm"), config.rms_norm_eps, round=rounds)
+    yield subject.compare(case.name, "rms_norm", layer.input_layernorm(given), norm)
+    mlp = ops.swiglu(wide, *(weight(f"mlp.{part}_proj") for part in ("gate", "up", "down")), round=rounds)
+    yield subject.compare(case.name, "mlp", layer.mlp(given), mlp)
+    reference = (config, model._Exact(parameters), BODY_LAYER, wide, exact_tables, order)
+    for piece, call, spec in (("attention", layer.self_attn, model.attention), ("layer", layer, model.decoder_layer)):
+        wanted = spec(*reference, round=rounds)[0]  # type: ignore[operator]
+        exact = spec(*reference)[0]  # type: ignore[operator]
+        actual = call(given, tables, adapter.array(order))[0]
+        yield subject.compare(case.name, piece, actual, wanted, exact)
+
+
+def whole(subject: Subject, case: Case) -> Iterator[Comparison]:
+    """One pass: hidden states, attention weights, scores, loss."""
+    wanted, exact = expected(case.name, subject.dtype, False), expected(case.name, subject.dtype, True)
+    out = subject.adapter.call(
+        subject.model(case), **subject.inputs(case), output_hidden_states=True, output_attentions=True
+    )
+    plain = subject.adapter.call(subject.model(case), **subject.inputs(case))
+    for index, states in enumerate(zip(out.hidden_states, wanted.hidden_states, exact.hidden_states, strict=True)):
+        yield subject.compare(case.name, f"hidden_states {index}", *states)
+    for index, attention in enumerate(zip(out.attentions, wanted.attentions, exact.attentions, strict=True)):
+        yield subject.compare(case.name, f"attentions {index}", *attention)
+    for field in ("logits", "start_logits", "end_logits", "loss"):
+        if getattr(wanted, field, None) is not None:
+            values = getattr(plain, field), getattr(wanted, field), getattr(exact, field)
+            yield subject.compare(case.name, field, *values)
+
+
+def cached(subject: Subject, case: Case, chunking: tuple[int, ...], *, rolling: bool = True) -> Iterator[Comparison]:
+    """The logits and the cache of the same text given in chunks."""
+    adapter, mask = subject.adapter, case.mask
+    one_pass = [expected(case.name, subject.dtype, exact).logits for exact in (False, True)]
+    inputs = {k: v for k, v in subject.inputs(case).items() if k != "labels" and v is not None}
+    inputs["attention_mask"] = mask
+    past, start, logits = adapter.allocate(case.config, len(mask), T, subject.dtype, rolling=rolling), 0, []
+    instance = subject.model(case)
+    for size in chunking:
+        chunk = {name: value[:, start : start + size] for name, value in inputs.items()}
+        out = adapter.call(instance, **chunk, past_key_values=past)
+        past, start = out.past_key_values, start + size
+        logits.append(adapter.numpy(out.logits))
+    name = f"cached {'rolling' if rolling else 'full'} {'+'.join(map(str, _short(chunking)))}"
+    yield subject.compare(case.name, f"logits {name}", np.concatenate(logits, axis=1), *one_pass)
+    if subject.dtype == "float32":
+        yield from _contents(subject, case, past, name, rolling)
+
+
+def _short(chunking: tuple[int, ...]) -> tuple[Any, ...]:
+    return ("ones",) if len(chunking) > 4 else chunking
+
+
+def _contents(subject: Subject, case: Case, past: Any, name: str, rolling: bool) -> Iterator[Comparison]:
+    """Keys and values of every slot that a next token could see."""
+    wanted = expected_cache(case.name, rolling)
+    bound = tolerance("logits", subject.dtype, subject.implementation)
+    length = subject.adapter.numpy(past.length)
+    yield compare(subject.key, case.name, f"length {name}", length, wanted.length, Tolerance(0.0, 1.0))
+    for layer, window in enumerate(case.config.layer_windows):
+        order = slot_order(wanted.length, wanted.keys[layer].shape[1])
+        seen = (order >= 0) & (order > wanted.length[:, None] - (window or T + 1))
+        for kind in ("keys", "values"):
+            actual = subject.adapter.numpy(getattr(past, kind)[layer])
+            target = getattr(wanted, kind)[layer]
+            if actual.shape == target.shape:
+                actual, target = (np.where(seen[:, :, None, None], x, 0) for x in (actual, target))
+            yield compare(subject.key, case.name, f"cache {kind} {layer} {name}", actual, target, bound)
+
+
+def turns(subject: Subject, prompt: int) -> Iterator[Comparison]:
+    """A prompt of some length, then single tokens past three turns of the window, against one pass over all of it."""
+    config = TINY
+    window = config.sliding_window or 0
+    total = prompt + 3 * window
+    case = Case("turns", "9, 10: prompts around the window", config, "MistralForCausalLM", {})
+    ids = token_ids(config, seed=5, shape=(2, total))
+    parameters = weights(config, case.architecture, subject.dtype)
+    rounds = ops.exact if subject.dtype == "float32" else ops.rounding(subject.dtype)
+    wanted = heads.causal_lm(config, parameters, ids, round=rounds).logits
+    exact = heads.causal_lm(config, parameters, ids).logits
+    instance = subject.model(case)
+    past, logits = subject.adapter.allocate(config, 2, total, subject.dtype), []
+    for start, stop in ((0, prompt), *((t, t + 1) for t in range(prompt, total))):
+        out = subject.adapter.call(instance, input_ids=ids[:, start:stop], past_key_values=past)
+        past = out.past_key_values
+        logits.append(subject.adapter.numpy(out.logits))
+    assert wanted is not None and exact is not None
+    yield subject.compare(f"prompt of {prompt}", "logits", np.concatenate(logits, axis=1), wanted, exact)
+
+
+def rollback(subject: Subject, count: int) -> Iterator[Comparison]:
+    """Tokens forgotten around the window leave no trace: the next logits equal those of a cache that never saw them."""
+    config, lookback = TINY, 4
+    ids, other = token_ids(config, seed=6, shape=(2, 14)), token_ids(config, seed=7, shape=(2, count))
+    parameters = weights(config, "MistralForCausalLM", subject.dtype)
+    rounds = ops.exact if subject.dtype == "float32" else ops.rounding(subject.dtype)
+    wanted = heads.causal_lm(config, parameters, ids, round=rounds).logits
+    exact = heads.causal_lm(config, parameters, ids).logits
+    case = Case("rollback", "12: rejected speculation stays in the ring", config, "MistralForCausalLM", {})
+    instance, call = subject.model(case), subject.adapter.call
+    past = subject.adapter.allocate(config, 2, 40, subject.dtype, lookback=lookback)
+    past = call(instance, input_ids=ids[:, :12], past_key_values=past).past_key_values
+    past = call(instance, input_ids=other, past_key_values=past).past_key_values
+    past = past.rollback(subject.adapter.array(np.full(2, count)), config)
+    out = call(instance, input_ids=ids[:, 12:], past_key_values=past)
+    assert wanted is not None and exact is not None
+    yield subject.compare(f"rollback of {count}", "logits", out.logits, wanted[:, 12:], exact[:, 12:])
+
+
+def greedy(subject: Subject, *, tokens: int = 24) -> Iterator[Comparison]:
+    """Greedy tokens of a ragged batch, padded on either side, and the end of sequence."""
+    config = TINY
+    parameters = weights(config, "MistralForCausalLM", subject.dtype)
+    case = Case("greedy", "14, 16: padded rows, rows that ended", config, "MistralForCausalLM", {})
+    instance = subject.model(case)
+    ids = token_ids(config)
+    rounds = ops.exact if subject.dtype == "float32" else ops.rounding(subject.dtype)
+    for side in ("left", "right"):
+        mask = padded(side)
+        wanted = heads.greedy(config, parameters, ids, mask, max_new_tokens=tokens, round=rounds)
+        end = int(wanted[1, 5])
+        for eos in (None, end):
+            out = subject.adapter.numpy(
+                instance.generate(ids, attention_mask=mask, max_new_tokens=tokens, eos_token_id=eos, pad_token_id=0)
+            )
+            target = np.concatenate([ids, ended(wanted, eos)], axis=1)
+            bound = Tolerance(0.0, 1.0)
+            yield compare(subject.key, f"{side}-padded, eos {eos}", "greedy", out, target, bound)
+
+
+def ended(tokens: Array, eos: int | None, *, pad: int = 0) -> Array:
+    """Rows padded after their first end of sequence, and no longer than the longest."""
+    if eos is None:
+        return tokens
+    stops = np.where((tokens == eos).any(1), (tokens == eos).argmax(1) + 1, tokens.shape[1])
+    column = np.arange(tokens.shape[1])
+    return np.where(column < stops[:, None], tokens, pad)[:, : stops.max()]
+
+
+def gradients(subject: Subject, case: Case) -> Iterator[Comparison]:
+    """Every parameter's gradient along a random direction, against a central difference of the specification."""
+    loss, by_name_ = subject.adapter.loss_and_gradients(subject.model(case), subject.inputs(case))
+    wanted = expected(case.name, subject.dtype, True)
+    yield subject.compare(case.name, "loss in training", loss, wanted.loss, wanted.loss)
+    slopes = difference_slopes(case.name)
+    actual = np.array([float((by_name_[name] * direction(name, by_name_[name].shape)).sum()) for name in slopes])
+    largest = max(float(np.abs(g).max()) * np.sqrt(g.size) for g in by_name_.values())
+    target = np.array(list(slopes.values()))
+    finite = all(np.isfinite(g).all() for g in by_name_.values())
+    bound = Tolerance(tolerance("gradients", subject.dtype, subject.implementation).ulp * largest / np.abs(target).max())
+    yield compare(subject.key, case.name, "gradients", actual if finite else actual * np.nan, target, bound)
+
+
+def direction(name: str, shape: tuple[int, ...]) -> Array:
+    """A fixed random direction of length about sqrt(size) in the space of one parameter."""
+    return np.random.default_rng([len(name), *name.encode()]).normal(size=shape)
+
+
+@functools.cache
+def difference_slopes(case_name: str, step: float = 1e-6) -> dict[str, float]:
+    """Name -> slope of the specification's loss along `direction`, by a central difference."""
+    case = by_name(case_name)
+    parameters = {n: a.astype(np.float64) for n, a in weights(case.config, case.architecture, "float32").items()}
+    slopes = {}
+    for name, array in parameters.items():
+        ahead, behind = (
+            REFERENCE[case.architecture](
+                case.config, {**parameters, name: array + sign * step * direction(name, array.shape)}, **case.inputs
+            ).loss
+            for sign in (1, -1)
+        )
+        slopes[name] = float((ahead - behind) / (2 * step))
+    return slopes

@@ -1,0 +1,78 @@
+"""The whole suite as a list of checks, each a name and what it yields; pytest and the command line run the same ones."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from mistral_core.presets import TINY
+
+from . import adapters, pieces
+from .cases import CAUSAL, HEADS, T
+from .compare import Comparison
+from .pieces import Subject
+
+DTYPES = ("float32", "bfloat16")
+WINDOW = TINY.sliding_window or 0
+PROMPTS = (1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 3 * WINDOW + 1)
+CACHED = tuple(case for case in CAUSAL if case.name != "documents")
+
+
+class Check(NamedTuple):
+    """One thing to compare on any subject."""
+
+    name: str
+    run: Callable[[Subject], Iterator[Comparison]]
+    dtypes: tuple[str, ...] = DTYPES
+
+
+def _partial(function: Callable[..., Iterator[Comparison]], *args: object, **options: object) -> Callable[..., Iterator[Comparison]]:
+    @functools.wraps(function)
+    def run(subject: Subject) -> Iterator[Comparison]:
+        return function(subject, *args, **options)
+
+    return run
+
+
+def _checks() -> Iterator[Check]:
+    """Small before large: where a small piece is wrong, look there first."""
+    yield Check("functions", pieces.functions)
+    yield Check("blocks", pieces.blocks)
+    for case in (*CAUSAL, *HEADS):
+        yield Check(f"whole {case.name}", _partial(pieces.whole, case))
+    for case in CACHED:
+        for chunking in pieces.CHUNKINGS[1:]:
+            name = f"cached {case.name} {'+'.join(map(str, chunking))}"
+            yield Check(name, _partial(pieces.cached, case, chunking), ("float32",))
+        yield Check(f"cached {case.name} by ones", _partial(pieces.cached, case, (1,) * T))
+    yield Check("full cache", _partial(pieces.cached, CAUSAL[0], pieces.CHUNKINGS[2], rolling=False), ("float32",))
+    for prompt in PROMPTS:
+        yield Check(f"prompt of {prompt}", _partial(pieces.turns, prompt))
+    for count in (1, 2, 4):
+        yield Check(f"rollback of {count}", _partial(pieces.rollback, count))
+    yield Check("greedy", pieces.greedy, ("float32",))
+    for case in (*CAUSAL, *HEADS):
+        if "labels" in case.inputs or "start_positions" in case.inputs:
+            yield Check(f"gradients {case.name}", _partial(pieces.gradients, case), ("float32",))
+
+
+CHECKS = {check.name: check for check in _checks()}
+
+
+@functools.cache
+def subject(backend: str, implementation: str, dtype: str, package: str | None = None) -> Subject:
+    """A backend ready to be compared; raises ImportError without its framework."""
+    return Subject(adapters.get(backend, package), implementation, dtype)
+
+
+def subjects(
+    backends: tuple[str, ...] = adapters.NAMES, dtypes: tuple[str, ...] = DTYPES, implementations: tuple[str, ...] = ()
+) -> Iterator[Subject]:
+    """Every backend x attention implementation x dtype asked for."""
+    for backend in backends:
+        for implementation in adapters.get(backend).implementations:
+            if implementations and implementation not in implementations:
+                continue
+            for dtype in dtypes:
+                yield subject(backend, implementation, dtype)
