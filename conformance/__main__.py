@@ -27,7 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     for backend in options.backend or adapters.NAMES:
         try:
             chosen = list(
-                suite.subjects((backend,), tuple(options.dtype or suite.DTYPES), tuple(options.attention or ()))
+                suite.subjects(
+                    (backend,), tuple(options.dtype or suite.DTYPES), tuple(options.attention or ())
+                )
             )
         except ImportError as error:
             print(f"conformance: {backend} is not installed ({error})", file=sys.stderr)

@@ -34,7 +34,9 @@ class Case(NamedTuple):
         return self.inputs.get("attention_mask", np.ones((len(LENGTHS), T), np.int64))
 
 
-def token_ids(config: MistralConfig = TINY, *, seed: int = 0, shape: tuple[int, int] = (len(LENGTHS), T)) -> np.ndarray:
+def token_ids(
+    config: MistralConfig = TINY, *, seed: int = 0, shape: tuple[int, int] = (len(LENGTHS), T)
+) -> np.ndarray:
     """Random ids that are not the padding token."""
     return np.random.default_rng(seed).integers(3, config.vocab_size, shape)
 
@@ -56,7 +58,11 @@ def _causal(name: str, why: str, inputs: Mapping[str, Any] | None = None, **chan
     labels = token_ids(config, seed=1)
     labels[0, :4] = labels[1, 7] = -100
     return Case(
-        name, why, config, "MistralForCausalLM", {"input_ids": token_ids(config), "labels": labels, **(inputs or {})}
+        name,
+        why,
+        config,
+        "MistralForCausalLM",
+        {"input_ids": token_ids(config), "labels": labels, **(inputs or {})},
     )
 
 

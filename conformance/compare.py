@@ -46,7 +46,9 @@ class Comparison(NamedTuple):
         return self.tolerance.ulp / self.ulp if self.ulp else float("inf")
 
     def __str__(self) -> str:
-        where = f"{self.backend}/{self.implementation}/{self.dtype} {self.case}: {self.piece} {list(self.shape)}"
+        where = (
+            f"{self.backend}/{self.implementation}/{self.dtype} {self.case}: {self.piece} {list(self.shape)}"
+        )
         return (
             f"{where}: {self.problem or 'ok'}; max |difference| {self.max_abs:.3g} at {list(self.worst)}, "
             f"{self.ulp:.3g} of {self.tolerance.ulp:.3g} ulp, {self.equal:.1%} equal, argmax {self.argmax:.1%}"
@@ -54,14 +56,24 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    subject: tuple[str, str, str], case: str, piece: str, actual: Array, expected: Array, tolerance: Tolerance
+    subject: tuple[str, str, str],
+    case: str,
+    piece: str,
+    actual: Array,
+    expected: Array,
+    tolerance: Tolerance,
+    *,
+    dtype_is: str | None = None,
 ) -> Comparison:
-    """Compare an array with its expected value; `subject` is (backend, implementation, dtype)."""
+    """Compare an array with its expected value and dtype; `subject` is (backend, implementation, dtype)."""
     dtype = subject[2]
     actual, expected = np.asarray(actual), np.asarray(expected, np.float64)
     blank = (float("inf"), float("inf"), (), float("inf"), 0.0, 0.0)
     if actual.shape != expected.shape:
         problem = f"shape {actual.shape}, {expected.shape} was expected"
+        return Comparison(*subject, case, piece, actual.shape, *blank, tolerance, problem)
+    if dtype_is is not None and actual.dtype.name != dtype_is:
+        problem = f"dtype {actual.dtype.name}, {dtype_is} was expected"
         return Comparison(*subject, case, piece, actual.shape, *blank, tolerance, problem)
     wide = actual.astype(np.float64)
     if not np.isfinite(wide).all():

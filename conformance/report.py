@@ -23,7 +23,19 @@ def worst(comparisons: Iterable[Comparison]) -> list[Comparison]:
 
 def table(comparisons: Iterable[Comparison]) -> str:
     """Lines of subject, piece, worst case, difference, bound, headroom."""
-    head = ("backend", "attention", "dtype", "piece", "worst case", "max |diff|", "ulp", "bound", "equal", "argmax", "")
+    head = (
+        "backend",
+        "attention",
+        "dtype",
+        "piece",
+        "worst case",
+        "max |diff|",
+        "ulp",
+        "bound",
+        "equal",
+        "argmax",
+        "",
+    )
     rows = [
         (
             item.backend, item.implementation, item.dtype, item.piece, item.case, f"{item.max_abs:.2e}",
@@ -33,7 +45,10 @@ def table(comparisons: Iterable[Comparison]) -> str:
         for item in comparisons
     ]  # fmt: skip
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (head, *rows))
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in (head, *rows)
+    )
 
 
 def as_json(comparisons: Iterable[Comparison]) -> str:

@@ -27,7 +27,9 @@ class Check(NamedTuple):
     dtypes: tuple[str, ...] = DTYPES
 
 
-def _partial(function: Callable[..., Iterator[Comparison]], *args: object, **options: object) -> Callable[..., Iterator[Comparison]]:
+def _partial(
+    function: Callable[..., Iterator[Comparison]], *args: object, **options: object
+) -> Callable[..., Iterator[Comparison]]:
     @functools.wraps(function)
     def run(subject: Subject) -> Iterator[Comparison]:
         return function(subject, *args, **options)
@@ -46,7 +48,9 @@ def _checks() -> Iterator[Check]:
             name = f"cached {case.name} {'+'.join(map(str, chunking))}"
             yield Check(name, _partial(pieces.cached, case, chunking), ("float32",))
         yield Check(f"cached {case.name} by ones", _partial(pieces.cached, case, (1,) * T))
-    yield Check("full cache", _partial(pieces.cached, CAUSAL[0], pieces.CHUNKINGS[2], rolling=False), ("float32",))
+    yield Check(
+        "full cache", _partial(pieces.cached, CAUSAL[0], pieces.CHUNKINGS[2], rolling=False), ("float32",)
+    )
     for prompt in PROMPTS:
         yield Check(f"prompt of {prompt}", _partial(pieces.turns, prompt))
     for count in (1, 2, 4):
@@ -67,7 +71,9 @@ def subject(backend: str, implementation: str, dtype: str, package: str | None =
 
 
 def subjects(
-    backends: tuple[str, ...] = adapters.NAMES, dtypes: tuple[str, ...] = DTYPES, implementations: tuple[str, ...] = ()
+    backends: tuple[str, ...] = adapters.NAMES,
+    dtypes: tuple[str, ...] = DTYPES,
+    implementations: tuple[str, ...] = (),
 ) -> Iterator[Subject]:
     """Every backend x attention implementation x dtype asked for."""
     for backend in backends:

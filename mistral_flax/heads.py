@@ -59,6 +59,7 @@ class MistralForCausalLM(PreTrainedModel):
         labels: Any = None,
         *,
         logits_to_keep: Any = 0,
+        document_ids: Any = None,
         return_dict: bool | None = None,
         **options: Any,
     ) -> CausalLMOutput | tuple[Any, ...]:
@@ -72,6 +73,7 @@ class MistralForCausalLM(PreTrainedModel):
             position_ids,
             past_key_values,
             inputs_embeds,
+            document_ids=document_ids,
             **options,
             return_dict=True,
         )
@@ -127,6 +129,7 @@ class MistralForSequenceClassification(PreTrainedModel):
         inputs_embeds: Any = None,
         labels: Any = None,
         *,
+        document_ids: Any = None,
         return_dict: bool | None = None,
         **options: Any,
     ) -> SequenceClassifierOutput | tuple[Any, ...]:
@@ -140,6 +143,7 @@ class MistralForSequenceClassification(PreTrainedModel):
             position_ids,
             past_key_values,
             inputs_embeds,
+            document_ids=document_ids,
             **options,
             return_dict=True,
         )
@@ -196,6 +200,7 @@ class MistralForTokenClassification(PreTrainedModel):
         inputs_embeds: Any = None,
         labels: Any = None,
         *,
+        document_ids: Any = None,
         return_dict: bool | None = None,
         rngs: Any = None,
         **options: Any,
@@ -203,7 +208,7 @@ class MistralForTokenClassification(PreTrainedModel):
         """Scores [B, T, C]; labels [B, T] are classes or -100."""
         body_rngs, key = dropout_keys(rngs, 2)
         out = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **options,
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, document_ids=document_ids, **options,
             rngs=body_rngs, return_dict=True,
         )  # fmt: skip
         x_BTD = out.last_hidden_state
@@ -249,6 +254,7 @@ class MistralForQuestionAnswering(PreTrainedModel):
         start_positions: Any = None,
         end_positions: Any = None,
         *,
+        document_ids: Any = None,
         return_dict: bool | None = None,
         **options: Any,
     ) -> QuestionAnsweringOutput | tuple[Any, ...]:
@@ -259,6 +265,7 @@ class MistralForQuestionAnswering(PreTrainedModel):
             position_ids,
             past_key_values,
             inputs_embeds,
+            document_ids=document_ids,
             **options,
             return_dict=True,
         )

@@ -32,7 +32,7 @@ def as_dtype(dtype: Any) -> Any:
 
 def to_numpy(array: Tensor) -> np.ndarray:
     """An array as NumPy, bits kept; bfloat16 is ml_dtypes' in both."""
-    return keras.ops.convert_to_numpy(array)
+    return tf.convert_to_tensor(array).numpy()
 
 
 def from_numpy(array: np.ndarray) -> Tensor:

@@ -60,6 +60,7 @@ class MistralForCausalLM(PreTrainedModel):
         labels: Any = None,
         *,
         logits_to_keep: Any = 0,
+        document_ids: Any = None,
         return_dict: bool | None = None,
         **options: Any,
     ) -> CausalLMOutput | tuple[Any, ...]:
@@ -73,6 +74,7 @@ class MistralForCausalLM(PreTrainedModel):
             position_ids,
             past_key_values,
             inputs_embeds,
+            document_ids=document_ids,
             **options,
             return_dict=True,
         )
@@ -127,6 +129,7 @@ class MistralForSequenceClassification(PreTrainedModel):
         inputs_embeds: Any = None,
         labels: Any = None,
         *,
+        document_ids: Any = None,
         return_dict: bool | None = None,
         **options: Any,
     ) -> SequenceClassifierOutput | tuple[Any, ...]:
@@ -140,6 +143,7 @@ class MistralForSequenceClassification(PreTrainedModel):
             position_ids,
             past_key_values,
             inputs_embeds,
+            document_ids=document_ids,
             **options,
             return_dict=True,
         )
@@ -156,11 +160,11 @@ class MistralForSequenceClassification(PreTrainedModel):
     def _real_tokens(self, input_ids: Any, attention_mask: Any, x_BTD: Tensor) -> Tensor:
         """[B, T]: what counts as a token when looking for the last one."""
         if attention_mask is not None:
-            mask = tf.convert_to_tensor(attention_mask)
+            mask = tf.cast(attention_mask, tf.int32)
             mask = mask[None] if len(mask.shape) == 1 else mask
             return mask[:, tf.shape(mask)[1] - tf.shape(x_BTD)[1] :]
         if self.config.pad_token_id is not None and input_ids is not None:
-            return integers("input_ids", input_ids) != self.config.pad_token_id
+            return tf.cast(integers("input_ids", input_ids) != self.config.pad_token_id, tf.int32)
         return tf.ones(tf.shape(x_BTD)[:2])
 
 
@@ -193,13 +197,14 @@ class MistralForTokenClassification(PreTrainedModel):
         inputs_embeds: Any = None,
         labels: Any = None,
         *,
+        document_ids: Any = None,
         return_dict: bool | None = None,
         training: bool = False,
         **options: Any,
     ) -> TokenClassifierOutput | tuple[Any, ...]:
         """Scores [B, T, C]; labels [B, T] are classes or -100."""
         out = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **options,
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, document_ids=document_ids, **options,
             training=training, return_dict=True,
         )  # fmt: skip
         x_BTD = out.last_hidden_state
@@ -243,6 +248,7 @@ class MistralForQuestionAnswering(PreTrainedModel):
         start_positions: Any = None,
         end_positions: Any = None,
         *,
+        document_ids: Any = None,
         return_dict: bool | None = None,
         **options: Any,
     ) -> QuestionAnsweringOutput | tuple[Any, ...]:
@@ -253,6 +259,7 @@ class MistralForQuestionAnswering(PreTrainedModel):
             position_ids,
             past_key_values,
             inputs_embeds,
+            document_ids=document_ids,
             **options,
             return_dict=True,
         )

@@ -49,6 +49,7 @@ class MistralForCausalLM(PreTrainedModel):
         labels: Any = None,
         *,
         logits_to_keep: Any = 0,
+        document_ids: Any = None,
         return_dict: bool | None = None,
         **options: Any,
     ) -> CausalLMOutput | tuple[Any, ...]:
@@ -62,6 +63,7 @@ class MistralForCausalLM(PreTrainedModel):
             position_ids,
             past_key_values,
             inputs_embeds,
+            document_ids=document_ids,
             **options,
             return_dict=True,
         )
@@ -107,6 +109,7 @@ class MistralForSequenceClassification(PreTrainedModel):
         inputs_embeds: Any = None,
         labels: Any = None,
         *,
+        document_ids: Any = None,
         return_dict: bool | None = None,
         **options: Any,
     ) -> SequenceClassifierOutput | tuple[Any, ...]:
@@ -120,6 +123,7 @@ class MistralForSequenceClassification(PreTrainedModel):
             position_ids,
             past_key_values,
             inputs_embeds,
+            document_ids=document_ids,
             **options,
             return_dict=True,
         )
@@ -161,6 +165,7 @@ class MistralForTokenClassification(PreTrainedModel):
         inputs_embeds: Any = None,
         labels: Any = None,
         *,
+        document_ids: Any = None,
         return_dict: bool | None = None,
         **options: Any,
     ) -> TokenClassifierOutput | tuple[Any, ...]:
@@ -171,6 +176,7 @@ class MistralForTokenClassification(PreTrainedModel):
             position_ids,
             past_key_values,
             inputs_embeds,
+            document_ids=document_ids,
             **options,
             return_dict=True,
         )
@@ -204,6 +210,7 @@ class MistralForQuestionAnswering(PreTrainedModel):
         start_positions: Any = None,
         end_positions: Any = None,
         *,
+        document_ids: Any = None,
         return_dict: bool | None = None,
         **options: Any,
     ) -> QuestionAnsweringOutput | tuple[Any, ...]:
@@ -214,6 +221,7 @@ class MistralForQuestionAnswering(PreTrainedModel):
             position_ids,
             past_key_values,
             inputs_embeds,
+            document_ids=document_ids,
             **options,
             return_dict=True,
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
@@ -21,12 +20,14 @@ class BackendAdapter(Adapter):
         return tf.cast(array, tf.int32) if array.dtype == np.int64 else tf.convert_to_tensor(array)
 
     def numpy(self, array: Any) -> Any:
-        return keras.ops.convert_to_numpy(array)
+        return tf.convert_to_tensor(array).numpy()
 
     def model(self, architecture: str, config: Any, parameters: Any, dtype: str, implementation: str) -> Any:
         kind = getattr(self.package, architecture)
         model = kind(config, attn_implementation=implementation, dtype=dtype, initializer="zeros")
-        return model.load_arrays({name: np.asarray(array).astype(dtype) for name, array in parameters.items()})
+        return model.load_arrays(
+            {name: np.asarray(array).astype(dtype) for name, array in parameters.items()}
+        )
 
     def loss_and_gradients(self, model: Any, inputs: Any) -> Any:
         with tf.GradientTape() as tape:

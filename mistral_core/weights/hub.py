@@ -79,7 +79,7 @@ def resolve(
     Raises CheckpointNotFoundError (for a path), HubError and its kinds.
     """
     path = safe_files.as_path(path_or_id)
-    if os.path.exists(path):
+    if path_or_id and os.path.exists(path):
         return path
     if not isinstance(path_or_id, str) or _looks_like_path(path_or_id, path):
         raise CheckpointNotFoundError(f"{path}: no such file or directory; check the path.")
@@ -185,7 +185,7 @@ def _check_digest(path: Path, expected: str | None, repository: _Repository) -> 
 def _remember(repository: _Repository, snapshot: Path) -> None:
     """Note which commit a branch or tag meant, as the hub's own cache does, for the next time offline."""
     name = repository.revision or "main"
-    if name != snapshot.name and ".." not in name:
+    if name != snapshot.name and re.fullmatch(r"[\w.-]+(/[\w.-]+)*", name) and ".." not in name:
         with contextlib.suppress(MistralError):  # a read-only cache is no reason to fail
             safe_files.write_file(snapshot.parent.parent / "refs" / name, snapshot.name.encode())
 

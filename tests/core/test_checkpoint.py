@@ -149,6 +149,9 @@ def test_every_truncation_of_a_file_is_noticed(tmp_path):
         (tmp_path / "f").write_bytes(whole[:length])
         with pytest.raises(errors.TruncatedFileError):
             SafetensorsFile(tmp_path / "f")
+    (tmp_path / "f").write_bytes(b"\xff" * 7)
+    with pytest.raises(errors.TruncatedFileError):
+        SafetensorsFile(tmp_path / "f")
 
 
 def test_every_flipped_header_byte_is_harmless_or_a_typed_error(tmp_path):

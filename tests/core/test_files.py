@@ -197,13 +197,15 @@ def test_overwrite_false_fails_before_anything(tmp_path):
     assert not entered
 
 
-@pytest.mark.parametrize("name", ["file", ".", "sub"])
-def test_targets_that_cannot_be_replaced(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(
+    ("name", "why"), [("file", "is a file"), (".", "current directory"), ("sub", "current directory")]
+)
+def test_targets_that_cannot_be_replaced(tmp_path, monkeypatch, name, why):
     (tmp_path / "file").write_bytes(b"x")
     (tmp_path / "sub" / "deeper").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "sub" / "deeper" if name == "sub" else tmp_path)
     before = tree(tmp_path)
-    with pytest.raises(ConversionError), files.atomic_directory(tmp_path / name):
+    with pytest.raises(ConversionError, match=why), files.atomic_directory(tmp_path / name):
         pass
     assert tree(tmp_path) == before
 
@@ -234,7 +236,10 @@ def test_second_writer_is_refused_while_the_first_writes(tmp_path):
 
 
 def test_live_lock_of_another_process_and_host_is_respected(tmp_path):
-    for changes in ({"pid": os.getppid(), "start": files._start_time(os.getppid())}, {"host": "elsewhere"}):
+    for changes in (
+        {"pid": os.getppid(), "start": files._start_time(os.getppid())},
+        {"host": "elsewhere", "pid": dead_pid()},
+    ):
         lock = lock_of(tmp_path / "out", **changes)
         with pytest.raises(OutputBusyError):
             put(tmp_path / "out", a=b"")

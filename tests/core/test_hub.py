@@ -338,7 +338,7 @@ def test_gated_repository_is_an_auth_error_for_config_too(tmp_path, server):
         MistralConfig.from_pretrained(REPO, cache_dir=tmp_path)
 
 
-@pytest.mark.parametrize("name", ["a b/c", "-a/b", "a..b/c", "a/b\u202e", "x" * 300])
+@pytest.mark.parametrize("name", ["", "a b/c", "-a/b", "a..b/c", "a/b\u202e", "a\0", "x" * 300])
 def test_what_cannot_be_an_id(server, get, name):
     with pytest.raises(errors.RepoNotFoundError, match="neither a path here nor a hub id"):
         get(name)
@@ -444,6 +444,13 @@ def test_refusal_does_not_fall_back_to_the_cache(server, get, answer):
     server.fault = failing(*answer)
     with pytest.raises((errors.RepoNotFoundError, errors.AuthRequiredError)):
         get()
+
+
+@pytest.mark.parametrize("revision", ["../../evil", "/evil"])
+def test_revision_is_no_path(tmp_path, server, revision):
+    revision = revision.replace("/evil", f"{tmp_path}/evil") if revision == "/evil" else revision
+    hub.resolve(REPO, cache_dir=tmp_path / "cache", revision=revision, files=CONFIG_FILES)
+    assert not list(tmp_path.rglob("evil"))
 
 
 def test_branch_that_moved_is_followed_online_and_remembered_offline(server, get):

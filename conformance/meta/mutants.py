@@ -1,0 +1,211 @@
+"""The planted errors: each a change of source text, which must stand exactly as often as it says, and the check that must go red.
+
+Most are the same text in all three backends, which are mirrors; where a framework spells it differently, `edits` goes by backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+BACKENDS = ("torch", "flax", "tf")
+
+
+class Edit(NamedTuple):
+    """Replace `old` by `new` in one file of a backend; `old` stands there `count` times."""
+
+    file: str
+    old: str
+    new: str
+    count: int = 1
+
+
+class Mutant(NamedTuple):
+    """One planted error."""
+
+    name: str
+    check: str
+    """The name of the check (conformance.suite.CHECKS) that must fail."""
+    edits: Mapping[str, Edit]
+    """By backend."""
+    dtype: str = "float32"
+    implementation: str = "eager"
+    raises: bool = False
+    """Whether the error may show as an exception instead of a wrong number."""
+
+
+def everywhere(file: str, old: str, new: str, count: int = 1) -> dict[str, Edit]:
+    """The same edit in all three."""
+    return dict.fromkeys(BACKENDS, Edit(file, old, new, count))
+
+
+def spelled(file: str, **edits: tuple[str, str]) -> dict[str, Edit]:
+    """An edit of the same file, spelled by backend."""
+    return {backend: Edit(file, *pair) for backend, pair in edits.items()}
+
+
+_WINDOW = "query - key < window"
+_SWIGLU = "silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)"
+
+MUTANTS = (
+    # Masks and windows
+    Mutant("window + 1", "whole window", everywhere("layers.py", _WINDOW, "query - key <= window")),
+    Mutant("window - 1", "whole window", everywhere("layers.py", _WINDOW, "query - key < window - 1")),
+    Mutant("window None taken as 0", "whole window-none",
+           everywhere("layers.py", "if window is not None:\n        visible = visible & (query - key < window)",
+                      "visible = visible & (query - key <= (window - 1 if window else 0))")),
+    Mutant("no window", "whole window", everywhere("layers.py", "if window is not None:", "if False:")),
+    Mutant("window 1 taken as none", "whole window-1",
+           everywhere("layers.py", "if window is not None:", "if window is not None and window > 1:")),
+    Mutant("layer_types shifted by one", "whole layer-types",
+           everywhere("model.py", "config.layer_windows", "(config.layer_windows[1:] + config.layer_windows[:1])")),
+    Mutant("documents see each other", "whole documents",
+           everywhere("layers.py", "if document_ids_BT is not None:", "if False:")),
+    Mutant("not causal", "whole window", everywhere("layers.py", "(key <= query)", "(key <= query + 1)")),
+    Mutant("padding mask ignored", "whole holes",
+           everywhere("layers.py", "attention_mask_BT != 0, order", "attention_mask_BT != 2, order")),
+    Mutant("padding mask inverted", "whole left-padding",
+           everywhere("layers.py", "attention_mask_BT != 0, order", "attention_mask_BT == 0, order")),
+    Mutant("positions from the column", "whole holes",
+           everywhere("model.py", "token_positions(inputs.attention_mask,", "token_positions(inputs.attention_mask * 0 + 1,")),
+    Mutant("a row that sees nothing sees everything", "whole all-padding", spelled(
+        "layers.py",
+        torch=("weights.masked_fill(~visible, 0).to(v_BSKH.dtype)", "weights.to(v_BSKH.dtype)"),
+        flax=("jnp.where(visible, weights, 0).astype(v_BSKH.dtype)", "weights.astype(v_BSKH.dtype)"),
+        tf=("tf.cast(tf.where(visible, weights, 0), v_BSKH.dtype)", "tf.cast(weights, v_BSKH.dtype)"),
+    )),
+    Mutant("mean of v for a row that sees nothing", "whole all-padding", spelled(
+        "layers.py", flax=("return jnp.where(visible_BTS.any(-1)[:, :, None, None], o, 0), None", "return o, None"),
+    ), implementation="dot_product"),
+    # Rotary embeddings
+    Mutant("theta 1e4", "whole theta",
+           everywhere("model.py", "rotary(position_BT, config)", "rotary(position_BT, config.replace(rope_theta=1e4))")),
+    Mutant("rotary pairs side by side", "whole window", spelled(
+        "layers.py",
+        torch=("x_BTNH.float().chunk(2, dim=-1)", "(x_BTNH.float()[..., ::2], x_BTNH.float()[..., 1::2])"),
+        flax=("jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)",
+              "(x_BTNH.astype(jnp.float32)[..., ::2], x_BTNH.astype(jnp.float32)[..., 1::2])"),
+        tf=("tf.split(tf.cast(x_BTNH, tf.float32), 2, axis=-1)",
+            "(tf.cast(x_BTNH, tf.float32)[..., ::2], tf.cast(x_BTNH, tf.float32)[..., 1::2])"),
+    )),
+    Mutant("rotation backwards", "functions",
+           everywhere("layers.py", "first * cos - second * sin, second * cos + first * sin",
+                      "first * cos + second * sin, second * cos - first * sin")),
+    Mutant("attention factor forgotten", "whole rope-yarn",
+           everywhere("layers.py", "table.attention_factor", "1.0", 2)),
+    Mutant("rope scaling forgotten", "whole rope-linear",
+           everywhere("model.py", "rotary(position_BT, config)", "rotary(position_BT, config.replace(rope_scaling=None))")),
+    Mutant("angles in bfloat16", "functions", spelled(
+        "layers.py",
+        torch=("position_BT.float()[..., None] * inverse_frequency",
+               "(position_BT.float()[..., None] * inverse_frequency).bfloat16().float()"),
+        flax=("position_BT.astype(jnp.float32)[..., None] * inverse_frequency",
+              "(position_BT.astype(jnp.float32)[..., None] * inverse_frequency).astype(jnp.bfloat16).astype(jnp.float32)"),
+        tf=("tf.cast(position_BT, tf.float32)[..., None] * inverse_frequency",
+            "tf.cast(tf.cast(tf.cast(position_BT, tf.float32)[..., None] * inverse_frequency, tf.bfloat16), tf.float32)"),
+    )),
+    Mutant("positions given but not used", "whole far-positions",
+           everywhere("model.py", "position_BT = inputs.position_ids\n", "position_BT = None\n")),
+    # Attention, MLP, norm
+    Mutant("key/value heads tiled", "whole window", spelled(
+        "layers.py",
+        torch=("q_BTNH.reshape(B, T, K, N // K, H)", "q_BTNH.reshape(B, T, N // K, K, H).swapaxes(2, 3)"),
+        flax=("q_BTNH.reshape(B, T, K, N // K, H)", "q_BTNH.reshape(B, T, N // K, K, H).swapaxes(2, 3)"),
+        tf=("tf.reshape(tf.cast(q_BTNH, tf.float32), [B, T, K, N // K, H])",
+            "tf.transpose(tf.reshape(tf.cast(q_BTNH, tf.float32), [B, T, N // K, K, H]), [0, 1, 3, 2, 4])"),
+    )),
+    Mutant("scale of hidden_size / heads", "whole window", everywhere("layers.py", "H**-0.5", "(H / 2) ** -0.5")),
+    Mutant("gate and up swapped", "whole window",
+           everywhere("layers.py", _SWIGLU, "silu(self.up_proj(x_BTD)) * self.gate_proj(x_BTD)")),
+    Mutant("eps 1e-6", "whole eps", everywhere("layers.py", "self.eps = eps", "self.eps = 1e-6")),
+    Mutant("norm times weight before the cast", "blocks", spelled(
+        "layers.py",
+        torch=("h.to(x_BTD.dtype) * self.weight", "(h * self.weight.float()).to(x_BTD.dtype)"),
+        flax=("h.astype(x_BTD.dtype) * self.weight[...]", "(h * self.weight[...].astype(jnp.float32)).astype(x_BTD.dtype)"),
+        tf=("tf.cast(h, x_BTD.dtype) * tf.convert_to_tensor(self.weight)",
+            "tf.cast(h * tf.cast(self.weight, tf.float32), x_BTD.dtype)"),
+    ), dtype="bfloat16"),
+    Mutant("softmax in bfloat16", "blocks", spelled(
+        "layers.py",
+        torch=("    visible = visible_BTS[:, None, None]\n",
+               "    scores = scores.to(v_BSKH.dtype)\n    visible = visible_BTS[:, None, None]\n"),
+        flax=("    visible = visible_BTS[:, None, None]\n",
+              "    scores = scores.astype(v_BSKH.dtype)\n    visible = visible_BTS[:, None, None]\n"),
+        tf=("    visible = visible_BTS[:, None, None]\n",
+            "    scores = tf.cast(scores, v_BSKH.dtype)\n    visible = visible_BTS[:, None, None]\n"),
+    ), dtype="bfloat16"),
+    Mutant("second norm skipped", "whole window",
+           everywhere("layers.py", "self.mlp(self.post_attention_layernorm(x_BTD))", "self.mlp(x_BTD)")),
+    # Weights and heads
+    Mutant("weights through float16", "whole window", spelled(
+        "weights.py",
+        torch=("from_numpy(array)", 'from_numpy(array.astype("float16").astype(array.dtype))'),
+        flax=("from_numpy(array)", 'from_numpy(array.astype("float16").astype(array.dtype))'),
+        tf=("assign(array)", 'assign(array.astype("float16").astype(array.dtype))'),
+    )),
+    Mutant("tied head not tied", "whole tied", spelled(
+        "heads.py",
+        torch=("if self.config.tie_word_embeddings:", "if False:"),
+        flax=("tied = config.tie_word_embeddings", "tied = False"),
+        tf=("tied = config.tie_word_embeddings", "tied = False"),
+    ), raises=True),
+    Mutant("logits in the model's dtype", "whole window", spelled(
+        "layers.py",
+        torch=("return F.linear(x.float(), weight.float(), None if bias is None else bias.float())",
+               "return F.linear(x, weight, bias)"),
+        flax=("    y = matmul(x, weight)\n", "    y = matmul(x, weight).astype(x.dtype)\n"),
+        tf=("matmul(tf.cast(x, tf.float32), tf.cast(weight, tf.float32))", "matmul(x, tf.convert_to_tensor(weight))"),
+    ), dtype="bfloat16"),
+    Mutant("labels not shifted", "whole window",
+           everywhere("heads.py", "cross_entropy(logits[:, :-1], labels[:, 1:])", "cross_entropy(logits, labels)")),
+    Mutant("-100 counted", "whole window", spelled(
+        "losses.py",
+        torch=("counted.sum().clamp(min=1)", "counted.numel()"),
+        flax=("jnp.maximum(counted.sum(), 1)", "counted.size"),
+        tf=("tf.maximum(tf.reduce_sum(tf.cast(counted, tf.float32)), 1)", "tf.cast(tf.size(counted), tf.float32)"),
+    )),
+    Mutant("classifier reads one token early", "whole sequence-right",
+           everywhere("heads.py", "column_B = last_token(", "column_B = -1 + last_token(")),
+    Mutant("classifier ignores the mask", "whole sequence-right",
+           everywhere("heads.py", "if attention_mask is not None:", "if False:")),
+    Mutant("classifier prefers the pad id", "whole sequence-mask-wins",
+           everywhere("heads.py", "if attention_mask is not None:",
+                      "if attention_mask is not None and self.config.pad_token_id is None:")),
+    Mutant("start and end swapped", "whole question",
+           everywhere("heads.py", "= logits[..., 0], logits[..., 1]", "= logits[..., 1], logits[..., 0]")),
+    Mutant("a span beyond the text counts", "whole question",
+           everywhere("losses.py", "ignore=length", "ignore=-1", 2), raises=True),
+    # Cache
+    Mutant("cache slot + 1", "cached window by ones",
+           everywhere("cache.py", "order_BT % slots, next", "(order_BT + 1) % slots, next")),
+    Mutant("empty slots seen as token 0", "cached window by ones", spelled(
+        "cache.py", torch=("order.clamp(min=-1)", "order.clamp(min=0)"),
+        flax=("jnp.maximum(order, -1)", "jnp.maximum(order, 0)"),
+        tf=("tf.maximum(order, -1)", "tf.maximum(order, 0)"),
+    )),
+    Mutant("long chunks overwrite what they still need", "cached window 7+1+3+6",
+           everywhere("cache.py", "beside = not fresh and", "beside = False and")),
+    Mutant("long chunks leave their oldest tokens", "cached window 7+1+3+6",
+           everywhere("cache.py", "(order_BT > next_length_B[:, None] - slots)", "(order_BT < length_B[:, None] + slots)")),
+    Mutant("padding written into the ring", "cached holes by ones",
+           everywhere("cache.py", "next_length_B[:, None] % slots", "length_B[:, None] * 0")),
+    Mutant("padding counted as length", "cached right-padding 7+1+3+6", spelled(
+        "model.py",
+        torch=("length_B + inputs.attention_mask.sum(1)", "length_B + inputs.attention_mask.shape[1]"),
+        flax=("length_B + inputs.attention_mask.sum(1)", "length_B + inputs.attention_mask.shape[1]"),
+        tf=("length_B + tf.reduce_sum(inputs.attention_mask, 1)", "length_B + tf.shape(inputs.attention_mask)[1]"),
+    )),
+    Mutant("prefill reads the last column", "greedy", spelled(
+        "generate.py",
+        torch=("last_token(mask_BT)]", "last_token(mask_BT * 0 + 1)]"),
+        flax=("last_token(mask_BT)]", "last_token(mask_BT * 0 + 1)]"),
+        tf=("last_token(mask_BT), batch", "last_token(mask_BT * 0 + 1), batch"),
+    )),
+)  # fmt: skip
+
+CORE = (
+    Edit("decoding.py", "np.where(ended_B, generation.padding, token_B)", "token_B"),
+    Edit("decoding.py", "if ended_B.all() or new", "if new"),
+    Edit("decoding.py", "ended_B |= np.isin", "ended_B ^= np.isin"),
+)
+"""Errors of core's decode loop, which every backend's greedy check must find: rows that go on, never stop, or stop and start."""

@@ -1,0 +1,87 @@
+"""Every planted error turns its check red in every backend; the untouched copy stays green."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+import mistral_core.decoding
+from conformance import suite
+from conformance.meta.mutants import BACKENDS, CORE, MUTANTS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture()
+def copy_of(tmp_path, monkeypatch):
+    """A function that copies a backend's package under another name, with an edit."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    made = []
+
+    def copy(backend, name, edit=None):
+        package = f"mutant_{backend}_" + "".join(c if c.isalnum() else "_" for c in name)
+        shutil.copytree(
+            ROOT / f"mistral_{backend}", tmp_path / package, ignore=shutil.ignore_patterns("__pycache__")
+        )
+        if edit is not None:
+            path = tmp_path / package / edit.file
+            path.write_text(edited(path.read_text(), edit))
+        importlib.invalidate_caches()
+        made.append(package)
+        return package
+
+    yield copy
+    for name in [m for m in sys.modules if m.partition(".")[0] in made]:
+        del sys.modules[name]
+
+
+def edited(text, edit):
+    assert text.count(edit.old) == edit.count, f"{edit.file} holds {edit.old!r} {text.count(edit.old)} times"
+    return text.replace(edit.old, edit.new)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_untouched_copy_passes(backend, copy_of):
+    package = copy_of(backend, "untouched")
+    for check, dtype, implementation in sorted({(m.check, m.dtype, m.implementation) for m in MUTANTS}):
+        if implementation != "eager" and backend != "flax":
+            continue
+        subject = suite.Subject(suite.adapters.get(backend, package), implementation, dtype)
+        failures = [str(item) for item in suite.CHECKS[check].run(subject) if not item.passed]
+        assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize(
+    ("backend", "mutant"),
+    [
+        pytest.param(backend, mutant, id=f"{backend}-{mutant.name}")
+        for mutant in MUTANTS
+        for backend in mutant.edits
+    ],
+)
+def test_every_mutant_is_killed(backend, mutant, copy_of):
+    package = copy_of(backend, mutant.name, mutant.edits[backend])
+    subject = suite.Subject(suite.adapters.get(backend, package), mutant.implementation, mutant.dtype)
+    try:
+        survived = all(item.passed for item in suite.CHECKS[mutant.check].run(subject))
+    except Exception:
+        if not mutant.raises:
+            raise
+        survived = False
+    assert not survived, f"{mutant.name}: {mutant.check} stays green"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("edit", CORE, ids=lambda edit: edit.new)
+def test_every_mutant_of_the_decode_loop_is_killed(backend, edit, monkeypatch):
+    source = edited(Path(mistral_core.decoding.__file__).read_text(), edit)
+    mutated = type(sys)("mistral_core.decoding_mutant")
+    mutated.__package__ = "mistral_core"
+    exec(compile(source, edit.file, "exec"), mutated.__dict__)
+    monkeypatch.setattr(mistral_core.decoding, "tokens", mutated.tokens)
+    found = list(suite.CHECKS["greedy"].run(suite.subject(backend, "eager", "float32")))
+    assert not all(item.passed for item in found)
