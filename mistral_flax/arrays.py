@@ -67,11 +67,12 @@ def model_inputs(
     document_ids: Any = None,
 ) -> Inputs:
     """Lists, NumPy or JAX arrays as JAX arrays, checked where there are values to look at."""
-    given = input_ids, attention_mask, position_ids, inputs_embeds, document_ids
-    traced = is_traced(given, past_key_values)
     ids = integers("input_ids", input_ids)
     positions = integers("position_ids", position_ids)
     documents = integers("document_ids", document_ids)
+    embeds = None if inputs_embeds is None else jnp.asarray(inputs_embeds)
+    # asked of the converted arrays: under jit even constants become tracers
+    traced = is_traced(ids, attention_mask, positions, embeds, documents, past_key_values)
     mask = attention_mask
     if mask is not None and not traced:
         mask = validate.mask(mask)
@@ -80,7 +81,7 @@ def model_inputs(
         validate.check_call(
             config,
             input_ids=_values(ids),
-            inputs_embeds=_values(inputs_embeds),
+            inputs_embeds=_values(embeds),
             attention_mask=mask,
             position_ids=_values(positions),
             document_ids=_values(documents),
@@ -88,7 +89,6 @@ def model_inputs(
             past_shape=None if past is None else (len(past.keys), *past.keys[0].shape),
             capacity=None if past is None else past.capacity,
         )
-    embeds = None if inputs_embeds is None else jnp.asarray(inputs_embeds)
     shape = ids.shape if ids is not None else embeds.shape[:2]
     if mask is None:
         mask = jnp.ones(shape, jnp.int32)

@@ -143,10 +143,6 @@ def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     """Round an array to the nearest values of a dtype; LossyConversionError where one becomes infinite."""
     if array.dtype == dtype:
         return array
-    if array.dtype == ml_dtypes.bfloat16 and dtype == np.float32:
-        wide = array.view(np.uint16).astype(np.uint32)  # bfloat16 is the upper half of float32
-        wide <<= 16
-        return wide.view(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         result = array.astype(dtype)
         narrower = ml_dtypes.finfo(dtype).max < ml_dtypes.finfo(array.dtype).max

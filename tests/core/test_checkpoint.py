@@ -364,7 +364,7 @@ def test_wrong_total_size_is_a_warning_and_missing_metadata_nothing(sharded):
 
 def test_single_file_beside_an_index(tmp_path, sharded):
     foreign(sharded, weights())
-    Checkpoint.open(sharded)
+    assert Checkpoint.open(sharded).tensors[EMBEDDING].file.name == shards.SINGLE
     foreign(sharded, weights(SEQUENCE))
     with pytest.raises(errors.CheckpointIndexError, match="stale"):
         Checkpoint.open(sharded)

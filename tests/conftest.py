@@ -1,0 +1,25 @@
+"""The `backend` fixture: a test that asks for it runs on every backend.
+
+`MISTRAL_TEST_BACKENDS=torch,flax` limits them; one that is asked for and missing fails exactly one test.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+
+import pytest
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+FRAMEWORKS = {"torch": "torch", "flax": "flax", "tf": "tensorflow"}
+REQUESTED = tuple(os.environ.get("MISTRAL_TEST_BACKENDS", ",".join(FRAMEWORKS)).split(","))
+
+
+@pytest.fixture(scope="session", params=REQUESTED)
+def backend(request):
+    """The package of a backend: mistral_torch, mistral_flax or mistral_tf."""
+    if importlib.util.find_spec(FRAMEWORKS[request.param]) is None:
+        pytest.skip(f"{FRAMEWORKS[request.param]} is not installed")
+    return importlib.import_module(f"mistral_{request.param}")
