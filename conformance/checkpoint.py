@@ -1,0 +1,77 @@
+"""Conformance of a backend on a real checkpoint: one pass, padded batch, cache by ones and in chunks, greedy tokens."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from mistral_core.config import MistralConfig
+from mistral_core.reference import heads, ops
+from mistral_core.weights import pretrained
+
+from . import adapters
+from .compare import Array, Comparison, compare
+from .pieces import Subject
+from .tolerances import Tolerance
+
+NEW_TOKENS = 64
+
+
+def check(path: str | os.PathLike[str], backend: str, *, dtype: str = "float32") -> list[Comparison]:
+    """Compare every attention implementation of a backend with the reference; costs float64 passes of the whole model."""
+    config, parameters = _load(os.fspath(path), dtype)
+    adapter = adapters.get(backend)
+    return [
+        item
+        for implementation in adapter.implementations
+        for item in _check(Subject(adapter, implementation, dtype), config, parameters)
+    ]
+
+
+@functools.lru_cache(maxsize=1)
+def _load(path: str, dtype: str) -> tuple[MistralConfig, dict[str, Array]]:
+    loaded = pretrained.load(path, "MistralForCausalLM", dtype=dtype)
+    return loaded.config, dict(loaded.tensors)
+
+
+def _check(subject: Subject, config: MistralConfig, parameters: dict[str, Array]) -> Iterator[Comparison]:
+    adapter = subject.adapter
+    model = adapter.model("MistralForCausalLM", config, parameters, subject.dtype, subject.implementation)
+    window = min(config.sliding_window or 32, 64)
+    length = min(2 * window + 3, config.max_position_embeddings - NEW_TOKENS)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, length))
+    mask = np.ones_like(ids)
+    mask[0, : length // 3] = 0
+    rounds = ops.exact if subject.dtype == "float32" else ops.rounding(subject.dtype)
+    wanted = heads.causal_lm(config, parameters, ids, attention_mask=mask, round=rounds)
+    exact = heads.causal_lm(config, parameters, ids, attention_mask=mask)
+    out = adapter.call(model, input_ids=ids, attention_mask=mask, output_hidden_states=True)
+    assert wanted.hidden_states and exact.hidden_states and wanted.logits is not None and exact.logits is not None
+    for index, states in enumerate(zip(out.hidden_states, wanted.hidden_states, exact.hidden_states, strict=True)):
+        yield subject.compare("padded batch", f"hidden_states {index}", *states)
+    yield subject.compare("padded batch", "logits", out.logits, wanted.logits, exact.logits)
+    for name, sizes in (("by ones", (length - 8, *[1] * 8)), ("chunks", (3, window + 2, length - window - 5))):
+        logits = _in_chunks(subject, model, config, ids, mask, sizes)
+        yield subject.compare(name, "logits cached", logits, wanted.logits, exact.logits)
+    if subject.dtype == "float32":
+        new = min(NEW_TOKENS, config.max_position_embeddings - length)
+        tokens = heads.greedy(config, parameters, ids, mask, max_new_tokens=new)
+        written = model.generate(ids, attention_mask=mask, max_new_tokens=new, eos_token_id=None)
+        target = np.concatenate([ids, tokens], axis=1)
+        yield compare(subject.key, f"{new} tokens", "greedy", adapter.numpy(written), target, Tolerance(0.0, 1.0))
+
+
+def _in_chunks(
+    subject: Subject, model: Any, config: MistralConfig, ids: Array, mask: Array, sizes: tuple[int, ...]
+) -> Array:
+    past, start, logits = subject.adapter.allocate(config, len(ids), ids.shape[1], subject.dtype), 0, []
+    for size in sizes:
+        part = slice(start, start + size)
+        out = subject.adapter.call(model, input_ids=ids[:, part], attention_mask=mask[:, part], past_key_values=past)
+        past, start = out.past_key_values, start + size
+        logits.append(subject.adapter.numpy(out.logits))
+    return np.concatenate(logits, axis=1)

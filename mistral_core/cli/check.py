@@ -1,0 +1,30 @@
+"""`mistral check PATH`: whether the installed backends agree with the reference on a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+
+from .. import backend as backends
+from ..data import TINY_CHECKPOINT
+from ..errors import MissingExtraError
+from . import progress
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the report; 0 where everything agrees, 1 where something does not."""
+    try:
+        from conformance import checkpoint, report
+    except ImportError as cause:
+        raise MissingExtraError(f"the conformance suite is not installed ({cause}); install mistral-frameworks.") from cause
+
+    names = options.backend or backends.installed()
+    if not names:
+        raise MissingExtraError("no framework is installed; pip install 'mistral-frameworks[torch]' (or flax, or tf).")
+    for name in names:
+        backends.get(name)
+    found = []
+    for name in names:
+        progress(f"checking {name}")
+        found += checkpoint.check(options.path or TINY_CHECKPOINT, name, dtype=options.dtype or "float32")
+    print(report.as_json(found) if options.json else report.table(report.worst(found)))
+    return 0 if all(item.passed for item in found) else 1

@@ -1,0 +1,85 @@
+"""`mistral info PATH`: what a checkpoint, or a published size, is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ..config import MistralConfig
+from ..parameters import parameter_count
+from ..presets import PRESETS
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+TOKENIZERS = ("tokenizer.json", "tekken.json", "tokenizer.model", "tokenizer.model.v3", "tokenizer.model.v1")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the facts of a path or a preset."""
+    facts = describe(options.path)
+    if options.json:
+        print(json.dumps(facts, indent=1))
+        return 0
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name.replace('_', ' '):{width}}  {_shown(value)}")
+    return 0
+
+
+def describe(path: str) -> dict[str, Any]:
+    """Architecture, sizes, memory by dtype, window, files."""
+    if path in PRESETS:
+        return {"preset": path, **facts_of(PRESETS[path])}
+    from ..weights import hub
+    from ..weights.checkpoint import Checkpoint
+
+    root = hub.resolve(path)
+    directory = root if root.is_dir() else root.parent
+    checkpoint = Checkpoint.open(root)
+    dtypes = sorted({info.dtype for info in checkpoint.tensors.values()})
+    files = {str(shard.name): shard.stat().st_size for shard in sorted(map(Path, checkpoint.shards))}
+    return {
+        "path": str(root),
+        **facts_of(MistralConfig.from_pretrained(directory)),
+        "stored_as": dtypes,
+        "tensors": len(checkpoint.tensors),
+        "files": files,
+        "manifest": (directory / "mistral_manifest.json").exists(),
+        "tokenizer": next((name for name in TOKENIZERS if (directory / name).exists()), None),
+    }
+
+
+def facts_of(config: MistralConfig) -> dict[str, Any]:
+    """What a config says, and what follows from it; the cache in bfloat16."""
+    architecture = (config.architectures or ("MistralForCausalLM",))[0]
+    count = parameter_count(config, architecture)
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
+    windows = sorted({w for w in config.layer_windows if w is not None})
+    return {
+        "architecture": architecture,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "layers": config.num_hidden_layers,
+        "heads": f"{config.num_attention_heads} query, {config.num_key_value_heads} key/value, of {config.head_dim}",
+        "max_position_embeddings": config.max_position_embeddings,
+        "sliding_window": config.sliding_window if windows else None,
+        "full_attention_layers": sum(w is None for w in config.layer_windows),
+        "rope": config.rope_parameters,
+        "tied_embeddings": config.tie_word_embeddings,
+        "parameters": count,
+        "weight_bytes": {dtype: count * size for dtype, size in BYTES.items()},
+        "cache_bytes_per_token": token,
+        "cache_bytes_at_window": token * windows[0] if windows and None not in config.layer_windows else None,
+    }
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_shown(each)}" for key, each in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return {None: "none", True: "yes", False: "no"}.get(value, str(value)) if not isinstance(value, float) else f"{value:g}"
