@@ -10,10 +10,13 @@ import sys
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0 where everything agrees, 1 where something does not, 2 where nothing could be run."""
     for name, value in (
-        ("XLA_PYTHON_CLIENT_PREALLOCATE", "false"), ("TF_FORCE_GPU_ALLOW_GROWTH", "true"), ("TF_CPP_MIN_LOG_LEVEL", "2"),
-    ):  # fmt: skip
+        ("XLA_PYTHON_CLIENT_PREALLOCATE", "false"),
+        ("TF_FORCE_GPU_ALLOW_GROWTH", "true"),
+        ("TF_CPP_MIN_LOG_LEVEL", "2"),
+    ):
         os.environ.setdefault(name, value)  # one GPU for three frameworks
     from . import adapters, report, suite
+    from .compare import Comparison
 
     parser = argparse.ArgumentParser(prog="conformance", description=__doc__)
     parser.add_argument("--backend", action="append", choices=adapters.NAMES, help="default: all installed")
@@ -23,13 +26,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="every comparison as JSON")
     options = parser.parse_args(argv)
 
-    found = []
+    found: list[Comparison] = []
     for backend in options.backend or adapters.NAMES:
         try:
             chosen = list(
-                suite.subjects(
-                    (backend,), tuple(options.dtype or suite.DTYPES), tuple(options.attention or ())
-                )
+                suite.subjects((backend,), tuple(options.dtype or suite.DTYPES), tuple(options.attention or ()))
             )
         except ImportError as error:
             print(f"conformance: {backend} is not installed ({error})", file=sys.stderr)

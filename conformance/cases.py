@@ -1,7 +1,7 @@
 """The cases: data, each there because somebody got it wrong (bug numbers: CONTRIBUTING.md, "Cases").
 
-No two sizes of the config are equal, heads x head_dim is not the hidden size, norms are not ones, and every text is longer
-than three windows, so that no axis, no transpose and no window can be confused with another.
+No two sizes of the config are equal, heads x head_dim is not the hidden size, norms are not ones, and every text is
+longer than three windows, so that no axis, no transpose and no window can be confused with another.
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ class Case(NamedTuple):
         return self.inputs.get("attention_mask", np.ones((len(LENGTHS), T), np.int64))
 
 
-def token_ids(
-    config: MistralConfig = TINY, *, seed: int = 0, shape: tuple[int, int] = (len(LENGTHS), T)
-) -> np.ndarray:
+def token_ids(config: MistralConfig = TINY, *, seed: int = 0, shape: tuple[int, int] = (len(LENGTHS), T)) -> np.ndarray:
     """Random ids that are not the padding token."""
     return np.random.default_rng(seed).integers(3, config.vocab_size, shape)
 
@@ -109,7 +107,7 @@ def _head(name: str, why: str, architecture: str, inputs: Mapping[str, Any], **c
 
 
 def _with_pads(side: str) -> np.ndarray:
-    return np.where(padded(side) != 0, token_ids(), TINY.pad_token_id)
+    return np.where(padded(side) != 0, token_ids(), TINY.pad_token_id or 0)
 
 
 _SEQUENCE, _TOKEN, _QA = (

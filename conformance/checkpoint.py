@@ -22,7 +22,10 @@ NEW_TOKENS = 64
 
 
 def check(path: str | os.PathLike[str], backend: str, *, dtype: str = "float32") -> list[Comparison]:
-    """Compare every attention implementation of a backend with the reference; costs float64 passes of the whole model."""
+    """Compare every attention implementation of a backend with the reference.
+
+    Costs float64 passes of the whole model.
+    """
     config, parameters = _load(os.fspath(path), dtype)
     adapter = adapters.get(backend)
     return [
@@ -50,11 +53,17 @@ def _check(subject: Subject, config: MistralConfig, parameters: dict[str, Array]
     wanted = heads.causal_lm(config, parameters, ids, attention_mask=mask, round=rounds)
     exact = heads.causal_lm(config, parameters, ids, attention_mask=mask)
     out = adapter.call(model, input_ids=ids, attention_mask=mask, output_hidden_states=True)
-    assert wanted.hidden_states and exact.hidden_states and wanted.logits is not None and exact.logits is not None
+    assert wanted.hidden_states is not None
+    assert exact.hidden_states is not None
+    assert wanted.logits is not None
+    assert exact.logits is not None
     for index, states in enumerate(zip(out.hidden_states, wanted.hidden_states, exact.hidden_states, strict=True)):
         yield subject.compare("padded batch", f"hidden_states {index}", *states)
     yield subject.compare("padded batch", "logits", out.logits, wanted.logits, exact.logits)
-    for name, sizes in (("by ones", (length - 8, *[1] * 8)), ("chunks", (3, window + 2, length - window - 5))):
+    for name, sizes in (
+        ("by ones", (length - 8, *[1] * 8)),
+        ("chunks", (3, window + 2, length - window - 5)),
+    ):
         logits = _in_chunks(subject, model, config, ids, mask, sizes)
         yield subject.compare(name, "logits cached", logits, wanted.logits, exact.logits)
     if subject.dtype == "float32":

@@ -46,9 +46,7 @@ class Comparison(NamedTuple):
         return self.tolerance.ulp / self.ulp if self.ulp else float("inf")
 
     def __str__(self) -> str:
-        where = (
-            f"{self.backend}/{self.implementation}/{self.dtype} {self.case}: {self.piece} {list(self.shape)}"
-        )
+        where = f"{self.backend}/{self.implementation}/{self.dtype} {self.case}: {self.piece} {list(self.shape)}"
         return (
             f"{where}: {self.problem or 'ok'}; max |difference| {self.max_abs:.3g} at {list(self.worst)}, "
             f"{self.ulp:.3g} of {self.tolerance.ulp:.3g} ulp, {self.equal:.1%} equal, argmax {self.argmax:.1%}"
@@ -68,16 +66,15 @@ def compare(
     """Compare an array with its expected value and dtype; `subject` is (backend, implementation, dtype)."""
     dtype = subject[2]
     actual, expected = np.asarray(actual), np.asarray(expected, np.float64)
-    blank = (float("inf"), float("inf"), (), float("inf"), 0.0, 0.0)
     if actual.shape != expected.shape:
         problem = f"shape {actual.shape}, {expected.shape} was expected"
-        return Comparison(*subject, case, piece, actual.shape, *blank, tolerance, problem)
+        return _broken(subject, case, piece, actual, tolerance, problem)
     if dtype_is is not None and actual.dtype.name != dtype_is:
         problem = f"dtype {actual.dtype.name}, {dtype_is} was expected"
-        return Comparison(*subject, case, piece, actual.shape, *blank, tolerance, problem)
+        return _broken(subject, case, piece, actual, tolerance, problem)
     wide = actual.astype(np.float64)
     if not np.isfinite(wide).all():
-        return Comparison(*subject, case, piece, actual.shape, *blank, tolerance, "NaN or infinity")
+        return _broken(subject, case, piece, actual, tolerance, "NaN or infinity")
     difference = np.abs(wide - expected)
     scale = float(np.abs(expected).max(initial=0)) or 1.0
     worst = np.unravel_index(int(difference.argmax()), difference.shape) if difference.size else ()
@@ -97,3 +94,11 @@ def compare(
         *subject, case, piece, actual.shape, max_abs, max_abs / scale, tuple(map(int, worst)), ulp, equal, argmax,
         tolerance, problem,
     )  # fmt: skip
+
+
+def _broken(
+    subject: tuple[str, str, str], case: str, piece: str, actual: Array, tolerance: Tolerance, problem: str
+) -> Comparison:
+    """A comparison that cannot be made."""
+    far = float("inf")
+    return Comparison(*subject, case, piece, actual.shape, far, far, (), far, 0.0, 0.0, tolerance, problem)

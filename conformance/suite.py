@@ -1,4 +1,7 @@
-"""The whole suite as a list of checks, each a name and what it yields; pytest and the command line run the same ones."""
+"""The whole suite as a list of checks, each a name and what it yields.
+
+Pytest and the command line run the same ones.
+"""
 
 from __future__ import annotations
 
@@ -48,9 +51,7 @@ def _checks() -> Iterator[Check]:
             name = f"cached {case.name} {'+'.join(map(str, chunking))}"
             yield Check(name, _partial(pieces.cached, case, chunking), ("float32",))
         yield Check(f"cached {case.name} by ones", _partial(pieces.cached, case, (1,) * T))
-    yield Check(
-        "full cache", _partial(pieces.cached, CAUSAL[0], pieces.CHUNKINGS[2], rolling=False), ("float32",)
-    )
+    yield Check("full cache", _partial(pieces.cached, CAUSAL[0], pieces.CHUNKINGS[2], rolling=False), ("float32",))
     for prompt in PROMPTS:
         yield Check(f"prompt of {prompt}", _partial(pieces.turns, prompt))
     for count in (1, 2, 4):

@@ -24,10 +24,7 @@ def random_parameters(
     config: MistralConfig, architecture: str = "MistralForCausalLM", *, seed: int = 0
 ) -> dict[str, np.ndarray]:
     """Full name -> float32 array of every tensor the model owns, drawn from `seed` and its name alone."""
-    return {
-        name: _drawn(name, row.kind, shape_of(row, config), seed)
-        for name, row in parameters(config, architecture)
-    }
+    return {name: _drawn(name, row.kind, shape_of(row, config), seed) for name, row in parameters(config, architecture)}
 
 
 def checksum(arrays: dict[str, np.ndarray]) -> int:

@@ -62,9 +62,7 @@ def train_tokenizer(lines: list[str]) -> Tokenizer:
     """A byte-fallback BPE in the form of Mistral's own tokenizer.json."""
     byte_pieces = [f"<0x{byte:02X}>" for byte in range(256)]
     trainee = Tokenizer(models.BPE())
-    trainee.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-    )
+    trainee.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     words = Regex("\u2581?[A-Za-z]+|\u2581?[0-9]|\u2581?[^A-Za-z0-9\u2581]+")
     trainee.pre_tokenizer = pre_tokenizers.Split(words, "isolated")
     trainer = trainers.BpeTrainer(
@@ -75,9 +73,7 @@ def train_tokenizer(lines: list[str]) -> Tokenizer:
     # The merges have learned where words end: the finished tokenizer, like Mistral's, needs no rule for it.
     learned = json.loads(trainee.to_str())["model"]
     merges = [tuple(merge) for merge in learned["merges"]]
-    tokenizer = Tokenizer(
-        models.BPE(learned["vocab"], merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
+    tokenizer = Tokenizer(models.BPE(learned["vocab"], merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = trainee.normalizer
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -108,9 +104,7 @@ class Passages:
     def sample(self, rng: np.random.Generator, batch: int, length: int) -> torch.Tensor:
         """[batch, length] token ids, each row from a paragraph drawn at random."""
         drawn = rng.choice(np.searchsorted(self.ends, len(self.tokens) - length), batch)
-        rows = [
-            [*self.openings[i], *self.tokens[self.ends[i] : self.ends[i] + length]][:length] for i in drawn
-        ]
+        rows = [[*self.openings[i], *self.tokens[self.ends[i] : self.ends[i] + length]][:length] for i in drawn]
         return torch.tensor(np.array(rows))
 
 
@@ -131,9 +125,7 @@ def held_out_loss(model: MistralForCausalLM, tokens: np.ndarray, length: int = 1
 
 def main() -> None:
     """Read the arguments, train, and write config, weights and tokenizer."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=2000)
@@ -171,18 +163,14 @@ def main() -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
         if (step + 1) % 100 == 0 or step + 1 == args.steps:
-            line = (
-                f"step {step + 1}: loss {np.mean(losses[-100:]):.3f}, {time.perf_counter() - started:.0f} s"
-            )
+            line = f"step {step + 1}: loss {np.mean(losses[-100:]):.3f}, {time.perf_counter() - started:.0f} s"
             if (step + 1) % 500 == 0 or step + 1 == args.steps:
                 unseen_loss = held_out_loss(model, unseen)
                 bits = unseen_loss / math.log(2) * len(unseen) / characters
                 line += f"; held out {unseen_loss:.3f} ({bits:.3f} bits per character)"
             print(line, flush=True)
 
-    model.generation_config = GenerationConfig(
-        max_new_tokens=200, eos_token_id=EOS, extra={"bos_token_id": BOS}
-    )
+    model.generation_config = GenerationConfig(max_new_tokens=200, eos_token_id=EOS, extra={"bos_token_id": BOS})
     model.to(torch.bfloat16).save_pretrained(args.out)
     MistralTokenizer(tokenizer.to_str(pretty=True), TOKENIZER_CONFIG).save_pretrained(args.out)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from .errors import MissingExtraError
@@ -58,13 +59,11 @@ def version(backend: Backend) -> str:
     return f"{backend.framework} {importlib.metadata.version(backend.framework)}"
 
 
-def installed() -> list[str]:
-    """The registered backends that can be imported."""
-    usable = []
+def installed() -> Iterator[str]:
+    """Yield the registered backends that can be imported, one import at a time."""
     for name in names():
         try:
             get(name)
         except MissingExtraError:
             continue
-        usable.append(name)
-    return usable
+        yield name

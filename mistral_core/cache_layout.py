@@ -25,9 +25,7 @@ def grown_slots(slots: int, new: int, window: int | None, capacity: int | None) 
     return slots + new if window is None else max(slots, min(slots + new, window + 1))
 
 
-def overwrites_visible(
-    slots: int, past_slots: int, new: int, window: int | None, capacity: int | None
-) -> bool:
+def overwrites_visible(slots: int, past_slots: int, new: int, window: int | None, capacity: int | None) -> bool:
     """Whether writing `new` columns into a ring of `slots` may destroy a key that one of them must still see.
 
     Then attention reads the past and the new tokens side by side, else it reads the ring after the write.
@@ -37,7 +35,7 @@ def overwrites_visible(
 
 
 def check_rollback(config: MistralConfig, slots: list[int], length: list[int], count: list[int]) -> None:
-    """Raise InputError unless the last `count` tokens of each row can be forgotten and all the window shows is there."""
+    """Raise InputError unless the last `count` tokens of each row can be forgotten and the window is still whole."""
     for row, (tokens, back) in enumerate(zip(length, count, strict=True)):
         if not 0 <= back <= tokens:
             raise InputError(f"rollback: {back} tokens of row {row}, which has {tokens}.")

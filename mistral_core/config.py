@@ -31,9 +31,10 @@ CONFIG_FILES = ("config.json", "params.json")
 class MistralConfig:
     """Sizes and numbers of a Mistral, in Hugging Face's names; defaults are those of transformers 4.56.
 
-    `rope_scaling` is None or `{"rope_type": "linear" | "yarn" | "llama3", "factor": ..., ...}`. `sliding_window` is the number
-    of keys a position sees, itself included, or None. `layer_types` names each layer full or sliding; None makes all sliding
-    where there is a window. `extra` keeps the keys of a file that this class does not know, for the way back.
+    `rope_scaling` is None or `{"rope_type": "linear" | "yarn" | "llama3", "factor": ..., ...}`. `sliding_window` is
+    the number
+    of keys a position sees, itself included, or None. `layer_types` names each layer full or sliding; None makes all
+    sliding where there is a window. `extra` keeps the keys of a file that this class does not know, for the way back.
 
     Raises ConfigError (a ValueError), with all that is wrong at once.
     """
@@ -88,9 +89,7 @@ class MistralConfig:
         """The window of each layer, None where it sees everything."""
         if self.layer_types is None:
             return (self.sliding_window,) * self.num_hidden_layers
-        return tuple(
-            self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types
-        )
+        return tuple(self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types)
 
     @property
     def rope_parameters(self) -> dict[str, Any]:
@@ -120,9 +119,7 @@ class MistralConfig:
     # Files
 
     @classmethod
-    def from_dict(
-        cls, data: Mapping[str, Any], *, strict: bool = False, where: str = "config"
-    ) -> MistralConfig:
+    def from_dict(cls, data: Mapping[str, Any], *, strict: bool = False, where: str = "config") -> MistralConfig:
         """Read a Hugging Face config, of transformers 4 or 5, or a raw `params.json`, whichever `data` is.
 
         Keys nobody knows are kept in `extra` with one warning; with `strict` they raise UnknownFieldError.
@@ -131,21 +128,18 @@ class MistralConfig:
 
         fields, unknown = config_dialects.read(data, where=where)
         if unknown and strict:
-            raise UnknownFieldError(
-                f"{where}: unknown keys {sorted(unknown)}; remove them or pass strict=False."
-            )
+            raise UnknownFieldError(f"{where}: unknown keys {sorted(unknown)}; remove them or pass strict=False.")
         if unknown:
             warnings.warn(f"{where}: unknown keys {sorted(unknown)} are kept but not used.", stacklevel=2)
         return cls(**fields)
 
     @classmethod
-    def from_pretrained(
-        cls, path: str | os.PathLike[str], *, strict: bool = False, **overrides: Any
-    ) -> MistralConfig:
+    def from_pretrained(cls, path: str | os.PathLike[str], *, strict: bool = False, **overrides: Any) -> MistralConfig:
         """Read `config.json` or, in a raw checkpoint, `params.json`, from a file, a directory or a hub id.
 
         `overrides` replace fields; `revision`, `cache_dir`, `token` and `local_files_only` go to the hub.
-        Raises CheckpointNotFoundError, ConfigError; where both files are present and disagree, ConfigError names the fields.
+        Raises CheckpointNotFoundError, ConfigError; where both files are present and disagree, ConfigError names the
+        fields.
         """
         from .weights import hub
 
@@ -163,7 +157,7 @@ class MistralConfig:
         return configs[0].replace(**overrides) if overrides else configs[0]
 
     def to_dict(self, *, dialect: str = "v4") -> dict[str, Any]:
-        """The Hugging Face dictionary: `v4` writes rope_theta, rope_scaling and torch_dtype, `v5` rope_parameters and dtype."""
+        """The Hugging Face dictionary: `v4` has rope_theta, rope_scaling, torch_dtype; `v5` rope_parameters, dtype."""
         from . import config_dialects
 
         return config_dialects.write(self, dialect=dialect)

@@ -70,9 +70,7 @@ def _labels(config: MistralConfig) -> dict[str, Any]:
     try:
         id2label = {int(index): str(label) for index, label in id2label.items()}
     except (AttributeError, TypeError, ValueError):
-        raise ConfigError(
-            f"id2label: {config.id2label!r}; a map from class index to label was expected."
-        ) from None
+        raise ConfigError(f"id2label: {config.id2label!r}; a map from class index to label was expected.") from None
     if label2id is None:
         label2id = {label: index for index, label in id2label.items()}
     return {"id2label": id2label, "label2id": dict(label2id), "num_labels": len(id2label)}
@@ -179,9 +177,7 @@ def _check_tokens(config: MistralConfig):
     ):
         for token in ids:
             # transformers 4 wrote -1 for "no padding token"
-            if token is not None and not (
-                0 <= token < config.vocab_size or token == -1 and name == "pad_token_id"
-            ):
+            if token is not None and not (0 <= token < config.vocab_size or (token == -1 and name == "pad_token_id")):
                 yield f"{name}: {token} is not in the vocabulary of {config.vocab_size}"
 
 

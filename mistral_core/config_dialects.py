@@ -1,7 +1,7 @@
 """Config dialects: Hugging Face config.json of transformers 4 and 5, and raw Mistral params.json.
 
-`read` turns any of them into fields of MistralConfig and the keys nobody knows; `write` and `write_raw` go back. What no
-dialect may do is choose code or a path: such keys are carried as data and never followed.
+`read` turns any of them into fields of MistralConfig and the keys nobody knows; `write` and `write_raw` go back.
+What no dialect may do is choose code or a path: such keys are carried as data and never followed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ CARRIED = frozenset({
     "model_type", "transformers_version", "auto_map", "_name_or_path", "_attn_implementation",
     "_attn_implementation_autoset", "_attn_implementation_internal", "attn_implementation", "attention_bias",
     "trust_remote_code", "_commit_hash", "is_decoder", "is_encoder_decoder", "unsloth_version", "unsloth_fixed",
-    "use_return_dict", "original_max_position_embeddings", "partial_rotary_factor", "chunk_size_feed_forward", "torchscript", "mlp_bias",
-})  # fmt: skip
+    "use_return_dict", "original_max_position_embeddings", "partial_rotary_factor", "chunk_size_feed_forward",
+    "torchscript", "mlp_bias", })  # fmt: skip
 
 # params.json key <-> field
 RAW = {
@@ -106,17 +106,11 @@ def _refuse_other_models(data: Mapping[str, Any], where: str) -> None:
     if data.get("quantization_config") is not None:
         method = data["quantization_config"]
         method = method.get("quant_method", "unnamed") if isinstance(method, Mapping) else method
-        raise UnsupportedFeatureError(
-            f"{where}: quantised weights ({method!r}); dequantise the checkpoint first."
-        )
+        raise UnsupportedFeatureError(f"{where}: quantised weights ({method!r}); dequantise the checkpoint first.")
     if data.get("partial_rotary_factor", 1) != 1:
-        raise UnsupportedFeatureError(
-            f"{where}: partial_rotary_factor is not 1; a Mistral rotates whole heads."
-        )
+        raise UnsupportedFeatureError(f"{where}: partial_rotary_factor is not 1; a Mistral rotates whole heads.")
     if "vision_config" in data or "num_local_experts" in data:
-        raise UnsupportedFeatureError(
-            f"{where}: a vision model or a mixture of experts, not a dense Mistral."
-        )
+        raise UnsupportedFeatureError(f"{where}: a vision model or a mixture of experts, not a dense Mistral.")
 
 
 def _read_rope_parameters(fields: dict[str, Any], given: Any, where: str) -> None:
@@ -186,9 +180,7 @@ def _read_raw(data: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict
         if data.get(key):
             raise UnsupportedFeatureError(f"{where}: {key} says this is {what}.")
     if data.get("model_type", "transformer") != "transformer":
-        raise UnsupportedFeatureError(
-            f"{where}: model_type is {data['model_type']!r}; only 'transformer' is read."
-        )
+        raise UnsupportedFeatureError(f"{where}: model_type is {data['model_type']!r}; only 'transformer' is read.")
     missing = [key for key in RAW_REQUIRED if key not in data]
     if missing:
         raise ConfigError(f"{where}: params.json lacks {missing}.")
@@ -224,9 +216,7 @@ def _raw_window(data: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise ConfigError(f"{where}: {len(windows)} windows do not divide n_layers {layers}.")
     sizes = sorted({entry for entry in windows if entry is not None}, key=str)
     if len(sizes) > 1:
-        raise UnsupportedFeatureError(
-            f"{where}: windows of several sizes {sizes}; one size per model is supported."
-        )
+        raise UnsupportedFeatureError(f"{where}: windows of several sizes {sizes}; one size per model is supported.")
     if None not in windows:
         return {"sliding_window": sizes[0]}
     kinds = ["full_attention" if entry is None else "sliding_attention" for entry in windows]

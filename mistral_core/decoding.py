@@ -27,7 +27,8 @@ def tokens(
 ) -> Iterator[Array]:
     """Yield the new tokens [B] of each step; ended rows emit padding; ends when every row has.
 
-    Only a generated end of sequence ends a row, not one in the prompt. A row that has ended is still computed, and ignored.
+    Only a generated end of sequence ends a row, not one in the prompt. A row that has ended is still computed, and
+    ignored.
     """
     if generation.max_new_tokens == 0:
         return
@@ -41,9 +42,7 @@ def tokens(
         token_B, state = step(state)
 
 
-def generate(
-    prefill: Prefill, step: Step, ids_BT: Array, mask_BT: Array, generation: GenerationConfig
-) -> Array:
+def generate(prefill: Prefill, step: Step, ids_BT: Array, mask_BT: Array, generation: GenerationConfig) -> Array:
     """[B, T + new]: the prompt as given, then the new tokens."""
     return np.stack([*ids_BT.T, *tokens(prefill, step, ids_BT, mask_BT, generation)], axis=1).astype(np.int64)
 

@@ -23,10 +23,11 @@ CACHE = ("auto", "full", "rolling")
 class GenerationConfig:
     """Options of `generate`; greedy decoding.
 
-    `max_new_tokens` may be 0: the prompt comes back unchanged. `eos_token_id` is an int, several, or None; a row ends with
+    `max_new_tokens` may be 0: the prompt comes back unchanged. `eos_token_id` is an int, several, or None; a row
+    ends with
     the first one it generates and then emits `pad_token_id` (the first end-of-sequence id where that is None).
-    `cache` is rolling where the model has a window unless `full` is asked for. `extra` keeps the keys of a file that this
-    class does not know.
+    `cache` is rolling where the model has a window unless `full` is asked for. `extra` keeps the keys of a file that
+    this class does not know.
     """
 
     max_new_tokens: int = 20
@@ -41,7 +42,9 @@ class GenerationConfig:
         """Read generation_config.json of a directory; values are checked when they are used."""
         data = strict_json.read_object(Path(path) / "generation_config.json", error=GenerationConfigError)
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
-        fields = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items() if key in known}
+        fields: dict[str, Any] = {
+            key: tuple(v) if isinstance(v, list) else v for key, v in data.items() if key in known
+        }
         return cls(**fields, extra={key: value for key, value in data.items() if key not in known})
 
     @classmethod
@@ -60,9 +63,7 @@ class GenerationConfig:
         known = {f.name for f in dataclasses.fields(self)}
         unknown = sorted(set(changes) - known)
         if unknown:
-            raise GenerationConfigError(
-                f"generate has no option {unknown}; it has {sorted(known - {'extra'})}."
-            )
+            raise GenerationConfigError(f"generate has no option {unknown}; it has {sorted(known - {'extra'})}.")
         return dataclasses.replace(self, **changes)
 
     @property
@@ -75,7 +76,7 @@ class GenerationConfig:
     @property
     def padding(self) -> int:
         """What an ended row emits."""
-        return self.pad_token_id if self.pad_token_id not in (None, -1) else (*self.eos_token_ids, 0)[0]  # type: ignore[return-value]
+        return self.pad_token_id if self.pad_token_id not in (None, -1) else (*self.eos_token_ids, 0)[0]
 
     def check(self, config: MistralConfig) -> None:
         """Raise GenerationConfigError with every option that means nothing for a model."""

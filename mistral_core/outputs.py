@@ -17,7 +17,6 @@ def _getitem(self: tuple[Any, ...], key: Any) -> Any:
 
 
 def _to_tuple(self: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The fields that are not None."""
     return tuple(value for value in self if value is not None)
 
 
@@ -32,8 +31,12 @@ class ModelOutput(NamedTuple):
     attentions: tuple[Array, ...] | None = None
     """L arrays [B, N, T, S]: each layer's attention weights."""
 
-    __getitem__ = _getitem
-    to_tuple = _to_tuple
+    def __getitem__(self, key: Any) -> Any:
+        return _getitem(self, key)
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields that are not None."""
+        return _to_tuple(self)
 
 
 class CausalLMOutput(NamedTuple):
@@ -47,8 +50,12 @@ class CausalLMOutput(NamedTuple):
     hidden_states: tuple[Array, ...] | None = None
     attentions: tuple[Array, ...] | None = None
 
-    __getitem__ = _getitem
-    to_tuple = _to_tuple
+    def __getitem__(self, key: Any) -> Any:
+        return _getitem(self, key)
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields that are not None."""
+        return _to_tuple(self)
 
 
 class SequenceClassifierOutput(NamedTuple):
@@ -61,8 +68,12 @@ class SequenceClassifierOutput(NamedTuple):
     hidden_states: tuple[Array, ...] | None = None
     attentions: tuple[Array, ...] | None = None
 
-    __getitem__ = _getitem
-    to_tuple = _to_tuple
+    def __getitem__(self, key: Any) -> Any:
+        return _getitem(self, key)
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields that are not None."""
+        return _to_tuple(self)
 
 
 class TokenClassifierOutput(NamedTuple):
@@ -74,8 +85,12 @@ class TokenClassifierOutput(NamedTuple):
     hidden_states: tuple[Array, ...] | None = None
     attentions: tuple[Array, ...] | None = None
 
-    __getitem__ = _getitem
-    to_tuple = _to_tuple
+    def __getitem__(self, key: Any) -> Any:
+        return _getitem(self, key)
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields that are not None."""
+        return _to_tuple(self)
 
 
 class QuestionAnsweringOutput(NamedTuple):
@@ -89,5 +104,9 @@ class QuestionAnsweringOutput(NamedTuple):
     hidden_states: tuple[Array, ...] | None = None
     attentions: tuple[Array, ...] | None = None
 
-    __getitem__ = _getitem
-    to_tuple = _to_tuple
+    def __getitem__(self, key: Any) -> Any:
+        return _getitem(self, key)
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields that are not None."""
+        return _to_tuple(self)

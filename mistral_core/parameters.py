@@ -96,9 +96,7 @@ def head_of(config: MistralConfig, architecture: str) -> tuple[Parameter, ...]:
     return () if tied else HEADS[architecture]
 
 
-def parameters(
-    config: MistralConfig, architecture: str = "MistralForCausalLM"
-) -> Iterator[tuple[str, Parameter]]:
+def parameters(config: MistralConfig, architecture: str = "MistralForCausalLM") -> Iterator[tuple[str, Parameter]]:
     """Yield (full name, row) of every tensor that the model owns, in checkpoint order."""
     embedding, *layer_rows, final_norm = BODY
     yield embedding.name, embedding

@@ -53,16 +53,15 @@ def normalised(scaling: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     if kind == "dynamic":
         raise UnsupportedFeatureError(
-            "rope_scaling: 'dynamic' changes the base with the length, so cached and uncached text cannot agree; use 'yarn'."
+            "rope_scaling: 'dynamic' changes the base with the length, so cached and uncached text cannot agree; "
+            "use 'yarn'."
         )
     if kind not in TYPES:
         raise UnsupportedFeatureError(f"rope_scaling: rope_type {kind!r}; known are {', '.join(TYPES)}.")
     needed, optional = TYPES[kind]
     unknown = sorted(set(scaling) - needed - optional)
     if unknown:
-        raise UnsupportedFeatureError(
-            f"rope_scaling: {kind} has no key {unknown}; it has {sorted(needed | optional)}."
-        )
+        raise UnsupportedFeatureError(f"rope_scaling: {kind} has no key {unknown}; it has {sorted(needed | optional)}.")
     if "truncate" in scaling:  # transformers reads null as false
         scaling["truncate"] = bool(scaling["truncate"])
     return {"rope_type": kind, **{key: value for key, value in scaling.items() if value is not None}}
@@ -102,9 +101,7 @@ def rotary_table(config: MistralConfig) -> RotaryTable:
     return RotaryTable(tuple(float(x) for x in frequency.astype(np.float32)), factor)
 
 
-def _yarn(
-    frequency: np.ndarray, scaling: Mapping[str, Any], config: MistralConfig
-) -> tuple[np.ndarray, float]:
+def _yarn(frequency: np.ndarray, scaling: Mapping[str, Any], config: MistralConfig) -> tuple[np.ndarray, float]:
     """Fast pairs keep their frequency, slow ones are interpolated, between them a ramp; and mscale."""
     factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
     head_dim = config.head_dim
@@ -122,7 +119,7 @@ def _yarn(
 
 
 def _yarn_attention_factor(scaling: Mapping[str, Any]) -> float:
-    """0.1 m ln(factor) + 1 (YaRN eq. 22); a ratio of two where mscale and mscale_all_dim are both given (DeepSeek-V2)."""
+    """0.1 m ln(factor) + 1 (YaRN eq. 22); a ratio of two where mscale and mscale_all_dim are given (DeepSeek-V2)."""
 
     def mscale(m: float) -> float:
         return 0.1 * m * math.log(scaling["factor"]) + 1.0 if scaling["factor"] > 1 else 1.0

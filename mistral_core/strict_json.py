@@ -72,9 +72,7 @@ def parse_object(data: bytes, *, where: str, error: type[MistralError]) -> dict[
             parse_int=bounded,
         )
     except json.JSONDecodeError as cause:
-        raise error(
-            f"{where}: not valid JSON at line {cause.lineno}, column {cause.colno}: {cause.msg}."
-        ) from cause
+        raise error(f"{where}: not valid JSON at line {cause.lineno}, column {cause.colno}: {cause.msg}.") from cause
     if not isinstance(value, dict):
         raise error(f"{where}: the top level is {type(value).__name__}, a JSON object was expected.")
     if _has_surrogate(text, value):

@@ -1,6 +1,7 @@
 """The checks of model inputs, made in NumPy before any framework sees them.
 
-JAX clamps an id that is out of range, XLA clamps, TensorFlow on GPU returns zeros: so eager calls come through here. Under
+JAX clamps an id that is out of range, XLA clamps, TensorFlow on GPU returns zeros: so eager calls come through here.
+Under
 tracing and compilation there are no values to look at and the checks are skipped; `generate` checks before it compiles.
 """
 
@@ -90,11 +91,7 @@ def check_call(
     if past_length is not None and past_shape is not None:
         _check_cache(config, batch, past_length, past_shape)
     length = np.zeros(batch, np.int64) if past_length is None else past_length
-    new = (
-        np.full(batch, tokens)
-        if attention_mask is None
-        else _new_tokens(attention_mask, batch, tokens, past_length)
-    )
+    new = np.full(batch, tokens) if attention_mask is None else _new_tokens(attention_mask, batch, tokens, past_length)
     total = length + new
     if capacity is not None and total.max() > capacity:
         raise CacheOverflowError(
@@ -112,9 +109,7 @@ def check_call(
         if document_ids.shape != (batch, tokens):
             raise InputError(f"document_ids: shape {document_ids.shape}, [{batch}, {tokens}] was expected.")
         if past_length is not None:
-            raise InputError(
-                "document_ids: packed documents and past_key_values exclude each other; drop one."
-            )
+            raise InputError("document_ids: packed documents and past_key_values exclude each other; drop one.")
 
 
 def _check_tokens(config: MistralConfig, ids: Array | None, embeds: Array | None) -> tuple[int, int]:
@@ -130,9 +125,7 @@ def _check_tokens(config: MistralConfig, ids: Array | None, embeds: Array | None
         if not np.isfinite(embeds.astype(np.float32)).all():
             raise NonFiniteInputError("inputs_embeds: NaN or infinity; look at what made them.")
     if 0 in array.shape[:2]:
-        raise EmptyInputError(
-            f"{name}: shape {array.shape} holds no token; give at least one row of one token."
-        )
+        raise EmptyInputError(f"{name}: shape {array.shape} holds no token; give at least one row of one token.")
     if ids is not None:
         check_ids("input_ids", ids, config.vocab_size)
     return array.shape[0], array.shape[1]
@@ -147,12 +140,8 @@ def check_ids(name: str, ids: Array, vocab_size: int, *, ignore: int | None = No
         wrong &= ids != ignore
     if wrong.any():
         where = tuple(int(i) for i in np.argwhere(wrong)[0])
-        hint = (
-            " (-100 belongs in labels; give real ids and an attention_mask)" if ids[where] == IGNORE else ""
-        )
-        raise TokenIdError(
-            f"{name}: {ids[where]} at {list(where)}, 0 to {vocab_size - 1} was expected{hint}."
-        )
+        hint = " (-100 belongs in labels; give real ids and an attention_mask)" if ids[where] == IGNORE else ""
+        raise TokenIdError(f"{name}: {ids[where]} at {list(where)}, 0 to {vocab_size - 1} was expected{hint}.")
 
 
 def _new_tokens(attention_mask: Array, batch: int, tokens: int, past_length: Array | None) -> Array:
@@ -199,9 +188,7 @@ def check_logits_to_keep(logits_to_keep: Any, tokens: int) -> None:
         return
     index = np.asarray(logits_to_keep)
     if index.ndim != 1 or index.dtype.kind not in "iu" or (index < -tokens).any() or (index >= tokens).any():
-        raise InputError(
-            f"logits_to_keep: {logits_to_keep!r}, an int or indices below {tokens} were expected."
-        )
+        raise InputError(f"logits_to_keep: {logits_to_keep!r}, an int or indices below {tokens} were expected.")
 
 
 def check_labels(name: str, labels: Array, shape: tuple[int, ...], classes: int) -> None:

@@ -21,9 +21,7 @@ from .layers import last_token, project
 if TYPE_CHECKING:
     from .heads import MistralForCausalLM
 
-_compiled: weakref.WeakKeyDictionary[Any, tuple[Callable[..., Any], Callable[..., Any]]] = (
-    weakref.WeakKeyDictionary()
-)
+_compiled: weakref.WeakKeyDictionary[Any, tuple[Callable[..., Any], Callable[..., Any]]] = weakref.WeakKeyDictionary()
 
 
 def generate(
@@ -37,8 +35,8 @@ def generate(
     """Continue ids [B, T] greedily: [B, T + new] int32, the prompt as given, ended rows padded.
 
     Rows may be padded on either side. `options` are fields of GenerationConfig and come before
-    `generation_config`, which comes before the checkpoint's own. Prefill and step are compiled once per shape unless `compile="off"`.
-    Raises GenerationConfigError, EmptyInputError, SequenceTooLongError, TokenIdError, MaskError.
+    `generation_config`, which comes before the checkpoint's own. Prefill and step are compiled once per shape unless
+    `compile="off"`. Raises GenerationConfigError, EmptyInputError, SequenceTooLongError, TokenIdError, MaskError.
     """
     ids, mask, generation = decoding.prepare(
         model.config, input_ids, attention_mask, generation_config or model.generation_config, options
@@ -92,6 +90,4 @@ def _decode(
     """The next token [B] of each row and the cache after the given one."""
     bound = model.bind(params)
     out = bound.model(token_B[:, None], past_key_values=cache)
-    return project(out.last_hidden_state[:, 0], bound.head_weight).argmax(-1).astype(
-        jnp.int32
-    ), out.past_key_values
+    return project(out.last_hidden_state[:, 0], bound.head_weight).argmax(-1).astype(jnp.int32), out.past_key_values

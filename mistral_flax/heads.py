@@ -65,7 +65,8 @@ class MistralForCausalLM(PreTrainedModel):
     ) -> CausalLMOutput | tuple[Any, ...]:
         """Logits [B, T, V]; with labels [B, T], the loss of predicting each next label that is not -100.
 
-        `logits_to_keep` is how many last columns to compute (0: all) or their indices. Options are those of MistralModel.
+        `logits_to_keep` is how many last columns to compute (0: all) or their indices. Options are those of
+        MistralModel.
         """
         out = self.model(
             input_ids,
@@ -115,9 +116,7 @@ class MistralForSequenceClassification(PreTrainedModel):
         super().__init__(config)
         dtype, rngs = as_dtype(dtype), rngs or nnx.Rngs(0)
         self.model = MistralModel(config, attn_implementation=attn_implementation, dtype=dtype, rngs=rngs)
-        self.score = Linear(
-            config.hidden_size, config.num_labels, dtype=dtype, rngs=rngs, std=config.initializer_range
-        )
+        self.score = Linear(config.hidden_size, config.num_labels, dtype=dtype, rngs=rngs, std=config.initializer_range)
 
     @functional
     def __call__(
@@ -208,8 +207,8 @@ class MistralForTokenClassification(PreTrainedModel):
         """Scores [B, T, C]; labels [B, T] are classes or -100."""
         body_rngs, key = dropout_keys(rngs, 2)
         out = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, document_ids=document_ids, **options,
-            rngs=body_rngs, return_dict=True,
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, document_ids=document_ids,
+            **options, rngs=body_rngs, return_dict=True,
         )  # fmt: skip
         x_BTD = out.last_hidden_state
         if rngs is not None and self.config.classifier_dropout:
@@ -239,9 +238,7 @@ class MistralForQuestionAnswering(PreTrainedModel):
         super().__init__(config)
         dtype, rngs = as_dtype(dtype), rngs or nnx.Rngs(0)
         self.model = MistralModel(config, attn_implementation=attn_implementation, dtype=dtype, rngs=rngs)
-        self.qa_outputs = Linear(
-            config.hidden_size, 2, bias=True, dtype=dtype, rngs=rngs, std=config.initializer_range
-        )
+        self.qa_outputs = Linear(config.hidden_size, 2, bias=True, dtype=dtype, rngs=rngs, std=config.initializer_range)
 
     @functional
     def __call__(

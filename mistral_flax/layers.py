@@ -68,9 +68,7 @@ def token_order(attention_mask_BT: Array, past_length_B: Array) -> Array:
     return jnp.where(attention_mask_BT != 0, order, -1)
 
 
-def token_positions(
-    attention_mask_BT: Array, past_length_B: Array, document_ids_BT: Array | None = None
-) -> Array:
+def token_positions(attention_mask_BT: Array, past_length_B: Array, document_ids_BT: Array | None = None) -> Array:
     """[B, T]: the position each token is rotated by; each packed document counts anew."""
     position = jnp.maximum(past_length_B[:, None] + attention_mask_BT.cumsum(1) - 1, 0)
     if document_ids_BT is None:
@@ -109,9 +107,7 @@ def rotate(x_BTNH: Array, cos_BTH: Array, sin_BTH: Array) -> Array:
     """Turn the pairs (x_i, x_{i+H/2}) by their angles, in float32."""
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos_BTH[:, :, None, :], sin_BTH[:, :, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(
-        x_BTNH.dtype
-    )
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
 
 
 def attend(
@@ -138,9 +134,7 @@ def attend_eager(
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     highest = jax.lax.Precision.HIGHEST if q_BTNH.dtype == jnp.float32 else None
-    scores = jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, precision=highest, preferred_element_type=jnp.float32
-    )
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, precision=highest, preferred_element_type=jnp.float32)
     scores = scores * H**-0.5
     visible = visible_BTS[:, None, None]
     # the lowest float, not -inf: a row that sees nothing stays finite, in its gradient too
@@ -148,12 +142,8 @@ def attend_eager(
     weights = jnp.where(visible, weights, 0).astype(v_BSKH.dtype)
     dropped = weights
     if dropout and rngs is not None:
-        dropped = jnp.where(
-            jax.random.bernoulli(rngs, 1 - dropout, weights.shape), weights / (1 - dropout), 0
-        )
-    o_BTKGH = jnp.einsum(
-        "BKGTS,BSKH->BTKGH", dropped, v_BSKH, precision=highest, preferred_element_type=jnp.float32
-    )
+        dropped = jnp.where(jax.random.bernoulli(rngs, 1 - dropout, weights.shape), weights / (1 - dropout), 0)
+    o_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", dropped, v_BSKH, precision=highest, preferred_element_type=jnp.float32)
     return o_BTKGH.astype(v_BSKH.dtype).reshape(B, T, N, H), weights.reshape(B, N, T, -1)
 
 

@@ -1,4 +1,7 @@
-"""Losses, each a float32 mean; where there is nothing to predict the loss is 0. Formulas: `mistral_core.reference.ops`."""
+"""Losses, each a float32 mean; where there is nothing to predict the loss is 0.
+
+Formulas: `mistral_core.reference.ops`.
+"""
 
 from __future__ import annotations
 

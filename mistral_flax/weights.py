@@ -103,16 +103,12 @@ class PreTrainedModel(nnx.Module):
         """The same model over other parameters, traced ones too; raises KeyError for a name that is missing."""
         graph, state = nnx.split(self)
         prefix = BASE_PREFIX if type(self).__name__ == "MistralModel" else ""
-        replaced = [
-            (path, leaf.replace(params[prefix + ".".join(path)])) for path, leaf in nnx.to_flat_state(state)
-        ]
+        replaced = [(path, leaf.replace(params[prefix + ".".join(path)])) for path, leaf in nnx.to_flat_state(state)]
         return nnx.merge(graph, nnx.from_flat_state(replaced))
 
     def returned(self, output: Any, return_dict: bool | None) -> Any:
         """The output as asked for: by name, or as a plain tuple without the Nones."""
-        return (
-            output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
-        )
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     @property
     def dtype(self) -> Any:

@@ -7,18 +7,18 @@ from mistral_core.errors import UnsupportedFeatureError as _UnsupportedFeatureEr
 
 if _keras.backend.backend() != "tensorflow":
     raise _UnsupportedFeatureError(
-        f"mistral_tf: Keras runs on {_keras.backend.backend()!r} and needs TensorFlow here; set the environment variable "
-        "KERAS_BACKEND=tensorflow before keras is imported, or use mistral_torch or mistral_flax."
+        f"mistral_tf: Keras runs on {_keras.backend.backend()!r} and needs TensorFlow here; set the environment "
+        "variable KERAS_BACKEND=tensorflow before keras is imported, or use mistral_torch or mistral_flax."
     )
 
-from .cache import KVCache  # noqa: E402
-from .heads import (  # noqa: E402
+from .cache import KVCache
+from .heads import (
     MistralForCausalLM,
     MistralForQuestionAnswering,
     MistralForSequenceClassification,
     MistralForTokenClassification,
 )
-from .model import MistralModel  # noqa: E402
+from .model import MistralModel
 
 __all__ = [
     "GenerationConfig",

@@ -116,6 +116,4 @@ def write(x_BRKH: Tensor, new_BTKH: Tensor, slot_BT: Tensor, slots: int) -> Tens
     if slots > x_BRKH.shape[1]:
         x_BRKH = tf.pad(x_BRKH, ((0, 0), (0, slots - x_BRKH.shape[1]), (0, 0), (0, 0)))
     row_BT = tf.broadcast_to(tf.range(tf.shape(slot_BT)[0])[:, None], tf.shape(slot_BT))
-    return tf.tensor_scatter_nd_update(
-        x_BRKH, tf.stack([row_BT, slot_BT], -1), tf.cast(new_BTKH, x_BRKH.dtype)
-    )
+    return tf.tensor_scatter_nd_update(x_BRKH, tf.stack([row_BT, slot_BT], -1), tf.cast(new_BTKH, x_BRKH.dtype))

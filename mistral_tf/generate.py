@@ -20,9 +20,7 @@ from .layers import last_token, project
 if TYPE_CHECKING:
     from .heads import MistralForCausalLM
 
-_compiled: weakref.WeakKeyDictionary[Any, tuple[Callable[..., Any], Callable[..., Any]]] = (
-    weakref.WeakKeyDictionary()
-)
+_compiled: weakref.WeakKeyDictionary[Any, tuple[Callable[..., Any], Callable[..., Any]]] = weakref.WeakKeyDictionary()
 
 
 def generate(
@@ -36,8 +34,8 @@ def generate(
     """Continue ids [B, T] greedily: [B, T + new] int32, the prompt as given, ended rows padded.
 
     Rows may be padded on either side. `options` are fields of GenerationConfig and come before
-    `generation_config`, which comes before the checkpoint's own. Prefill and step are traced once per shape unless `compile="off"`.
-    Raises GenerationConfigError, EmptyInputError, SequenceTooLongError, TokenIdError, MaskError.
+    `generation_config`, which comes before the checkpoint's own. Prefill and step are traced once per shape unless
+    `compile="off"`. Raises GenerationConfigError, EmptyInputError, SequenceTooLongError, TokenIdError, MaskError.
     """
     ids, mask, generation = decoding.prepare(
         model.config,
@@ -78,9 +76,7 @@ def _plain_steps(model: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return functools.partial(_prefill, model), functools.partial(_decode, model)
 
 
-def _prefill(
-    model: MistralForCausalLM, ids_BT: Tensor, mask_BT: Tensor, cache: KVCache
-) -> tuple[Tensor, KVCache]:
+def _prefill(model: MistralForCausalLM, ids_BT: Tensor, mask_BT: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
     """The first new token [B] of each row and the cache after the prompt."""
     out = model.model(ids_BT, mask_BT, past_key_values=cache)
     last_BD = tf.gather(out.last_hidden_state, last_token(mask_BT), batch_dims=1)

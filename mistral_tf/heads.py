@@ -36,9 +36,7 @@ class MistralForCausalLM(PreTrainedModel):
     ) -> None:
         super().__init__(config, dtype=dtype)
         initializer = initializer or default_initializer(config)
-        self.model = MistralModel(
-            config, attn_implementation=attn_implementation, dtype=dtype, initializer=initializer
-        )
+        self.model = MistralModel(config, attn_implementation=attn_implementation, dtype=dtype, initializer=initializer)
         options = {"dtype": dtype, "initializer": initializer}
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, **options)
@@ -46,9 +44,7 @@ class MistralForCausalLM(PreTrainedModel):
     @property
     def head_weight(self) -> Tensor:
         """[V, D]: the head, which is the embedding itself where the config ties them."""
-        return tf.convert_to_tensor(
-            (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
-        )
+        return tf.convert_to_tensor((self.model.embed_tokens if self.lm_head is None else self.lm_head).weight)
 
     def call(
         self,
@@ -66,7 +62,8 @@ class MistralForCausalLM(PreTrainedModel):
     ) -> CausalLMOutput | tuple[Any, ...]:
         """Logits [B, T, V]; with labels [B, T], the loss of predicting each next label that is not -100.
 
-        `logits_to_keep` is how many last columns to compute (0: all) or their indices. Options are those of MistralModel.
+        `logits_to_keep` is how many last columns to compute (0: all) or their indices. Options are those of
+        MistralModel.
         """
         out = self.model(
             input_ids,
@@ -115,9 +112,7 @@ class MistralForSequenceClassification(PreTrainedModel):
     ) -> None:
         super().__init__(config, dtype=dtype)
         initializer = initializer or default_initializer(config)
-        self.model = MistralModel(
-            config, attn_implementation=attn_implementation, dtype=dtype, initializer=initializer
-        )
+        self.model = MistralModel(config, attn_implementation=attn_implementation, dtype=dtype, initializer=initializer)
         self.score = Linear(config.hidden_size, config.num_labels, dtype=dtype, initializer=initializer)
 
     def call(
@@ -181,12 +176,8 @@ class MistralForTokenClassification(PreTrainedModel):
     ) -> None:
         super().__init__(config, dtype=dtype)
         initializer = initializer or default_initializer(config)
-        self.model = MistralModel(
-            config, attn_implementation=attn_implementation, dtype=dtype, initializer=initializer
-        )
-        self.score = Linear(
-            config.hidden_size, config.num_labels, bias=True, dtype=dtype, initializer=initializer
-        )
+        self.model = MistralModel(config, attn_implementation=attn_implementation, dtype=dtype, initializer=initializer)
+        self.score = Linear(config.hidden_size, config.num_labels, bias=True, dtype=dtype, initializer=initializer)
 
     def call(
         self,
@@ -204,8 +195,8 @@ class MistralForTokenClassification(PreTrainedModel):
     ) -> TokenClassifierOutput | tuple[Any, ...]:
         """Scores [B, T, C]; labels [B, T] are classes or -100."""
         out = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, document_ids=document_ids, **options,
-            training=training, return_dict=True,
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, document_ids=document_ids,
+            **options, training=training, return_dict=True,
         )  # fmt: skip
         x_BTD = out.last_hidden_state
         if training:
@@ -233,9 +224,7 @@ class MistralForQuestionAnswering(PreTrainedModel):
     ) -> None:
         super().__init__(config, dtype=dtype)
         initializer = initializer or default_initializer(config)
-        self.model = MistralModel(
-            config, attn_implementation=attn_implementation, dtype=dtype, initializer=initializer
-        )
+        self.model = MistralModel(config, attn_implementation=attn_implementation, dtype=dtype, initializer=initializer)
         self.qa_outputs = Linear(config.hidden_size, 2, bias=True, dtype=dtype, initializer=initializer)
 
     def call(

@@ -28,9 +28,7 @@ class Layer(keras.layers.Layer):
 class Linear(Layer):
     """x W^T + b, with W [out, in] as in every checkpoint."""
 
-    def __init__(
-        self, size_in: int, size_out: int, *, bias: bool = False, dtype: Any, initializer: Any
-    ) -> None:
+    def __init__(self, size_in: int, size_out: int, *, bias: bool = False, dtype: Any, initializer: Any) -> None:
         super().__init__(dtype=dtype)
         self.weight = self.add_weight(shape=(size_out, size_in), initializer=initializer, name="weight")
         self.bias = self.add_weight(shape=(size_out,), initializer="zeros", name="bias") if bias else None
@@ -77,9 +75,7 @@ def token_order(attention_mask_BT: Tensor, past_length_B: Tensor) -> Tensor:
     return tf.where(attention_mask_BT != 0, order, -1)
 
 
-def token_positions(
-    attention_mask_BT: Tensor, past_length_B: Tensor, document_ids_BT: Tensor | None = None
-) -> Tensor:
+def token_positions(attention_mask_BT: Tensor, past_length_B: Tensor, document_ids_BT: Tensor | None = None) -> Tensor:
     """[B, T]: the position each token is rotated by; each packed document counts anew."""
     position = tf.maximum(past_length_B[:, None] + tf.cumsum(attention_mask_BT, 1) - 1, 0)
     if document_ids_BT is None:

@@ -1,4 +1,7 @@
-"""Losses, each a float32 mean; where there is nothing to predict the loss is 0. Formulas: `mistral_core.reference.ops`."""
+"""Losses, each a float32 mean; where there is nothing to predict the loss is 0.
+
+Formulas: `mistral_core.reference.ops`.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +35,7 @@ def classification_loss(config: MistralConfig, logits: Tensor, labels: Tensor) -
     return tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(tf.cast(labels, tf.float32), logits))
 
 
-def span_loss(
-    start_logits: Tensor, end_logits: Tensor, start_positions: Tensor, end_positions: Tensor
-) -> Tensor:
+def span_loss(start_logits: Tensor, end_logits: Tensor, start_positions: Tensor, end_positions: Tensor) -> Tensor:
     """Mean of the cross entropies of start and end; a position beyond the text is not counted."""
     length = tf.shape(start_logits)[1]
     start = cross_entropy(start_logits, tf.clip_by_value(start_positions, 0, length), ignore=length)

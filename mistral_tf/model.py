@@ -28,9 +28,7 @@ class MistralModel(PreTrainedModel):
     ) -> None:
         super().__init__(config, dtype=dtype)
         initializer = initializer or default_initializer(config)
-        self.embed_tokens = Embedding(
-            config.vocab_size, config.hidden_size, dtype=dtype, initializer=initializer
-        )
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, initializer=initializer)
         # `layers` is Keras' own name for a model's direct parts
         self.decoder_layers = [
             DecoderLayer(config, window, attn_implementation, dtype=dtype, initializer=initializer)

@@ -30,7 +30,7 @@ class PreTrainedModel(keras.Model):
 
     def __call__(self, *arrays: Any, **options: Any) -> Any:
         """Call with lists, NumPy arrays or tensors; Keras takes tensors only."""
-        names = [name for name in inspect.signature(self.call).parameters]
+        names = list(inspect.signature(self.call).parameters)
         given = {**dict(zip(names, arrays, strict=False)), **options}
         return super().__call__(**{name: _as_tensor(value) for name, value in given.items()})
 
@@ -108,9 +108,7 @@ class PreTrainedModel(keras.Model):
 
     def returned(self, output: Any, return_dict: bool | None) -> Any:
         """The output as asked for: by name, or as a plain tuple without the Nones."""
-        return (
-            output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
-        )
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _parameter(self, name: str) -> keras.Variable:
         """The bare model's own names lack the `model.` in front."""

@@ -101,9 +101,7 @@ def model_inputs(
     shape = ids.shape if ids is not None else embeds.shape[:2]
     if mask is None:
         mask = torch.ones(shape, dtype=torch.int64, device=device)
-    return Inputs(
-        ids, embeds, mask[:, mask.shape[1] - shape[1] :].to(device, torch.int64), positions, documents
-    )
+    return Inputs(ids, embeds, mask[:, mask.shape[1] - shape[1] :].to(device, torch.int64), positions, documents)
 
 
 def integers(name: str, value: Any, device: torch.device, *, rank: int = 2) -> Tensor | None:

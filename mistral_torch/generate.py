@@ -29,7 +29,8 @@ def generate(
     """Continue ids [B, T] greedily: [B, T + new] int64, the prompt as given, ended rows padded.
 
     Rows may be padded on either side. `options` are fields of GenerationConfig and come before
-    `generation_config`, which comes before the checkpoint's own. `compile="on"` compiles the step; "auto" does so where there is an accelerator.
+    `generation_config`, which comes before the checkpoint's own. `compile="on"` compiles the step; "auto" does so
+    where there is an accelerator.
     Raises GenerationConfigError, EmptyInputError, SequenceTooLongError, TokenIdError, MaskError.
     """
     device = model.device
@@ -67,9 +68,7 @@ def generate(
         return torch.from_numpy(decoding.generate(prefill, step, ids, mask, generation)).to(device)
 
 
-def _prefill(
-    model: MistralForCausalLM, ids_BT: Tensor, mask_BT: Tensor, cache: KVCache
-) -> tuple[Tensor, KVCache]:
+def _prefill(model: MistralForCausalLM, ids_BT: Tensor, mask_BT: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
     """The first new token [B] of each row and the cache after the prompt."""
     out = model.model(ids_BT, mask_BT, past_key_values=cache)
     last_BD = out.last_hidden_state[torch.arange(len(ids_BT), device=ids_BT.device), last_token(mask_BT)]

@@ -55,7 +55,8 @@ class MistralForCausalLM(PreTrainedModel):
     ) -> CausalLMOutput | tuple[Any, ...]:
         """Logits [B, T, V]; with labels [B, T], the loss of predicting each next label that is not -100.
 
-        `logits_to_keep` is how many last columns to compute (0: all) or their indices. Options are those of MistralModel.
+        `logits_to_keep` is how many last columns to compute (0: all) or their indices. Options are those of
+        MistralModel.
         """
         out = self.model(
             input_ids,

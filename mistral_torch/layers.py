@@ -35,9 +35,7 @@ def token_order(attention_mask_BT: Tensor, past_length_B: Tensor) -> Tensor:
     return torch.where(attention_mask_BT != 0, order, -1)
 
 
-def token_positions(
-    attention_mask_BT: Tensor, past_length_B: Tensor, document_ids_BT: Tensor | None = None
-) -> Tensor:
+def token_positions(attention_mask_BT: Tensor, past_length_B: Tensor, document_ids_BT: Tensor | None = None) -> Tensor:
     """[B, T]: the position each token is rotated by; each packed document counts anew."""
     position = torch.clamp(past_length_B[:, None] + attention_mask_BT.cumsum(1) - 1, min=0)
     if document_ids_BT is None:

@@ -83,9 +83,7 @@ class PreTrainedModel(nn.Module):
         for name, _ in parameters(self.config, type(self).__name__):
             yield name, to_numpy(self.get_parameter(self._own_name(name)))
 
-    def set_parameter(
-        self, name: str, array: np.ndarray, *, device: torch.device | str | None = None
-    ) -> None:
+    def set_parameter(self, name: str, array: np.ndarray, *, device: torch.device | str | None = None) -> None:
         """Let the parameter of this canonical name be an array, without a copy on CPU."""
         module_name, _, attribute = self._own_name(name).rpartition(".")
         setattr(self.get_submodule(module_name), attribute, nn.Parameter(from_numpy(array).to(device)))
@@ -114,9 +112,7 @@ class PreTrainedModel(nn.Module):
 
     def returned(self, output: Any, return_dict: bool | None) -> Any:
         """The output as asked for: by name, or as a plain tuple without the Nones."""
-        return (
-            output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
-        )
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     @property
     def device(self) -> torch.device:

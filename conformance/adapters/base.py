@@ -60,9 +60,7 @@ class Adapter(abc.ABC):
         """The model's output, as the framework returns it."""
         return model(**inputs)
 
-    def allocate(
-        self, config: MistralConfig, batch_size: int, capacity: int | None, dtype: str, **options: Any
-    ) -> Any:
+    def allocate(self, config: MistralConfig, batch_size: int, capacity: int | None, dtype: str, **options: Any) -> Any:
         """An empty KV cache."""
         kind = self.array(np.zeros(1, np.float32), dtype).dtype
         return self.package.KVCache.allocate(config, batch_size, capacity, dtype=kind, **options)
@@ -78,9 +76,7 @@ class Adapter(abc.ABC):
             self.layers.rotate(self.array(x, dtype), self.array(cos, "float32"), self.array(sin, "float32"))
         )
 
-    def mask(
-        self, query_order: Array, key_order: Array, window: int | None, document_ids: Array | None
-    ) -> Array:
+    def mask(self, query_order: Array, key_order: Array, window: int | None, document_ids: Array | None) -> Array:
         """Which keys each query sees."""
         documents = None if document_ids is None else self.array(document_ids)
         query, key = self.array(query_order), self.array(key_order)

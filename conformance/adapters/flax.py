@@ -23,9 +23,7 @@ class BackendAdapter(Adapter):
     def model(self, architecture: str, config: Any, parameters: Any, dtype: str, implementation: str) -> Any:
         kind = getattr(self.package, architecture)
         model = kind(config, attn_implementation=implementation, dtype=dtype)
-        return model.load_arrays(
-            {name: np.asarray(array).astype(dtype) for name, array in parameters.items()}
-        )
+        return model.load_arrays({name: np.asarray(array).astype(dtype) for name, array in parameters.items()})
 
     def loss_and_gradients(self, model: Any, inputs: Any) -> Any:
         loss, gradients = jax.value_and_grad(lambda params: model(**inputs, params=params).loss)(model.params)

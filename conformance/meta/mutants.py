@@ -12,12 +12,12 @@ BACKENDS = ("torch", "flax", "tf")
 
 
 class Edit(NamedTuple):
-    """Replace `old` by `new` in one file of a backend; `old` stands there `count` times."""
+    """Replace `old` by `new` in one file of a backend; `old` stands there `times` times."""
 
     file: str
     old: str
     new: str
-    count: int = 1
+    times: int = 1
 
 
 class Mutant(NamedTuple):
@@ -34,9 +34,9 @@ class Mutant(NamedTuple):
     """Whether the error may show as an exception instead of a wrong number."""
 
 
-def everywhere(file: str, old: str, new: str, count: int = 1) -> dict[str, Edit]:
+def everywhere(file: str, old: str, new: str, times: int = 1) -> dict[str, Edit]:
     """The same edit in all three."""
-    return dict.fromkeys(BACKENDS, Edit(file, old, new, count))
+    return dict.fromkeys(BACKENDS, Edit(file, old, new, times))
 
 
 def spelled(file: str, **edits: tuple[str, str]) -> dict[str, Edit]:

@@ -16,7 +16,7 @@ from conformance.meta.mutants import BACKENDS, CORE, MUTANTS
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture()
+@pytest.fixture
 def copy_of(tmp_path, monkeypatch):
     """A function that copies a backend's package under another name, with an edit."""
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -24,9 +24,7 @@ def copy_of(tmp_path, monkeypatch):
 
     def copy(backend, name, edit=None):
         package = f"mutant_{backend}_" + "".join(c if c.isalnum() else "_" for c in name)
-        shutil.copytree(
-            ROOT / f"mistral_{backend}", tmp_path / package, ignore=shutil.ignore_patterns("__pycache__")
-        )
+        shutil.copytree(ROOT / f"mistral_{backend}", tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
         if edit is not None:
             path = tmp_path / package / edit.file
             path.write_text(edited(path.read_text(), edit))
@@ -40,7 +38,7 @@ def copy_of(tmp_path, monkeypatch):
 
 
 def edited(text, edit):
-    assert text.count(edit.old) == edit.count, f"{edit.file} holds {edit.old!r} {text.count(edit.old)} times"
+    assert text.count(edit.old) == edit.times, f"{edit.file} holds {edit.old!r} {text.count(edit.old)} times"
     return text.replace(edit.old, edit.new)
 
 
@@ -57,11 +55,7 @@ def test_an_untouched_copy_passes(backend, copy_of):
 
 @pytest.mark.parametrize(
     ("backend", "mutant"),
-    [
-        pytest.param(backend, mutant, id=f"{backend}-{mutant.name}")
-        for mutant in MUTANTS
-        for backend in mutant.edits
-    ],
+    [pytest.param(backend, mutant, id=f"{backend}-{mutant.name}") for mutant in MUTANTS for backend in mutant.edits],
 )
 def test_every_mutant_is_killed(backend, mutant, copy_of):
     package = copy_of(backend, mutant.name, mutant.edits[backend])

@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 import traceback
+from typing import Any
 
 from ..errors import MistralError
 
@@ -55,8 +56,8 @@ def _arguments(command: argparse.ArgumentParser, name: str) -> None:
     if name == "info":
         command.add_argument("path", help="a checkpoint directory, a hub id, or the name of a published size")
         return
-    default = {"nargs": "?"} if name in ("demo", "check") else {}
-    command.add_argument("path", help="a checkpoint directory or a hub id (demo, check: the embedded one)", **default)  # type: ignore[arg-type]
+    default: dict[str, Any] = {"nargs": "?"} if name in ("demo", "check") else {}
+    command.add_argument("path", help="a checkpoint directory or a hub id (demo, check: the embedded one)", **default)
     if name == "generate":
         command.add_argument("prompt", nargs="?", default="-", help="the text to continue; - or nothing reads stdin")
         command.add_argument("--max-new-tokens", type=int)

@@ -15,9 +15,11 @@ def run(options: argparse.Namespace) -> int:
     try:
         from conformance import checkpoint, report
     except ImportError as cause:
-        raise MissingExtraError(f"the conformance suite is not installed ({cause}); install mistral-frameworks.") from cause
+        raise MissingExtraError(
+            f"the conformance suite is not installed ({cause}); install mistral-frameworks."
+        ) from cause
 
-    names = options.backend or backends.installed()
+    names = options.backend or list(backends.installed())
     if not names:
         raise MissingExtraError("no framework is installed; pip install 'mistral-frameworks[torch]' (or flax, or tf).")
     for name in names:

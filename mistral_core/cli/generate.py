@@ -22,10 +22,10 @@ def run(options: argparse.Namespace) -> int:
         if sys.stdin.isatty():
             raise EmptyInputError("prompt: nothing to continue; give it as an argument or through a pipe.")
         prompt = sys.stdin.read().rstrip("\n")
-    installed = [options.backend] if options.backend else backends.installed()
-    if not installed:
+    name = options.backend or next(backends.installed(), None)
+    if name is None:
         raise MissingExtraError("no framework is installed; pip install 'mistral-frameworks[torch]' (or flax, or tf).")
-    backend = backends.get(installed[0])
+    backend = backends.get(name)
     tokenizer = MistralTokenizer.from_pretrained(options.path)
     progress(f"loading {options.path} in {backends.version(backend)}")
     model = backend.model_class("MistralForCausalLM").from_pretrained(options.path, dtype=options.dtype)

@@ -82,4 +82,8 @@ def _shown(value: Any) -> str:
         return ", ".join(map(str, value))
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return {None: "none", True: "yes", False: "no"}.get(value, str(value)) if not isinstance(value, float) else f"{value:g}"
+    return (
+        {None: "none", True: "yes", False: "no"}.get(value, str(value))
+        if not isinstance(value, float)
+        else f"{value:g}"
+    )

@@ -1,6 +1,7 @@
 """The KV cache as a value: what the past keys and values are, and in which slot each one lives.
 
-A layer has R slots a row. The token of order o (its number among the real tokens of its row) lives in slot o mod R; padding lives
+A layer has R slots a row. The token of order o (its number among the real tokens of its row) lives in slot o mod R;
+padding lives
 nowhere. With W + 1 slots a layer with a window of W never needs more, however long the text: the cache is *rolling*.
 With capacity + 1 slots nothing is ever overwritten: it is *full*. One slot is always spare.
 
@@ -54,9 +55,7 @@ class KVCache(NamedTuple):
             capacity,
         )
 
-    def update(
-        self, layer: int, k_BTKH: Array, v_BTKH: Array, order_BT: Array, slots: int
-    ) -> tuple[Array, Array]:
+    def update(self, layer: int, k_BTKH: Array, v_BTKH: Array, order_BT: Array, slots: int) -> tuple[Array, Array]:
         """The layer's keys and values after writing the new tokens into a ring of `slots`."""
         keys, values = (grown(x[layer], slots) for x in (self.keys, self.values))
         for row, order in enumerate(order_BT):
@@ -76,7 +75,7 @@ def grown(x_BRKH: Array, slots: int) -> Array:
 
 
 def slot_order(length_B: Array, slots: int) -> Array:
-    """[B, R]: the order of the token in each slot, -1 where there is none: the newest o < length with o mod R = slot."""
+    """[B, R]: the order of the token in each slot: the newest o < length with o mod R = slot, else -1."""
     newest = length_B[:, None] - 1
     order = newest - (newest - np.arange(slots)) % slots
     return np.maximum(order, -1)

@@ -100,9 +100,7 @@ def question_answering(
 
 
 def _biased(x_BTD: Array, parameters: Parameters, name: str) -> Array:
-    weight, bias = (
-        np.asarray(parameters[f"{name}.{part}"]).astype(np.float64) for part in ("weight", "bias")
-    )
+    weight, bias = (np.asarray(parameters[f"{name}.{part}"]).astype(np.float64) for part in ("weight", "bias"))
     return ops.linear(x_BTD, weight, bias)
 
 
@@ -124,9 +122,7 @@ def greedy(
     last = out.logits[np.arange(len(mask)), ops.last_token(np.where(mask != 0, 0, -1))]
     tokens = [last.argmax(axis=-1)]
     for _ in range(max_new_tokens - 1):
-        out = causal_lm(
-            config, parameters, tokens[-1][:, None], past_key_values=out.past_key_values, round=round
-        )
+        out = causal_lm(config, parameters, tokens[-1][:, None], past_key_values=out.past_key_values, round=round)
         assert out.logits is not None
         tokens.append(out.logits[:, -1].argmax(axis=-1))
     return np.stack(tokens, axis=1)

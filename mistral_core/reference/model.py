@@ -31,11 +31,7 @@ def forward(
 ) -> ModelOutput:
     """Hidden states [B, T, D] of ids [B, T]; every layer's states and weights; the cache that follows if asked for."""
     parameters = _Exact(parameters)
-    x_BTD = (
-        parameters["model.embed_tokens.weight"][np.asarray(input_ids)]
-        if inputs_embeds is None
-        else inputs_embeds
-    )
+    x_BTD = parameters["model.embed_tokens.weight"][np.asarray(input_ids)] if inputs_embeds is None else inputs_embeds
     mask_BT = np.ones(x_BTD.shape[:2], int) if attention_mask is None else np.asarray(attention_mask, int)
     past = past_key_values
     if past is None and use_cache:
@@ -81,9 +77,7 @@ def decoder_layer(
         return parameters[f"model.layers.{layer}.{name}.weight"]
 
     h = ops.rms_norm(x_BTD, weight("input_layernorm"), config.rms_norm_eps, round=round)
-    h, weights, kept = attention(
-        config, parameters, layer, h, cos_sin, order_BT, past, document_ids, round=round
-    )
+    h, weights, kept = attention(config, parameters, layer, h, cos_sin, order_BT, past, document_ids, round=round)
     x_BTD = round(x_BTD + h)
     h = ops.rms_norm(x_BTD, weight("post_attention_layernorm"), config.rms_norm_eps, round=round)
     h = ops.swiglu(h, weight("mlp.gate_proj"), weight("mlp.up_proj"), weight("mlp.down_proj"), round=round)
@@ -134,7 +128,7 @@ class _Exact(dict[str, Array]):
 
     def __init__(self, source: Parameters) -> None:
         super().__init__()
-        self._source = source._source if isinstance(source, _Exact) else source
+        self._source: Parameters = source._source if isinstance(source, _Exact) else source
 
     def __missing__(self, name: str) -> Array:
         self[name] = np.asarray(self._source[name]).astype(np.float64)

@@ -1,7 +1,7 @@
 """The mathematics of Mistral, one function a formula, in the order a token meets them.
 
-Arrays are float64 and wear the axis letters of `mistral_core.config`. A model in lower precision rounds at fixed places;
-`round` is called at exactly these, so the reference also says what a bfloat16 model must return.
+Arrays are float64 and wear the axis letters of `mistral_core.config`. A model in lower precision rounds at fixed
+places; `round` is called at exactly these, so the reference also says what a bfloat16 model must return.
 """
 
 from __future__ import annotations
@@ -62,16 +62,12 @@ def token_order(attention_mask_BT: Array, past_length_B: Array) -> Array:
     return np.where(attention_mask_BT != 0, order, -1)
 
 
-def token_positions(
-    attention_mask_BT: Array, past_length_B: Array, document_ids_BT: Array | None = None
-) -> Array:
+def token_positions(attention_mask_BT: Array, past_length_B: Array, document_ids_BT: Array | None = None) -> Array:
     """The position each token is rotated by: its order, not below 0, counted anew in each packed document."""
     position = np.maximum(past_length_B[:, None] + np.cumsum(attention_mask_BT, axis=1) - 1, 0)
     if document_ids_BT is None:
         return position
-    starts = np.concatenate(
-        [np.ones_like(position[:, :1]), document_ids_BT[:, 1:] != document_ids_BT[:, :-1]], axis=1
-    )
+    starts = np.concatenate([np.ones_like(position[:, :1]), document_ids_BT[:, 1:] != document_ids_BT[:, :-1]], axis=1)
     return position - np.maximum.accumulate(np.where(starts != 0, position, 0), axis=1)
 
 
@@ -107,7 +103,7 @@ def attention_mask(
 
 
 def rotary_angles(position_BT: Array, config: MistralConfig) -> Array:
-    """[B, T, H/2]: float32 inverse frequency times float32 position, rounded to float32, as every published Mistral runs."""
+    """[B, T, H/2]: inverse frequency times position, both and the product in float32, as published Mistrals run."""
     inverse_frequency = np.array(rotary_table(config).inverse_frequency, np.float32)
     return (position_BT.astype(np.float32)[..., None] * inverse_frequency).astype(np.float64)
 
@@ -120,7 +116,10 @@ def rotary(position_BT: Array, config: MistralConfig) -> tuple[Array, Array]:
 
 
 def rotate(x_BTNH: Array, cos_BTH: Array, sin_BTH: Array, *, round: Round = exact) -> Array:
-    """Turn the pairs (x_i, x_{i+H/2}) by their angles (arXiv 2104.09864 eq. 34, in Hugging Face's half-split layout)."""
+    """Turn the pairs (x_i, x_{i+H/2}) by their angles (arXiv 2104.09864 eq.
+
+    34, in Hugging Face's half-split layout).
+    """
     first, second = np.split(x_BTNH, 2, axis=-1)
     cos, sin = cos_BTH[:, :, None, :], sin_BTH[:, :, None, :]
     return round(np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1))

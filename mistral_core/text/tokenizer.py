@@ -118,9 +118,7 @@ class MistralTokenizer:
             rows = [_pad(row, longest, self._padding_id, padding_side) for row in rows]
             masks = [_pad(row, longest, 0, padding_side) for row in masks]
         elif return_tensors == "np" and any(len(row) != longest for row in rows):
-            raise TokenizerError(
-                f"texts of up to {longest} tokens and of fewer make no array; pass padding=True."
-            )
+            raise TokenizerError(f"texts of up to {longest} tokens and of fewer make no array; pass padding=True.")
         if return_tensors == "np":
             shape = (len(rows), longest)
             return {
@@ -171,9 +169,7 @@ class MistralTokenizer:
             return None
         found = self.token_to_id(token) if isinstance(token, str) else None
         if found is None and key in self._config:
-            raise TokenizerError(
-                f"{self._where}: {key} {token!r} is no token of it; correct tokenizer_config.json."
-            )
+            raise TokenizerError(f"{self._where}: {key} {token!r} is no token of it; correct tokenizer_config.json.")
         return found
 
     def _checked(self, ids: int | Iterable[int]) -> list[int]:
@@ -183,9 +179,7 @@ class MistralTokenizer:
             if isinstance(each, bool) or not isinstance(each, (int, np.integer)):
                 raise TokenizerError(f"ids[{at}]: {each!r}; an integer was expected: decode row by row.")
             if not 0 <= each < size:
-                raise TokenizerError(
-                    f"ids[{at}]: {each} is not in [0, {size}); take the tokenizer of the model."
-                )
+                raise TokenizerError(f"ids[{at}]: {each} is not in [0, {size}); take the tokenizer of the model.")
         return [int(each) for each in sequence]
 
 

@@ -134,9 +134,7 @@ def dtype_of(name: str) -> np.dtype:
     for dtype in DTYPES.values():
         if dtype.name == name:
             return dtype
-    raise DtypeMismatchError(
-        f"dtype: {name!r}, one of {', '.join(d.name for d in DTYPES.values())} was expected."
-    )
+    raise DtypeMismatchError(f"dtype: {name!r}, one of {', '.join(d.name for d in DTYPES.values())} was expected.")
 
 
 def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
@@ -226,9 +224,7 @@ def _write_others(directory: Path, contents: Mapping[str, bytes]) -> None:
     for name, content in contents.items():
         files.check_bare_name(name, "other_files")
         if name == "config.json" or files.is_weights(name):
-            raise ConversionError(
-                f"other_files: {name} is written from the config and tensors; leave it out."
-            )
+            raise ConversionError(f"other_files: {name} is written from the config and tensors; leave it out.")
         files.write_file(directory / name, content)
 
 

@@ -85,9 +85,7 @@ def os_errors(path: PathLike) -> Iterator[None]:
         if cause.errno in _FULL:
             message = f"{where}: {cause.strerror}; free some space, what was there before is untouched."
             raise NoSpaceError(cause.errno, message) from cause
-        raise ConversionError(
-            f"{where}: cannot be written ({cause}); check the path and its rights."
-        ) from cause
+        raise ConversionError(f"{where}: cannot be written ({cause}); check the path and its rights.") from cause
 
 
 def check_bare_name(name: str, where: str) -> None:

@@ -137,9 +137,7 @@ def _download(repository: _Repository, wanted: Sequence[str] | None) -> Path:
         weights = _weight_files(snapshot)
         absent = [name for name in weights if name not in digests]
         if absent:
-            others = ", ".join(
-                sorted(n for n in digests if n.endswith((".bin", ".pth", ".h5", ".safetensors")))
-            )
+            others = ", ".join(sorted(n for n in digests if n.endswith((".bin", ".pth", ".h5", ".safetensors"))))
             raise FileNotOnHubError(
                 f"{repository}: the repository lacks {', '.join(absent)} (it has: {others or 'no weights'}); "
                 "only Hugging Face safetensors is read so far."
@@ -149,18 +147,14 @@ def _download(repository: _Repository, wanted: Sequence[str] | None) -> Path:
     return snapshot
 
 
-def _fetch(
-    repository: _Repository, commit: str, names: Sequence[str], digests: Mapping[str, str | None]
-) -> Path:
+def _fetch(repository: _Repository, commit: str, names: Sequence[str], digests: Mapping[str, str | None]) -> Path:
     """Download files of one commit and compare the new ones with the SHA-256 that the hub announced."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     def fetch(name: str) -> Path:
         cache = repository.cache_dir
         fresh = not isinstance(try_to_load_from_cache(repository.id, name, cache, commit), str)
-        path = Path(
-            hf_hub_download(repository.id, name, revision=commit, cache_dir=cache, token=repository.token)
-        )
+        path = Path(hf_hub_download(repository.id, name, revision=commit, cache_dir=cache, token=repository.token))
         if fresh and digests[name]:
             _check_digest(path, digests[name], repository)
         return path
@@ -279,9 +273,7 @@ def _kinds() -> list[tuple[type, type[HubError], str]]:
 def _of_status(response: object, repository: _Repository) -> HubError:
     status, headers = response.status_code, response.headers  # type: ignore[attr-defined]
     if status in (401, 403):
-        return AuthRequiredError(
-            f"{repository}: refused with {status}; log in with `hf auth login` or pass token=."
-        )
+        return AuthRequiredError(f"{repository}: refused with {status}; log in with `hf auth login` or pass token=.")
     wait = headers.get("Retry-After", "")
     later = f"after {wait} s" if wait.isdigit() else "later"
     return HubError(f"{repository}: the hub answered with status {status}; try again {later}.")
@@ -292,9 +284,7 @@ def _of_system(error: Exception, repository: _Repository) -> Exception:
         return DownloadCorruptError(f"{repository}: a download has the wrong size; load again.")
     if isinstance(error, OSError) and not isinstance(error, CheckpointError):
         text = error.strerror or type(error).__name__
-        return HubError(
-            error.errno or 0, f"{repository}: {text}; check the cache directory and its free space."
-        )
+        return HubError(error.errno or 0, f"{repository}: {text}; check the cache directory and its free space.")
     if isinstance(error, (ValueError, LookupError)):
         return HubError(f"{repository}: the hub's answer cannot be read; check HF_ENDPOINT.")
     return error

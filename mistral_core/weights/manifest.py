@@ -79,9 +79,7 @@ def verify(directory: files.PathLike, mode: str = "full") -> None:
     for name, entry in checked.items():
         _check_size(directory / name, entry["size"])
     if mode == "full":
-        changed = [
-            name for name, entry in checked.items() if _file_digest(directory / name) != entry["sha256"]
-        ]
+        changed = [name for name, entry in checked.items() if _file_digest(directory / name) != entry["sha256"]]
         if changed:
             raise ChecksumMismatchError(_differences(directory, changed, manifest.get("tensors")))
 
@@ -97,9 +95,7 @@ def _check_size(path: Path, expected: int) -> None:
     if size < expected:
         raise TruncatedFileError(f"{path}: {size} bytes, {NAME} says {expected}; copy or download it again.")
     if size > expected:
-        raise ChecksumMismatchError(
-            f"{path}: {size} bytes, {NAME} says {expected}; copy or download it again."
-        )
+        raise ChecksumMismatchError(f"{path}: {size} bytes, {NAME} says {expected}; copy or download it again.")
 
 
 def _differences(directory: Path, changed: list[str], tensors: Any) -> str:

@@ -76,9 +76,7 @@ def own_class(config: MistralConfig, names: Mapping[str, str]) -> str:
     return max(fitting, key=lambda architecture: len(_HEAD_NAMES[architecture]), default="MistralModel")
 
 
-def _fresh_head(
-    rows: Mapping[str, object], names: Mapping[str, str], own: str, architecture: str
-) -> set[str]:
+def _fresh_head(rows: Mapping[str, object], names: Mapping[str, str], own: str, architecture: str) -> set[str]:
     """The head to initialise: only as a whole, and only where the file was saved as another class."""
     head = _HEAD_NAMES[architecture] & set(rows)
     return set() if own == architecture or head & set(names) else head
@@ -88,9 +86,7 @@ def _dropped_head(rows: Mapping[str, object], names: Mapping[str, str]) -> set[s
     return {LM_HEAD} & set(names) - set(rows)
 
 
-def _check(
-    infos: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]], own: str, where: str
-) -> None:
+def _check(infos: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]], own: str, where: str) -> None:
     """Compare names, shapes and dtypes, and raise all differences as one error."""
     missing = sorted(set(expected) - set(infos))
     unexpected = sorted(set(infos) - set(expected))

@@ -164,9 +164,7 @@ def write(info: TensorInfo, array: np.ndarray) -> str:
     if array.shape != info.shape:
         raise ShapeMismatchError(f"{quoted(info.name)}: {array.shape}, the config says {info.shape}.")
     if CODES.get(array.dtype) != info.dtype:
-        raise DtypeMismatchError(
-            f"{quoted(info.name)}: {array.dtype}, {info.dtype} was announced; cast it first."
-        )
+        raise DtypeMismatchError(f"{quoted(info.name)}: {array.dtype}, {info.dtype} was announced; cast it first.")
     data = _bytes(array)
     descriptor = os.open(info.file, os.O_WRONLY)
     try:
@@ -185,18 +183,14 @@ def _read_header(path: Path, descriptor: int, size: int) -> tuple[bytes, int]:
     if first.startswith(b"version https://git-lfs"):
         raise CorruptCheckpointError(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull`.")
     if size < 8:
-        raise TruncatedFileError(
-            f"{path}: {size} bytes, at least 8 were expected; copy or download it again."
-        )
+        raise TruncatedFileError(f"{path}: {size} bytes, at least 8 were expected; copy or download it again.")
     length = int.from_bytes(first[:8], "little")
     if length > MAX_HEADER_BYTES and first[:8].isascii() and first[:8].decode().isprintable():
         raise CorruptCheckpointError(f"{path}: text, not safetensors: it begins {first[:60]!a}.")
     if length > MAX_HEADER_BYTES:
         raise LimitExceededError(f"{path}: a header of {length} bytes; at most {MAX_HEADER_BYTES} are read.")
     if 8 + length > size:
-        raise TruncatedFileError(
-            f"{path}: {size} bytes, the header alone ends at {8 + length}; copy it again."
-        )
+        raise TruncatedFileError(f"{path}: {size} bytes, the header alone ends at {8 + length}; copy it again.")
     header = bytearray(length)
     _read_at(descriptor, memoryview(header), 8)
     return bytes(header), 8 + length
@@ -220,9 +214,7 @@ def _parse(path: Path, header: bytes) -> dict[str, Any]:
     try:
         entries = json.loads(header.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as cause:
-        raise CorruptCheckpointError(
-            f"{path}: the header is not UTF-8 JSON ({cause}); copy it again."
-        ) from cause
+        raise CorruptCheckpointError(f"{path}: the header is not UTF-8 JSON ({cause}); copy it again.") from cause
     if len(entries) - ("__metadata__" in entries) > MAX_TENSORS:
         raise LimitExceededError(f"{path}: {len(entries)} tensors; at most {MAX_TENSORS} are read.")
     return entries
@@ -265,18 +257,12 @@ def _check_layout(path: Path, infos: list[TensorInfo], start: int, size: int) ->
     for info in sorted(infos, key=lambda info: (info.start, info.end)):
         if info.start != position:
             fault = "overlaps" if info.start < position else "leaves a hole after"
-            raise CorruptCheckpointError(
-                f"{path}: {quoted(info.name)} {fault} {before}; copy the file again."
-            )
+            raise CorruptCheckpointError(f"{path}: {quoted(info.name)} {fault} {before}; copy the file again.")
         position, before = info.end, quoted(info.name)
     if position > size:
-        raise TruncatedFileError(
-            f"{path}: {size} bytes, {position} were expected; copy or download it again."
-        )
+        raise TruncatedFileError(f"{path}: {size} bytes, {position} were expected; copy or download it again.")
     if position < size:
-        raise CorruptCheckpointError(
-            f"{path}: {size - position} bytes belong to no tensor; copy the file again."
-        )
+        raise CorruptCheckpointError(f"{path}: {size - position} bytes belong to no tensor; copy the file again.")
 
 
 # Bytes

@@ -70,9 +70,7 @@ def _open_directory(directory: Path) -> list[SafetensorsFile]:
         return _open_index(index)
     file = SafetensorsFile(single)
     if set(file.tensors) != set(weight_map_of(index)[0]):
-        raise CheckpointIndexError(
-            f"{directory}: {SINGLE} and {INDEX} name different tensors; remove the stale one."
-        )
+        raise CheckpointIndexError(f"{directory}: {SINGLE} and {INDEX} name different tensors; remove the stale one.")
     return [file]
 
 
@@ -95,18 +93,12 @@ def weight_map_of(index: Path) -> tuple[dict[str, str], Any]:
         raise CheckpointIndexError(f"{index}: weight_map, a mapping of tensors to files, was expected.")
     for name, file in weight_map.items():
         if not isinstance(file, str):
-            raise CheckpointIndexError(
-                f"{index}: the file of {quoted(name)} is {type(file).__name__}, not a name."
-            )
+            raise CheckpointIndexError(f"{index}: the file of {quoted(name)} is {type(file).__name__}, not a name.")
         files.check_bare_name(file, str(index))
         if not file.endswith(".safetensors"):
-            raise UnsafeFileError(
-                f"{index}: {quoted(file)} is not safetensors; only safetensors shards are read."
-            )
+            raise UnsafeFileError(f"{index}: {quoted(file)} is not safetensors; only safetensors shards are read.")
     if len(set(weight_map.values())) > MAX_SHARDS:
-        raise LimitExceededError(
-            f"{index}: {len(set(weight_map.values()))} shards; at most {MAX_SHARDS} are read."
-        )
+        raise LimitExceededError(f"{index}: {len(set(weight_map.values()))} shards; at most {MAX_SHARDS} are read.")
     metadata = data.get("metadata")
     return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
 
@@ -123,9 +115,7 @@ def _open_index(index: Path) -> list[SafetensorsFile]:
         mapped = {name for name, file in weight_map.items() if file == shard.path.name}
         wrong = sorted(quoted(name) for name in mapped ^ set(shard.tensors))
         if wrong:
-            raise CheckpointIndexError(
-                f"{index}: {shard.path.name} and the index disagree on {', '.join(wrong)}."
-            )
+            raise CheckpointIndexError(f"{index}: {shard.path.name} and the index disagree on {', '.join(wrong)}.")
     size = sum(info.nbytes for shard in shards for info in shard.tensors.values())
     if total_size is not None and total_size != size:
         # transformers itself wrote this number wrong at times

@@ -32,9 +32,7 @@ TIED = TINY.replace(tie_word_embeddings=True)
 
 
 def weights(architecture=CAUSAL, config=TINY, dtype=BF16) -> dict[str, np.ndarray]:
-    return {
-        name: initial_value(name, row, config).astype(dtype) for name, row in parameters(config, architecture)
-    }
+    return {name: initial_value(name, row, config).astype(dtype) for name, row in parameters(config, architecture)}
 
 
 def bits(array: np.ndarray) -> bytes:
@@ -155,9 +153,7 @@ def test_every_truncation_of_a_file_is_noticed(tmp_path):
 
 
 def test_every_flipped_header_byte_is_harmless_or_a_typed_error(tmp_path):
-    whole = raw(
-        tmp_path / "f", {"__metadata__": {"format": "pt"}, "a": entry(), "b": entry(8, 16)}, bytes(16)
-    )
+    whole = raw(tmp_path / "f", {"__metadata__": {"format": "pt"}, "a": entry(), "b": entry(8, 16)}, bytes(16))
     original = whole.read_bytes()
     for position in range(len(original) - 16):
         for flip in (1, 8, 128):
@@ -296,9 +292,7 @@ def test_raw_weights_and_adapters_beside_the_model_are_ignored(tmp_path):
 )
 def test_foreign_formats_are_named(tmp_path, name, what):
     (tmp_path / name).write_bytes(b"")
-    with pytest.raises(
-        errors.UnsupportedFeatureError, match=f"{name}.*{what}.*only Hugging Face safetensors"
-    ):
+    with pytest.raises(errors.UnsupportedFeatureError, match=f"{name}.*{what}.*only Hugging Face safetensors"):
         Checkpoint.open(tmp_path)
 
 
@@ -583,9 +577,7 @@ def test_check_finite_lists_all_tensors_and_places(tmp_path):
 
 def test_file_has_the_bytes_of_the_safetensors_library(tmp_path):
     tensors = {**weights(), "model.norm.weight": weights(dtype=np.float32)["model.norm.weight"]}
-    tensors["model.layers.0.mlp.up_proj.weight"] = weights(dtype=np.float16)[
-        "model.layers.0.mlp.up_proj.weight"
-    ]
+    tensors["model.layers.0.mlp.up_proj.weight"] = weights(dtype=np.float16)["model.layers.0.mlp.up_proj.weight"]
     dtypes = {name: array.dtype.name for name, array in tensors.items()}
     save(tmp_path / "a", TINY, tensors.items(), dtypes=dtypes)
     safetensors.numpy.save_file(tensors, tmp_path / "b", metadata={"format": "pt"})
@@ -624,9 +616,7 @@ def test_sharding_is_that_of_huggingface_hub(sizes, limit):
     assert shards.split(sized, limit) == list(theirs.filename_to_tensors.values())
 
 
-@pytest.mark.parametrize(
-    ("size", "expected"), [("5GB", 5 * 10**9), ("1.5 MB", 1_500_000), ("2GiB", 2**31), (7, 7)]
-)
+@pytest.mark.parametrize(("size", "expected"), [("5GB", 5 * 10**9), ("1.5 MB", 1_500_000), ("2GiB", 2**31), (7, 7)])
 def test_shard_sizes(size, expected):
     assert shards.shard_bytes(size) == expected
 
@@ -641,8 +631,7 @@ def test_bad_shard_sizes(tmp_path, size):
 def test_any_strides_and_any_order(tmp_path):
     expected = weights()
     strided = {
-        n: np.asfortranarray(a) if i % 2 else np.repeat(a, 2, 0)[::2]
-        for i, (n, a) in enumerate(expected.items())
+        n: np.asfortranarray(a) if i % 2 else np.repeat(a, 2, 0)[::2] for i, (n, a) in enumerate(expected.items())
     }
     assert not strided[HEAD].flags.c_contiguous
     save(tmp_path / "a", TINY, reversed(strided.items()))
@@ -848,9 +837,7 @@ def test_no_framework_is_imported():
         "import sys, mistral_core.weights.checkpoint, mistral_core.weights.hub;"
         "print(*{'torch', 'jax', 'tensorflow', 'huggingface_hub'} & set(sys.modules))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.strip() == ""
 
 

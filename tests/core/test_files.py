@@ -71,9 +71,7 @@ def test_write_file_mode_is_that_of_the_umask(tmp_path, umask):
 def test_write_file_syncs_the_file_before_the_rename_and_the_directory_after(tmp_path, monkeypatch):
     calls = []
     sync, replace = os.fsync, os.replace
-    monkeypatch.setattr(
-        os, "fsync", lambda fd: (calls.append(os.readlink(f"/proc/self/fd/{fd}")), sync(fd))[1]
-    )
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(os.readlink(f"/proc/self/fd/{fd}")), sync(fd))[1])
     monkeypatch.setattr(os, "replace", lambda *names: (calls.append("replace"), replace(*names))[1])
     files.write_file(tmp_path / "a", b"x")
     assert [calls[1], calls[2]] == ["replace", str(tmp_path)]
@@ -301,9 +299,7 @@ WRITER = """
 """
 
 
-@pytest.mark.parametrize(
-    ("mode", "code"), [("kill", -signal.SIGKILL), ("two renames", -signal.SIGKILL), ("term", 143)]
-)
+@pytest.mark.parametrize(("mode", "code"), [("kill", -signal.SIGKILL), ("two renames", -signal.SIGKILL), ("term", 143)])
 def test_killed_writer_leaves_the_old_directory_and_the_next_run_cleans_up(tmp_path, mode, code):
     target = tmp_path / "out"
     put(target, a=b"old", b=b"kept")
@@ -341,9 +337,7 @@ def test_required_space_is_five_percent_more_than_the_data(tmp_path, monkeypatch
     assert caught.value.errno == errno.ENOSPC
 
 
-@pytest.mark.parametrize(
-    "name", ["", "..", "../a", "/a", "a/b", "a\\b", "C:a", "a\0", "a\n", "\u202ea", "x" * 300]
-)
+@pytest.mark.parametrize("name", ["", "..", "../a", "/a", "a/b", "a\\b", "C:a", "a\0", "a\n", "\u202ea", "x" * 300])
 def test_names_that_are_not_bare_are_refused(name):
     with pytest.raises(UnsafeFileError) as caught:
         files.check_bare_name(name, "index")

@@ -86,9 +86,7 @@ def test_there_is_a_case_of_every_head() -> None:
 
 
 def test_weights_are_those_of_the_oracle(golden: Golden) -> None:
-    assert checksum(golden.parameters) == golden.data["weights_crc"], (
-        "NumPy or conformance/weights.py changed"
-    )
+    assert checksum(golden.parameters) == golden.data["weights_crc"], "NumPy or conformance/weights.py changed"
 
 
 def test_rotary_table_is_the_oracles_rounded_once(golden: Golden) -> None:

@@ -210,9 +210,7 @@ def test_commit_is_resolved_once(server, get):
 
     server.files = MovesOn(server.files)
     get(revision="main")
-    assert [path for _, path, _ in server.requests if path.startswith("/api")] == [
-        f"/api/models/{REPO}/revision/main"
-    ]
+    assert [path for _, path, _ in server.requests if path.startswith("/api")] == [f"/api/models/{REPO}/revision/main"]
     assert all(f"/resolve/{COMMIT}/" in path for _, path, _ in server.requests[1:])
 
 
@@ -413,9 +411,7 @@ def test_offline_with_a_partial_snapshot_lists_what_is_missing(server, get, offl
     snapshot = get()
     for number in (1, 2):
         os.unlink(snapshot / f"model-0000{number}-of-00002.safetensors")
-    with raises(
-        errors.OfflineError, "model-00001-of-00002.safetensors, model-00002-of-00002.safetensors", COMMIT
-    ):
+    with raises(errors.OfflineError, "model-00001-of-00002.safetensors, model-00002-of-00002.safetensors", COMMIT):
         get(**offline())
 
 
@@ -436,9 +432,7 @@ def test_silent_hub_leaves_the_cache_with_a_warning(server, get, monkeypatch, fa
         assert get() == online
 
 
-@pytest.mark.parametrize(
-    "answer", [(404, {"X-Error-Code": "RepoNotFound"}), (403, {"X-Error-Code": "GatedRepo"})]
-)
+@pytest.mark.parametrize("answer", [(404, {"X-Error-Code": "RepoNotFound"}), (403, {"X-Error-Code": "GatedRepo"})])
 def test_refusal_does_not_fall_back_to_the_cache(server, get, answer):
     get()
     server.fault = failing(*answer)

@@ -75,9 +75,7 @@ def test_decode_takes_any_sequence(wrap):
     assert TOKENIZER.decode(wrap(TOKENIZER.encode("It was"))) == "It was"
 
 
-@pytest.mark.parametrize(
-    "ids", [2048, -1, [5, 2048], [True], [1.0], ["a"], np.array([[1, 2]]), [[1], [2, 3]]], ids=str
-)
+@pytest.mark.parametrize("ids", [2048, -1, [5, 2048], [True], [1.0], ["a"], np.array([[1, 2]]), [[1], [2, 3]]], ids=str)
 def test_decode_refuses_what_is_no_id(ids):
     with pytest.raises(TokenizerError, match="ids"):
         TOKENIZER.decode(ids)
