@@ -20,7 +20,10 @@ from mistral_core.cache_layout import check_rollback, grown_slots, layer_slots, 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of the past; a pytree whose capacity is static."""
+    """Keys and values of the past: a value, into a call and out of it again.
+
+    A pytree whose capacity is static.
+    """
 
     keys: tuple[Array, ...]
     """L arrays [B, R, K, H], rotated."""

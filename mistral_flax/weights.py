@@ -85,7 +85,7 @@ class PreTrainedModel(nnx.Module):
             yield name, to_numpy(self._parameter(name)[...])
 
     def set_parameter(self, name: str, array: np.ndarray, *, device: jax.Device | None = None) -> None:
-        """Let the parameter of this canonical name be an array."""
+        """Let the parameter of this canonical name hold an array."""
         self._parameter(name).set_value(jax.device_put(from_numpy(array), device))
 
     def load_arrays(self, arrays: Any) -> Self:

@@ -15,7 +15,10 @@ from mistral_core.cache_layout import check_rollback, grown_slots, layer_slots, 
 
 
 class KVCache(tf.experimental.ExtensionType):
-    """Keys and values of the past; goes in and out of tf.function, its capacity static."""
+    """Keys and values of the past: a value, into a call and out of it again.
+
+    An extension type, so tf.function takes and returns it; its capacity is static.
+    """
 
     keys: tuple[Tensor, ...]
     """L arrays [B, R, K, H], rotated."""

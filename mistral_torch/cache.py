@@ -16,7 +16,10 @@ from mistral_core.cache_layout import check_rollback, grown_slots, layer_slots, 
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the past; always use the one a call returns: without gradients the memory is reused."""
+    """Keys and values of the past: a value, into a call and out of it again.
+
+    Always use the one a call returns: where no gradients flow, its memory is the old one's.
+    """
 
     keys: tuple[Tensor, ...]
     """L tensors [B, R, K, H], rotated."""

@@ -84,7 +84,7 @@ class PreTrainedModel(nn.Module):
             yield name, to_numpy(self.get_parameter(self._own_name(name)))
 
     def set_parameter(self, name: str, array: np.ndarray, *, device: torch.device | str | None = None) -> None:
-        """Let the parameter of this canonical name be an array, without a copy on CPU."""
+        """Let the parameter of this canonical name hold an array."""
         module_name, _, attribute = self._own_name(name).rpartition(".")
         setattr(self.get_submodule(module_name), attribute, nn.Parameter(from_numpy(array).to(device)))
 

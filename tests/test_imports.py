@@ -1,0 +1,85 @@
+"""Who may import whom, proved in fresh interpreters and by ast."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FRAMEWORKS = {"torch", "jax", "flax", "tensorflow", "keras"}
+HEAVY = FRAMEWORKS | {"tokenizers", "huggingface_hub", "jinja2"}
+OWN = {
+    "mistral_torch": {"torch"},
+    "mistral_flax": {"jax", "flax"},
+    "mistral_tf": {"tensorflow", "keras"},
+}
+BACKENDS = set(OWN)
+
+
+def loaded_by(statement: str) -> set[str]:
+    """The top-level modules in sys.modules after a statement in a fresh interpreter."""
+    code = f"{statement}\nimport sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    return set(run.stdout.split())
+
+
+def imported_in(package: str) -> dict[str, set[str]]:
+    """File -> top-level modules its source imports anywhere."""
+    found = {}
+    for path in sorted((ROOT / package).rglob("*.py")):
+        names = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names.add((node.module or "").partition(".")[0])
+        found[str(path.relative_to(ROOT))] = names
+    return found
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import mistral_core",
+        "from mistral_core import MistralConfig, GenerationConfig",
+        "import mistral_core.weights.checkpoint",
+        "from mistral_core.reference import heads",
+        "from mistral_core.text.tokenizer import MistralTokenizer",
+        "from mistral_core.cli import main",
+    ],
+)
+def test_core_loads_nothing_heavy(statement):
+    assert not loaded_by(statement) & HEAVY
+
+
+@pytest.mark.parametrize("package", sorted(BACKENDS))
+def test_a_backend_loads_no_other(package):
+    assert not loaded_by(f"import {package}") & (BACKENDS - {package})
+
+
+@pytest.mark.parametrize("package", sorted(BACKENDS))
+def test_a_backend_imports_core_and_its_framework_only(package):
+    for file, names in imported_in(package).items():
+        foreign = names & (FRAMEWORKS | BACKENDS | {"conformance", "tests"}) - OWN[package] - {package}
+        assert not foreign, f"{file} imports {foreign}"
+
+
+def test_core_imports_no_framework_and_no_backend():
+    for file, names in imported_in("mistral_core").items():
+        assert not names & (FRAMEWORKS | BACKENDS), f"{file} imports {names & (FRAMEWORKS | BACKENDS)}"
+
+
+def test_conformance_reaches_backends_in_their_adapters_only():
+    for file, names in imported_in("conformance").items():
+        adapter = Path(file).parent.name == "adapters"
+        assert not names & BACKENDS, file
+        assert adapter or not names & FRAMEWORKS, file
+
+
+def test_the_lists_above_are_not_empty():
+    assert len(imported_in("mistral_core")) > 20
+    assert any("torch" in names for names in imported_in("mistral_torch").values())

@@ -1,0 +1,159 @@
+"""The three backends are mirrors: compared by ast, with no framework installed."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODEL, OTHERS = "mistral_torch", ("mistral_flax", "mistral_tf")
+
+# Each exception is a rule, with its reason.
+CALL = {"forward": "call", "__call__": "call"}
+"""The method a framework calls has the framework's name."""
+FRAMEWORK_PARAMETERS = {
+    "rngs": "JAX has no global randomness",
+    "training": "Keras passes the mode, torch keeps it",
+    "dtype": "torch models are cast, JAX and Keras are built in a dtype",
+    "initializer": "Keras' way to say how weights begin",
+    "std": "JAX's",
+    "bias": "our own Linear; torch has one",
+    "device": "JAX and TensorFlow place arrays by themselves",
+}
+OWN_NAMES = {
+    "Layer": "Keras: what our layers share (dtypes left alone)",
+    "Linear": "torch has it, in our layout",
+    "Embedding": "torch has it",
+    "matmul": "torch has F.linear",
+    "silu": "torch rounds once by itself",
+    "cummax": "TensorFlow lacks it",
+    "tie_weights": "torch modules share a tensor; the others look it up (head_weight)",
+    "head_weight": "see tie_weights",
+    "initialise": "torch initialises after construction",
+    "functional": "JAX: the argument params",
+    "bind": "JAX: the argument params",
+    "params": "JAX: the parameters as a pytree",
+    "dropout_keys": "JAX: keys for dropout",
+    "default_initializer": "Keras: what weights begin as",
+    "device": "torch models are on a device",
+    "dtype": "Keras layers have it already",
+    "attend_sdpa": "the fused kernels differ by framework",
+    "attend_dot_product": "the fused kernels differ by framework",
+    "__call__": "Keras: lists and NumPy become tensors before Keras looks at them",
+}
+
+
+def files(package: str) -> set[str]:
+    return {path.name for path in (ROOT / package).glob("*.py")}
+
+
+def tree(package: str, file: str) -> ast.Module:
+    return ast.parse((ROOT / package / file).read_text())
+
+
+def public(body: list[ast.stmt], inside: str = "") -> dict[str, ast.stmt]:
+    """Public classes, functions and methods of a module in order, the framework's own left out."""
+    found = {}
+    for node in body:
+        if not isinstance(node, ast.ClassDef | ast.FunctionDef):
+            continue
+        name = node.name
+        special = inside and name in CALL and not (name == "__call__" and inside == "PreTrainedModel")
+        if name in OWN_NAMES and not special:
+            continue
+        if name.startswith("_") and name not in ("__init__", "__call__"):
+            continue
+        found[f"{inside}.{CALL.get(name, name)}" if inside else name] = node
+        if isinstance(node, ast.ClassDef):
+            found |= public(node.body, name)
+    return found
+
+
+def parameters(function: ast.FunctionDef) -> list[tuple[str, str, str]]:
+    """(name, kind, default) of each parameter but the framework's own."""
+    arguments = function.args
+    positional = [*arguments.posonlyargs, *arguments.args]
+    missing: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults))
+    defaults = [*missing, *arguments.defaults]
+    rows = [(a.arg, "positional", d) for a, d in zip(positional, defaults, strict=True)]
+    rows += [(a.arg, "keyword", d) for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
+    rows += [(a.arg, "rest", None) for a in (arguments.vararg, arguments.kwarg) if a is not None]
+    own = {*FRAMEWORK_PARAMETERS} - ({"dtype"} if function.name == "from_pretrained" else set())
+    attention = "attn_implementation"  # each framework has its own fastest
+    return [
+        (name, kind, "" if default is None or name == attention else ast.unparse(default))
+        for name, kind, default in rows
+        if name not in own
+    ]
+
+
+def first_line(node: ast.stmt) -> str:
+    return (ast.get_docstring(node) or "").partition("\n")[0]
+
+
+SAME_WORDS = (
+    "mistral_torch",
+    "mistral_flax",
+    "mistral_tf",
+    "tensor",
+    "array",
+    "int64",
+    "int32",
+    "torch",
+    "JAX",
+    "TensorFlow",
+    "jax",
+)
+
+
+def without_framework(line: str) -> str:
+    """A docstring line in which the words for arrays and frameworks are one word."""
+    for word in SAME_WORDS:
+        line = line.replace(f"{word}s", "*").replace(word, "*")
+    return line
+
+
+@pytest.mark.parametrize("package", OTHERS)
+def test_same_files(package):
+    assert files(package) == files(MODEL)
+
+
+SHARED = sorted(files(MODEL) - {"__init__.py", "arrays.py"})
+
+
+@pytest.mark.parametrize("package", OTHERS)
+@pytest.mark.parametrize("file", SHARED)
+def test_same_names_in_the_same_order(package, file):
+    assert list(public(tree(package, file).body)) == list(public(tree(MODEL, file).body))
+
+
+@pytest.mark.parametrize("package", OTHERS)
+@pytest.mark.parametrize("file", SHARED)
+def test_same_parameters_and_defaults(package, file):
+    ours, theirs = public(tree(MODEL, file).body), public(tree(package, file).body)
+    compared = 0
+    for name, node in ours.items():
+        if isinstance(node, ast.FunctionDef):
+            assert parameters(theirs[name]) == parameters(node), name
+            compared += 1
+    assert compared or file == "backend.py"
+
+
+@pytest.mark.parametrize("package", OTHERS)
+@pytest.mark.parametrize("file", SHARED)
+def test_same_first_docstring_line(package, file):
+    ours, theirs = tree(MODEL, file), tree(package, file)
+    assert without_framework(first_line(theirs)) == without_framework(first_line(ours))
+    for name, node in public(ours.body).items():
+        assert without_framework(first_line(public(theirs.body)[name])) == without_framework(first_line(node)), name
+
+
+@pytest.mark.parametrize("package", OTHERS)
+def test_the_same_public_names_are_exported(package):
+    def exported(name: str) -> list[str]:
+        assignments = [n for n in tree(name, "__init__.py").body if isinstance(n, ast.Assign)]
+        return next(ast.literal_eval(n.value) for n in assignments if n.targets[0].id == "__all__")  # type: ignore[attr-defined]
+
+    assert exported(package) == exported(MODEL)

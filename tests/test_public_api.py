@@ -1,0 +1,38 @@
+"""The public names, frozen: a change here is a change for users."""
+
+from __future__ import annotations
+
+import mistral_core
+
+BACKEND = {
+    "GenerationConfig",
+    "KVCache",
+    "MistralConfig",
+    "MistralForCausalLM",
+    "MistralForQuestionAnswering",
+    "MistralForSequenceClassification",
+    "MistralForTokenClassification",
+    "MistralModel",
+    "MistralTokenizer",
+}
+CORE = {"PRESETS", "TINY", "GenerationConfig", "MistralConfig", "MistralError", "MistralTokenizer", "__version__"}
+
+
+def test_core():
+    assert set(mistral_core.__all__) == CORE
+    assert all(getattr(mistral_core, name) is not None for name in CORE)
+
+
+def test_backends(backend):
+    assert set(backend.__all__) == BACKEND
+    assert all(getattr(backend, name) is not None for name in BACKEND)
+
+
+def test_registered_backends():
+    from mistral_core import backend as registry
+
+    assert registry.names() == ["flax", "tf", "torch"]
+    for name in registry.names():
+        found = registry.get(name)
+        assert found.name == name
+        assert found.model_class("MistralForCausalLM").__name__ == "MistralForCausalLM"
