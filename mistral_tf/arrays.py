@@ -99,6 +99,8 @@ def integers(name: str, value: Any, *, rank: int = 2) -> Tensor | None:
     """Token ids, positions or labels as int32; with rank 2, one dimension is a batch of one."""
     if value is None:
         return None
+    if tf.is_tensor(value) and not is_traced(value):
+        value = to_numpy(value)  # checked before a cast could wrap it
     if not tf.is_tensor(value) and not isinstance(value, keras.KerasTensor):
         value = np.asarray(value) if rank != 2 else validate.integers(name, value)
         # clipped so that an id beyond int32 is still out of range, not wrapped into it

@@ -96,7 +96,7 @@ class MistralForCausalLM(PreTrainedModel):
 def _kept(x: Tensor, logits_to_keep: Any) -> Tensor:
     if isinstance(logits_to_keep, int):
         return x[:, -logits_to_keep:] if logits_to_keep else x
-    return tf.gather(x, logits_to_keep, axis=1)
+    return tf.gather(x, tf.math.floormod(tf.cast(logits_to_keep, tf.int32), tf.shape(x)[1]), axis=1)
 
 
 class MistralForSequenceClassification(PreTrainedModel):

@@ -29,10 +29,10 @@ class PreTrainedModel(keras.Model):
         self.generation_config = GenerationConfig.from_model_config(config)
 
     def __call__(self, *arrays: Any, **options: Any) -> Any:
-        """Call with lists, NumPy arrays or tensors; Keras takes tensors only."""
+        """Call with lists, NumPy arrays or tensors; Keras takes no lists by position."""
         names = list(inspect.signature(self.call).parameters)
         given = {**dict(zip(names, arrays, strict=False)), **options}
-        return super().__call__(**{name: _as_tensor(value) for name, value in given.items()})
+        return super().__call__(**given)
 
     @classmethod
     def from_pretrained(
@@ -120,11 +120,6 @@ def _child(node: Any, key: str) -> Any:
     if key.isdecimal():
         return node[int(key)]
     return getattr(node, "decoder_layers" if key == "layers" else key)
-
-
-def _as_tensor(value: Any) -> Any:
-    """Lists of numbers as NumPy, checked later; everything else as it is."""
-    return np.asarray(value) if isinstance(value, list) else value
 
 
 def default_initializer(config: MistralConfig) -> keras.initializers.Initializer:

@@ -116,7 +116,10 @@ def remember(
 
 
 def write(x_BRKH: Tensor, new_BTKH: Tensor, slot_BT: Tensor, slots: int) -> Tensor:
-    """The new tokens put into their slots of a ring grown to `slots`; in place where nobody differentiates."""
+    """The new tokens put into their slots of a ring grown to `slots`.
+
+    In place where nobody differentiates.
+    """
     if slots > x_BRKH.shape[1]:
         x_BRKH = F.pad(x_BRKH, (0, 0, 0, 0, 0, slots - x_BRKH.shape[1]))
     row_B1 = torch.arange(slot_BT.shape[0], device=slot_BT.device)[:, None]
