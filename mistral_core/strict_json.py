@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ def parse_object(data: bytes, *, where: str, error: type[MistralError]) -> dict[
         raise error(f"{where}: nested deeper than {MAX_DEPTH} levels; this is not a config.")
 
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
+        counts = Counter(key for key, _ in pairs)
+        twice = sorted(key for key, count in counts.items() if count > 1)
         if twice:
             raise error(f"{where}: the keys {twice} stand there twice; keep one of each.")
         return dict(pairs)

@@ -59,6 +59,7 @@ class PreTrainedModel(nnx.Module):
         model = nnx.eval_shape(lambda: cls(loaded.config, attn_implementation=attn_implementation))
         for name, array in loaded.tensors:
             model.set_parameter(name, array, device=device)
+            del array  # before the next one comes
         model.generation_config = loaded.generation_config
         return model
 

@@ -71,6 +71,7 @@ class PreTrainedModel(keras.Model):
             )
             for name, array in loaded.tensors:
                 model.set_parameter(name, array)
+                del array  # before the next one comes
         model.generation_config = loaded.generation_config
         return model
 

@@ -57,6 +57,7 @@ class PreTrainedModel(nn.Module):
             model = cls(loaded.config, attn_implementation=attn_implementation)
         for name, array in loaded.tensors:
             model.set_parameter(name, array, device=device)
+            del array  # before the next one comes
         model.tie_weights()
         model.generation_config = loaded.generation_config
         return model.eval()

@@ -17,7 +17,7 @@ from ..text.tokenizer import MistralTokenizer
 from ..weights import pretrained
 from . import progress
 
-PROMPT = "It is a truth universally acknowledged, that a single man"
+PROMPT = "Elizabeth was surprised"
 BOUND = 32.0
 """float32 ulp of the largest logit: what the conformance suite promises."""
 

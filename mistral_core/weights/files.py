@@ -28,7 +28,12 @@ from ..errors import (
 
 PathLike = str | bytes | os.PathLike[str]
 
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "mistral_manifest.json")
+WEIGHT_FILES = (
+    "model*.safetensors",
+    "model*.safetensors.index.json",
+    "consolidated*.safetensors",
+    "mistral_manifest.json",
+)
 """What a rewritten checkpoint directory never keeps from its predecessor."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -12,6 +12,8 @@ from ..config import MistralConfig
 from ..generation import GenerationConfig
 from . import checkpoint, hub
 from .files import PathLike
+from .matching import EMBEDDING, canonical_names
+from .safetensors_file import DTYPES
 
 GENERATION_FILE = "generation_config.json"
 
@@ -44,21 +46,15 @@ def load(
     root = hub.resolve(path, **hub_arguments)
     directory = root if root.is_dir() else root.parent
     config = (config or MistralConfig.from_pretrained(directory)).replace(**options)
-    config, stream = checkpoint.load(root, architecture, config=config, dtype=dtype, seed=seed, verify=verify)
-    embedding_name, embedding = next(stream)
+    opened = checkpoint.Checkpoint.open(root)
+    embedding = canonical_names(opened.tensors).get(EMBEDDING)
+    if dtype is None and embedding is not None and opened.tensors[embedding].dtype in DTYPES:
+        dtype = opened.dtype(embedding).name
+    config, tensors = checkpoint.load(root, architecture, config=config, dtype=dtype, seed=seed, verify=verify)
     generation = GenerationConfig.from_model_config(config)
     if (directory / GENERATION_FILE).exists():
         generation = GenerationConfig.from_pretrained(directory)
-
-    def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        nonlocal embedding
-        kind = embedding.dtype
-        yield embedding_name, embedding
-        del embedding  # the caller's now
-        for name, array in stream:
-            yield name, checkpoint.cast(array, kind, name)
-
-    return Pretrained(config.replace(dtype=embedding.dtype.name), generation, tensors())
+    return Pretrained(config.replace(dtype=dtype), generation, tensors)
 
 
 def save(

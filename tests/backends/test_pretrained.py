@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 
 import ml_dtypes
 import numpy as np
@@ -83,7 +84,8 @@ def test_a_classifier_from_a_language_model_warns_once_and_starts_equal_everywhe
     heads = []
     for name in ("torch", "flax", "tf"):
         package = importlib.import_module(f"mistral_{name}")
-        with pytest.warns(UserWarning, match="score.weight") as caught:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             model = package.MistralForSequenceClassification.from_pretrained(tmp_path, num_labels=3, seed=11)
         messages = [str(w.message) for w in caught]
         assert sum("score.weight" in m for m in messages) == 1
