@@ -1,6 +1,6 @@
 """Train the Mistral of `mistral_core/data/tiny` on Jane Austen's six novels, with a tokenizer of its own.
 
-The novels are in the public domain; a Debian package has them. One CPU core takes ten minutes:
+The novels are in the public domain; a Debian package has them. One CPU core takes ten to twenty minutes:
 
     apt-get install --no-install-recommends r-cran-janeaustenr
     Rscript -e 'writeLines(janeaustenr::austen_books()$text, "austen.txt", useBytes = TRUE)'
