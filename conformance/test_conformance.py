@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from . import suite
+from . import adapters, suite
+from .compare import compare
+from .pieces import by_name
+from .tolerances import MODEL, Tolerance
 
 SUBJECTS = (
     ("torch", "eager"),
@@ -34,3 +37,21 @@ def test_conformance(subject, dtype, check):
     found = list(check.run(suite.subject(*subject, dtype)))
     assert found, "the check compared nothing"
     assert not [item for item in found if not item.passed], "\n".join(str(i) for i in found if not i.passed)
+
+
+@pytest.mark.parametrize(
+    "name", ["window", "left-padding", "all-padding", "tied", "documents", "sequence", "token", "question"]
+)
+def test_gradients_of_the_three_frameworks_agree(name):
+    case = by_name(name)
+    (_, first), *others = (
+        subject.adapter.loss_and_gradients(subject.model(case), subject.inputs(case))
+        for subject in (suite.subject(backend, "eager", "float32") for backend in adapters.NAMES)
+    )
+    # two float32 results, each within the bound of the truth
+    bound = Tolerance(2 * MODEL)
+    for _, gradients in others:
+        assert gradients.keys() == first.keys()
+        for parameter, gradient in gradients.items():
+            found = compare(("torch", "eager", "float32"), name, parameter, gradient, first[parameter], bound)
+            assert found.passed, str(found)
