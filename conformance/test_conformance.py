@@ -53,9 +53,10 @@ def test_gradients_of_the_three_frameworks_agree(name):
     for _, gradients in others:
         assert gradients.keys() == first.keys()
         for parameter, gradient in gradients.items():
-            # two float32 results, each within the bound of the truth; a gradient that cancels out, such as that of a
-            # bias before a softmax, is measured against a thousandth of the largest one
+            # two float32 results, each within the bound of the truth; the gradient of a bias is a sum of terms that
+            # cancel out before a softmax, so it is measured against the largest gradient instead of its own
             own = float(np.abs(first[parameter]).max())
-            bound = Tolerance(2 * MODEL * max(1.0, largest / 1000 / own) if own else 0.0)
+            cancels = parameter.endswith(".bias") and own
+            bound = Tolerance(2 * MODEL * max(1.0, largest / own) if cancels else 2 * MODEL)
             found = compare(("torch", "eager", "float32"), name, parameter, gradient, first[parameter], bound)
             assert found.passed, str(found)
