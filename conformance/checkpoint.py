@@ -19,19 +19,24 @@ from .pieces import Subject
 from .tolerances import Tolerance
 
 NEW_TOKENS = 64
+LONGEST_WINDOW = 64
+"""A wider window is narrowed to this, or no affordable text would ever leave it and a wrong window would pass."""
 
 
 def check(path: str | os.PathLike[str], backend: str, *, dtype: str = "float32") -> list[Comparison]:
     """Compare every attention implementation of a backend with the reference.
 
-    Costs float64 passes of the whole model.
+    The weights are the checkpoint's, the window at most LONGEST_WINDOW. Costs float64 passes of the whole model.
     """
     config, parameters = _load(os.fspath(path), dtype)
+    window, length = _sizes(config)
+    if config.sliding_window is not None:
+        config = config.replace(sliding_window=window)
     adapter = adapters.get(backend)
     return [
         item
         for implementation in adapter.implementations
-        for item in _check(Subject(adapter, implementation, dtype), config, parameters)
+        for item in _check(Subject(adapter, implementation, dtype), config, parameters, window, length)
     ]
 
 
@@ -41,11 +46,17 @@ def _load(path: str, dtype: str) -> tuple[MistralConfig, dict[str, Array]]:
     return loaded.config, dict(loaded.tensors)
 
 
-def _check(subject: Subject, config: MistralConfig, parameters: dict[str, Array]) -> Iterator[Comparison]:
+def _sizes(config: MistralConfig) -> tuple[int, int]:
+    """The window to test with, and the length of a text that leaves it twice and has room for new tokens."""
+    window = max(1, min(config.sliding_window or 32, LONGEST_WINDOW, config.max_position_embeddings // 4))
+    return window, 2 * window + 3
+
+
+def _check(
+    subject: Subject, config: MistralConfig, parameters: dict[str, Array], window: int, length: int
+) -> Iterator[Comparison]:
     adapter = subject.adapter
     model = adapter.model("MistralForCausalLM", config, parameters, subject.dtype, subject.implementation)
-    window = min(config.sliding_window or 32, 64)
-    length = min(2 * window + 3, config.max_position_embeddings - NEW_TOKENS)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, length))
     mask = np.ones_like(ids)
     mask[0, : length // 3] = 0
@@ -60,10 +71,8 @@ def _check(subject: Subject, config: MistralConfig, parameters: dict[str, Array]
     for index, states in enumerate(zip(out.hidden_states, wanted.hidden_states, exact.hidden_states, strict=True)):
         yield subject.compare("padded batch", f"hidden_states {index}", *states)
     yield subject.compare("padded batch", "logits", out.logits, wanted.logits, exact.logits)
-    for name, sizes in (
-        ("by ones", (length - 8, *[1] * 8)),
-        ("chunks", (3, window + 2, length - window - 5)),
-    ):
+    ones = min(8, length - 1)
+    for name, sizes in (("by ones", (length - ones, *[1] * ones)), ("chunks", (1, window + 1, window + 1))):
         logits = _in_chunks(subject, model, config, ids, mask, sizes)
         yield subject.compare(name, "logits cached", logits, wanted.logits, exact.logits)
     if subject.dtype == "float32":

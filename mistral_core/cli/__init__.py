@@ -27,7 +27,7 @@ POLITE = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0 for success, 1 where a check failed, 2 for an error, 130 for Ctrl-C."""
+    """Run a command; 0 for success, 1 where a check failed, 2 for an error, 130 for Ctrl-C, 141 for a closed pipe."""
     from .._version import __version__
 
     parser = argparse.ArgumentParser(prog="mistral", description="One Mistral for PyTorch, JAX and Keras.")
@@ -42,7 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     for variable, value in POLITE.items():
         os.environ.setdefault(variable, value)
     try:
-        return int(importlib.import_module(f".{options.command}", __name__).run(options))
+        status = int(importlib.import_module(f".{options.command}", __name__).run(options))
+        print(end="", flush=True)  # a pipe closed by its reader shows here, not at exit
+        return status
     except MistralError as error:
         if options.verbose:
             traceback.print_exc()
@@ -50,6 +52,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
+        return 141
 
 
 def _arguments(command: argparse.ArgumentParser, name: str) -> None:
@@ -68,7 +73,8 @@ def _arguments(command: argparse.ArgumentParser, name: str) -> None:
         command.add_argument("--prompt", help="the text to continue")
         command.add_argument("--max-new-tokens", type=int, default=256)
     else:
-        command.add_argument("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's own")
+        default_dtype = "the checkpoint's own" if name == "generate" else "float32"
+        command.add_argument("--dtype", help=f"float32, bfloat16 or float16; default: {default_dtype}")
 
 
 def progress(text: str) -> None:

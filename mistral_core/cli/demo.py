@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .. import backend as backends
+from .. import decoding
 from ..data import TINY_CHECKPOINT
 from ..errors import MissingExtraError
+from ..generation import GenerationConfig
 from ..reference import heads
 from ..text.tokenizer import MistralTokenizer
 from ..weights import pretrained
@@ -51,18 +54,14 @@ class Expected(NamedTuple):
 def run(options: argparse.Namespace) -> int:
     """Run the demo; 0 where every framework agrees with the reference."""
     path = options.path or TINY_CHECKPOINT
+    found = list(_backends(options.backend))
     tokenizer = MistralTokenizer.from_pretrained(path)
-    prompt = options.prompt or PROMPT
+    prompt = PROMPT if options.prompt is None else options.prompt
     ids = np.array([tokenizer.encode(prompt)])
     progress(f"numpy: {options.max_new_tokens} tokens from the cache, then all in one pass, in float64")
     row, expected = _reference(path, ids, options.max_new_tokens, tokenizer)
     rows = [row]
-    for name in options.backend or backends.names():
-        try:
-            backend = backends.get(name)
-        except MissingExtraError as error:
-            progress(str(error))
-            continue
+    for backend in found:
         progress(f"{backends.version(backend)}: the same in float32")
         rows.append(_framework(backend, path, expected, tokenizer))
     agree = all(row.agrees for row in rows) and len(rows) > 1
@@ -73,9 +72,21 @@ def run(options: argparse.Namespace) -> int:
     return 0 if agree else 1
 
 
+def _backends(wanted: list[str] | None) -> Iterator[backends.Backend]:
+    """Yield those asked for, none of which may be missing, or else all that are installed."""
+    for name in wanted or backends.names():
+        try:
+            yield backends.get(name)
+        except MissingExtraError as error:
+            if wanted:
+                raise
+            progress(str(error))
+
+
 def _reference(path: Any, ids: np.ndarray, new: int, tokenizer: MistralTokenizer) -> tuple[Row, Expected]:
     started = time.perf_counter()
     loaded = pretrained.load(path, "MistralForCausalLM", dtype="float32")
+    decoding.prepare(loaded.config, ids, None, GenerationConfig(), {"max_new_tokens": new})  # a typed error, at once
     parameters = {name: array.astype(np.float64) for name, array in loaded.tensors}
     loaded_at = time.perf_counter()
     written = heads.greedy(loaded.config, parameters, ids, max_new_tokens=new)
@@ -106,7 +117,7 @@ def _framework(backend: backends.Backend, path: Any, expected: Expected, tokeniz
     argmax = float((logits.argmax(-1) == expected.logits.argmax(-1)).mean())
     one_pass = logits[:, expected.prompt - 1 : -1].argmax(-1)
     cached_is_one_pass = bool((one_pass == written[:, expected.prompt :]).all())
-    agrees = bool((written == expected.tokens).all()) and ulp <= BOUND and cached_is_one_pass
+    agrees = bool((written == expected.tokens).all()) and argmax == 1 and ulp <= BOUND and cached_is_one_pass
     return Row(
         backends.version(backend), tokenizer.decode(written[0]), difference, ulp, argmax, cached_is_one_pass,
         new / seconds, load_seconds, agrees,
@@ -132,4 +143,4 @@ def _print(prompt: str, rows: list[Row], agree: bool) -> None:
     for line in (head, *cells):
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     verdict = "all agree" if agree else "THEY DISAGREE" if len(rows) > 1 else "no framework is installed"
-    print(f"\n{verdict} (same tokens, logits within {BOUND:.0f} ulp of the float64 reference)")
+    print(f"\n{verdict} (same tokens, same argmax, logits within {BOUND:.0f} ulp of the float64 reference)")

@@ -19,7 +19,7 @@ def run(options: argparse.Namespace) -> int:
     """Print the prompt and its continuation."""
     prompt = options.prompt
     if prompt == "-":
-        if sys.stdin.isatty():
+        if sys.stdin is None or sys.stdin.isatty():
             raise EmptyInputError("prompt: nothing to continue; give it as an argument or through a pipe.")
         prompt = sys.stdin.read().rstrip("\n")
     name = options.backend or next(backends.installed(), None)

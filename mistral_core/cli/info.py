@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ..config import MistralConfig
-from ..parameters import parameter_count
+from ..errors import UnsupportedFeatureError
+from ..parameters import HEADS, parameter_count
 from ..presets import PRESETS
+from ..text.tokenizer import OTHER_FILES
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-TOKENIZERS = ("tokenizer.json", "tekken.json", "tokenizer.model", "tokenizer.model.v3", "tokenizer.model.v1")
+TOKENIZERS = ("tokenizer.json", *OTHER_FILES)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -53,6 +55,10 @@ def describe(path: str) -> dict[str, Any]:
 def facts_of(config: MistralConfig) -> dict[str, Any]:
     """What a config says, and what follows from it; the cache in bfloat16."""
     architecture = (config.architectures or ("MistralForCausalLM",))[0]
+    if architecture not in HEADS:
+        raise UnsupportedFeatureError(
+            f"architectures: {architecture!r}, one of {', '.join(HEADS)} was expected; correct the config."
+        )
     count = parameter_count(config, architecture)
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
     windows = sorted({w for w in config.layer_windows if w is not None})

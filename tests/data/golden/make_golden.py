@@ -2,7 +2,7 @@
 
     python3 -m venv oracle
     oracle/bin/pip install torch==2.13.0 transformers==5.23.0 numpy==2.4.6 ml_dtypes==0.6.0
-    cd tests/data/golden && PYTHONPATH=../../.. oracle/bin/python make_golden.py [case ...]
+    cd tests/data/golden && PYTHONPATH=../../.. ../../../oracle/bin/python make_golden.py [case ...]
 
 Made with Python 3.11.7, CPU, and the versions above (safetensors 0.8.0 comes along); every file carries its
 versions. The model code is transformers' word for word, but for its dtype words: `.double()` leaves float32
