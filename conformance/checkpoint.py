@@ -19,7 +19,7 @@ from .pieces import Subject
 from .tolerances import Tolerance
 
 NEW_TOKENS = 64
-LONGEST_WINDOW = 64
+LONGEST_WINDOW = 96
 """A wider window is narrowed to this, or no affordable text would ever leave it and a wrong window would pass."""
 
 

@@ -27,7 +27,7 @@ POLITE = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0 for success, 1 where a check failed, 2 for an error, 130 for Ctrl-C, 141 for a closed pipe."""
+    """Run a command; 0 is success, 1 a failed check, 2 an error, 130 Ctrl-C, 141 a pipe closed by its reader."""
     from .._version import __version__
 
     parser = argparse.ArgumentParser(prog="mistral", description="One Mistral for PyTorch, JAX and Keras.")
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.setdefault(variable, value)
     try:
         status = int(importlib.import_module(f".{options.command}", __name__).run(options))
-        print(end="", flush=True)  # a pipe closed by its reader shows here, not at exit
+        print(end="", flush=True)  # a closed pipe shows here, not at exit
         return status
     except MistralError as error:
         if options.verbose:

@@ -6,13 +6,18 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from conformance.weights import random_parameters
 from mistral_core import backend as registry
-from mistral_core.cli import main
+from mistral_core.cli import POLITE, demo, info, main
 from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.errors import MissingExtraError
+from mistral_core.presets import TINY
+from mistral_core.weights import checkpoint
 
 PATH = str(TINY_CHECKPOINT)
 
@@ -21,6 +26,20 @@ def run(*arguments, stdin=None):
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}
     command = [sys.executable, "-m", "mistral_core.cli", *arguments]
     return subprocess.run(command, env=environment, input=stdin, capture_output=True, text=True, check=False)
+
+
+def random_checkpoint(directory, **changes):
+    config = TINY.replace(**changes)
+    checkpoint.save(directory, config, random_parameters(config).items())
+    return str(directory)
+
+
+def plant_a_narrow_window(monkeypatch):
+    import mistral_torch.layers
+
+    right = mistral_torch.layers.attention_mask
+    wrong = lambda q, k, window, **more: right(q, k, window - 1, **more)  # noqa: E731
+    monkeypatch.setattr(mistral_torch.layers, "attention_mask", wrong)
 
 
 def test_help_names_every_command():
@@ -48,13 +67,36 @@ def test_demo_prints_text_and_table(capsys):
 
 
 def test_demo_fails_where_a_framework_disagrees(monkeypatch, capsys):
-    import mistral_torch.layers
-
-    right = mistral_torch.layers.attention_mask
-    wrong = lambda q, k, window, **more: right(q, k, window - 1, **more)  # noqa: E731
-    monkeypatch.setattr(mistral_torch.layers, "attention_mask", wrong)
+    plant_a_narrow_window(monkeypatch)
     assert main(["demo", "--backend", "torch"]) == 1
     assert "DISAGREE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("nudged", "agrees"), [(False, True), (True, False)])
+def test_demo_wants_the_same_argmax_at_every_position(nudged, agrees):
+    tokens, logits = np.array([[0, 1, 2]]), np.eye(4)[None, [1, 2, 2]]
+    logits[0, 0, 3] = 1  # a tie inside the prompt, which no written token shows
+    found = logits.copy()
+    found[0, 0, 3] += 1e-7 if nudged else 0
+    model = SimpleNamespace(generate=lambda *_, **__: tokens)
+    kind = type("Model", (), {"generate": model.generate, "__call__": lambda *_: SimpleNamespace(logits=found)})
+    kind.from_pretrained = classmethod(lambda cls, *_, **__: cls())
+    backend = SimpleNamespace(framework="numpy", model_class=lambda _: kind, to_numpy=np.asarray)
+    row = demo._framework(backend, PATH, demo.Expected(tokens, logits, 2), SimpleNamespace(decode=str))
+    assert row.ulp < 2
+    assert row.cached_is_one_pass
+    assert row.agrees is agrees
+
+
+def test_demo_refuses_a_backend_that_is_not_there(capsys):
+    assert main(["demo", "--backend", "torch", "--backend", "mxnet"]) == 2
+    assert "mxnet" in capsys.readouterr().err
+
+
+def test_demo_refuses_lengths_before_it_computes(capsys):
+    for count, word in (("-3", "max_new_tokens"), ("5000", "max_position_embeddings")):
+        assert main(["demo", "--backend", "torch", "--max-new-tokens", count]) == 2
+        assert word in capsys.readouterr().err
 
 
 def test_info_of_a_checkpoint_and_of_a_published_size(capsys):
@@ -65,6 +107,21 @@ def test_info_of_a_checkpoint_and_of_a_published_size(capsys):
     assert facts["stored_as"] == ["BF16"]
     assert main(["info", "mistral-7b-v0.1"]) == 0
     assert "7,241,732,096" in capsys.readouterr().out
+
+
+def test_info_refuses_an_architecture_it_does_not_know(tmp_path, capsys):
+    path = random_checkpoint(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace("MistralForCausalLM", "LlamaForCausalLM"))
+    assert main(["info", path]) == 2
+    assert "LlamaForCausalLM" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["tekken.json", "tokenizer.model.v2"])
+def test_info_names_the_tokenizer_file(name, tmp_path):
+    path = random_checkpoint(tmp_path)
+    (tmp_path / name).write_bytes(b"")
+    assert info.describe(path)["tokenizer"] == name
 
 
 def test_info_loads_no_framework():
@@ -95,6 +152,23 @@ def test_check(capsys):
     assert all(item["passed"] for item in found)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"sliding_window": 1}, {"sliding_window": 2}, {"sliding_window": None, "max_position_embeddings": 64}],
+    ids=str,
+)
+def test_check_fits_narrow_windows_and_short_models(changes, tmp_path):
+    assert main(["check", random_checkpoint(tmp_path, **changes), "--backend", "torch"]) == 0
+
+
+@pytest.mark.parametrize("window", [5, 200, 4096])
+def test_check_leaves_the_window_however_wide(window, monkeypatch, tmp_path, capsys):
+    path = random_checkpoint(tmp_path, sliding_window=window)
+    plant_a_narrow_window(monkeypatch)
+    assert main(["check", path, "--backend", "torch"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
 def test_errors_are_one_line_and_exit_status_2(capsys):
     assert main(["info", "./nowhere"]) == 2
     err = capsys.readouterr().err
@@ -102,6 +176,40 @@ def test_errors_are_one_line_and_exit_status_2(capsys):
     assert "nowhere" in err
     assert main(["generate", PATH, "x", "--backend", "mxnet"]) == 2
     assert "mxnet" in capsys.readouterr().err
+
+
+def test_verbose_shows_the_traceback(capsys):
+    assert main(["info", "./nowhere", "-v"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_generate_without_stdin(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["generate", PATH]) == 2
+    assert "prompt" in capsys.readouterr().err
+
+
+def test_ctrl_c_and_a_closed_pipe(monkeypatch):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(info, "run", interrupted)
+        assert main(["info", PATH]) == 130
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "mistral_core.cli", "info", PATH]
+    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_the_user_s_choice_of_memory_stays(monkeypatch, capsys):
+    for variable in POLITE:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "true")
+    assert main(["info", PATH]) == 0
+    assert {name: os.environ[name] for name in POLITE} == {**POLITE, "XLA_PYTHON_CLIENT_PREALLOCATE": "true"}
 
 
 def test_a_missing_framework_names_its_extra(monkeypatch):
