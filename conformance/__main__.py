@@ -6,15 +6,13 @@ import argparse
 import os
 import sys
 
+from mistral_core.cli import POLITE
+
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0 where everything agrees, 1 where something does not, 2 where nothing could be run."""
-    for name, value in (
-        ("XLA_PYTHON_CLIENT_PREALLOCATE", "false"),
-        ("TF_FORCE_GPU_ALLOW_GROWTH", "true"),
-        ("TF_CPP_MIN_LOG_LEVEL", "2"),
-    ):
-        os.environ.setdefault(name, value)  # one GPU for three frameworks
+    for name, value in POLITE.items():
+        os.environ.setdefault(name, value)
     from . import adapters, report, suite
     from .compare import Comparison
 
