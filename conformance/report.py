@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 
 from .compare import Comparison
@@ -52,4 +53,7 @@ def table(comparisons: Iterable[Comparison]) -> str:
 
 def as_json(comparisons: Iterable[Comparison]) -> str:
     """Every comparison with all its fields."""
-    return json.dumps([{**item._asdict(), "passed": item.passed} for item in comparisons], indent=1)
+    rows = [{**item._asdict(), "passed": item.passed} for item in comparisons]
+    # JSON has no infinity: what could not be measured is null
+    finite = [{k: None if v == math.inf else v for k, v in row.items()} for row in rows]
+    return json.dumps(finite, indent=1, allow_nan=False)
