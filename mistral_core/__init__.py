@@ -10,16 +10,21 @@ if TYPE_CHECKING:
     from .generation import GenerationConfig as GenerationConfig
     from .text.tokenizer import MistralTokenizer as MistralTokenizer
 
+    AutoConfig = MistralConfig
+    AutoTokenizer = MistralTokenizer
+
 from ._version import __version__ as __version__
 
-# public name -> module, imported at first use so that `import mistral_core` stays fast
+# public name -> module and name there, imported at first use so that `import mistral_core` stays fast
 _PUBLIC = {
-    "MistralConfig": ".config",
-    "GenerationConfig": ".generation",
-    "MistralTokenizer": ".text.tokenizer",
-    "PRESETS": ".presets",
-    "TINY": ".presets",
-    "MistralError": ".errors",
+    "MistralConfig": (".config", "MistralConfig"),
+    "GenerationConfig": (".generation", "GenerationConfig"),
+    "MistralTokenizer": (".text.tokenizer", "MistralTokenizer"),
+    "AutoConfig": (".config", "MistralConfig"),
+    "AutoTokenizer": (".text.tokenizer", "MistralTokenizer"),
+    "PRESETS": (".presets", "PRESETS"),
+    "TINY": (".presets", "TINY"),
+    "MistralError": (".errors", "MistralError"),
 }
 
 __all__ = [*_PUBLIC, "__version__"]
@@ -28,7 +33,8 @@ __all__ = [*_PUBLIC, "__version__"]
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_PUBLIC[name], __name__), name)
+    module, attribute = _PUBLIC[name]
+    return getattr(importlib.import_module(module, __name__), attribute)
 
 
 def __dir__() -> list[str]:

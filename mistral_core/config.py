@@ -1,4 +1,4 @@
-"""MistralConfig: one frozen description of a model, read from and written to every dialect of config file.
+"""MistralConfig: one checked description of a model, read from and written to every dialect of config file.
 
 The legend of axis letters, for the whole project:
 
@@ -27,7 +27,7 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 CONFIG_FILES = ("config.json", "params.json")
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class MistralConfig:
     """Sizes and numbers of a Mistral, in Hugging Face's names; defaults are those of transformers 4.56.
 
@@ -36,6 +36,7 @@ class MistralConfig:
     of keys a position sees, itself included, or None. `layer_types` names each layer full or sliding; None makes all
     sliding where there is a window. `extra` keeps the keys of a file that this class does not know, for the way back.
 
+    An assignment (`model.config.use_cache = False`, as training libraries write) is checked like a construction.
     Raises ConfigError (a ValueError), with all that is wrong at once.
     """
 
@@ -73,9 +74,15 @@ class MistralConfig:
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        for name, value in config_checks.normalised(self).items():
-            object.__setattr__(self, name, value)
+        self.__dict__.update(config_checks.normalised(self))
         config_checks.check(self)
+        self.__dict__["_complete"] = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.__dict__.get("_complete"):
+            self.__dict__.update(vars(self.replace(**{name: value})))
+        else:
+            object.__setattr__(self, name, value)
 
     # What the models ask
 
@@ -90,6 +97,29 @@ class MistralConfig:
         if self.layer_types is None:
             return (self.sliding_window,) * self.num_hidden_layers
         return tuple(self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types)
+
+    def problem(self, *, float_labels: bool) -> str:
+        """By problem_type; without one, a single label is regression, integers are classes, floats are many classes."""
+        if self.problem_type is not None:
+            return self.problem_type
+        if self.num_labels == 1:
+            return "regression"
+        return "multi_label_classification" if float_labels else "single_label_classification"
+
+    @property
+    def model_type(self) -> str:
+        """What every config.json of a dense Mistral calls itself."""
+        return "mistral"
+
+    @property
+    def torch_dtype(self) -> str | None:
+        """`dtype` by its older name."""
+        return self.dtype
+
+    @property
+    def use_return_dict(self) -> bool:
+        """`return_dict` by the name that training libraries read."""
+        return self.return_dict
 
     @property
     def rope_parameters(self) -> dict[str, Any]:

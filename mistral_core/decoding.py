@@ -55,9 +55,9 @@ def prepare(
     options: dict[str, Any],
 ) -> tuple[Array, Array, GenerationConfig]:
     """Ids and mask as int64 [B, T] and the options in force, all checked."""
-    generation = generation.replace(**options)
-    generation.check(config)
     ids_BT = validate.integers("input_ids", input_ids)
+    generation = generation.replace(**options).for_prompt(ids_BT.shape[1])
+    generation.check(config)
     mask_BT = np.ones_like(ids_BT) if attention_mask is None else validate.mask(attention_mask)
     validate.check_call(config, input_ids=ids_BT, attention_mask=mask_BT)
     check_prompt(config, generation, mask_BT)

@@ -201,8 +201,7 @@ def check_labels(name: str, labels: Array, shape: tuple[int, ...], classes: int)
 def check_row_labels(config: MistralConfig, labels: Array, shape: tuple[int, ...]) -> None:
     """Labels of a row classifier with scores [B, C]: classes [B], or numbers [B] (C = 1) or [B, C]."""
     batch, classes = shape
-    kind = config.problem_type
-    if kind == "single_label_classification" or (kind is None and classes > 1 and labels.dtype.kind in "iu"):
+    if config.problem(float_labels=labels.dtype.kind not in "iu") == "single_label_classification":
         check_labels("labels", labels.reshape(-1), (batch,), classes)
     elif labels.shape != shape and not (classes == 1 and labels.shape == (batch,)):
         raise InputError(f"labels: shape {labels.shape}, {list(shape)} was expected.")

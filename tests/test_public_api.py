@@ -5,6 +5,13 @@ from __future__ import annotations
 import mistral_core
 
 BACKEND = {
+    "AutoConfig",
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoTokenizer",
     "GenerationConfig",
     "KVCache",
     "MistralConfig",
@@ -15,7 +22,17 @@ BACKEND = {
     "MistralModel",
     "MistralTokenizer",
 }
-CORE = {"PRESETS", "TINY", "GenerationConfig", "MistralConfig", "MistralError", "MistralTokenizer", "__version__"}
+CORE = {
+    "PRESETS",
+    "TINY",
+    "AutoConfig",
+    "AutoTokenizer",
+    "GenerationConfig",
+    "MistralConfig",
+    "MistralError",
+    "MistralTokenizer",
+    "__version__",
+}
 
 
 def test_core():

@@ -57,11 +57,7 @@ def sequence_classification(
 
 def classification_loss(config: MistralConfig, logits: Array, labels: Array) -> Array:
     """By problem_type; without one, a single label is regression, integers are classes, and floats are many classes."""
-    kind = config.problem_type
-    if kind is None and config.num_labels == 1:
-        kind = "regression"
-    if kind is None:
-        kind = "single_label_classification" if labels.dtype.kind in "iu" else "multi_label_classification"
+    kind = config.problem(float_labels=labels.dtype.kind not in "iu")
     if kind == "regression":
         return ops.mean_squared_error(logits.reshape(labels.shape), labels)
     if kind == "single_label_classification":

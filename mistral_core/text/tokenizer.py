@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import strict_json
-from ..errors import TokenizerError
+from ..errors import TokenizerError, UnsupportedFeatureError
+from .encoding import Encoding, as_arrays
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -97,37 +98,52 @@ class MistralTokenizer:
         """
         return self._plain.decode(self._checked(ids), skip_special_tokens=skip_special_tokens)
 
+    def batch_decode(
+        self,
+        rows: Iterable[Iterable[int]],
+        *,
+        skip_special_tokens: bool = True,
+        clean_up_tokenization_spaces: bool = False,
+    ) -> list[str]:
+        """The text of each row of ids: lists, or an array [B, T] of any framework; raises TokenizerError.
+
+        The text is what the ids say: `clean_up_tokenization_spaces` can only be false.
+        """
+        if clean_up_tokenization_spaces:
+            raise UnsupportedFeatureError("clean_up_tokenization_spaces: it would change the text; leave it out.")
+        return [self.decode(np.asarray(row), skip_special_tokens=skip_special_tokens) for row in rows]
+
     def __call__(
         self, text: str | Sequence[str], *, padding: bool = False, padding_side: str = "left",
         return_tensors: str | None = None, add_special_tokens: bool = True, parse_special: bool = False,
-    ) -> dict[str, Any]:  # fmt: skip
-        """`input_ids` and `attention_mask` of a text or a list of texts: lists, or int64 arrays with `"np"`.
+    ) -> Encoding:  # fmt: skip
+        """`input_ids` and `attention_mask` of a text or a list of texts: lists, or arrays [B, T] of a framework.
 
-        Padding is masked, so any token would do: `pad_token_id`, and where there is none, `eos_token_id`.
+        `return_tensors` is "np", "pt", "jax" or "tf"; a single text is then a batch of one. Padding is masked, so
+        any token would do: `pad_token_id`, and where there is none, `eos_token_id`. Raises TokenizerError.
         """
         if padding_side not in ("left", "right"):
             raise TokenizerError(f"padding_side: {padding_side!r}; 'left' or 'right' was expected.")
-        if return_tensors not in (None, "np"):
-            raise TokenizerError(f"return_tensors: {return_tensors!r}; None or 'np' was expected.")
         texts = [text] if isinstance(text, str) else list(text)
         options = {"add_special_tokens": add_special_tokens, "parse_special": parse_special}
         rows = [self.encode(each, **options) for each in texts]
         masks = [[1] * len(row) for row in rows]
-        longest = max(map(len, rows), default=0)
         if padding:
+            longest = max(map(len, rows), default=0)
             rows = [_pad(row, longest, self._padding_id, padding_side) for row in rows]
             masks = [_pad(row, longest, 0, padding_side) for row in masks]
-        elif return_tensors == "np" and any(len(row) != longest for row in rows):
-            raise TokenizerError(f"texts of up to {longest} tokens and of fewer make no array; pass padding=True.")
-        if return_tensors == "np":
-            shape = (len(rows), longest)
-            return {
-                "input_ids": np.array(rows, np.int64).reshape(shape),
-                "attention_mask": np.array(masks, np.int64).reshape(shape),
-            }
+        if return_tensors is not None:
+            return as_arrays({"input_ids": rows, "attention_mask": masks}, return_tensors)
         if isinstance(text, str):
-            rows, masks = rows[0], masks[0]  # type: ignore[assignment]
-        return {"input_ids": rows, "attention_mask": masks}
+            return Encoding(input_ids=rows[0], attention_mask=masks[0])
+        return Encoding(input_ids=rows, attention_mask=masks)
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+        """Raises UnsupportedFeatureError: a conversation is not turned into ids here."""
+        raise UnsupportedFeatureError(
+            "apply_chat_template: chat templates are not read; write the instruction format into the text yourself, "
+            "control tokens by `encode(text, parse_special=True)`."
+        )
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token as it stands in the vocabulary, or None."""

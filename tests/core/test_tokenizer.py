@@ -113,8 +113,8 @@ def test_arrays():
     assert TOKENIZER([], return_tensors="np")["input_ids"].shape == (0, 0)
     with pytest.raises(TokenizerError, match="padding=True"):
         TOKENIZER(["a", "a longer one"], return_tensors="np")
-    with pytest.raises(TokenizerError, match="return_tensors"):
-        TOKENIZER("a", return_tensors="pt")
+    with pytest.raises(TokenizerError, match="return_tensors: 'mlx'.* np, pt, jax, tf"):
+        TOKENIZER("a", return_tensors="mlx")
     with pytest.raises(TokenizerError, match="padding_side"):
         TOKENIZER("a", padding_side="middle")
 
