@@ -13,6 +13,7 @@ from .tolerances import MODEL, Tolerance
 SUBJECTS = (
     ("torch", "eager"),
     ("torch", "sdpa"),
+    ("torch", "flex"),
     ("flax", "eager"),
     ("flax", "dot_product"),
     ("tf", "eager"),

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-FUSED = ("sdpa", "dot_product")
+FUSED = ("sdpa", "flex", "dot_product")
 
 
 class Tolerance(NamedTuple):

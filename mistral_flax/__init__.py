@@ -1,8 +1,19 @@
 """Mistral in JAX, with Flax NNX: the mirror of mistral_torch and mistral_tf."""
 
-from mistral_core import GenerationConfig, MistralConfig, MistralTokenizer
+from mistral_core import AutoConfig, AutoTokenizer, GenerationConfig, MistralConfig, MistralTokenizer
 
+from .auto import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from .cache import KVCache
+from .compat import FlaxAutoModel as FlaxAutoModel
+from .compat import FlaxAutoModelForCausalLM as FlaxAutoModelForCausalLM
+from .compat import FlaxMistralForCausalLM as FlaxMistralForCausalLM
+from .compat import FlaxMistralModel as FlaxMistralModel
 from .heads import (
     MistralForCausalLM,
     MistralForQuestionAnswering,
@@ -12,6 +23,13 @@ from .heads import (
 from .model import MistralModel
 
 __all__ = [
+    "AutoConfig",
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoTokenizer",
     "GenerationConfig",
     "KVCache",
     "MistralConfig",

@@ -24,10 +24,31 @@ DTYPES = {
 
 def as_dtype(dtype: Any) -> Any:
     """A JAX dtype from itself or its name; raises ConfigError for a dtype no model can have."""
-    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    try:
+        name = dtype if isinstance(dtype, str | None) else jnp.dtype(dtype).name  # jnp.dtype(None) is float64
+    except TypeError:
+        name = None
     if name not in DTYPES:
         raise ConfigError(f"dtype: {dtype!r}, one of {', '.join(DTYPES)} was expected.")
     return DTYPES[name]
+
+
+def as_dtypes(dtype: Any, param_dtype: Any) -> tuple[Any, Any]:
+    """The dtypes of computation and parameters; without one for parameters, both are the same."""
+    return as_dtype(dtype), as_dtype(dtype if param_dtype is None else param_dtype)
+
+
+def as_device(device: Any) -> Any:
+    """A JAX device from itself, its platform's name or its number; a Sharding as it is; "auto" is JAX's default.
+
+    Raises ConfigError for a device that is not there.
+    """
+    if device is None or device == "auto" or isinstance(device, jax.Device | jax.sharding.Sharding):
+        return None if device == "auto" else device
+    try:
+        return jax.devices()[device] if isinstance(device, int) else jax.devices(device)[0]
+    except (RuntimeError, IndexError, TypeError) as error:
+        raise ConfigError(f"device: {device!r} is not here; JAX sees {jax.devices()}.") from error
 
 
 def to_numpy(array: Array) -> np.ndarray:

@@ -8,15 +8,19 @@ import mistral_flax
 from mistral_core.parameters import HEADS
 
 from .arrays import from_numpy, to_numpy
-from .layers import ATTENTION
+from .attention import available
 
 
 class _Backend:
     name = "flax"
     framework = "flax"
-    attention_implementations = tuple(ATTENTION)
     to_numpy = staticmethod(to_numpy)
     from_numpy = staticmethod(from_numpy)
+
+    @property
+    def attention_implementations(self) -> tuple[str, ...]:
+        """Asked when needed: looking for devices starts JAX's backends."""
+        return available()
 
     def model_class(self, architecture: str) -> Any:
         """The class of this name."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import Array
 
 from mistral_core import GenerationConfig, decoding
@@ -20,8 +20,6 @@ from .layers import last_token, project
 
 if TYPE_CHECKING:
     from .heads import MistralForCausalLM
-
-_compiled: weakref.WeakKeyDictionary[Any, tuple[Callable[..., Any], Callable[..., Any]]] = weakref.WeakKeyDictionary()
 
 
 def generate(
@@ -41,8 +39,8 @@ def generate(
     ids, mask, generation = decoding.prepare(
         model.config, input_ids, attention_mask, generation_config or model.generation_config, options
     )
-    params = model.params
-    first, following = _steps(model) if generation.compile != "off" else _plain_steps(model)
+    graph, state = nnx.split(model)
+    first, following = _steps(graph) if generation.compile != "off" else _plain_steps(graph)
 
     def prefill(ids_BT: np.ndarray, mask_BT: np.ndarray) -> tuple[np.ndarray, Any]:
         cache = KVCache.allocate(
@@ -52,42 +50,37 @@ def generate(
             rolling=generation.cache != "full",
             dtype=model.dtype,
         )
-        token_B, cache = first(params, jnp.asarray(ids_BT, jnp.int32), jnp.asarray(mask_BT, jnp.int32), cache)
+        token_B, cache = first(state, jnp.asarray(ids_BT, jnp.int32), jnp.asarray(mask_BT, jnp.int32), cache)
         return to_numpy(token_B), (token_B, cache)
 
-    def step(state: Any) -> tuple[np.ndarray, Any]:
-        token_B, cache = following(params, *state)
+    def step(last: Any) -> tuple[np.ndarray, Any]:
+        token_B, cache = following(state, *last)
         return to_numpy(token_B), (token_B, cache)
 
     return jnp.asarray(decoding.generate(prefill, step, ids, mask, generation), jnp.int32)
 
 
-def _steps(model: MistralForCausalLM) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The compiled prefill and step of a model, kept as long as the model is."""
-    if model not in _compiled:
-        first, following = _plain_steps(weakref.proxy(model))
-        _compiled[model] = jax.jit(first), jax.jit(following, donate_argnums=2)
-    return _compiled[model]
+@functools.lru_cache(maxsize=32)
+def _steps(graph: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The compiled prefill and step of all models of this graph: what a model is apart from its arrays."""
+    first, following = _plain_steps(graph)
+    return jax.jit(first), jax.jit(following, donate_argnums=2)
 
 
-def _plain_steps(model: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    return functools.partial(_prefill, model), functools.partial(_decode, model)
+def _plain_steps(graph: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    return functools.partial(_prefill, graph), functools.partial(_decode, graph)
 
 
-def _prefill(
-    model: MistralForCausalLM, params: dict[str, Array], ids_BT: Array, mask_BT: Array, cache: KVCache
-) -> tuple[Array, KVCache]:
+def _prefill(graph: Any, state: Any, ids_BT: Array, mask_BT: Array, cache: KVCache) -> tuple[Array, KVCache]:
     """The first new token [B] of each row and the cache after the prompt."""
-    bound = model.bind(params)
-    out = bound.model(ids_BT, mask_BT, past_key_values=cache)
+    model = nnx.merge(graph, state)
+    out = model.model(ids_BT, mask_BT, past_key_values=cache, return_dict=True)
     last_BD = out.last_hidden_state[jnp.arange(ids_BT.shape[0]), last_token(mask_BT)]
-    return project(last_BD, bound.head_weight).argmax(-1).astype(jnp.int32), out.past_key_values
+    return project(last_BD, model.head_weight).argmax(-1).astype(jnp.int32), out.past_key_values
 
 
-def _decode(
-    model: MistralForCausalLM, params: dict[str, Array], token_B: Array, cache: KVCache
-) -> tuple[Array, KVCache]:
+def _decode(graph: Any, state: Any, token_B: Array, cache: KVCache) -> tuple[Array, KVCache]:
     """The next token [B] of each row and the cache after the given one."""
-    bound = model.bind(params)
-    out = bound.model(token_B[:, None], past_key_values=cache)
-    return project(out.last_hidden_state[:, 0], bound.head_weight).argmax(-1).astype(jnp.int32), out.past_key_values
+    model = nnx.merge(graph, state)
+    out = model.model(token_B[:, None], past_key_values=cache, return_dict=True)
+    return project(out.last_hidden_state[:, 0], model.head_weight).argmax(-1).astype(jnp.int32), out.past_key_values

@@ -17,7 +17,7 @@ from mistral_core.outputs import (
     TokenClassifierOutput,
 )
 
-from .arrays import as_dtype, integers, is_traced, labels_array, to_numpy
+from .arrays import as_dtypes, integers, is_traced, labels_array, to_numpy
 from .generate import generate
 from .layers import Linear, last_token, project
 from .losses import classification_loss, cross_entropy, span_loss
@@ -32,16 +32,18 @@ class MistralForCausalLM(PreTrainedModel):
         self,
         config: MistralConfig,
         *,
-        attn_implementation: str = "dot_product",
+        attn_implementation: str | None = None,
         dtype: Any = jnp.float32,
+        param_dtype: Any = None,
         rngs: nnx.Rngs | None = None,
     ) -> None:
         super().__init__(config)
-        dtype, rngs = as_dtype(dtype), rngs or nnx.Rngs(0)
-        self.model = MistralModel(config, attn_implementation=attn_implementation, dtype=dtype, rngs=rngs)
-        options = {"dtype": dtype, "rngs": rngs, "std": config.initializer_range}
+        dtype, param_dtype = as_dtypes(dtype, param_dtype)
+        options = {"param_dtype": param_dtype, "rngs": rngs or nnx.Rngs(0)}
+        self.model = MistralModel(config, attn_implementation=attn_implementation, dtype=dtype, **options)
         tied = config.tie_word_embeddings
-        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, **options)
+        std = config.initializer_range
+        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, std=std, **options)
 
     @property
     def head_weight(self) -> Array:
@@ -109,14 +111,16 @@ class MistralForSequenceClassification(PreTrainedModel):
         self,
         config: MistralConfig,
         *,
-        attn_implementation: str = "dot_product",
+        attn_implementation: str | None = None,
         dtype: Any = jnp.float32,
+        param_dtype: Any = None,
         rngs: nnx.Rngs | None = None,
     ) -> None:
         super().__init__(config)
-        dtype, rngs = as_dtype(dtype), rngs or nnx.Rngs(0)
-        self.model = MistralModel(config, attn_implementation=attn_implementation, dtype=dtype, rngs=rngs)
-        self.score = Linear(config.hidden_size, config.num_labels, dtype=dtype, rngs=rngs, std=config.initializer_range)
+        dtype, param_dtype = as_dtypes(dtype, param_dtype)
+        options = {"param_dtype": param_dtype, "rngs": rngs or nnx.Rngs(0)}
+        self.model = MistralModel(config, attn_implementation=attn_implementation, dtype=dtype, **options)
+        self.score = Linear(config.hidden_size, config.num_labels, std=config.initializer_range, **options)
 
     @functional
     def __call__(
@@ -173,21 +177,16 @@ class MistralForTokenClassification(PreTrainedModel):
         self,
         config: MistralConfig,
         *,
-        attn_implementation: str = "dot_product",
+        attn_implementation: str | None = None,
         dtype: Any = jnp.float32,
+        param_dtype: Any = None,
         rngs: nnx.Rngs | None = None,
     ) -> None:
         super().__init__(config)
-        dtype, rngs = as_dtype(dtype), rngs or nnx.Rngs(0)
-        self.model = MistralModel(config, attn_implementation=attn_implementation, dtype=dtype, rngs=rngs)
-        self.score = Linear(
-            config.hidden_size,
-            config.num_labels,
-            bias=True,
-            dtype=dtype,
-            rngs=rngs,
-            std=config.initializer_range,
-        )
+        dtype, param_dtype = as_dtypes(dtype, param_dtype)
+        options = {"param_dtype": param_dtype, "rngs": rngs or nnx.Rngs(0)}
+        self.model = MistralModel(config, attn_implementation=attn_implementation, dtype=dtype, **options)
+        self.score = Linear(config.hidden_size, config.num_labels, bias=True, std=config.initializer_range, **options)
 
     @functional
     def __call__(
@@ -231,14 +230,16 @@ class MistralForQuestionAnswering(PreTrainedModel):
         self,
         config: MistralConfig,
         *,
-        attn_implementation: str = "dot_product",
+        attn_implementation: str | None = None,
         dtype: Any = jnp.float32,
+        param_dtype: Any = None,
         rngs: nnx.Rngs | None = None,
     ) -> None:
         super().__init__(config)
-        dtype, rngs = as_dtype(dtype), rngs or nnx.Rngs(0)
-        self.model = MistralModel(config, attn_implementation=attn_implementation, dtype=dtype, rngs=rngs)
-        self.qa_outputs = Linear(config.hidden_size, 2, bias=True, dtype=dtype, rngs=rngs, std=config.initializer_range)
+        dtype, param_dtype = as_dtypes(dtype, param_dtype)
+        options = {"param_dtype": param_dtype, "rngs": rngs or nnx.Rngs(0)}
+        self.model = MistralModel(config, attn_implementation=attn_implementation, dtype=dtype, **options)
+        self.qa_outputs = Linear(config.hidden_size, 2, bias=True, std=config.initializer_range, **options)
 
     @functional
     def __call__(

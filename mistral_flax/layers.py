@@ -15,17 +15,18 @@ from jax import Array
 from mistral_core import MistralConfig
 from mistral_core.rope import rotary_table
 
+from .attention import attend, checked
 from .cache import remember
 
 
 class Linear(nnx.Module):
-    """x W^T + b, with W [out, in] as in every checkpoint."""
+    """x W^T + b in the dtype of x, with W [out, in] as in every checkpoint."""
 
     def __init__(
-        self, size_in: int, size_out: int, *, bias: bool = False, dtype: Any, rngs: nnx.Rngs, std: float
+        self, size_in: int, size_out: int, *, bias: bool = False, param_dtype: Any, rngs: nnx.Rngs, std: float
     ) -> None:
-        self.weight = nnx.Param(jax.random.normal(rngs.params(), (size_out, size_in), dtype) * std)
-        self.bias = nnx.Param(jnp.zeros(size_out, dtype)) if bias else None
+        self.weight = nnx.Param(jax.random.normal(rngs.params(), (size_out, size_in), param_dtype) * std)
+        self.bias = nnx.Param(jnp.zeros(size_out, param_dtype)) if bias else None
 
     def __call__(self, x: Array) -> Array:
         bias = None if self.bias is None else self.bias[...]
@@ -33,31 +34,33 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """The rows [V, D] that token ids pick."""
+    """The rows [V, D] that token ids pick, in the dtype that the model computes in."""
 
-    def __init__(self, size: int, width: int, *, dtype: Any, rngs: nnx.Rngs, std: float) -> None:
-        self.weight = nnx.Param(jax.random.normal(rngs.params(), (size, width), dtype) * std)
+    def __init__(self, size: int, width: int, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs, std: float) -> None:
+        self.weight = nnx.Param(jax.random.normal(rngs.params(), (size, width), param_dtype) * std)
+        self.dtype = dtype
 
     def __call__(self, ids_BT: Array) -> Array:
         # "fill": an id out of range under jit makes NaN, not the nearest row
-        return jnp.take(self.weight[...], ids_BT, axis=0, mode="fill")
+        return jnp.take(self.weight[...], ids_BT, axis=0, mode="fill").astype(self.dtype)
 
 
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) in float32, cast to the dtype of x, then times the weight [D]."""
 
-    def __init__(self, size: int, eps: float, *, dtype: Any) -> None:
-        self.weight = nnx.Param(jnp.ones(size, dtype))
+    def __init__(self, size: int, eps: float, *, param_dtype: Any) -> None:
+        self.weight = nnx.Param(jnp.ones(size, param_dtype))
         self.eps = eps
 
     def __call__(self, x_BTD: Array) -> Array:
         h = x_BTD.astype(jnp.float32)
         h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.eps)
-        return h.astype(x_BTD.dtype) * self.weight[...]
+        return h.astype(x_BTD.dtype) * self.weight[...].astype(x_BTD.dtype)
 
 
 def matmul(x: Array, weight: Array) -> Array:
-    """x W^T, accumulated and returned in float32 at full precision on every device."""
+    """x W^T with W in the dtype of x, accumulated and returned in float32 at full precision on every device."""
+    weight = weight.astype(x.dtype)
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.einsum("...i,oi->...o", x, weight, precision=precision, preferred_element_type=jnp.float32)
 
@@ -78,23 +81,6 @@ def token_positions(attention_mask_BT: Array, past_length_B: Array, document_ids
     return position - jax.lax.cummax(jnp.where(starts, position, 0), axis=1)
 
 
-def attention_mask(
-    query_order_BT: Array,
-    key_order_BS: Array,
-    window: int | None,
-    *,
-    document_ids_BT: Array | None = None,
-) -> Array:
-    """[B, T, S] bool: a query sees the W keys up to itself, counted in real tokens, of its own document."""
-    query, key = query_order_BT[:, :, None], key_order_BS[:, None, :]
-    visible = (key >= 0) & (key <= query)
-    if window is not None:
-        visible = visible & (query - key < window)
-    if document_ids_BT is not None:
-        visible = visible & (document_ids_BT[:, :, None] == document_ids_BT[:, None, :])
-    return visible
-
-
 def rotary(position_BT: Array, config: MistralConfig) -> tuple[Array, Array]:
     """cos and sin [B, T, H/2] in float32, whatever the dtype of the model."""
     table = rotary_table(config)
@@ -110,60 +96,11 @@ def rotate(x_BTNH: Array, cos_BTH: Array, sin_BTH: Array) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
 
 
-def attend(
-    q_BTNH: Array,
-    k_BSKH: Array,
-    v_BSKH: Array,
-    visible_BTS: Array,
-    *,
-    implementation: str = "eager",
-    dropout: float = 0.0,
-    rngs: Array | None = None,
-) -> tuple[Array, Array | None]:
-    """softmax(q k / sqrt(H)) v [B, T, N, H], and the weights [B, N, T, S] where the implementation has them."""
-    if dropout and rngs is not None:
-        implementation = "eager"  # the fused kernel has no dropout
-    return ATTENTION[implementation](q_BTNH, k_BSKH, v_BSKH, visible_BTS, dropout, rngs)
-
-
-def attend_eager(
-    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visible_BTS: Array, dropout: float, rngs: Array | None
-) -> tuple[Array, Array | None]:
-    """The formula: scores and softmax in float32, weights in the dtype of v."""
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    highest = jax.lax.Precision.HIGHEST if q_BTNH.dtype == jnp.float32 else None
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, precision=highest, preferred_element_type=jnp.float32)
-    scores = scores * H**-0.5
-    visible = visible_BTS[:, None, None]
-    # the lowest float, not -inf: a row that sees nothing stays finite, in its gradient too
-    weights = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(scores.dtype).min), axis=-1)
-    weights = jnp.where(visible, weights, 0).astype(v_BSKH.dtype)
-    dropped = weights
-    if dropout and rngs is not None:
-        dropped = jnp.where(jax.random.bernoulli(rngs, 1 - dropout, weights.shape), weights / (1 - dropout), 0)
-    o_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", dropped, v_BSKH, precision=highest, preferred_element_type=jnp.float32)
-    return o_BTKGH.astype(v_BSKH.dtype).reshape(B, T, N, H), weights.reshape(B, N, T, -1)
-
-
-def attend_dot_product(
-    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visible_BTS: Array, dropout: float, rngs: Array | None
-) -> tuple[Array, Array | None]:
-    """jax.nn.dot_product_attention; it never returns the weights."""
-    o = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=visible_BTS[:, None])
-    # for a row that sees nothing it returns the mean of v
-    return jnp.where(visible_BTS.any(-1)[:, :, None, None], o, 0), None
-
-
-ATTENTION = {"eager": attend_eager, "dot_product": attend_dot_product}
-
-
 class Attention(nnx.Module):
     """Grouped-query attention: project, rotate, remember, attend, project back."""
 
     def __init__(
-        self, config: MistralConfig, window: int | None, implementation: str, *, dtype: Any, rngs: nnx.Rngs
+        self, config: MistralConfig, window: int | None, implementation: str | None, *, param_dtype: Any, rngs: nnx.Rngs
     ) -> None:
         D, N, K, H = (
             config.hidden_size,
@@ -171,14 +108,14 @@ class Attention(nnx.Module):
             config.num_key_value_heads,
             config.head_dim,
         )
-        options = {"dtype": dtype, "rngs": rngs, "std": config.initializer_range}
+        options = {"param_dtype": param_dtype, "rngs": rngs, "std": config.initializer_range}
         self.q_proj = Linear(D, N * H, **options)
         self.k_proj = Linear(D, K * H, **options)
         self.v_proj = Linear(D, K * H, **options)
         self.o_proj = Linear(N * H, D, **options)
         self.head_dim = H
         self.window = window
-        self.implementation = implementation
+        self.implementation = checked(implementation)
         self.dropout = config.attention_dropout
 
     def __call__(
@@ -200,12 +137,14 @@ class Attention(nnx.Module):
         k_BSKH, v_BSKH, key_order_BS, kept = remember(
             k_BTKH, v_BTKH, order_BT, past=past, window=self.window, capacity=capacity
         )
-        visible_BTS = attention_mask(order_BT, key_order_BS, self.window, document_ids_BT=document_ids)
         o_BTNH, weights = attend(
             q_BTNH,
             k_BSKH,
             v_BSKH,
-            visible_BTS,
+            order_BT,
+            key_order_BS,
+            window=self.window,
+            document_ids=document_ids,
             implementation="eager" if output_attentions else self.implementation,
             dropout=self.dropout,
             rngs=rngs,
@@ -216,8 +155,8 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: MistralConfig, *, dtype: Any, rngs: nnx.Rngs) -> None:
-        options = {"dtype": dtype, "rngs": rngs, "std": config.initializer_range}
+    def __init__(self, config: MistralConfig, *, param_dtype: Any, rngs: nnx.Rngs) -> None:
+        options = {"param_dtype": param_dtype, "rngs": rngs, "std": config.initializer_range}
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, **options)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, **options)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, **options)
@@ -235,12 +174,12 @@ class DecoderLayer(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(
-        self, config: MistralConfig, window: int | None, implementation: str, *, dtype: Any, rngs: nnx.Rngs
+        self, config: MistralConfig, window: int | None, implementation: str | None, *, param_dtype: Any, rngs: nnx.Rngs
     ) -> None:
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
-        self.self_attn = Attention(config, window, implementation, dtype=dtype, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
-        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype)
+        self.self_attn = Attention(config, window, implementation, param_dtype=param_dtype, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype)
+        self.mlp = MLP(config, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -271,7 +210,7 @@ class DecoderLayer(nnx.Module):
 def project(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """A head's product x W^T + b, accumulated and returned in float32."""
     y = matmul(x, weight)
-    return y if bias is None else y + bias.astype(jnp.float32)
+    return y if bias is None else y + bias.astype(x.dtype).astype(jnp.float32)
 
 
 def last_token(attention_mask_BT: Array) -> Array:

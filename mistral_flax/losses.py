@@ -22,12 +22,7 @@ def cross_entropy(logits: Array, labels: Array, *, ignore: int = -100) -> Array:
 
 def classification_loss(config: MistralConfig, logits: Array, labels: Array) -> Array:
     """By problem_type; without one, a single label is regression, integers are classes, floats are many classes."""
-    kind = config.problem_type
-    if kind is None and config.num_labels == 1:
-        kind = "regression"
-    if kind is None:
-        floats = jnp.issubdtype(labels.dtype, jnp.floating)
-        kind = "multi_label_classification" if floats else "single_label_classification"
+    kind = config.problem(float_labels=jnp.issubdtype(labels.dtype, jnp.floating))
     if kind == "regression":
         return jnp.square(logits.reshape(labels.shape) - labels.astype(jnp.float32)).mean()
     if kind == "single_label_classification":

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from mistral_core import MistralConfig
 from mistral_core.outputs import ModelOutput
 
-from .arrays import as_dtype, model_inputs
+from .arrays import as_dtypes, model_inputs
 from .cache import KVCache
+from .checkpointing import checkpointed
 from .layers import DecoderLayer, Embedding, RMSNorm, rotary, token_order, token_positions
 from .weights import PreTrainedModel, functional
 
@@ -24,23 +27,28 @@ class MistralModel(PreTrainedModel):
         self,
         config: MistralConfig,
         *,
-        attn_implementation: str = "dot_product",
+        attn_implementation: str | None = None,
         dtype: Any = jnp.float32,
+        param_dtype: Any = None,
         rngs: nnx.Rngs | None = None,
     ) -> None:
         super().__init__(config)
-        dtype, rngs = as_dtype(dtype), rngs or nnx.Rngs(0)
+        self.config = config
+        dtype, param_dtype = as_dtypes(dtype, param_dtype)
+        options = {"param_dtype": param_dtype, "rngs": rngs or nnx.Rngs(0)}
         self.embed_tokens = Embedding(
-            config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs, std=config.initializer_range
+            config.vocab_size, config.hidden_size, dtype=dtype, std=config.initializer_range, **options
         )
         # a dict, not a list: its string keys are the layer numbers of the parameters' names
         self.layers = nnx.Dict(
             {
-                str(index): DecoderLayer(config, window, attn_implementation, dtype=dtype, rngs=rngs)
+                str(index): DecoderLayer(config, window, attn_implementation, **options)
                 for index, window in enumerate(config.layer_windows)
             }
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.run_layers = one_by_one
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype)
+        self.gradient_checkpointing: tuple[tuple[str, Any], ...] | None = None
 
     @functional
     def __call__(
@@ -74,10 +82,14 @@ class MistralModel(PreTrainedModel):
             inputs_embeds,
             document_ids,
         )
-        x_BTD = self.embed_tokens(inputs.input_ids) if inputs.inputs_embeds is None else inputs.inputs_embeds
+        if inputs.inputs_embeds is None:
+            x_BTD = self.embed_tokens(inputs.input_ids)
+        else:
+            x_BTD = inputs.inputs_embeds.astype(self.dtype)
         past = past_key_values
         if use_cache is None:
-            use_cache = config.use_cache and rngs is None and document_ids is None
+            trains = rngs is not None or self.gradient_checkpointing is not None
+            use_cache = config.use_cache and not trains and document_ids is None
         if past is None and use_cache:
             past = KVCache.allocate(config, x_BTD.shape[0], dtype=x_BTD.dtype)
         length_B = jnp.zeros_like(inputs.attention_mask[:, 0]) if past is None else past.length
@@ -87,30 +99,26 @@ class MistralModel(PreTrainedModel):
             position_BT = token_positions(inputs.attention_mask, length_B, inputs.document_ids)
         cos_sin = rotary(position_BT, config)
         with_attentions = config.output_attentions if output_attentions is None else output_attentions
-        keys_rng = dropout_keys(rngs, len(self.layers))
+        with_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
 
-        hidden_states, attentions, kept = [x_BTD], [], []
-        for index, layer in enumerate(self.layers.values()):
-            x_BTD, weights, keys_values = layer(
-                x_BTD,
-                cos_sin,
-                order_BT,
-                past=None if past is None else past.layer(index),
-                capacity=None if past is None else past.capacity,
-                document_ids=inputs.document_ids,
-                output_attentions=with_attentions,
-                rngs=keys_rng[index],
-            )
-            hidden_states.append(x_BTD)
-            attentions.append(weights)
-            kept.append(keys_values)
-        hidden_states[-1] = self.norm(x_BTD)
+        hidden_states, attentions, kept = self.run_layers(
+            self.layers,
+            x_BTD,
+            cos_sin,
+            order_BT,
+            past=past,
+            rngs=dropout_keys(rngs, config.num_hidden_layers),
+            checkpointing=self.gradient_checkpointing,
+            output_hidden_states=with_states,
+            output_attentions=with_attentions,
+            document_ids=inputs.document_ids,
+        )
+        hidden_states[-1] = self.norm(hidden_states[-1])
 
         cache = None
         if past is not None:
             keys, values = zip(*kept, strict=True)
             cache = KVCache(keys, values, length_B + inputs.attention_mask.sum(1), past.capacity)
-        with_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output = ModelOutput(
             hidden_states[-1],
             cache,
@@ -118,6 +126,39 @@ class MistralModel(PreTrainedModel):
             tuple(attentions) if with_attentions else None,
         )
         return self.returned(output, return_dict)
+
+
+def one_by_one(
+    layers: nnx.Dict,
+    x_BTD: Array,
+    cos_sin: tuple[Array, Array],
+    order_BT: Array,
+    *,
+    past: KVCache | None,
+    rngs: Any,
+    checkpointing: Iterable[tuple[str, Any]] | None,
+    output_hidden_states: bool,
+    **options: Any,
+) -> tuple[list[Array], list[Array | None], list[Any]]:
+    """The layers in turn: hidden states (the last is the result), attention weights, and keys and values kept."""
+    hidden_states, attentions, kept = [x_BTD], [], []
+    for index in range(len(layers)):  # by number: JAX sorts a dict's keys as text, 10 before 2
+        layer = layers[str(index)]
+        if checkpointing is not None:
+            layer = checkpointed(layer, dict(checkpointing))
+        x_BTD, weights, keys_values = layer(
+            x_BTD,
+            cos_sin,
+            order_BT,
+            past=None if past is None else past.layer(index),
+            capacity=None if past is None else past.capacity,
+            rngs=rngs[index],
+            **options,
+        )
+        hidden_states.append(x_BTD)
+        attentions.append(weights)
+        kept.append(keys_values)
+    return hidden_states, attentions, kept
 
 
 def dropout_keys(rngs: Any, count: int) -> Any:

@@ -2,7 +2,7 @@
 
 import keras as _keras
 
-from mistral_core import GenerationConfig, MistralConfig, MistralTokenizer
+from mistral_core import AutoConfig, AutoTokenizer, GenerationConfig, MistralConfig, MistralTokenizer
 from mistral_core.errors import UnsupportedFeatureError as _UnsupportedFeatureError
 
 if _keras.backend.backend() != "tensorflow":
@@ -11,6 +11,13 @@ if _keras.backend.backend() != "tensorflow":
         "variable KERAS_BACKEND=tensorflow before keras is imported, or use mistral_torch or mistral_flax."
     )
 
+from .auto import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from .cache import KVCache
 from .heads import (
     MistralForCausalLM,
@@ -21,6 +28,13 @@ from .heads import (
 from .model import MistralModel
 
 __all__ = [
+    "AutoConfig",
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoTokenizer",
     "GenerationConfig",
     "KVCache",
     "MistralConfig",

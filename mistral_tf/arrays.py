@@ -24,10 +24,43 @@ DTYPES = {
 
 def as_dtype(dtype: Any) -> Any:
     """A TensorFlow dtype from itself or its name; raises ConfigError for a dtype no model can have."""
-    name = dtype if isinstance(dtype, str) else tf.as_dtype(dtype).name
+    name = str(getattr(dtype, "name", dtype)).removeprefix("torch.")
     if name not in DTYPES:
         raise ConfigError(f"dtype: {dtype!r}, one of {', '.join(DTYPES)} was expected.")
     return DTYPES[name]
+
+
+def as_policy(dtype: Any) -> keras.DTypePolicy:
+    """The dtypes of computation and parameters: a dtype, a Keras policy or its name; None is Keras' global policy.
+
+    Raises ConfigError for dtypes no model can have.
+    """
+    if isinstance(dtype, keras.DTypePolicy):
+        policy = dtype
+    elif dtype is None:
+        policy = keras.config.dtype_policy()
+    else:
+        policy = keras.DTypePolicy(dtype if str(dtype).startswith("mixed_") else as_dtype(dtype).name)
+    for name in (policy.compute_dtype, policy.variable_dtype):
+        as_dtype(name)
+    return policy
+
+
+def as_device(device: Any) -> str | None:
+    """A TensorFlow device's name from its name, a GPU's number, or "auto": the first GPU if there is one.
+
+    Raises ConfigError for a device that is not there.
+    """
+    if device is None:
+        return None
+    if device == "auto":
+        device = "GPU:0" if tf.config.list_physical_devices("GPU") else "CPU:0"
+    name = f"GPU:{device}" if isinstance(device, int) else str(device).upper().replace("CUDA", "GPU")
+    kind, _, number = name.rpartition("/")[2].removeprefix("DEVICE:").partition(":")
+    here = len(tf.config.list_physical_devices(kind))
+    if not (number or "0").isdecimal() or int(number or 0) >= here:
+        raise ConfigError(f"device: {device!r} is not here; TensorFlow sees {tf.config.list_physical_devices()}.")
+    return f"{kind}:{number or 0}"
 
 
 def to_numpy(array: Tensor) -> np.ndarray:
@@ -88,11 +121,11 @@ def model_inputs(
             capacity=None if past is None else past.capacity,
         )
     embeds = None if inputs_embeds is None else tf.convert_to_tensor(inputs_embeds)
-    shape = tf.shape(ids if ids is not None else embeds)[:2]
+    new = ids if ids is not None else embeds[:, :, 0]
     if mask is None:
-        mask = tf.ones(shape, tf.int32)
-    mask = tf.cast(mask, tf.int32)
-    return Inputs(ids, embeds, mask[:, tf.shape(mask)[1] - shape[1] :], positions, documents)
+        mask = tf.ones_like(new, tf.int32)
+    mask = tf.cast(mask, tf.int32)[:, -tf.shape(new)[1] :]
+    return Inputs(ids, embeds, tf.ensure_shape(mask, new.shape), positions, documents)
 
 
 def integers(name: str, value: Any, *, rank: int = 2) -> Tensor | None:

@@ -8,13 +8,13 @@ import mistral_tf
 from mistral_core.parameters import HEADS
 
 from .arrays import from_numpy, to_numpy
-from .layers import ATTENTION
+from .attention import available
 
 
 class _Backend:
     name = "tf"
     framework = "tensorflow"
-    attention_implementations = tuple(ATTENTION)
+    attention_implementations = available()
     to_numpy = staticmethod(to_numpy)
     from_numpy = staticmethod(from_numpy)
 

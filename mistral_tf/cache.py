@@ -89,8 +89,9 @@ def remember(
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """What the new tokens attend to, and what is kept of it.
 
-    `past` is (keys [B, R, K, H], values [B, R, K, H], length [B]) or None. Returns keys, values [B, S, K, H] and
-    order [B, S] of what is seen, and the layer's next keys and values, None without a past.
+    `past` is (keys [B, R, K, H], values [B, R, K, H], length [B]) or None; its dtype may be another than the new
+    ones'. Returns keys, values [B, S, K, H] and order [B, S] of what is seen, in the dtype of the new ones, and the
+    layer's next keys and values, None without a past.
     """
     if past is None:
         return k_BTKH, v_BTKH, order_BT, None
@@ -101,7 +102,10 @@ def remember(
     fresh = past_slots == 1  # only the spare slot: nothing is kept yet
     beside = not fresh and overwrites_visible(slots, past_slots, T, window, capacity)
     if beside:
-        seen = tf.concat([keys, k_BTKH], axis=1), tf.concat([values, v_BTKH], axis=1)
+        seen = (
+            tf.concat([tf.cast(keys, k_BTKH.dtype), k_BTKH], axis=1),
+            tf.concat([tf.cast(values, v_BTKH.dtype), v_BTKH], axis=1),
+        )
         seen_order_BS = tf.concat([slot_order(length_B, past_slots), order_BT], axis=1)
     # padding, and what a long chunk would overwrite at once, goes to the spare slot
     fits_BT = (order_BT >= 0) & (order_BT > next_length_B[:, None] - slots)
@@ -110,7 +114,8 @@ def remember(
     if fresh:
         seen, seen_order_BS = (k_BTKH, v_BTKH), order_BT
     elif not beside:
-        seen, seen_order_BS = kept, slot_order(next_length_B, slots)
+        seen = tf.cast(kept[0], k_BTKH.dtype), tf.cast(kept[1], v_BTKH.dtype)
+        seen_order_BS = slot_order(next_length_B, slots)
     return *seen, seen_order_BS, kept
 
 

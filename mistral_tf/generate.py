@@ -52,7 +52,7 @@ def generate(
             len(ids_BT),
             ids_BT.shape[1] + generation.max_new_tokens,
             rolling=generation.cache != "full",
-            dtype=model.dtype,
+            dtype=model.compute_dtype,
         )
         token_B, cache = first(tf.constant(ids_BT, tf.int32), tf.constant(mask_BT, tf.int32), cache)
         return to_numpy(token_B), (token_B, cache)

@@ -15,7 +15,7 @@ from mistral_core.outputs import (
     TokenClassifierOutput,
 )
 
-from .arrays import integers, is_traced, labels_array, to_numpy
+from .arrays import as_policy, integers, is_traced, labels_array, to_numpy
 from .generate import generate
 from .layers import Linear, last_token, project
 from .losses import classification_loss, cross_entropy, span_loss
@@ -30,16 +30,17 @@ class MistralForCausalLM(PreTrainedModel):
         self,
         config: MistralConfig,
         *,
-        attn_implementation: str = "eager",
-        dtype: Any = "float32",
+        attn_implementation: str | None = None,
+        dtype: Any = None,
         initializer: Any = None,
+        name: str | None = None,
     ) -> None:
-        super().__init__(config, dtype=dtype)
-        initializer = initializer or default_initializer(config)
-        self.model = MistralModel(config, attn_implementation=attn_implementation, dtype=dtype, initializer=initializer)
+        dtype, initializer = as_policy(dtype), initializer or default_initializer(config)
+        super().__init__(config, dtype=dtype, name=name)
         options = {"dtype": dtype, "initializer": initializer}
+        self.model = MistralModel(config, attn_implementation=attn_implementation, name="model", **options)
         tied = config.tie_word_embeddings
-        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, **options)
+        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, name="lm_head", **options)
 
     @property
     def head_weight(self) -> Tensor:
@@ -58,6 +59,7 @@ class MistralForCausalLM(PreTrainedModel):
         logits_to_keep: Any = 0,
         document_ids: Any = None,
         return_dict: bool | None = None,
+        training: bool = False,
         **options: Any,
     ) -> CausalLMOutput | tuple[Any, ...]:
         """Logits [B, T, V]; with labels [B, T], the loss of predicting each next label that is not -100.
@@ -73,6 +75,7 @@ class MistralForCausalLM(PreTrainedModel):
             inputs_embeds,
             document_ids=document_ids,
             **options,
+            training=training,
             return_dict=True,
         )
         x_BTD = out.last_hidden_state
@@ -106,14 +109,16 @@ class MistralForSequenceClassification(PreTrainedModel):
         self,
         config: MistralConfig,
         *,
-        attn_implementation: str = "eager",
-        dtype: Any = "float32",
+        attn_implementation: str | None = None,
+        dtype: Any = None,
         initializer: Any = None,
+        name: str | None = None,
     ) -> None:
-        super().__init__(config, dtype=dtype)
-        initializer = initializer or default_initializer(config)
-        self.model = MistralModel(config, attn_implementation=attn_implementation, dtype=dtype, initializer=initializer)
-        self.score = Linear(config.hidden_size, config.num_labels, dtype=dtype, initializer=initializer)
+        dtype, initializer = as_policy(dtype), initializer or default_initializer(config)
+        super().__init__(config, dtype=dtype, name=name)
+        options = {"dtype": dtype, "initializer": initializer}
+        self.model = MistralModel(config, attn_implementation=attn_implementation, name="model", **options)
+        self.score = Linear(config.hidden_size, config.num_labels, name="score", **options)
 
     def call(
         self,
@@ -126,6 +131,7 @@ class MistralForSequenceClassification(PreTrainedModel):
         *,
         document_ids: Any = None,
         return_dict: bool | None = None,
+        training: bool = False,
         **options: Any,
     ) -> SequenceClassifierOutput | tuple[Any, ...]:
         """Scores [B, C]; labels are classes [B], numbers [B] or [B, C], or many classes [B, C] by `problem_type`.
@@ -140,6 +146,7 @@ class MistralForSequenceClassification(PreTrainedModel):
             inputs_embeds,
             document_ids=document_ids,
             **options,
+            training=training,
             return_dict=True,
         )
         x_BTD = out.last_hidden_state
@@ -170,14 +177,16 @@ class MistralForTokenClassification(PreTrainedModel):
         self,
         config: MistralConfig,
         *,
-        attn_implementation: str = "eager",
-        dtype: Any = "float32",
+        attn_implementation: str | None = None,
+        dtype: Any = None,
         initializer: Any = None,
+        name: str | None = None,
     ) -> None:
-        super().__init__(config, dtype=dtype)
-        initializer = initializer or default_initializer(config)
-        self.model = MistralModel(config, attn_implementation=attn_implementation, dtype=dtype, initializer=initializer)
-        self.score = Linear(config.hidden_size, config.num_labels, bias=True, dtype=dtype, initializer=initializer)
+        dtype, initializer = as_policy(dtype), initializer or default_initializer(config)
+        super().__init__(config, dtype=dtype, name=name)
+        options = {"dtype": dtype, "initializer": initializer}
+        self.model = MistralModel(config, attn_implementation=attn_implementation, name="model", **options)
+        self.score = Linear(config.hidden_size, config.num_labels, bias=True, name="score", **options)
 
     def call(
         self,
@@ -195,9 +204,16 @@ class MistralForTokenClassification(PreTrainedModel):
     ) -> TokenClassifierOutput | tuple[Any, ...]:
         """Scores [B, T, C]; labels [B, T] are classes or -100."""
         out = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, document_ids=document_ids,
-            **options, training=training, return_dict=True,
-        )  # fmt: skip
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            document_ids=document_ids,
+            **options,
+            training=training,
+            return_dict=True,
+        )
         x_BTD = out.last_hidden_state
         if training:
             x_BTD = tf.nn.dropout(x_BTD, self.config.classifier_dropout)
@@ -218,14 +234,16 @@ class MistralForQuestionAnswering(PreTrainedModel):
         self,
         config: MistralConfig,
         *,
-        attn_implementation: str = "eager",
-        dtype: Any = "float32",
+        attn_implementation: str | None = None,
+        dtype: Any = None,
         initializer: Any = None,
+        name: str | None = None,
     ) -> None:
-        super().__init__(config, dtype=dtype)
-        initializer = initializer or default_initializer(config)
-        self.model = MistralModel(config, attn_implementation=attn_implementation, dtype=dtype, initializer=initializer)
-        self.qa_outputs = Linear(config.hidden_size, 2, bias=True, dtype=dtype, initializer=initializer)
+        dtype, initializer = as_policy(dtype), initializer or default_initializer(config)
+        super().__init__(config, dtype=dtype, name=name)
+        options = {"dtype": dtype, "initializer": initializer}
+        self.model = MistralModel(config, attn_implementation=attn_implementation, name="model", **options)
+        self.qa_outputs = Linear(config.hidden_size, 2, bias=True, name="qa_outputs", **options)
 
     def call(
         self,
@@ -239,6 +257,7 @@ class MistralForQuestionAnswering(PreTrainedModel):
         *,
         document_ids: Any = None,
         return_dict: bool | None = None,
+        training: bool = False,
         **options: Any,
     ) -> QuestionAnsweringOutput | tuple[Any, ...]:
         """Scores [B, T] of each token as start and as end; positions [B] beyond the text are not counted."""
@@ -250,6 +269,7 @@ class MistralForQuestionAnswering(PreTrainedModel):
             inputs_embeds,
             document_ids=document_ids,
             **options,
+            training=training,
             return_dict=True,
         )
         logits = project(out.last_hidden_state, self.qa_outputs.weight, self.qa_outputs.bias)

@@ -14,52 +14,61 @@ from tensorflow import Tensor
 from mistral_core import MistralConfig
 from mistral_core.rope import rotary_table
 
+from .attention import attend, checked
 from .cache import remember
 
 
 class Layer(keras.layers.Layer):
     """A Keras layer whose inputs keep their dtypes (cos, sin and caches among them) and whose weights exist at once."""
 
-    def __init__(self, *, dtype: Any, **options: Any) -> None:
-        super().__init__(dtype=dtype, autocast=False, **options)
+    def __init__(self, *, dtype: Any, name: str | None = None) -> None:
+        super().__init__(dtype=dtype, name=name, autocast=False)
         self.built = True
+
+    def replace_weight(self, rows: Any) -> None:
+        """Hold another number of rows."""
+        del self.weight  # which Keras tracks, and an assignment alone does not undo
+        self.weight = self.add_weight(shape=rows.shape, initializer="zeros", name="weight")
+        self.weight.assign(rows)
 
 
 class Linear(Layer):
-    """x W^T + b, with W [out, in] as in every checkpoint."""
+    """x W^T + b in the dtype of x, with W [out, in] as in every checkpoint."""
 
-    def __init__(self, size_in: int, size_out: int, *, bias: bool = False, dtype: Any, initializer: Any) -> None:
-        super().__init__(dtype=dtype)
+    def __init__(
+        self, size_in: int, size_out: int, *, bias: bool = False, dtype: Any, initializer: Any, name: str | None = None
+    ) -> None:
+        super().__init__(dtype=dtype, name=name)
         self.weight = self.add_weight(shape=(size_out, size_in), initializer=initializer, name="weight")
         self.bias = self.add_weight(shape=(size_out,), initializer="zeros", name="bias") if bias else None
 
     def call(self, x: Tensor) -> Tensor:
-        return matmul(x, tf.convert_to_tensor(self.weight))
+        return matmul(x, tf.cast(self.weight, x.dtype))
 
 
 class Embedding(Layer):
-    """The rows [V, D] that token ids pick."""
+    """The rows [V, D] that token ids pick, in the dtype that the model computes in."""
 
-    def __init__(self, size: int, width: int, *, dtype: Any, initializer: Any) -> None:
-        super().__init__(dtype=dtype)
+    def __init__(self, size: int, width: int, *, dtype: Any, initializer: Any, name: str | None = None) -> None:
+        super().__init__(dtype=dtype, name=name)
         self.weight = self.add_weight(shape=(size, width), initializer=initializer, name="weight")
 
     def call(self, ids_BT: Tensor) -> Tensor:
-        return tf.gather(tf.convert_to_tensor(self.weight), ids_BT)
+        return tf.cast(tf.gather(tf.convert_to_tensor(self.weight), ids_BT), self.compute_dtype)
 
 
 class RMSNorm(Layer):
     """x / sqrt(mean(x^2) + eps) in float32, cast to the dtype of x, then times the weight [D]."""
 
-    def __init__(self, size: int, eps: float, *, dtype: Any) -> None:
-        super().__init__(dtype=dtype)
+    def __init__(self, size: int, eps: float, *, dtype: Any, name: str | None = None) -> None:
+        super().__init__(dtype=dtype, name=name)
         self.weight = self.add_weight(shape=(size,), initializer="ones", name="weight")
         self.eps = eps
 
     def call(self, x_BTD: Tensor) -> Tensor:
         h = tf.cast(x_BTD, tf.float32)
         h = h * tf.math.rsqrt(tf.reduce_mean(tf.square(h), -1, keepdims=True) + self.eps)
-        return tf.cast(h, x_BTD.dtype) * tf.convert_to_tensor(self.weight)
+        return tf.cast(h, x_BTD.dtype) * tf.cast(self.weight, x_BTD.dtype)
 
 
 def matmul(x: Tensor, weight: Tensor) -> Tensor:
@@ -92,23 +101,6 @@ def cummax(x_BT: Tensor) -> Tensor:
     return tf.reduce_max(tf.where(earlier, x_BT[:, None, :], x_BT.dtype.min), axis=-1)
 
 
-def attention_mask(
-    query_order_BT: Tensor,
-    key_order_BS: Tensor,
-    window: int | None,
-    *,
-    document_ids_BT: Tensor | None = None,
-) -> Tensor:
-    """[B, T, S] bool: a query sees the W keys up to itself, counted in real tokens, of its own document."""
-    query, key = query_order_BT[:, :, None], key_order_BS[:, None, :]
-    visible = (key >= 0) & (key <= query)
-    if window is not None:
-        visible = visible & (query - key < window)
-    if document_ids_BT is not None:
-        visible = visible & (document_ids_BT[:, :, None] == document_ids_BT[:, None, :])
-    return visible
-
-
 def rotary(position_BT: Tensor, config: MistralConfig) -> tuple[Tensor, Tensor]:
     """cos and sin [B, T, H/2] in float32, whatever the dtype of the model."""
     table = rotary_table(config)
@@ -124,60 +116,34 @@ def rotate(x_BTNH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> Tensor:
     return tf.cast(tf.concat([first * cos - second * sin, second * cos + first * sin], axis=-1), x_BTNH.dtype)
 
 
-def attend(
-    q_BTNH: Tensor,
-    k_BSKH: Tensor,
-    v_BSKH: Tensor,
-    visible_BTS: Tensor,
-    *,
-    implementation: str = "eager",
-    dropout: float = 0.0,
-) -> tuple[Tensor, Tensor | None]:
-    """softmax(q k / sqrt(H)) v [B, T, N, H], and the weights [B, N, T, S] where the implementation has them."""
-    return ATTENTION[implementation](q_BTNH, k_BSKH, v_BSKH, visible_BTS, dropout)
-
-
-def attend_eager(
-    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, visible_BTS: Tensor, dropout: float
-) -> tuple[Tensor, Tensor | None]:
-    """The formula: scores and softmax in float32, weights in the dtype of v."""
-    N, H = q_BTNH.shape[2:]
-    K = k_BSKH.shape[2]
-    B, T, S = tf.unstack(tf.shape(visible_BTS))
-    q_BTKGH = tf.reshape(tf.cast(q_BTNH, tf.float32), [B, T, K, N // K, H])
-    scores = tf.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, tf.cast(k_BSKH, tf.float32)) * H**-0.5
-    visible = visible_BTS[:, None, None]
-    # the lowest float, not -inf: a row that sees nothing stays finite, in its gradient too
-    weights = tf.nn.softmax(tf.where(visible, scores, scores.dtype.min), axis=-1)
-    weights = tf.cast(tf.where(visible, weights, 0), v_BSKH.dtype)
-    dropped = tf.nn.dropout(weights, dropout) if dropout else weights
-    o_BTKGH = tf.einsum("BKGTS,BSKH->BTKGH", dropped, v_BSKH)
-    return tf.reshape(o_BTKGH, [B, T, N, H]), tf.reshape(weights, [B, N, T, S])
-
-
-ATTENTION = {"eager": attend_eager}
-
-
 class Attention(Layer):
     """Grouped-query attention: project, rotate, remember, attend, project back."""
 
     def __init__(
-        self, config: MistralConfig, window: int | None, implementation: str, *, dtype: Any, initializer: Any
+        self,
+        config: MistralConfig,
+        window: int | None,
+        implementation: str | None,
+        *,
+        dtype: Any,
+        initializer: Any,
+        name: str | None = None,
     ) -> None:
-        super().__init__(dtype=dtype)
+        super().__init__(dtype=dtype, name=name)
         D, N, K, H = (
             config.hidden_size,
             config.num_attention_heads,
             config.num_key_value_heads,
             config.head_dim,
         )
-        self.q_proj = Linear(D, N * H, dtype=dtype, initializer=initializer)
-        self.k_proj = Linear(D, K * H, dtype=dtype, initializer=initializer)
-        self.v_proj = Linear(D, K * H, dtype=dtype, initializer=initializer)
-        self.o_proj = Linear(N * H, D, dtype=dtype, initializer=initializer)
+        options = {"dtype": dtype, "initializer": initializer}
+        self.q_proj = Linear(D, N * H, name="q_proj", **options)
+        self.k_proj = Linear(D, K * H, name="k_proj", **options)
+        self.v_proj = Linear(D, K * H, name="v_proj", **options)
+        self.o_proj = Linear(N * H, D, name="o_proj", **options)
         self.heads, self.key_value_heads, self.head_dim = N, K, H
         self.window = window
-        self.implementation = implementation
+        self.implementation = checked(implementation)
         self.dropout = config.attention_dropout
 
     def call(
@@ -190,7 +156,7 @@ class Attention(Layer):
         capacity: int | None = None,
         document_ids: Tensor | None = None,
         output_attentions: bool = False,
-        training: bool = False,
+        seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
         B, T = tf.unstack(tf.shape(order_BT))
         q_BTNH = rotate(tf.reshape(self.q_proj(x_BTD), [B, T, self.heads, self.head_dim]), *cos_sin)
@@ -199,14 +165,17 @@ class Attention(Layer):
         k_BSKH, v_BSKH, key_order_BS, kept = remember(
             k_BTKH, v_BTKH, order_BT, past=past, window=self.window, capacity=capacity
         )
-        visible_BTS = attention_mask(order_BT, key_order_BS, self.window, document_ids_BT=document_ids)
         o_BTNH, weights = attend(
             q_BTNH,
             k_BSKH,
             v_BSKH,
-            visible_BTS,
+            order_BT,
+            key_order_BS,
+            window=self.window,
+            document_ids=document_ids,
             implementation="eager" if output_attentions else self.implementation,
-            dropout=self.dropout if training else 0.0,
+            dropout=self.dropout,
+            seed=seed,
         )
         return self.o_proj(tf.reshape(o_BTNH, [B, T, self.heads * self.head_dim])), weights, kept
 
@@ -214,12 +183,13 @@ class Attention(Layer):
 class MLP(Layer):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: MistralConfig, *, dtype: Any, initializer: Any) -> None:
-        super().__init__(dtype=dtype)
+    def __init__(self, config: MistralConfig, *, dtype: Any, initializer: Any, name: str | None = None) -> None:
+        super().__init__(dtype=dtype, name=name)
         D, F = config.hidden_size, config.intermediate_size
-        self.gate_proj = Linear(D, F, dtype=dtype, initializer=initializer)
-        self.up_proj = Linear(D, F, dtype=dtype, initializer=initializer)
-        self.down_proj = Linear(F, D, dtype=dtype, initializer=initializer)
+        options = {"dtype": dtype, "initializer": initializer}
+        self.gate_proj = Linear(D, F, name="gate_proj", **options)
+        self.up_proj = Linear(D, F, name="up_proj", **options)
+        self.down_proj = Linear(F, D, name="down_proj", **options)
 
     def call(self, x_BTD: Tensor) -> Tensor:
         return self.down_proj(silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
@@ -234,13 +204,23 @@ class DecoderLayer(Layer):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(
-        self, config: MistralConfig, window: int | None, implementation: str, *, dtype: Any, initializer: Any
+        self,
+        config: MistralConfig,
+        window: int | None,
+        implementation: str | None,
+        *,
+        dtype: Any,
+        initializer: Any,
+        name: str | None = None,
     ) -> None:
-        super().__init__(dtype=dtype)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
-        self.self_attn = Attention(config, window, implementation, dtype=dtype, initializer=initializer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
-        self.mlp = MLP(config, dtype=dtype, initializer=initializer)
+        super().__init__(dtype=dtype, name=name)
+        options = {"dtype": dtype, "initializer": initializer}
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, name="input_layernorm")
+        self.self_attn = Attention(config, window, implementation, name="self_attn", **options)
+        self.post_attention_layernorm = RMSNorm(
+            config.hidden_size, config.rms_norm_eps, dtype=dtype, name="post_attention_layernorm"
+        )
+        self.mlp = MLP(config, name="mlp", **options)
 
     def call(
         self,
@@ -252,7 +232,7 @@ class DecoderLayer(Layer):
         capacity: int | None = None,
         document_ids: Tensor | None = None,
         output_attentions: bool = False,
-        training: bool = False,
+        seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
         h, weights, kept = self.self_attn(
             self.input_layernorm(x_BTD),
@@ -262,7 +242,7 @@ class DecoderLayer(Layer):
             capacity=capacity,
             document_ids=document_ids,
             output_attentions=output_attentions,
-            training=training,
+            seed=seed,
         )
         x_BTD = x_BTD + h
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), weights, kept

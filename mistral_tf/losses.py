@@ -22,12 +22,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, ignore: int = -100) -> Tens
 
 def classification_loss(config: MistralConfig, logits: Tensor, labels: Tensor) -> Tensor:
     """By problem_type; without one, a single label is regression, integers are classes, floats are many classes."""
-    kind = config.problem_type
-    if kind is None and config.num_labels == 1:
-        kind = "regression"
-    if kind is None:
-        floats = labels.dtype.is_floating
-        kind = "multi_label_classification" if floats else "single_label_classification"
+    kind = config.problem(float_labels=labels.dtype.is_floating)
     if kind == "regression":
         return tf.reduce_mean(tf.square(tf.reshape(logits, tf.shape(labels)) - tf.cast(labels, tf.float32)))
     if kind == "single_label_classification":

@@ -9,8 +9,9 @@ import tensorflow as tf
 from mistral_core import MistralConfig
 from mistral_core.outputs import ModelOutput
 
-from .arrays import model_inputs
+from .arrays import as_policy, model_inputs
 from .cache import KVCache
+from .checkpointing import checkpointed
 from .layers import DecoderLayer, Embedding, RMSNorm, rotary, token_order, token_positions
 from .weights import PreTrainedModel, default_initializer
 
@@ -22,19 +23,22 @@ class MistralModel(PreTrainedModel):
         self,
         config: MistralConfig,
         *,
-        attn_implementation: str = "eager",
-        dtype: Any = "float32",
+        attn_implementation: str | None = None,
+        dtype: Any = None,
         initializer: Any = None,
+        name: str | None = None,
     ) -> None:
-        super().__init__(config, dtype=dtype)
-        initializer = initializer or default_initializer(config)
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, initializer=initializer)
+        dtype, initializer = as_policy(dtype), initializer or default_initializer(config)
+        super().__init__(config, dtype=dtype, name=name)
+        options = {"dtype": dtype, "initializer": initializer}
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, name="embed_tokens", **options)
         # `layers` is Keras' own name for a model's direct parts
         self.decoder_layers = [
-            DecoderLayer(config, window, attn_implementation, dtype=dtype, initializer=initializer)
-            for window in config.layer_windows
+            DecoderLayer(config, window, attn_implementation, name=f"layers_{index}", **options)
+            for index, window in enumerate(config.layer_windows)
         ]
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, name="norm")
+        self.gradient_checkpointing: dict[str, Any] | None = None
 
     def call(
         self,
@@ -66,10 +70,13 @@ class MistralModel(PreTrainedModel):
             inputs_embeds,
             document_ids,
         )
-        x_BTD = self.embed_tokens(inputs.input_ids) if inputs.inputs_embeds is None else inputs.inputs_embeds
+        if inputs.inputs_embeds is None:
+            x_BTD = self.embed_tokens(inputs.input_ids)
+        else:
+            x_BTD = tf.cast(inputs.inputs_embeds, self.compute_dtype)
         past = past_key_values
-        if use_cache is None:
-            use_cache = config.use_cache and not training and document_ids is None
+        if use_cache is None:  # a ring's size is static: a text of unknown length has no room in it
+            use_cache = config.use_cache and not training and document_ids is None and x_BTD.shape[1] is not None
         if past is None and use_cache:
             past = KVCache.allocate(config, tf.shape(x_BTD)[0], dtype=x_BTD.dtype)
         length_B = tf.zeros_like(inputs.attention_mask[:, 0]) if past is None else past.length
@@ -81,7 +88,10 @@ class MistralModel(PreTrainedModel):
         with_attentions = config.output_attentions if output_attentions is None else output_attentions
 
         hidden_states, attentions, kept = [x_BTD], [], []
+        seeds = dropout_seeds(config, training)
         for index, layer in enumerate(self.decoder_layers):
+            if self.gradient_checkpointing is not None and training:
+                layer = checkpointed(layer, self.gradient_checkpointing)
             x_BTD, weights, keys_values = layer(
                 x_BTD,
                 cos_sin,
@@ -90,7 +100,7 @@ class MistralModel(PreTrainedModel):
                 capacity=None if past is None else past.capacity,
                 document_ids=inputs.document_ids,
                 output_attentions=with_attentions,
-                training=training,
+                seed=seeds[index],
             )
             hidden_states.append(x_BTD)
             attentions.append(weights)
@@ -110,3 +120,13 @@ class MistralModel(PreTrainedModel):
             tuple(attentions) if with_attentions else None,
         )
         return self.returned(output, return_dict)
+
+
+def dropout_seeds(config: MistralConfig, training: bool) -> list[Any]:
+    """A seed [2] for each layer from TensorFlow's generator; Nones where nothing is dropped.
+
+    Drawn outside of the layers: one that is computed again for its gradients must drop the same weights.
+    """
+    if not training or not config.attention_dropout:
+        return [None] * config.num_hidden_layers
+    return tf.unstack(tf.random.uniform([config.num_hidden_layers, 2], maxval=2**31 - 1, dtype=tf.int32))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-import inspect
+import math
 import os
 from collections.abc import Iterator
 from typing import Any, Self
@@ -13,26 +14,23 @@ import numpy as np
 import tensorflow as tf
 
 from mistral_core import GenerationConfig, MistralConfig
-from mistral_core.parameters import BASE_PREFIX, parameters
+from mistral_core.errors import ConfigError
+from mistral_core.parameters import BASE_PREFIX, parameters, shapes
 from mistral_core.weights import pretrained
+from mistral_core.weights.hf_arguments import check_saving, translated
+from mistral_core.weights.resizing import VOCABULARY, resized_config, resized_rows
 
-from .arrays import as_dtype, to_numpy
+from .arrays import as_device, as_policy, to_numpy
+from .fit import KerasModel
 
 
-class PreTrainedModel(keras.Model):
+class PreTrainedModel(KerasModel):
     """A Mistral class: its config, and its way to and from checkpoints."""
 
-    def __init__(self, config: MistralConfig, *, dtype: Any = "float32") -> None:
-        super().__init__(dtype=as_dtype(dtype).name, autocast=False)
-        self.built = True
-        self.config = config
+    def __init__(self, config: MistralConfig, *, dtype: Any = None, name: str | None = None) -> None:
+        super().__init__(dtype=as_policy(dtype), name=name)
+        self._config = copy.copy(config)
         self.generation_config = GenerationConfig.from_model_config(config)
-
-    def __call__(self, *arrays: Any, **options: Any) -> Any:
-        """Call with lists, NumPy arrays or tensors; Keras takes no lists by position."""
-        names = list(inspect.signature(self.call).parameters)
-        given = {**dict(zip(names, arrays, strict=False)), **options}
-        return super().__call__(**given)
 
     @classmethod
     def from_pretrained(
@@ -41,32 +39,37 @@ class PreTrainedModel(keras.Model):
         *,
         config: MistralConfig | None = None,
         dtype: Any = None,
-        device: str | None = None,
-        attn_implementation: str = "eager",
+        device: Any = None,
+        attn_implementation: str | None = None,
         seed: int = 0,
         verify: str = "sizes",
         **options: Any,
     ) -> Self:
         """Load a checkpoint directory or hub id, one tensor at a time; without `dtype`, in the file's own.
 
-        `options` are hub arguments (revision, cache_dir, token, local_files_only) and fields of the config to
-        replace. A head that the file lacks is initialised from `seed` with one warning. Raises CheckpointError,
-        ConfigError or HubError and their kind.
+        `options` are hub arguments (revision, cache_dir, token, local_files_only), fields of the config to replace,
+        and transformers' names of these arguments (torch_dtype, device_map). `dtype` may be a policy: parameters then
+        come in its variable dtype. A head that the file lacks is initialised from `seed` with one warning. Raises
+        CheckpointError, ConfigError or HubError and their kind.
         """
+        given = translated(options, dtype=dtype, device=device, attn_implementation=attn_implementation)
+        dtype, device = given.pop("dtype"), as_device(given.pop("device"))
+        attn_implementation = given.pop("attn_implementation")
+        policy = None if dtype is None else as_policy(dtype)
         loaded = pretrained.load(
             path,
             cls.__name__,
             config=config,
-            dtype=None if dtype is None else _name(dtype),
+            dtype=None if policy is None else policy.variable_dtype,
             seed=seed,
             verify=verify,
-            **options,
+            **given,
         )
         with tf.device(device):
             model = cls(
                 loaded.config,
                 attn_implementation=attn_implementation,
-                dtype=loaded.config.dtype or "float32",
+                dtype=policy or loaded.config.dtype or "float32",
                 initializer="zeros",
             )
             for name, array in loaded.tensors:
@@ -76,12 +79,19 @@ class PreTrainedModel(keras.Model):
         return model
 
     def save_pretrained(
-        self, directory: str | os.PathLike[str], *, max_shard_size: str | int = "5GB", overwrite: bool = True
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        max_shard_size: str | int = "5GB",
+        overwrite: bool = True,
+        **options: Any,
     ) -> None:
         """Write config, generation config and safetensors in one atomic step, verified before the swap.
 
-        Files of other kinds that are already there stay. Raises ConversionError and its kind.
+        Files of other kinds that are already there stay. `options` are transformers' (safe_serialization=True); what
+        they ask for and is not here raises UnsupportedFeatureError. Raises ConversionError and its kind.
         """
+        check_saving(options)
         pretrained.save(
             directory,
             self.config,
@@ -107,14 +117,98 @@ class PreTrainedModel(keras.Model):
             self.set_parameter(name, arrays[name])
         return self
 
+    # What training scripts written for transformers call
+
+    def num_parameters(self, *, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many numbers the model has; tied ones count once."""
+        embedding = self.get_input_embeddings().weight
+        return sum(
+            math.prod(variable.shape)
+            for variable in (self.trainable_weights if only_trainable else self.weights)
+            if not (exclude_embeddings and variable is embedding)
+        )
+
+    def get_input_embeddings(self) -> Any:
+        """The embedding of token ids."""
+        return self.base_model.embed_tokens
+
+    def set_input_embeddings(self, value: Any) -> None:
+        """Replace the embedding of token ids."""
+        self.base_model._replace_layer("embed_tokens", value)
+
+    def get_output_embeddings(self) -> Any:
+        """The projection to the vocabulary; None where the class has none."""
+        head = getattr(self, "lm_head", None)
+        return self.get_input_embeddings() if head is None and hasattr(self, "lm_head") else head
+
+    def set_output_embeddings(self, value: Any) -> None:
+        """Replace the projection to the vocabulary."""
+        self._replace_layer("lm_head", value)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None) -> Any:
+        """Give embedding and head rows for another number of tokens: old rows keep their bits, new ones are their mean.
+
+        None keeps the number, to be rounded up to a multiple. Changes `config.vocab_size`; optimizers made before
+        hold the old parameters. Raises ConfigError.
+        """
+        config = resized_config(self.config, new_num_tokens, pad_to_multiple_of)
+        if config.vocab_size != self.config.vocab_size:
+            for name in VOCABULARY & shapes(config, type(self).__name__).keys():
+                rows = resized_rows(to_numpy(self._parameter(name)), config.vocab_size)
+                self._owner(name).replace_weight(rows)
+            self.config.vocab_size = config.vocab_size
+        return self.get_input_embeddings()
+
+    def tie_weights(self) -> None:
+        """Make tied tensors one; they always are."""
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """In training, keep only each layer's input and compute the layer again for its gradients.
+
+        `tf.recompute_grad`, which does it, has no keywords. Raises ConfigError for any.
+        """
+        if gradient_checkpointing_kwargs:
+            raise ConfigError(f"gradient_checkpointing_kwargs: {sorted(gradient_checkpointing_kwargs)}, none expected.")
+        self.base_model.gradient_checkpointing = {}
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        self.base_model.gradient_checkpointing = None
+
+    @property
+    def base_model(self) -> Any:
+        """The MistralModel inside, or itself."""
+        return getattr(self, "model", self)
+
     def returned(self, output: Any, return_dict: bool | None) -> Any:
         """The output as asked for: by name, or as a plain tuple without the Nones."""
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
+    @property
+    def config(self) -> MistralConfig:
+        """Sizes and numbers, the model's own copy; an assignment to a field is checked."""
+        return self.base_model._config
+
+    @config.setter
+    def config(self, config: MistralConfig) -> None:
+        self.base_model._config = copy.copy(config)
+
+    @property
+    def device(self) -> str:
+        """Where the parameters are."""
+        return tf.convert_to_tensor(self.base_model.norm.weight).device
+
     def _parameter(self, name: str) -> keras.Variable:
-        """The bare model's own names lack the `model.` in front."""
+        return self._owner(name).weight if name.endswith(".weight") else self._owner(name).bias
+
+    def _owner(self, name: str) -> Any:
+        """The layer of a parameter; the bare model's own names lack the `model.` in front."""
         path = name.removeprefix(BASE_PREFIX) if type(self).__name__ == "MistralModel" else name
-        return functools.reduce(_child, path.split("."), self)
+        return functools.reduce(_child, path.split(".")[:-1], self)
+
+    def _replace_layer(self, name: str, value: Any) -> None:
+        self._tracker.untrack(getattr(self, name))  # which an assignment alone does not
+        setattr(self, name, value)
 
 
 def _child(node: Any, key: str) -> Any:
@@ -126,7 +220,3 @@ def _child(node: Any, key: str) -> Any:
 def default_initializer(config: MistralConfig) -> keras.initializers.Initializer:
     """normal(0, initializer_range)."""
     return keras.initializers.RandomNormal(stddev=config.initializer_range)
-
-
-def _name(dtype: Any) -> str:
-    return as_dtype(dtype).name

@@ -1,7 +1,14 @@
 """Mistral in PyTorch: the mirror of mistral_flax and mistral_tf."""
 
-from mistral_core import GenerationConfig, MistralConfig, MistralTokenizer
+from mistral_core import AutoConfig, AutoTokenizer, GenerationConfig, MistralConfig, MistralTokenizer
 
+from .auto import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from .cache import KVCache
 from .heads import (
     MistralForCausalLM,
@@ -12,6 +19,13 @@ from .heads import (
 from .model import MistralModel
 
 __all__ = [
+    "AutoConfig",
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoTokenizer",
     "GenerationConfig",
     "KVCache",
     "MistralConfig",

@@ -30,6 +30,13 @@ def as_dtype(dtype: Any) -> torch.dtype:
     return DTYPES[name]
 
 
+def as_device(device: Any) -> torch.device | None:
+    """A torch device from itself, its name, a GPU's number, or "auto": the first GPU if there is one."""
+    if device == "auto":
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return None if device is None else torch.device(device)
+
+
 def to_numpy(array: Tensor) -> np.ndarray:
     """A tensor as NumPy, bits kept: bfloat16 travels as its 16 bits."""
     array = array.detach().cpu()

@@ -90,8 +90,9 @@ def remember(
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """What the new tokens attend to, and what is kept of it.
 
-    `past` is (keys [B, R, K, H], values [B, R, K, H], length [B]) or None. Returns keys, values [B, S, K, H] and
-    order [B, S] of what is seen, and the layer's next keys and values, None without a past.
+    `past` is (keys [B, R, K, H], values [B, R, K, H], length [B]) or None; its dtype may be another than the new
+    ones'. Returns keys, values [B, S, K, H] and order [B, S] of what is seen, in the dtype of the new ones, and the
+    layer's next keys and values, None without a past.
     """
     if past is None:
         return k_BTKH, v_BTKH, order_BT, None
@@ -102,7 +103,7 @@ def remember(
     fresh = past_slots == 1  # only the spare slot: nothing is kept yet
     beside = not fresh and overwrites_visible(slots, past_slots, T, window, capacity)
     if beside:  # joined before the write, which may reuse the memory
-        seen = torch.cat([keys, k_BTKH], dim=1), torch.cat([values, v_BTKH], dim=1)
+        seen = torch.cat([keys.to(k_BTKH.dtype), k_BTKH], dim=1), torch.cat([values.to(v_BTKH.dtype), v_BTKH], dim=1)
         seen_order_BS = torch.cat([slot_order(length_B, past_slots), order_BT], dim=1)
     # padding, and what a long chunk would overwrite at once, goes to the spare slot
     fits_BT = (order_BT >= 0) & (order_BT > next_length_B[:, None] - slots)
@@ -111,7 +112,8 @@ def remember(
     if fresh:
         seen, seen_order_BS = (k_BTKH, v_BTKH), order_BT
     elif not beside:
-        seen, seen_order_BS = kept, slot_order(next_length_B, slots)
+        seen = kept[0].to(k_BTKH.dtype), kept[1].to(v_BTKH.dtype)
+        seen_order_BS = slot_order(next_length_B, slots)
     return *seen, seen_order_BS, kept
 
 

@@ -27,7 +27,7 @@ from .weights import PreTrainedModel
 class MistralForCausalLM(PreTrainedModel):
     """Predicts the next token."""
 
-    def __init__(self, config: MistralConfig, *, attn_implementation: str = "sdpa") -> None:
+    def __init__(self, config: MistralConfig, *, attn_implementation: str | None = None) -> None:
         super().__init__(config)
         self.model = MistralModel(config, attn_implementation=attn_implementation)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -85,6 +85,19 @@ class MistralForCausalLM(PreTrainedModel):
         """Continue token ids [B, T] greedily to [B, T + new]; see `mistral_torch.generate.generate`."""
         return generate(self, input_ids, attention_mask=attention_mask, **options)
 
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *, past_key_values: Any = None, attention_mask: Any = None, **options: Any
+    ) -> dict[str, Any]:
+        """The arguments of the next call of a decode loop written for transformers: with a past, the last ids alone."""
+        ids = input_ids if past_key_values is None else input_ids[:, -1:]
+        return {
+            "input_ids": ids,
+            "past_key_values": past_key_values,
+            "attention_mask": attention_mask,
+            "use_cache": True,
+            **options,
+        }
+
 
 def _kept(x: Tensor, logits_to_keep: Any) -> Tensor:
     if isinstance(logits_to_keep, int):
@@ -95,7 +108,7 @@ def _kept(x: Tensor, logits_to_keep: Any) -> Tensor:
 class MistralForSequenceClassification(PreTrainedModel):
     """One set of scores for each row, read at its last real token."""
 
-    def __init__(self, config: MistralConfig, *, attn_implementation: str = "sdpa") -> None:
+    def __init__(self, config: MistralConfig, *, attn_implementation: str | None = None) -> None:
         super().__init__(config)
         self.model = MistralModel(config, attn_implementation=attn_implementation)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
@@ -151,7 +164,7 @@ class MistralForSequenceClassification(PreTrainedModel):
 class MistralForTokenClassification(PreTrainedModel):
     """One set of scores for each token."""
 
-    def __init__(self, config: MistralConfig, *, attn_implementation: str = "sdpa") -> None:
+    def __init__(self, config: MistralConfig, *, attn_implementation: str | None = None) -> None:
         super().__init__(config)
         self.model = MistralModel(config, attn_implementation=attn_implementation)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
@@ -195,7 +208,7 @@ class MistralForTokenClassification(PreTrainedModel):
 class MistralForQuestionAnswering(PreTrainedModel):
     """Where an answer starts and ends."""
 
-    def __init__(self, config: MistralConfig, *, attn_implementation: str = "sdpa") -> None:
+    def __init__(self, config: MistralConfig, *, attn_implementation: str | None = None) -> None:
         super().__init__(config)
         self.model = MistralModel(config, attn_implementation=attn_implementation)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)

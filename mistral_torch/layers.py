@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mistral_core import MistralConfig
 from mistral_core.rope import rotary_table
 
+from .attention import attend, checked
 from .cache import remember
 
 
@@ -45,23 +46,6 @@ def token_positions(attention_mask_BT: Tensor, past_length_B: Tensor, document_i
     return position - torch.where(starts, position, 0).cummax(1).values
 
 
-def attention_mask(
-    query_order_BT: Tensor,
-    key_order_BS: Tensor,
-    window: int | None,
-    *,
-    document_ids_BT: Tensor | None = None,
-) -> Tensor:
-    """[B, T, S] bool: a query sees the W keys up to itself, counted in real tokens, of its own document."""
-    query, key = query_order_BT[:, :, None], key_order_BS[:, None, :]
-    visible = (key >= 0) & (key <= query)
-    if window is not None:
-        visible = visible & (query - key < window)
-    if document_ids_BT is not None:
-        visible = visible & (document_ids_BT[:, :, None] == document_ids_BT[:, None, :])
-    return visible
-
-
 def rotary(position_BT: Tensor, config: MistralConfig) -> tuple[Tensor, Tensor]:
     """cos and sin [B, T, H/2] in float32, whatever the dtype of the model."""
     table = rotary_table(config)
@@ -75,50 +59,6 @@ def rotate(x_BTNH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> Tensor:
     first, second = x_BTNH.float().chunk(2, dim=-1)
     cos, sin = cos_BTH[:, :, None, :], sin_BTH[:, :, None, :]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BTNH.dtype)
-
-
-def attend(
-    q_BTNH: Tensor,
-    k_BSKH: Tensor,
-    v_BSKH: Tensor,
-    visible_BTS: Tensor,
-    *,
-    implementation: str = "eager",
-    dropout: float = 0.0,
-) -> tuple[Tensor, Tensor | None]:
-    """softmax(q k / sqrt(H)) v [B, T, N, H], and the weights [B, N, T, S] where the implementation has them."""
-    return ATTENTION[implementation](q_BTNH, k_BSKH, v_BSKH, visible_BTS, dropout)
-
-
-def attend_eager(
-    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, visible_BTS: Tensor, dropout: float
-) -> tuple[Tensor, Tensor | None]:
-    """The formula: scores and softmax in float32, weights in the dtype of v."""
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores = torch.einsum("BTKGH,BSKH->BKGTS", q_BTKGH.float(), k_BSKH.float()) * H**-0.5
-    visible = visible_BTS[:, None, None]
-    # the lowest float, not -inf: a row that sees nothing stays finite, in its gradient too
-    weights = torch.softmax(scores.masked_fill(~visible, torch.finfo(scores.dtype).min), dim=-1)
-    weights = weights.masked_fill(~visible, 0).to(v_BSKH.dtype)
-    dropped = F.dropout(weights, dropout) if dropout else weights
-    o_BTKGH = torch.einsum("BKGTS,BSKH->BTKGH", dropped, v_BSKH)
-    return o_BTKGH.reshape(B, T, N, H), weights.reshape(B, N, T, -1)
-
-
-def attend_sdpa(
-    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, visible_BTS: Tensor, dropout: float
-) -> tuple[Tensor, Tensor | None]:
-    """torch's fused scaled_dot_product_attention; it never builds the weights."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
-    o = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=visible_BTS[:, None], dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return o.transpose(1, 2), None
-
-
-ATTENTION = {"eager": attend_eager, "sdpa": attend_sdpa}
 
 
 class Attention(nn.Module):
@@ -138,7 +78,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(N * H, D, bias=False)
         self.head_dim = H
         self.window = window
-        self.implementation = implementation
+        self.implementation = checked(implementation)
         self.dropout = config.attention_dropout
 
     def forward(
@@ -159,12 +99,14 @@ class Attention(nn.Module):
         k_BSKH, v_BSKH, key_order_BS, kept = remember(
             k_BTKH, v_BTKH, order_BT, past=past, window=self.window, capacity=capacity
         )
-        visible_BTS = attention_mask(order_BT, key_order_BS, self.window, document_ids_BT=document_ids)
         o_BTNH, weights = attend(
             q_BTNH,
             k_BSKH,
             v_BSKH,
-            visible_BTS,
+            order_BT,
+            key_order_BS,
+            window=self.window,
+            document_ids=document_ids,
             implementation="eager" if output_attentions else self.implementation,
             dropout=self.dropout if self.training else 0.0,
         )
@@ -220,7 +162,8 @@ class DecoderLayer(nn.Module):
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A head's product x W^T + b, accumulated and returned in float32."""
-    return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
 
 
 def last_token(attention_mask_BT: Tensor) -> Tensor:

@@ -22,11 +22,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, ignore: int = -100) -> Tens
 
 def classification_loss(config: MistralConfig, logits: Tensor, labels: Tensor) -> Tensor:
     """By problem_type; without one, a single label is regression, integers are classes, floats are many classes."""
-    kind = config.problem_type
-    if kind is None and config.num_labels == 1:
-        kind = "regression"
-    if kind is None:
-        kind = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+    kind = config.problem(float_labels=labels.is_floating_point())
     if kind == "regression":
         return (logits.reshape(labels.shape) - labels.float()).square().mean()
     if kind == "single_label_classification":

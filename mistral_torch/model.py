@@ -12,6 +12,7 @@ from mistral_core.outputs import ModelOutput
 
 from .arrays import model_inputs
 from .cache import KVCache
+from .checkpointing import checkpointed
 from .layers import DecoderLayer, RMSNorm, rotary, token_order, token_positions
 from .weights import PreTrainedModel
 
@@ -19,13 +20,14 @@ from .weights import PreTrainedModel
 class MistralModel(PreTrainedModel):
     """The body shared by every head: token ids to hidden states."""
 
-    def __init__(self, config: MistralConfig, *, attn_implementation: str = "sdpa") -> None:
+    def __init__(self, config: MistralConfig, *, attn_implementation: str | None = None) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, window, attn_implementation) for window in config.layer_windows
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing: dict[str, Any] | None = None
         self.initialise()
 
     def forward(
@@ -74,6 +76,8 @@ class MistralModel(PreTrainedModel):
 
         hidden_states, attentions, kept = [x_BTD], [], []
         for index, layer in enumerate(self.layers):
+            if self.gradient_checkpointing is not None and self.training:
+                layer = checkpointed(layer, self.gradient_checkpointing)
             x_BTD, weights, keys_values = layer(
                 x_BTD,
                 cos_sin,

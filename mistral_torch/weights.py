@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from typing import Any, Self
@@ -11,18 +12,22 @@ import torch
 from torch import nn
 
 from mistral_core import GenerationConfig, MistralConfig
-from mistral_core.parameters import BASE_PREFIX, parameters
+from mistral_core.parameters import BASE_PREFIX, parameters, shapes
 from mistral_core.weights import pretrained
+from mistral_core.weights.hf_arguments import check_saving, translated
+from mistral_core.weights.resizing import VOCABULARY, resized_config, resized_rows
 
-from .arrays import as_dtype, from_numpy, to_numpy
+from .arrays import as_device, as_dtype, from_numpy, to_numpy
 
 
 class PreTrainedModel(nn.Module):
     """A Mistral class: its config, and its way to and from checkpoints."""
 
+    accepts_loss_kwargs = False  # what transformers' Trainer asks: the loss is a mean over this call's own labels
+
     def __init__(self, config: MistralConfig) -> None:
         super().__init__()
-        self.config = config
+        self._config = copy.copy(config)
         self.generation_config = GenerationConfig.from_model_config(config)
 
     @classmethod
@@ -32,18 +37,22 @@ class PreTrainedModel(nn.Module):
         *,
         config: MistralConfig | None = None,
         dtype: Any = None,
-        device: torch.device | str | None = None,
-        attn_implementation: str = "sdpa",
+        device: torch.device | str | int | None = None,
+        attn_implementation: str | None = None,
         seed: int = 0,
         verify: str = "sizes",
         **options: Any,
     ) -> Self:
         """Load a checkpoint directory or hub id, one tensor at a time; without `dtype`, in the file's own.
 
-        `options` are hub arguments (revision, cache_dir, token, local_files_only) and fields of the config to
-        replace. A head that the file lacks is initialised from `seed` with one warning. Raises CheckpointError,
-        ConfigError or HubError and their kind.
+        `options` are hub arguments (revision, cache_dir, token, local_files_only), fields of the config to replace,
+        and transformers' names of these arguments (torch_dtype, device_map, use_flash_attention_2). A head that the
+        file lacks is initialised from `seed` with one warning. Raises CheckpointError, ConfigError or HubError and
+        their kind.
         """
+        given = translated(options, dtype=dtype, device=device, attn_implementation=attn_implementation)
+        dtype, device = given.pop("dtype"), as_device(given.pop("device"))
+        attn_implementation = given.pop("attn_implementation")
         loaded = pretrained.load(
             path,
             cls.__name__,
@@ -51,7 +60,7 @@ class PreTrainedModel(nn.Module):
             dtype=None if dtype is None else _name(dtype),
             seed=seed,
             verify=verify,
-            **options,
+            **given,
         )
         with torch.device("meta"):
             model = cls(loaded.config, attn_implementation=attn_implementation)
@@ -63,12 +72,19 @@ class PreTrainedModel(nn.Module):
         return model.eval()
 
     def save_pretrained(
-        self, directory: str | os.PathLike[str], *, max_shard_size: str | int = "5GB", overwrite: bool = True
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        max_shard_size: str | int = "5GB",
+        overwrite: bool = True,
+        **options: Any,
     ) -> None:
         """Write config, generation config and safetensors in one atomic step, verified before the swap.
 
-        Files of other kinds that are already there stay. Raises ConversionError and its kind.
+        Files of other kinds that are already there stay. `options` are transformers' (safe_serialization=True); what
+        they ask for and is not here raises UnsupportedFeatureError. Raises ConversionError and its kind.
         """
+        check_saving(options)
         pretrained.save(
             directory,
             self.config,
@@ -87,7 +103,9 @@ class PreTrainedModel(nn.Module):
     def set_parameter(self, name: str, array: np.ndarray, *, device: torch.device | str | None = None) -> None:
         """Let the parameter of this canonical name hold an array."""
         module_name, _, attribute = self._own_name(name).rpartition(".")
-        setattr(self.get_submodule(module_name), attribute, nn.Parameter(from_numpy(array).to(device)))
+        module = self.get_submodule(module_name)
+        trained = getattr(module, attribute).requires_grad
+        setattr(module, attribute, nn.Parameter(from_numpy(array).to(device), requires_grad=trained))
 
     def load_arrays(self, arrays: Any) -> Self:
         """Set every parameter from a mapping of canonical names to NumPy arrays."""
@@ -96,8 +114,76 @@ class PreTrainedModel(nn.Module):
         self.tie_weights()
         return self
 
+    # What training scripts written for transformers call
+
+    def num_parameters(self, *, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many numbers the model has; tied ones count once."""
+        embedding = self.get_input_embeddings().weight
+        return sum(
+            parameter.numel()
+            for parameter in self.parameters()
+            if (parameter.requires_grad or not only_trainable) and not (exclude_embeddings and parameter is embedding)
+        )
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The embedding of token ids."""
+        return self.base_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the embedding of token ids."""
+        self.base_model.embed_tokens = value
+        self.tie_weights()
+
+    def get_output_embeddings(self) -> nn.Linear | None:
+        """The projection to the vocabulary; None where the class has none."""
+        return getattr(self, "lm_head", None)
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        """Replace the projection to the vocabulary."""
+        self.lm_head = value
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
+    ) -> nn.Embedding:
+        """Give embedding and head rows for another number of tokens: old rows keep their bits, new ones are their mean.
+
+        None keeps the number, to be rounded up to a multiple. Changes `config.vocab_size`; optimizers made before
+        hold the old parameters. Raises ConfigError.
+        """
+        config = resized_config(self.config, new_num_tokens, pad_to_multiple_of)
+        if config.vocab_size != self.config.vocab_size:
+            for name in VOCABULARY & shapes(config, type(self).__name__).keys():
+                rows = to_numpy(self.get_parameter(self._own_name(name)))
+                self.set_parameter(name, resized_rows(rows, config.vocab_size), device=self.device)
+            self.get_input_embeddings().num_embeddings = config.vocab_size
+            if self.get_output_embeddings() is not None:
+                self.get_output_embeddings().out_features = config.vocab_size
+            self.config.vocab_size = config.vocab_size
+            self.tie_weights()
+        return self.get_input_embeddings()
+
     def tie_weights(self) -> None:
         """Make tied tensors one; only a language model has any."""
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """In training, keep only each layer's input and compute the layer again for its gradients.
+
+        The keywords are those of `torch.utils.checkpoint.checkpoint`.
+        """
+        self.base_model.gradient_checkpointing = dict(gradient_checkpointing_kwargs or {})
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        self.base_model.gradient_checkpointing = None
+
+    def enable_input_require_grads(self) -> None:
+        """Let gradients reach the embeddings' output though they are frozen, as reentrant checkpointing needs."""
+        self.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The MistralModel inside, or itself."""
+        return getattr(self, "model", self)
 
     def initialise(self, prefix: str = "") -> None:
         """Fresh values for the parameters under a prefix: norms 1, biases 0, else normal(0, initializer_range)."""
@@ -114,6 +200,15 @@ class PreTrainedModel(nn.Module):
     def returned(self, output: Any, return_dict: bool | None) -> Any:
         """The output as asked for: by name, or as a plain tuple without the Nones."""
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    @property
+    def config(self) -> MistralConfig:
+        """Sizes and numbers, the model's own copy; an assignment to a field is checked."""
+        return self.base_model._config
+
+    @config.setter
+    def config(self, config: MistralConfig) -> None:
+        self.base_model._config = copy.copy(config)
 
     @property
     def device(self) -> torch.device:

@@ -16,7 +16,10 @@ CALL = {"forward": "call", "__call__": "call"}
 FRAMEWORK_PARAMETERS = {
     "rngs": "JAX has no global randomness",
     "training": "Keras passes the mode, torch keeps it",
+    "seed": "TensorFlow's way to say how weights are dropped",
     "dtype": "torch models are cast, JAX and Keras are built in a dtype",
+    "param_dtype": "JAX: parameters in another dtype than the computation; Keras has policies, torch autocast",
+    "name": "Keras names its layers",
     "initializer": "Keras' way to say how weights begin",
     "std": "JAX's",
     "bias": "our own Linear; torch has one",
@@ -40,13 +43,28 @@ OWN_NAMES = {
     "device": "torch models are on a device",
     "dtype": "Keras layers have it already",
     "attend_sdpa": "the fused kernels differ by framework",
+    "attend_flex": "the fused kernels differ by framework",
+    "attend_flash": "the fused kernels differ by framework",
     "attend_dot_product": "the fused kernels differ by framework",
+    "attend_splash": "the fused kernels differ by framework",
+    "default": "JAX: the kernel of a device",
+    "prepare_inputs_for_generation": "torch: peft asks for it",
+    "enable_input_require_grads": "torch: JAX and TensorFlow ask for gradients by name",
+    "param_dtype": "JAX: see the parameter",
+    "one_by_one": "JAX: one of two ways to run the layers (scan.py)",
+    "dropout_seeds": "TensorFlow: seeds for dropout",
+    "replace_weight": "Keras tracks variables",
     "__call__": "Keras: lists and NumPy become tensors before Keras looks at them",
+}
+OWN_FILES = {
+    "compat.py": "transformers' Flax and TF classes had names of their own; its torch classes have ours",
+    "scan.py": "JAX compiles every layer anew unless it scans",
+    "fit.py": "Keras models train themselves",
 }
 
 
 def files(package: str) -> set[str]:
-    return {path.name for path in (ROOT / package).glob("*.py")}
+    return {path.name for path in (ROOT / package).glob("*.py")} - {*OWN_FILES}
 
 
 def tree(package: str, file: str) -> ast.Module:
@@ -80,7 +98,7 @@ def parameters(function: ast.FunctionDef) -> list[tuple[str, str, str]]:
     rows = [(a.arg, "positional", d) for a, d in zip(positional, defaults, strict=True)]
     rows += [(a.arg, "keyword", d) for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
     rows += [(a.arg, "rest", None) for a in (arguments.vararg, arguments.kwarg) if a is not None]
-    own = {*FRAMEWORK_PARAMETERS} - ({"dtype"} if function.name == "from_pretrained" else set())
+    own = {*FRAMEWORK_PARAMETERS} - ({"dtype", "seed"} if function.name == "from_pretrained" else set())
     attention = "attn_implementation"  # each framework has its own fastest
     return [
         (name, kind, "" if default is None or name == attention else ast.unparse(default))

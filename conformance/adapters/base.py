@@ -22,12 +22,13 @@ class Adapter(abc.ABC):
     def __init__(self, package: str) -> None:
         self.package = importlib.import_module(package)
         self.layers = importlib.import_module(package + ".layers")
+        self.attention = importlib.import_module(package + ".attention")
         self.cache = importlib.import_module(package + ".cache")
 
     @property
     def implementations(self) -> tuple[str, ...]:
         """The attention implementations that run here."""
-        return tuple(self.layers.ATTENTION)
+        return self.attention.available()
 
     @abc.abstractmethod
     def array(self, value: Any, dtype: str | None = None) -> Any:
@@ -80,4 +81,4 @@ class Adapter(abc.ABC):
         """Which keys each query sees."""
         documents = None if document_ids is None else self.array(document_ids)
         query, key = self.array(query_order), self.array(key_order)
-        return self.numpy(self.layers.attention_mask(query, key, window, document_ids_BT=documents))
+        return self.numpy(self.attention.attention_mask(query, key, window, document_ids_BT=documents))

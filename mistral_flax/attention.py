@@ -1,0 +1,233 @@
+"""Attention: who sees whom, the formula, and the fused kernels that compute the same; letters of `mistral_core.config`.
+
+Every implementation takes q [B, T, N, H], k and v [B, S, K, H], the order of the queries [B, T] and of the keys [B, S]
+(-1: padding), and returns the output [B, T, N, H] and, where it has them, the weights [B, N, T, S].
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from mistral_core.errors import UnsupportedFeatureError
+
+INTERPRET = False
+"""Whether splash runs in Pallas' interpreter, which works anywhere and is slow: for tests."""
+LANES = 128
+"""What a TPU kernel's sizes are multiples of."""
+
+
+def attention_mask(
+    query_order_BT: Array,
+    key_order_BS: Array,
+    window: int | None,
+    *,
+    document_ids_BT: Array | None = None,
+) -> Array:
+    """[B, T, S] bool: a query sees the W keys up to itself, counted in real tokens, of its own document."""
+    query, key = query_order_BT[:, :, None], key_order_BS[:, None, :]
+    visible = (key >= 0) & (key <= query)
+    if window is not None:
+        visible = visible & (query - key < window)
+    if document_ids_BT is not None:
+        visible = visible & (document_ids_BT[:, :, None] == document_ids_BT[:, None, :])
+    return visible
+
+
+def attend(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    query_order_BT: Array,
+    key_order_BS: Array,
+    *,
+    window: int | None = None,
+    document_ids: Array | None = None,
+    implementation: str = "eager",
+    dropout: float = 0.0,
+    rngs: Array | None = None,
+) -> tuple[Array, Array | None]:
+    """softmax(q k / sqrt(H)) v [B, T, N, H], and the weights [B, N, T, S] where the implementation has them."""
+    if rngs is None:
+        dropout = 0.0
+    if dropout and implementation in WITHOUT_DROPOUT:
+        implementation = "eager"
+    return ATTENTION[implementation](
+        q_BTNH, k_BSKH, v_BSKH, query_order_BT, key_order_BS, window, document_ids, dropout, rngs
+    )
+
+
+def attend_eager(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    query_order_BT: Array,
+    key_order_BS: Array,
+    window: int | None,
+    document_ids: Array | None,
+    dropout: float,
+    rngs: Array | None,
+) -> tuple[Array, Array | None]:
+    """The formula: scores and softmax in float32, weights in the dtype of v."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    visible = attention_mask(query_order_BT, key_order_BS, window, document_ids_BT=document_ids)[:, None, None]
+    highest = jax.lax.Precision.HIGHEST if q_BTNH.dtype == jnp.float32 else None
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, precision=highest, preferred_element_type=jnp.float32)
+    scores = scores * H**-0.5
+    # the lowest float, not -inf: a row that sees nothing stays finite, in its gradient too
+    weights = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(scores.dtype).min), axis=-1)
+    weights = jnp.where(visible, weights, 0).astype(v_BSKH.dtype)
+    dropped = weights
+    if dropout:
+        dropped = jnp.where(jax.random.bernoulli(rngs, 1 - dropout, weights.shape), weights / (1 - dropout), 0)
+    o_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", dropped, v_BSKH, precision=highest, preferred_element_type=jnp.float32)
+    return o_BTKGH.astype(v_BSKH.dtype).reshape(B, T, N, H), weights.reshape(B, N, T, -1)
+
+
+def attend_dot_product(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    query_order_BT: Array,
+    key_order_BS: Array,
+    window: int | None,
+    document_ids: Array | None,
+    dropout: float,
+    rngs: Array | None,
+) -> tuple[Array, Array | None]:
+    """jax.nn.dot_product_attention; it never returns the weights."""
+    visible_BTS = attention_mask(query_order_BT, key_order_BS, window, document_ids_BT=document_ids)
+    # without this, float32 is multiplied in less on GPUs and TPUs
+    with jax.default_matmul_precision("highest" if q_BTNH.dtype == jnp.float32 else None):
+        o = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=visible_BTS[:, None])
+    # for a row that sees nothing it returns the mean of v
+    return jnp.where(visible_BTS.any(-1)[:, :, None, None], o, 0), None
+
+
+def attend_splash(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    query_order_BT: Array,
+    key_order_BS: Array,
+    window: int | None,
+    document_ids: Array | None,
+    dropout: float,
+    rngs: Array | None,
+) -> tuple[Array, Array | None]:
+    """Pallas' splash attention for TPU: blocks outside the window are skipped. One query is dot_product's.
+
+    Each row is sorted by order, padding in front: real tokens end at the last column, so that the distance of two
+    tokens is the distance of their columns, whatever the padding, and one static mask serves all rows.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    T, H = q_BTNH.shape[1], q_BTNH.shape[3]
+    if T == 1:
+        return attend_dot_product(
+            q_BTNH, k_BSKH, v_BSKH, query_order_BT, key_order_BS, window, document_ids, dropout, rngs
+        )
+    documents_BT = jnp.zeros_like(query_order_BT) if document_ids is None else document_ids
+    documents_BS = jnp.zeros_like(key_order_BS) if document_ids is None else document_ids
+    query_column_BT, key_column_BS = query_order_BT.argsort(axis=1), key_order_BS.argsort(axis=1)
+    query_size = _block_multiple(T)
+    key_size = max(_block_multiple(k_BSKH.shape[1]), query_size)  # so that each query has a key beside it
+    q = _right_aligned(q_BTNH * H**-0.5, query_column_BT, query_size)
+    k, v = (_right_aligned(x, key_column_BS, key_size) for x in (k_BSKH, v_BSKH))
+    segments = splash.SegmentIds(
+        _segments(query_order_BT, documents_BT, query_column_BT, query_size),
+        _segments(key_order_BS, documents_BS, key_column_BS, key_size),
+    )
+    with jax.default_matmul_precision("highest" if q_BTNH.dtype == jnp.float32 else None):
+        o_BNTH = jax.vmap(_splash_kernel(q.shape[1], query_size, key_size, window, INTERPRET))(q, k, v, segments)
+    o_BTNH = o_BNTH.swapaxes(1, 2)[:, query_size - T :, :, :H]
+    o_BTNH = jnp.take_along_axis(o_BTNH, query_column_BT.argsort(axis=1)[:, :, None, None], axis=1)
+    return jnp.where((query_order_BT >= 0)[:, :, None, None], o_BTNH, 0), None
+
+
+def _right_aligned(x_BSKH: Array, column_BS: Array, size: int) -> Array:
+    """[B, K, size, H'], the columns in this order at the end, zeros in front; H rounded up to whole lanes."""
+    x_BSKH = jnp.take_along_axis(x_BSKH, column_BS[:, :, None, None], axis=1)
+    _, S, _, H = x_BSKH.shape
+    return jnp.pad(x_BSKH, ((0, 0), (size - S, 0), (0, 0), (0, -H % LANES))).swapaxes(1, 2)
+
+
+def _segments(order_BS: Array, documents_BS: Array, column_BS: Array, size: int) -> Array:
+    """[B, size]: what sees only itself: a document, or the padding."""
+    padding = jnp.iinfo(jnp.int32).min
+    segment_BS = jnp.where(order_BS >= 0, documents_BS, padding).astype(jnp.int32)
+    segment_BS = jnp.take_along_axis(segment_BS, column_BS, axis=1)
+    return jnp.pad(segment_BS, ((0, 0), (size - segment_BS.shape[1], 0)), constant_values=padding)
+
+
+def _block_multiple(length: int) -> int:
+    """The length rounded up to whole blocks."""
+    return -(-length // _block(length)) * _block(length)
+
+
+def _block(length: int) -> int:
+    """How many columns the kernel takes at once: 512, or the whole of a shorter text."""
+    return min(4 * LANES, -(-length // LANES) * LANES)
+
+
+@functools.lru_cache(maxsize=64)
+def _splash_kernel(
+    heads: int, query_size: int, key_size: int, window: int | None, interpret: bool
+) -> Callable[..., Array]:
+    """The kernel of one row: q [N, T, H], k and v [K, S, H], the last query beside the last key."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    left = None if window is None else window - 1
+    mask = splash.LocalMask((query_size, key_size), (left, 0), key_size - query_size)
+    query, key = _block(query_size), _block(key_size)
+    blocks = splash.BlockSizes(
+        block_q=query, block_kv=key, block_kv_compute=key, block_q_dkv=query, block_kv_dkv=key,
+        block_kv_dkv_compute=key, block_q_dq=query, block_kv_dq=key,
+    )  # fmt: skip
+    with jax.ensure_compile_time_eval():  # the kernel outlives the trace that asks for it first
+        return splash.make_splash_mha(
+            splash.MultiHeadMask([mask] * heads),
+            block_sizes=blocks,
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=interpret,
+        )
+
+
+ATTENTION = {"eager": attend_eager, "dot_product": attend_dot_product, "splash": attend_splash}
+ALIASES = {"sdpa": "dot_product"}
+WITHOUT_DROPOUT = ("dot_product", "splash")
+
+
+def default() -> str:
+    """The attention implementation where none is asked for: splash on one TPU, whose kernel XLA cannot divide."""
+    return "splash" if jax.default_backend() == "tpu" and jax.device_count() == 1 else "dot_product"
+
+
+def checked(implementation: str | None) -> str:
+    """The name of an attention implementation that runs here; None is the default.
+
+    Raises UnsupportedFeatureError for an unknown one, and for splash without a TPU.
+    """
+    name = default() if implementation is None else ALIASES.get(implementation, implementation)
+    if name not in ATTENTION:
+        raise UnsupportedFeatureError(
+            f"attn_implementation: {implementation!r}, one of {', '.join(ATTENTION)} was expected."
+        )
+    if name not in available():
+        raise UnsupportedFeatureError(
+            f"attn_implementation 'splash' is a TPU kernel, JAX runs on {jax.default_backend()} here; "
+            "use attn_implementation='dot_product' or 'eager'."
+        )
+    return name
+
+
+def available() -> tuple[str, ...]:
+    """The attention implementations that run here."""
+    return tuple(name for name in ATTENTION if name != "splash" or INTERPRET or jax.default_backend() == "tpu")

@@ -1,0 +1,76 @@
+"""The Auto classes: a class of this package by the name that transformers uses for any model."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+from flax import nnx
+
+from mistral_core import MistralConfig
+from mistral_core.errors import UnsupportedFeatureError
+from mistral_core.weights.hf_arguments import translated
+
+from .arrays import as_device
+from .heads import (
+    MistralForCausalLM,
+    MistralForQuestionAnswering,
+    MistralForSequenceClassification,
+    MistralForTokenClassification,
+)
+from .model import MistralModel
+from .weights import PreTrainedModel
+
+
+class AutoModel:
+    """MistralModel, by `from_pretrained` or `from_config`."""
+
+    model_class: type[PreTrainedModel] = MistralModel
+
+    def __init__(self) -> None:
+        name = type(self).__name__
+        raise UnsupportedFeatureError(f"{name}: call {name}.from_pretrained(path) or {name}.from_config(config).")
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
+        """The model of a checkpoint; options and errors are those of the class's own `from_pretrained`."""
+        return cls.model_class.from_pretrained(path, **options)
+
+    @classmethod
+    def from_config(cls, config: MistralConfig, **options: Any) -> PreTrainedModel:
+        """A model with fresh parameters, of a config with some fields replaced.
+
+        Options are those fields, the constructor's own (attn_implementation, dtype, param_dtype, rngs) and device.
+        """
+        given = translated(options, dtype=None, device=None, attn_implementation=None, param_dtype=None, rngs=None)
+        build = {name: given.pop(name) for name in ("attn_implementation", "param_dtype", "rngs")}
+        dtype, device = given.pop("dtype") or "float32", as_device(given.pop("device"))
+        model = cls.model_class(config.replace(**given), dtype=dtype, **build)
+        if device is not None:
+            nnx.update(model, jax.device_put(nnx.state(model), device))
+        return model
+
+
+class AutoModelForCausalLM(AutoModel):
+    """MistralForCausalLM, by `from_pretrained` or `from_config`."""
+
+    model_class = MistralForCausalLM
+
+
+class AutoModelForSequenceClassification(AutoModel):
+    """MistralForSequenceClassification, by `from_pretrained` or `from_config`."""
+
+    model_class = MistralForSequenceClassification
+
+
+class AutoModelForTokenClassification(AutoModel):
+    """MistralForTokenClassification, by `from_pretrained` or `from_config`."""
+
+    model_class = MistralForTokenClassification
+
+
+class AutoModelForQuestionAnswering(AutoModel):
+    """MistralForQuestionAnswering, by `from_pretrained` or `from_config`."""
+
+    model_class = MistralForQuestionAnswering

@@ -1,0 +1,101 @@
+"""Attention: who sees whom, the formula, and the fused kernels that compute the same; letters of `mistral_core.config`.
+
+Every implementation takes q [B, T, N, H], k and v [B, S, K, H], the order of the queries [B, T] and of the keys [B, S]
+(-1: padding), and returns the output [B, T, N, H] and, where it has them, the weights [B, N, T, S]. TensorFlow has no
+fused kernel that takes such a mask.
+"""
+
+from __future__ import annotations
+
+import tensorflow as tf
+from tensorflow import Tensor
+
+from mistral_core.errors import UnsupportedFeatureError
+
+
+def attention_mask(
+    query_order_BT: Tensor,
+    key_order_BS: Tensor,
+    window: int | None,
+    *,
+    document_ids_BT: Tensor | None = None,
+) -> Tensor:
+    """[B, T, S] bool: a query sees the W keys up to itself, counted in real tokens, of its own document."""
+    query, key = query_order_BT[:, :, None], key_order_BS[:, None, :]
+    visible = (key >= 0) & (key <= query)
+    if window is not None:
+        visible = visible & (query - key < window)
+    if document_ids_BT is not None:
+        visible = visible & (document_ids_BT[:, :, None] == document_ids_BT[:, None, :])
+    return visible
+
+
+def attend(
+    q_BTNH: Tensor,
+    k_BSKH: Tensor,
+    v_BSKH: Tensor,
+    query_order_BT: Tensor,
+    key_order_BS: Tensor,
+    *,
+    window: int | None = None,
+    document_ids: Tensor | None = None,
+    implementation: str = "eager",
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """softmax(q k / sqrt(H)) v [B, T, N, H], and the weights [B, N, T, S] where the implementation has them."""
+    if seed is None:
+        dropout = 0.0
+    return ATTENTION[implementation](
+        q_BTNH, k_BSKH, v_BSKH, query_order_BT, key_order_BS, window, document_ids, dropout, seed
+    )
+
+
+def attend_eager(
+    q_BTNH: Tensor,
+    k_BSKH: Tensor,
+    v_BSKH: Tensor,
+    query_order_BT: Tensor,
+    key_order_BS: Tensor,
+    window: int | None,
+    document_ids: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The formula: scores and softmax in float32, weights in the dtype of v."""
+    N, H = q_BTNH.shape[2:]
+    K = k_BSKH.shape[2]
+    visible_BTS = attention_mask(query_order_BT, key_order_BS, window, document_ids_BT=document_ids)
+    B, T, S = tf.unstack(tf.shape(visible_BTS))
+    q_BTKGH = tf.reshape(tf.cast(q_BTNH, tf.float32), [B, T, K, N // K, H])
+    scores = tf.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, tf.cast(k_BSKH, tf.float32)) * H**-0.5
+    visible = visible_BTS[:, None, None]
+    # the lowest float, not -inf: a row that sees nothing stays finite, in its gradient too
+    weights = tf.nn.softmax(tf.where(visible, scores, scores.dtype.min), axis=-1)
+    weights = tf.cast(tf.where(visible, weights, 0), v_BSKH.dtype)
+    dropped = tf.nn.experimental.stateless_dropout(weights, dropout, seed) if dropout else weights
+    o_BTKGH = tf.einsum("BKGTS,BSKH->BTKGH", dropped, v_BSKH)
+    return tf.reshape(o_BTKGH, [B, T, N, H]), tf.reshape(weights, [B, N, T, S])
+
+
+ATTENTION = {"eager": attend_eager}
+DEFAULT = "eager"
+ALIASES: dict[str, str] = {}
+
+
+def checked(implementation: str | None) -> str:
+    """The name of an attention implementation that runs here; None is the default.
+
+    Raises UnsupportedFeatureError for an unknown one.
+    """
+    name = DEFAULT if implementation is None else ALIASES.get(implementation, implementation)
+    if name not in ATTENTION:
+        raise UnsupportedFeatureError(
+            f"attn_implementation: {implementation!r}, one of {', '.join(ATTENTION)} was expected."
+        )
+    return name
+
+
+def available() -> tuple[str, ...]:
+    """The attention implementations that run here."""
+    return tuple(ATTENTION)

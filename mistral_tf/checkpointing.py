@@ -1,0 +1,21 @@
+"""Gradient checkpointing: a layer keeps its input instead of its activations and is computed again for gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import tensorflow as tf
+from tensorflow import Tensor
+
+
+def checkpointed(layer: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+    """The layer, called as before; `options` are those of `gradient_checkpointing_enable`."""
+
+    def run(x_BTD: Tensor, *arrays: Any, **keywords: Any) -> Any:
+        if keywords["past"] is not None or keywords["output_attentions"]:
+            return layer(x_BTD, *arrays, **keywords)  # recompute_grad gives back tensors of gradients alone
+        call = tf.recompute_grad(lambda x_BTD: layer(x_BTD, *arrays, **keywords)[0], **options)
+        return call(x_BTD), None, None
+
+    return run

@@ -1,0 +1,288 @@
+"""What Keras does with a finished model: call, compile, fit, evaluate, predict, save, export.
+
+Models answer with named tuples, and `fit` takes what users of Keras and of transformers have: a dictionary with the
+labels in it, (x, y) or (x, y, sample_weight), where x may be a dictionary. Without a `loss` it is the model's own (a
+language model's labels are then the tokens themselves); losses and metrics given by name get logits. Labels of -100
+count in none of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import keras
+import tensorflow as tf
+from tensorflow import Tensor
+
+from mistral_core import GenerationConfig, MistralConfig, outputs
+from mistral_core.errors import InputError, UnsupportedFeatureError
+
+IGNORED = -100
+
+OUTPUTS: dict[str, tuple[type[tuple[Any, ...]], tuple[str, ...]]] = {
+    "MistralModel": (outputs.ModelOutput, ("last_hidden_state",)),
+    "MistralForCausalLM": (outputs.CausalLMOutput, ("logits",)),
+    "MistralForSequenceClassification": (outputs.SequenceClassifierOutput, ("logits",)),
+    "MistralForTokenClassification": (outputs.TokenClassifierOutput, ("logits",)),
+    "MistralForQuestionAnswering": (outputs.QuestionAnsweringOutput, ("start_logits", "end_logits")),
+}
+"""Class -> its output and the fields of it that losses and metrics are about."""
+
+LABELS = {"labels": "logits", "start_positions": "start_logits", "end_positions": "end_logits"}
+"""Argument of a call -> the field of the output that it is about."""
+
+LOSSES: dict[str, Callable[[], keras.losses.Loss]] = {
+    "sparse_categorical_crossentropy": lambda: keras.losses.SparseCategoricalCrossentropy(
+        from_logits=True, ignore_class=IGNORED
+    ),
+    "categorical_crossentropy": lambda: keras.losses.CategoricalCrossentropy(from_logits=True),
+    "binary_crossentropy": lambda: keras.losses.BinaryCrossentropy(from_logits=True),
+    "binary_focal_crossentropy": lambda: keras.losses.BinaryFocalCrossentropy(from_logits=True),
+    "categorical_focal_crossentropy": lambda: keras.losses.CategoricalFocalCrossentropy(from_logits=True),
+}
+"""Names of losses of probabilities -> the same of logits; other names are Keras' own."""
+
+METRICS: dict[str, Callable[[], keras.metrics.Metric]] = {
+    "auc": lambda: keras.metrics.AUC(name="auc", from_logits=True),
+    "binary_accuracy": lambda: keras.metrics.BinaryAccuracy(name="binary_accuracy", threshold=0.0),
+    **{
+        name: functools.partial(
+            keras.metrics.MeanMetricWrapper, getattr(keras.losses, name), name=name, from_logits=True
+        )
+        for name in LOSSES
+    },
+}
+"""Names of metrics of probabilities -> the same of logits; other names are Keras' own."""
+
+
+class KerasModel(keras.Model):
+    """A Keras model whose weights exist at once, whose inputs keep their dtypes and whose output is a named tuple."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        keras.saving.register_keras_serializable("mistral_tf")(cls)
+
+    def __init__(self, *, dtype: keras.DTypePolicy, name: str | None) -> None:
+        super().__init__(dtype=dtype, autocast=False, name=name)
+        self.built = True
+
+    def __call__(self, *arrays: Any, **options: Any) -> Any:
+        """Call with lists, NumPy arrays or tensors, or one dictionary of them; Keras takes no lists by position."""
+        names = list(inspect.signature(self.call).parameters)
+        given = {**dict(zip(names, arrays, strict=False)), **options}
+        if isinstance(given.get("input_ids"), Mapping):
+            given = {**given, "input_ids": None, **given["input_ids"]}
+        if any(isinstance(value, keras.KerasTensor) for value in given.values()):
+            return self._symbolic(given)
+        return super().__call__(**given)
+
+    def _symbolic(self, given: dict[str, Any]) -> Any:
+        """The output for symbolic tensors: nodes of Keras' graph hold no None, so a plain tuple goes through it."""
+        values = iter(super().__call__(**{**given, "use_cache": False, "return_dict": False}))
+        config, (kind, main) = self.config, self._outputs
+        there = {
+            **dict.fromkeys(main, True),
+            "loss": any(given.get(name) is not None for name in LABELS),
+            "hidden_states": given.get("output_hidden_states", config.output_hidden_states),
+            "attentions": given.get("output_attentions", config.output_attentions),
+        }
+        return kind(**{name: next(values) if there.get(name) else None for name in kind._fields})
+
+    @property
+    def _outputs(self) -> Any:
+        return OUTPUTS[type(self).__name__]
+
+    # Training
+
+    def compile(
+        self,
+        optimizer: Any = "rmsprop",
+        loss: Any = None,
+        *,
+        metrics: Any = None,
+        weighted_metrics: Any = None,
+        jit_compile: bool | str = False,
+        **options: Any,
+    ) -> None:
+        """keras.Model.compile, where `loss=None` is the model's own; XLA, which compiles for every length, is off."""
+        main = self._outputs[1]
+        self._own_loss = loss is None
+        loss = LOSSES[loss]() if isinstance(loss, str) and loss in LOSSES else loss
+        if len(main) > 1 and loss is not None and not isinstance(loss, dict):
+            loss = dict.fromkeys(main, loss)
+        super().compile(
+            optimizer,
+            loss,
+            metrics=self._of_logits(metrics),
+            weighted_metrics=self._of_logits(weighted_metrics),
+            jit_compile=jit_compile,
+            **options,
+        )
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compile as a saved model was."""
+        self._own_loss = config.get("loss") is None
+        super().compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
+
+    def _of_logits(self, metrics: Any) -> Any:
+        """Metrics, those by name made for logits, for each field that they are about."""
+        if metrics is None or isinstance(metrics, dict):
+            return metrics
+        row_scores = type(self).__name__ == "MistralForSequenceClassification"
+        binary = row_scores and self.config.problem(float_labels=False) != "single_label_classification"
+
+        def made(metric: Any) -> Any:
+            if binary and metric in ("accuracy", "acc"):
+                return keras.metrics.BinaryAccuracy(name=metric, threshold=0.0)
+            return METRICS[metric]() if isinstance(metric, str) and metric in METRICS else metric
+
+        main = self._outputs[1]
+        each = {name: [made(metric) for metric in metrics] for name in main}
+        return each if len(main) > 1 else each[main[0]]
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        """One step of `fit`."""
+        return super().train_step(self._unpacked(data))
+
+    def test_step(self, data: Any) -> dict[str, Any]:
+        """One step of `evaluate`."""
+        return super().test_step(self._unpacked(data))
+
+    def _unpacked(self, data: Any) -> tuple[Any, Any, Any]:
+        """x, y and sample weights, y as an array or, where the model answers with several, by their names."""
+        x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
+        main = self._outputs[1]
+        if isinstance(x, Mapping) and y is None:
+            y = {name: value for name, value in x.items() if name in LABELS}
+            x = {name: value for name, value in x.items() if name not in LABELS}
+        if isinstance(y, tuple | list) and len(main) > 1:
+            y = dict(zip(main, y, strict=True))
+        if isinstance(y, Mapping):
+            y = {LABELS.get(name, name): value for name, value in y.items()}
+            y = y if len(main) > 1 else y.get(main[0])
+        if y is None or (isinstance(y, Mapping) and set(y) != set(main)):
+            expected = " and ".join(name for name, field in LABELS.items() if field in main)
+            raise InputError(f"fit and evaluate: no labels; give {expected} in the dictionary, or (x, y).")
+        return x, y, weight
+
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+    ) -> Tensor:
+        """The loss asked for by `compile`; the model's own is a mean, with weights of their product with each loss."""
+        y, scores, sample_weight = self._pairs(y, y_pred, sample_weight)
+        if not self._own_loss:
+            return super().compute_loss(x, y, scores, sample_weight, training)
+        if isinstance(y, dict):
+            losses = [self._mean_loss(y[name], scores[name], sample_weight) for name in y]
+            return tf.add_n(losses) / len(losses)
+        return self._mean_loss(y, scores, sample_weight)
+
+    def _mean_loss(self, y: Tensor, scores: Tensor, weight: Tensor | None) -> Tensor:
+        kind = "single_label_classification"
+        if type(self).__name__ == "MistralForSequenceClassification":
+            kind = self.config.problem(float_labels=y.dtype.is_floating)
+        if kind == "single_label_classification":
+            return LOSSES["sparse_categorical_crossentropy"]()(y, scores, weight)
+        y = tf.reshape(tf.cast(y, tf.float32), tf.shape(scores))
+        loss = keras.losses.MeanSquaredError() if kind == "regression" else LOSSES["binary_crossentropy"]()
+        return loss(y, scores, weight)
+
+    def _pairs(self, y: Any, output: Any, weight: Any) -> tuple[Any, Any, Any]:
+        """Labels, scores and weights side by side, as the loss in force compares them."""
+        main = self._outputs[1]
+        if len(main) == 1:
+            y, scores = tf.convert_to_tensor(y), output[main[0]]
+            if self._own_loss and type(self).__name__ == "MistralForCausalLM":
+                y, scores = y[:, 1:], scores[:, :-1]
+                weight = weight[:, 1:] if weight is not None and len(weight.shape) > 1 else weight
+            if weight is not None and len(y.shape) > 1 == len(weight.shape) and not y.dtype.is_floating:
+                weight = weight[:, None]  # of rows, for each of their tokens
+            return y, scores, weight
+        length = tf.shape(output[main[0]])[1]
+        y = {name: tf.reshape(tf.cast(y[name], tf.int32), [-1]) for name in main}
+        inside = {name: tf.where(value < length, tf.maximum(value, 0), IGNORED) for name, value in y.items()}
+        return inside, {name: output[name] for name in main}, weight
+
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
+        """The metrics asked for by `compile`, of what the loss compares."""
+        y, scores, sample_weight = self._pairs(y, y_pred, sample_weight)
+        if isinstance(y, dict):
+            pairs = {name: _counted(y[name], scores[name]) for name in y}
+            y, scores = ({name: pair[index] for name, pair in pairs.items()} for index in (0, 1))
+        else:
+            y, scores = _counted(y, scores)
+        return super().compute_metrics(x, y, scores, sample_weight)
+
+    # Inference
+
+    def predict_step(self, data: Any) -> dict[str, Any]:
+        """One step of `predict`: the fields that are there, without the cache."""
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+        if isinstance(x, Mapping):
+            x = {name: value for name, value in x.items() if name not in LABELS}
+        output = self(x, training=False)
+        return {
+            name: value for name, value in output._asdict().items() if value is not None and name != "past_key_values"
+        }
+
+    def predict(self, x: Any, **options: Any) -> Any:
+        """The model's output, as NumPy arrays, for all batches of x."""
+        return self._outputs[0](**super().predict(x, **options))
+
+    def predict_on_batch(self, x: Any) -> Any:
+        """The model's output, as NumPy arrays, for one batch."""
+        return self._outputs[0](**super().predict_on_batch(x))
+
+    def export(
+        self, filepath: Any, format: str = "tf_saved_model", *, input_signature: Any = None, **options: Any
+    ) -> None:
+        """Write a SavedModel whose endpoint `serve` maps a dictionary of inputs to one of outputs.
+
+        The inputs are `input_ids` and `attention_mask` [B, T] int32 of any size, or those of `input_signature`
+        (a dictionary of `keras.InputSpec`). Raises UnsupportedFeatureError for another format.
+        """
+        if format != "tf_saved_model":
+            raise UnsupportedFeatureError(f"export: format {format!r}; 'tf_saved_model' is the one there is.")
+        any_size = {name: keras.InputSpec("int32", [None, None], name=name) for name in ("input_ids", "attention_mask")}
+        archive = keras.export.ExportArchive()
+        archive.track(self)
+        archive.add_endpoint("serve", self.predict_step, input_signature=[input_signature or any_size])
+        archive.write_out(filepath, **options)
+
+    # Saving
+
+    def __dir__(self) -> list[str]:
+        """All names but `base_model`: Keras saves what it finds by them, and the body has a name of its own."""
+        return [name for name in super().__dir__() if name != "base_model"]
+
+    def get_config(self) -> dict[str, Any]:
+        """What `from_config` makes the same model of, with fresh weights."""
+        return {
+            "config": self.config.to_dict(),
+            "generation_config": self.generation_config.to_dict(),
+            "dtype": keras.dtype_policies.serialize(self.dtype_policy),
+            "name": self.name,
+            "trainable": self.trainable,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
+        """A model of what `get_config` returned."""
+        policy = keras.dtype_policies.deserialize(config["dtype"])
+        model = cls(MistralConfig.from_dict(config["config"]), dtype=policy, name=config["name"])
+        model.generation_config = GenerationConfig.from_dict(config["generation_config"])
+        model.trainable = config["trainable"]
+        return model
+
+
+def _counted(y: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels and scores for metrics, which skip what Keras' mask says."""
+    if y.dtype.is_floating:
+        return y, scores
+    scores = tf.identity(scores)
+    scores._keras_mask = y != IGNORED
+    return tf.maximum(y, 0), scores

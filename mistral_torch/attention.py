@@ -1,0 +1,236 @@
+"""Attention: who sees whom, the formula, and the fused kernels that compute the same; letters of `mistral_core.config`.
+
+Every implementation takes q [B, T, N, H], k and v [B, S, K, H], the order of the queries [B, T] and of the keys [B, S]
+(-1: padding), and returns the output [B, T, N, H] and, where it has them, the weights [B, N, T, S].
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from mistral_core.errors import MissingExtraError, UnsupportedFeatureError
+
+
+def attention_mask(
+    query_order_BT: Tensor,
+    key_order_BS: Tensor,
+    window: int | None,
+    *,
+    document_ids_BT: Tensor | None = None,
+) -> Tensor:
+    """[B, T, S] bool: a query sees the W keys up to itself, counted in real tokens, of its own document."""
+    query, key = query_order_BT[:, :, None], key_order_BS[:, None, :]
+    visible = _in_window(query, key, window)
+    if document_ids_BT is not None:
+        visible = visible & (document_ids_BT[:, :, None] == document_ids_BT[:, None, :])
+    return visible
+
+
+def _in_window(query: Tensor, key: Tensor, window: int | None) -> Tensor:
+    visible = (key >= 0) & (key <= query)
+    if window is not None:
+        visible = visible & (query - key < window)
+    return visible
+
+
+def attend(
+    q_BTNH: Tensor,
+    k_BSKH: Tensor,
+    v_BSKH: Tensor,
+    query_order_BT: Tensor,
+    key_order_BS: Tensor,
+    *,
+    window: int | None = None,
+    document_ids: Tensor | None = None,
+    implementation: str = "eager",
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor | None]:
+    """softmax(q k / sqrt(H)) v [B, T, N, H], and the weights [B, N, T, S] where the implementation has them."""
+    if dropout and implementation in WITHOUT_DROPOUT:
+        implementation = "eager"
+    return ATTENTION[implementation](
+        q_BTNH, k_BSKH, v_BSKH, query_order_BT, key_order_BS, window, document_ids, dropout
+    )
+
+
+def attend_eager(
+    q_BTNH: Tensor,
+    k_BSKH: Tensor,
+    v_BSKH: Tensor,
+    query_order_BT: Tensor,
+    key_order_BS: Tensor,
+    window: int | None,
+    document_ids: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor | None]:
+    """The formula: scores and softmax in float32, weights in the dtype of v."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    visible = attention_mask(query_order_BT, key_order_BS, window, document_ids_BT=document_ids)[:, None, None]
+    with torch.autocast(q_BTNH.device.type, enabled=False):  # which would round the scores
+        scores = torch.einsum("BTKGH,BSKH->BKGTS", q_BTKGH.float(), k_BSKH.float()) * H**-0.5
+        # the lowest float, not -inf: a row that sees nothing stays finite, in its gradient too
+        weights = torch.softmax(scores.masked_fill(~visible, torch.finfo(scores.dtype).min), dim=-1)
+        weights = weights.masked_fill(~visible, 0).to(v_BSKH.dtype)
+        dropped = F.dropout(weights, dropout) if dropout else weights
+        o_BTKGH = torch.einsum("BKGTS,BSKH->BTKGH", dropped, v_BSKH)
+    return o_BTKGH.reshape(B, T, N, H), weights.reshape(B, N, T, -1)
+
+
+def attend_sdpa(
+    q_BTNH: Tensor,
+    k_BSKH: Tensor,
+    v_BSKH: Tensor,
+    query_order_BT: Tensor,
+    key_order_BS: Tensor,
+    window: int | None,
+    document_ids: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor | None]:
+    """torch's fused scaled_dot_product_attention; it never builds the weights."""
+    visible_BTS = attention_mask(query_order_BT, key_order_BS, window, document_ids_BT=document_ids)
+    q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
+    o = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=visible_BTS[:, None], dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return o.transpose(1, 2), None
+
+
+def attend_flex(
+    q_BTNH: Tensor,
+    k_BSKH: Tensor,
+    v_BSKH: Tensor,
+    query_order_BT: Tensor,
+    key_order_BS: Tensor,
+    window: int | None,
+    document_ids: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor | None]:
+    """torch's FlexAttention: blocks that no query sees are skipped. Uncompiled on a CPU it is the plain formula."""
+    if q_BTNH.device.type == "cpu" and torch.is_grad_enabled() and q_BTNH.requires_grad:  # it has no backward there
+        return attend_eager(q_BTNH, k_BSKH, v_BSKH, query_order_BT, key_order_BS, window, document_ids, dropout)
+
+    def visible(b: Tensor, head: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        seen = _in_window(query_order_BT[b, t], key_order_BS[b, s], window)
+        return seen if document_ids is None else seen & (document_ids[b, t] == document_ids[b, s])
+
+    B, T = query_order_BT.shape
+    blocks = create_block_mask(visible, B, None, T, key_order_BS.shape[1], device=q_BTNH.device)
+    q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
+    o = _flex(q_BTNH.device.type)(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
+    return o.transpose(1, 2), None
+
+
+def _flex(device_type: str) -> Callable[..., Tensor]:
+    """FlexAttention as it should be called here: inside a compiled model, compiled alone on a GPU, or plain."""
+    if torch.compiler.is_compiling():
+        return flex_attention
+    return _plain_flex if device_type == "cpu" else _compiled_flex()
+
+
+def _plain_flex(*arrays: Tensor, **options: Any) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        return flex_attention(*arrays, **options)
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def attend_flash(
+    q_BTNH: Tensor,
+    k_BSKH: Tensor,
+    v_BSKH: Tensor,
+    query_order_BT: Tensor,
+    key_order_BS: Tensor,
+    window: int | None,
+    document_ids: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor | None]:
+    """flash-attn's kernel over packed sequences: padding is left out, each document is a sequence of its own.
+
+    Raises UnsupportedFeatureError in a precision other than float16 and bfloat16.
+    """
+    from flash_attn import flash_attn_varlen_func
+
+    if q_BTNH.dtype not in (torch.float16, torch.bfloat16):
+        raise UnsupportedFeatureError(
+            f"flash_attention_2 computes in float16 and bfloat16, the model is {q_BTNH.dtype}; load it with "
+            "dtype='bfloat16' or use attn_implementation='sdpa'."
+        )
+    real_BT = query_order_BT >= 0
+    column_BS = key_order_BS.argsort(dim=1, stable=True)  # a ring holds its keys out of order
+    sorted_order_BS = key_order_BS.gather(1, column_BS)
+    row_B1 = torch.arange(len(column_BS), device=column_BS.device)[:, None]
+    real_BS = sorted_order_BS >= 0
+    if document_ids is None:
+        query_starts, key_starts = _starts(real_BT.sum(1)), _starts(real_BS.sum(1))
+    else:  # without a cache: queries and keys are the same tokens
+        query_starts = key_starts = _starts(_run_lengths(real_BT, document_ids))
+    o = flash_attn_varlen_func(
+        q_BTNH[real_BT],
+        k_BSKH[row_B1, column_BS][real_BS],
+        v_BSKH[row_B1, column_BS][real_BS],
+        query_starts,
+        key_starts,
+        int(query_starts.diff().max()),
+        int(key_starts.diff().max()),
+        dropout_p=dropout,
+        causal=True,
+        window_size=(-1, -1) if window is None else (window - 1, 0),
+    )
+    o_BTNH = torch.zeros_like(q_BTNH)
+    return o_BTNH.index_put((real_BT,), o), None
+
+
+def _starts(length: Tensor) -> Tensor:
+    """Where each packed sequence begins, and where the last one ends, int32."""
+    return F.pad(length.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def _run_lengths(real_BT: Tensor, document_ids_BT: Tensor) -> Tensor:
+    """How many real tokens each document of each row has, in the order of the text."""
+    row = torch.arange(len(real_BT), device=real_BT.device)[:, None].expand_as(real_BT)
+    token_of = torch.stack([row[real_BT], document_ids_BT[real_BT]], dim=1)
+    return token_of.unique_consecutive(dim=0, return_counts=True)[1]
+
+
+ATTENTION = {"eager": attend_eager, "sdpa": attend_sdpa, "flex": attend_flex, "flash_attention_2": attend_flash}
+DEFAULT = "sdpa"
+ALIASES = {"flex_attention": "flex"}
+WITHOUT_DROPOUT = ("flex",)
+
+
+def checked(implementation: str | None) -> str:
+    """The name of an attention implementation that runs here; None is the default.
+
+    Raises UnsupportedFeatureError for an unknown one, MissingExtraError for one whose package is not installed.
+    """
+    name = DEFAULT if implementation is None else ALIASES.get(implementation, implementation)
+    if name not in ATTENTION:
+        raise UnsupportedFeatureError(
+            f"attn_implementation: {implementation!r}, one of {', '.join(ATTENTION)} was expected."
+        )
+    if name == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise MissingExtraError(
+            "attn_implementation 'flash_attention_2' needs the package flash-attn and an NVIDIA GPU; "
+            "pip install flash-attn --no-build-isolation, or use attn_implementation='sdpa'."
+        )
+    return name
+
+
+def available() -> tuple[str, ...]:
+    """The attention implementations that run here."""
+    return tuple(name for name in ATTENTION if name != "flash_attention_2" or importlib.util.find_spec("flash_attn"))

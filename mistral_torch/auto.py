@@ -1,0 +1,71 @@
+"""The Auto classes: a class of this package by the name that transformers uses for any model."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from mistral_core import MistralConfig
+from mistral_core.errors import UnsupportedFeatureError
+from mistral_core.weights.hf_arguments import translated
+
+from .arrays import as_device, as_dtype
+from .heads import (
+    MistralForCausalLM,
+    MistralForQuestionAnswering,
+    MistralForSequenceClassification,
+    MistralForTokenClassification,
+)
+from .model import MistralModel
+from .weights import PreTrainedModel
+
+
+class AutoModel:
+    """MistralModel, by `from_pretrained` or `from_config`."""
+
+    model_class: type[PreTrainedModel] = MistralModel
+
+    def __init__(self) -> None:
+        name = type(self).__name__
+        raise UnsupportedFeatureError(f"{name}: call {name}.from_pretrained(path) or {name}.from_config(config).")
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
+        """The model of a checkpoint; options and errors are those of the class's own `from_pretrained`."""
+        return cls.model_class.from_pretrained(path, **options)
+
+    @classmethod
+    def from_config(cls, config: MistralConfig, **options: Any) -> PreTrainedModel:
+        """A model with fresh parameters, of a config with some fields replaced.
+
+        `options` are those fields, attn_implementation, dtype and device.
+        """
+        given = translated(options, dtype=None, device=None, attn_implementation=None)
+        dtype, device = given.pop("dtype"), as_device(given.pop("device"))
+        implementation = given.pop("attn_implementation")
+        model = cls.model_class(config.replace(**given), attn_implementation=implementation)
+        return model.to(device=device, dtype=None if dtype is None else as_dtype(dtype))
+
+
+class AutoModelForCausalLM(AutoModel):
+    """MistralForCausalLM, by `from_pretrained` or `from_config`."""
+
+    model_class = MistralForCausalLM
+
+
+class AutoModelForSequenceClassification(AutoModel):
+    """MistralForSequenceClassification, by `from_pretrained` or `from_config`."""
+
+    model_class = MistralForSequenceClassification
+
+
+class AutoModelForTokenClassification(AutoModel):
+    """MistralForTokenClassification, by `from_pretrained` or `from_config`."""
+
+    model_class = MistralForTokenClassification
+
+
+class AutoModelForQuestionAnswering(AutoModel):
+    """MistralForQuestionAnswering, by `from_pretrained` or `from_config`."""
+
+    model_class = MistralForQuestionAnswering

@@ -1,0 +1,256 @@
+"""Splash attention against the formula, layers in a scan against layers in turn, and what gradients keep."""
+
+from __future__ import annotations
+
+import jax
+import jax.ad_checkpoint
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from conformance.weights import random_parameters
+from mistral_core.errors import ConfigError, UnsupportedFeatureError
+from mistral_core.presets import TINY
+from mistral_flax import KVCache, MistralForCausalLM, attention
+from mistral_flax.attention import attend
+from mistral_flax.scan import scan_layers, unscan_layers
+
+CONFIG = TINY.replace(num_hidden_layers=2)
+IDS = np.random.default_rng(0).integers(3, CONFIG.vocab_size, (3, 12))
+MASK = np.ones_like(IDS)
+MASK[0, :5], MASK[1, 9:], MASK[2, [2, 3, 7]] = 0, 0, 0
+MASKS = {"none": np.ones_like(IDS), "left, right and holes": MASK}
+PARAMETERS = random_parameters(TINY, "MistralForCausalLM")
+
+splash_feature = pytest.mark.feature(
+    "Splash attention", note="unverified on a TPU: ran in Pallas' interpreter only; chosen by default on one TPU only"
+)
+
+
+def make(config=CONFIG, **options):
+    return MistralForCausalLM(config, **options).load_arrays(PARAMETERS)
+
+
+def close(a, b):
+    return np.allclose(np.asarray(a), np.asarray(b), atol=2e-5)
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    return jax.tree.all(jax.tree.map(close, a, b))
+
+
+# Splash
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    monkeypatch.setattr(attention, "INTERPRET", True)
+
+
+def qkv(batch, queries, keys):
+    rng = np.random.default_rng(1)
+    shapes = (batch, queries, 6, 16), (batch, keys, 2, 16), (batch, keys, 2, 16)
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+def order_of(mask):
+    return jnp.asarray(np.where(mask, mask.cumsum(1) - 1, -1))
+
+
+def both(arrays, query_order, key_order, **options):
+    def run(implementation):
+        return jax.jit(
+            lambda q, k, v: attend(q, k, v, query_order, key_order, implementation=implementation, **options)[0]
+        )(*arrays)
+
+    return run("splash"), run("eager")
+
+
+@splash_feature
+@pytest.mark.parametrize("window", [None, 5, 1])
+@pytest.mark.parametrize("padding", MASKS)
+def test_splash_is_the_formula(interpreter, padding, window):
+    order = order_of(MASKS[padding])
+    splash, eager = both(qkv(*IDS.shape, IDS.shape[1]), order, order, window=window)
+    assert close(splash, eager)
+    assert (np.asarray(splash)[MASKS[padding] == 0] == 0).all()
+
+
+@splash_feature
+def test_splash_over_several_blocks_skips_what_the_window_hides(interpreter):
+    order = jnp.arange(700)[None]
+    splash, eager = both(qkv(1, 700, 700), order, order, window=9)
+    assert close(splash, eager)
+
+
+@splash_feature
+@pytest.mark.parametrize("window", [None, 5])
+def test_splash_keeps_packed_documents_apart(interpreter, window):
+    documents = jnp.asarray([[0] * 4 + [1] * 8, [3] * 9 + [3] * 3, [5, 5, 5, 2, 2, 2, 2, 2, 2, 2, 0, 0]])
+    order = order_of(MASK)
+    splash, eager = both(qkv(3, 12, 12), order, order, window=window, document_ids=documents)
+    apart, _ = both(qkv(3, 12, 12), order, order, window=window)
+    assert close(splash, eager)
+    assert not close(splash, apart)
+
+
+@splash_feature
+@pytest.mark.parametrize("prompt", [3, 5, 8])
+@pytest.mark.parametrize("rolling", [True, False])
+def test_splash_after_caches_of_several_lengths(interpreter, prompt, rolling):
+    """Prompts shorter and longer than the window, in rings and in full caches, then a chunk and a token."""
+    splash, eager = make(attn_implementation="splash"), make(attn_implementation="eager")
+    mask = MASKS["left, right and holes"]
+    expected = eager(IDS, mask).logits
+    past, logits = KVCache.allocate(CONFIG, 3, 12, rolling=rolling), []
+    for start, stop in ((0, prompt), (prompt, 11), (11, 12)):
+        out = nnx.jit(lambda model, *inputs: model(*inputs))(
+            splash, IDS[:, start:stop], mask[:, start:stop], None, past
+        )
+        past = out.past_key_values
+        logits.append(out.logits)
+    assert close(jnp.concatenate(logits, axis=1), expected)
+
+
+@splash_feature
+def test_gradients_of_splash(interpreter):
+    order = order_of(MASK)
+
+    def gradients(implementation):
+        def loss(q, k, v):
+            o, _ = attend(q, k, v, order, order, window=5, implementation=implementation)
+            return jnp.square(o).sum()
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*qkv(*IDS.shape, IDS.shape[1]))
+
+    assert same(gradients("splash"), gradients("eager"))
+
+
+@splash_feature
+def test_splash_is_a_tpu_s(monkeypatch):
+    assert attention.default() == "dot_product"
+    assert make().model.layers["0"].self_attn.implementation == "dot_product"
+    assert "splash" not in attention.available()
+    with pytest.raises(UnsupportedFeatureError, match="TPU.*cpu.*dot_product"):
+        make(attn_implementation="splash")
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert make().model.layers["0"].self_attn.implementation == "splash"
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    assert attention.default() == "dot_product"
+
+
+# Layers in a scan
+
+
+@pytest.fixture(scope="module")
+def scanned():
+    return scan_layers(make(TINY))
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return make(TINY)
+
+
+def call(model, *inputs, **options):
+    return nnx.jit(lambda model, *inputs: model(*inputs, **options))(model, *inputs)
+
+
+@pytest.mark.feature("Layers in a scan")
+@pytest.mark.parametrize("options", [{"output_hidden_states": True, "output_attentions": True}, {"use_cache": False}])
+def test_outputs_of_scanned_layers(scanned, plain, options):
+    assert scanned.params["model.layers.mlp.up_proj.weight"].shape == (3, TINY.intermediate_size, TINY.hidden_size)
+    assert same(call(scanned, IDS, MASK, **options), call(plain, IDS, MASK, **options))
+
+
+@pytest.mark.feature("Layers in a scan")
+@pytest.mark.parametrize("capacity", [None, 12])
+def test_caches_of_scanned_layers(scanned, plain, capacity):
+    caches = [KVCache.allocate(TINY, 3, capacity) for _ in range(2)]
+    for start, stop in ((0, 7), (7, 11), (11, 12)):
+        outs = [
+            call(model, IDS[:, start:stop], MASK[:, start:stop], None, past)
+            for model, past in zip((scanned, plain), caches, strict=True)
+        ]
+        assert same(*outs)
+        caches = [out.past_key_values for out in outs]
+    assert np.array_equal(scanned.generate(IDS, max_new_tokens=3), plain.generate(IDS, max_new_tokens=3))
+
+
+@pytest.mark.feature("Layers in a scan")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_and_dropout_of_scanned_layers(checkpointing):
+    config = TINY.replace(attention_dropout=0.3)
+    plain, scanned = make(config), scan_layers(make(config))
+    if checkpointing:
+        scanned.gradient_checkpointing_enable({"policy": jax.checkpoint_policies.dots_saveable})
+    key = jax.random.key(3)
+    gradients = [
+        jax.jit(jax.grad(lambda params, model=model: model(IDS, MASK, params=params, labels=IDS, rngs=key).loss))(
+            model.params
+        )
+        for model in (plain, scanned)
+    ]
+    assert same(gradients[0], unscan_layers(scanned.bind(gradients[1])).params)
+
+
+@pytest.mark.feature("Layers in a scan")
+def test_checkpoints_of_scanned_layers(tmp_path, plain):
+    scanned = scan_layers(MistralForCausalLM(TINY, rngs=nnx.Rngs(1)))
+    assert scan_layers(scanned) is scanned
+    held = scanned.params
+    scanned.load_arrays(PARAMETERS)
+    assert not any(array.is_deleted() for array in held.values()), "arrays are values"
+    assert all(np.array_equal(array, PARAMETERS[name]) for name, array in scanned.named_arrays())
+    scanned.save_pretrained(tmp_path)
+    loaded = MistralForCausalLM.from_pretrained(tmp_path)
+    assert same(loaded.params, plain.params)
+    back = unscan_layers(scan_layers(loaded))
+    assert same(back.params, plain.params)
+    assert back.num_parameters() == plain.num_parameters()
+    assert close(call(back, IDS).logits, call(plain, IDS).logits)
+    with pytest.raises(UnsupportedFeatureError, match="windows"):
+        scan_layers(MistralForCausalLM(TINY.replace(layer_types=("full_attention", *["sliding_attention"] * 2))))
+
+
+@pytest.mark.feature("Layers in a scan")
+def test_a_scanned_program_does_not_grow_with_the_depth():
+    def lines(layers, change):
+        model = change(MistralForCausalLM(TINY.replace(num_hidden_layers=layers)))
+        loss = jax.jit(jax.grad(lambda params: model(IDS, params=params, labels=IDS).loss))
+        return len(loss.lower(model.params).as_text().splitlines())
+
+    assert lines(2, scan_layers) == lines(6, scan_layers)
+    assert lines(6, unscan_layers) > 2 * lines(2, unscan_layers)
+
+
+# What gradients keep
+
+
+@pytest.mark.feature("Gradient checkpointing")
+def test_policies_say_what_is_kept_for_gradients(capsys, plain):
+    model = make(TINY)
+
+    def loss(params):
+        return model(IDS, MASK, params=params, labels=IDS).loss
+
+    def kept():
+        jax.ad_checkpoint.print_saved_residuals(loss, model.params)
+        return len(capsys.readouterr().out.splitlines())
+
+    counts, gradients = [kept()], [jax.jit(jax.grad(loss))(model.params)]
+    for policy in ("dots_saveable", "nothing_saveable"):
+        model.gradient_checkpointing_enable({"policy": getattr(jax.checkpoint_policies, policy)})
+        counts.append(kept())
+        # a new function: the old one is compiled
+        gradients.append(jax.jit(jax.grad(lambda params: loss(params)))(model.params))
+        assert same(gradients[-1], gradients[0])
+    assert counts[0] > counts[1] > counts[2]
+    model.gradient_checkpointing_enable()
+    assert kept() == counts[2], "without a policy nothing is kept"
+    model.gradient_checkpointing_disable()
+    assert kept() == counts[0]
+    with pytest.raises(ConfigError, match="use_reentrant"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
