@@ -203,5 +203,9 @@ class DownloadCorruptError(HubError):
 # Packages
 
 
+class MissingNameError(MistralError, ImportError):
+    """transformers has this name and this package has not; the message says what to use."""
+
+
 class MissingExtraError(MistralError, ImportError):
     """An optional package is not installed; the message names the extra that brings it."""

@@ -77,19 +77,15 @@ class MistralTokenizer:
     def __len__(self) -> int:
         return self.vocab_size
 
-    def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
-        """The ids of a text; `add_special_tokens` puts the begin-of-sequence token in front."""
-        if not isinstance(text, str):
-            raise TokenizerError(f"text: {type(text).__name__}, a str was expected; decode bytes first.")
-        try:
-            text.encode()
-        except UnicodeEncodeError as cause:
-            raise TokenizerError(
-                f"text: half a surrogate pair at {cause.start}, which is no character; "
-                "read the text with errors='replace'."
-            ) from cause
+    def encode(
+        self, text: str, text_pair: str | None = None, *, add_special_tokens: bool = True, parse_special: bool = False
+    ) -> list[int]:
+        """The ids of a text, or of two as the file joins them; `add_special_tokens` begins each as the file says."""
+        for name, value in (("text", text), ("text_pair", text_pair)):
+            if name == "text" or value is not None:
+                _check_text(name, value)
         tokenizer = self._parsing if parse_special else self._plain
-        return list(tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        return list(tokenizer.encode(text, text_pair, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: int | Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of one sequence of ids: a list, an array, or a single id.
@@ -111,10 +107,11 @@ class MistralTokenizer:
         """
         if clean_up_tokenization_spaces:
             raise UnsupportedFeatureError("clean_up_tokenization_spaces: it would change the text; leave it out.")
-        return [self.decode(np.asarray(row), skip_special_tokens=skip_special_tokens) for row in rows]
+        return [self.decode(row, skip_special_tokens=skip_special_tokens) for row in rows]
 
     def __call__(
-        self, text: str | Sequence[str], *, padding: bool = False, padding_side: str = "left",
+        self, text: str | Sequence[str], text_pair: str | Sequence[str] | None = None, *,
+        padding: bool = False, padding_side: str = "left",
         return_tensors: str | None = None, add_special_tokens: bool = True, parse_special: bool = False,
     ) -> Encoding:  # fmt: skip
         """`input_ids` and `attention_mask` of a text or a list of texts: lists, or arrays [B, T] of a framework.
@@ -126,7 +123,10 @@ class MistralTokenizer:
             raise TokenizerError(f"padding_side: {padding_side!r}; 'left' or 'right' was expected.")
         texts = [text] if isinstance(text, str) else list(text)
         options = {"add_special_tokens": add_special_tokens, "parse_special": parse_special}
-        rows = [self.encode(each, **options) for each in texts]
+        pairs = [text_pair] * len(texts) if text_pair is None or isinstance(text_pair, str) else list(text_pair)
+        if len(pairs) != len(texts):
+            raise TokenizerError(f"text_pair: {len(pairs)} texts, {len(texts)} were expected: one beside each text.")
+        rows = [self.encode(each, pair, **options) for each, pair in zip(texts, pairs, strict=True)]
         masks = [[1] * len(row) for row in rows]
         if padding:
             longest = max(map(len, rows), default=0)
@@ -189,7 +189,8 @@ class MistralTokenizer:
         return found
 
     def _checked(self, ids: int | Iterable[int]) -> list[int]:
-        given = ids.tolist() if hasattr(ids, "tolist") else ids
+        given: Any = ids.numpy() if hasattr(ids, "numpy") and not hasattr(ids, "tolist") else ids  # TensorFlow
+        given = given.tolist() if hasattr(given, "tolist") else given
         sequence, size = [given] if isinstance(given, int) else list(given), self.vocab_size
         for at, each in enumerate(sequence):
             if isinstance(each, bool) or not isinstance(each, (int, np.integer)):
@@ -197,6 +198,18 @@ class MistralTokenizer:
             if not 0 <= each < size:
                 raise TokenizerError(f"ids[{at}]: {each} is not in [0, {size}); take the tokenizer of the model.")
         return [int(each) for each in sequence]
+
+
+def _check_text(name: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise TokenizerError(f"{name}: {type(text).__name__}, a str was expected; decode bytes first.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as cause:
+        raise TokenizerError(
+            f"{name}: half a surrogate pair at {cause.start}, which is no character; "
+            "read the text with errors='replace'."
+        ) from cause
 
 
 def _pad(row: list[int], length: int, value: int, side: str) -> list[int]:

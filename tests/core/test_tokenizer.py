@@ -119,6 +119,21 @@ def test_arrays():
         TOKENIZER("a", padding_side="middle")
 
 
+def test_pairs():
+    question, text = "Who was Emma?", "Emma was rich"
+    both = TOKENIZER(question, text)["input_ids"]
+    assert both == TOKENIZER.encode(question, text)
+    assert both[: len(TOKENIZER.encode(question))] == TOKENIZER.encode(question)
+    assert both[-len(TOKENIZER.encode(text, add_special_tokens=False)) :] == TOKENIZER.encode(
+        text, add_special_tokens=False
+    )
+    assert TOKENIZER([question, text], [text, question])["input_ids"][0] == both
+    with pytest.raises(TokenizerError, match="text_pair: 1 texts, 2 were expected"):
+        TOKENIZER([question, text], [text])
+    with pytest.raises(TokenizerError, match="text_pair: bytes"):
+        TOKENIZER.encode(question, b"bytes")
+
+
 # Files
 
 

@@ -1,0 +1,58 @@
+"""Names that transformers' documentation imports and this project has not: each with what to use instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .errors import MissingNameError
+
+_QUANTIZED = "weights are not quantized here; load them with dtype='bfloat16'"
+_STREAMED = "generate returns all ids at once; decode them with the tokenizer"
+_TOKENIZER = "AutoTokenizer (MistralTokenizer) reads the tokenizer.json of every Mistral"
+_CACHE = "KVCache.allocate(config, batch_size, capacity) makes every kind of cache"
+_TRAINER = "models of mistral_torch can be trained by transformers' own Trainer; those of mistral_tf have fit"
+
+ADVICE: Mapping[str, str] = {
+    "pipeline": "call AutoTokenizer, AutoModelForCausalLM.from_pretrained and model.generate",
+    "TextStreamer": _STREAMED,
+    "TextIteratorStreamer": _STREAMED,
+    "BitsAndBytesConfig": _QUANTIZED,
+    "GPTQConfig": _QUANTIZED,
+    "AwqConfig": _QUANTIZED,
+    "QuantoConfig": _QUANTIZED,
+    "TorchAoConfig": _QUANTIZED,
+    "LlamaTokenizer": _TOKENIZER,
+    "LlamaTokenizerFast": _TOKENIZER,
+    "MistralCommonTokenizer": _TOKENIZER,
+    "PreTrainedTokenizerFast": _TOKENIZER,
+    "Cache": _CACHE,
+    "DynamicCache": _CACHE,
+    "StaticCache": _CACHE,
+    "SlidingWindowCache": _CACHE,
+    "HybridCache": _CACHE,
+    "Trainer": _TRAINER,
+    "TrainingArguments": _TRAINER,
+    "DataCollatorForLanguageModeling": "tokenizer(texts, padding=True) makes a batch; give its ids as labels too",
+    "AttentionMaskVisualizer": "attention_mask in this package's attention.py is the mask, as an array",
+    "MistralPreTrainedModel": "each class has its methods",
+    "AutoModelForMultipleChoice": "a Mistral answers by AutoModelForCausalLM or AutoModelForSequenceClassification",
+    "set_seed": "set the seed of your framework: torch.manual_seed, jax.random.key, keras.utils.set_random_seed",
+    "FlaxMistralModel": "it is in mistral_flax",
+    "FlaxMistralForCausalLM": "it is in mistral_flax",
+    "FlaxAutoModel": "it is in mistral_flax",
+    "FlaxAutoModelForCausalLM": "it is in mistral_flax",
+    "TFMistralModel": "it is in mistral_tf",
+    "TFMistralForCausalLM": "it is in mistral_tf",
+    "TFMistralForSequenceClassification": "it is in mistral_tf",
+    "TFAutoModel": "it is in mistral_tf",
+    "TFAutoModelForCausalLM": "it is in mistral_tf",
+    "TFAutoModelForSequenceClassification": "it is in mistral_tf",
+}
+"""Name -> what to use."""
+
+
+def missing(package: str, name: str) -> Exception:
+    """The error of a package that is asked for a name it has not: MissingNameError with advice, or AttributeError."""
+    if name in ADVICE:
+        return MissingNameError(f"{package} has no {name}: {ADVICE[name]}.")
+    return AttributeError(f"module {package!r} has no attribute {name!r}")
