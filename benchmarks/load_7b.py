@@ -1,0 +1,158 @@
+"""Loading a 7B-shaped bfloat16 checkpoint: time against reading the same bytes, peak memory against the weights.
+
+    python -m benchmarks.load_7b [--directory DIR] [--backends torch,flax,tf] [--runs 3] [--write]
+
+Makes 14.5 GB of random weights in DIR the first time (kept: delete it yourself). Each load is a process of its own,
+with the file out of the page cache, between two plain reads of the file in the same state; the limit is their mean
+plus the framework's import.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from mistral_core.cli import POLITE
+from mistral_core.parameters import shapes
+from mistral_core.presets import PRESETS
+from mistral_core.weights.checkpoint import save
+
+CONFIG = PRESETS["mistral-7b-v0.1"]
+NUMBERS = sum(math.prod(shape) for shape in shapes(CONFIG, "MistralForCausalLM").values())
+FRAMEWORKS = {"torch": "torch", "flax": "flax", "tf": "tensorflow"}
+MEMORY, TIME = 1.15, 1.3
+"""The most a load may take, as a multiple of the weights and of reading the file plus the import."""
+RESULT = Path(__file__).parent / "results" / "load_7b.md"
+
+LOAD = """
+import importlib, json, resource, sys, time
+start = time.perf_counter()
+package = importlib.import_module("mistral_" + sys.argv[1])
+imported = time.perf_counter()
+model = package.MistralForCausalLM.from_pretrained(sys.argv[2])
+loaded = time.perf_counter()
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+assert model.num_parameters() == int(sys.argv[3])
+print(json.dumps({"import": imported - start, "load": loaded - imported, "peak": peak}))
+"""
+
+
+def weights() -> Iterator[tuple[str, np.ndarray]]:
+    """Random finite bfloat16 of either sign."""
+    rng = np.random.default_rng(0)
+    for name, shape in shapes(CONFIG, "MistralForCausalLM").items():
+        bits = rng.integers(0, 2**16, shape, np.uint16)
+        yield name, (bits & 0x80FF | 0x3C00).view(ml_dtypes.bfloat16)
+
+
+def files(directory: Path) -> list[Path]:
+    """The files that hold the weights."""
+    return sorted(directory.glob("*.safetensors"))
+
+
+def forget(directory: Path) -> None:
+    """Drop the weights from the page cache, so that they come from the disk."""
+    for path in files(directory):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read(directory: Path) -> float:
+    """Seconds to read the weights from the disk into one buffer, again and again."""
+    forget(directory)
+    buffer = bytearray(16 << 20)
+    start = time.perf_counter()
+    for path in files(directory):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    return time.perf_counter() - start
+
+
+def load(backend: str, directory: Path) -> dict[str, float]:
+    """Seconds of import and of load, and peak bytes, of a fresh process."""
+    forget(directory)
+    command = [sys.executable, "-c", LOAD, backend, str(directory), str(NUMBERS)]
+    environment = {**os.environ, **POLITE, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(result.stdout)
+
+
+def measure(backend: str, directory: Path) -> dict[str, float]:
+    """One load between two reads."""
+    before = read(directory)
+    found = load(backend, directory)
+    reading = (before + read(directory)) / 2
+    size = sum(path.stat().st_size for path in files(directory))
+    return {
+        **found,
+        "read": reading,
+        "time ratio": (found["import"] + found["load"]) / (reading + found["import"]),
+        "memory ratio": found["peak"] / size,
+    }
+
+
+def row(backend: str, runs: list[dict[str, float]]) -> str:
+    """A line of the table: medians."""
+    middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+    name = FRAMEWORKS[backend]
+    return (
+        f"| {name} {version(name)} | {middle['import']:.1f} | {middle['read']:.1f} | {middle['load']:.1f} "
+        f"| {middle['time ratio']:.2f} | {middle['peak'] / 1e9:.2f} | {middle['memory ratio']:.2f} |"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--directory", type=Path, default=Path("build/random-7b"))
+    parser.add_argument("--backends", default=",".join(FRAMEWORKS))
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--write", action="store_true", help="keep the table in benchmarks/results")
+    arguments = parser.parse_args()
+    if not files(arguments.directory):
+        arguments.directory.parent.mkdir(parents=True, exist_ok=True)
+        print(f"writing 14.5 GB to {arguments.directory}", file=sys.stderr)
+        save(arguments.directory, CONFIG, weights())
+    rows, kept = [], True
+    for backend in arguments.backends.split(","):
+        runs = [measure(backend, arguments.directory) for _ in range(arguments.runs)]
+        rows.append(row(backend, runs))
+        print(rows[-1], flush=True)
+        kept &= statistics.median(run["memory ratio"] for run in runs) <= MEMORY
+        kept &= statistics.median(run["time ratio"] for run in runs) <= TIME
+    size = sum(path.stat().st_size for path in files(arguments.directory)) / 1e9
+    table = "\n".join(
+        [
+            f"| framework | import s | read s | load s | time (limit {TIME}) | peak GB | memory (limit {MEMORY}) |",
+            "|---|---|---|---|---|---|---|",
+            *rows,
+        ]
+    )
+    if arguments.write:
+        RESULT.parent.mkdir(exist_ok=True)
+        RESULT.write_text(
+            "# Loading a 7B-shaped bfloat16 checkpoint\n\n`python -m benchmarks.load_7b --write`: Python "
+            f"{platform.python_version()}, {os.cpu_count()} CPU cores, medians of {arguments.runs}, each load in a "
+            f"fresh process from the disk, between two plain reads of the same {size:.1f} GB. "
+            f"Time is (import + load) / (import + read), memory the process' peak / the weights.\n\n{table}\n"
+        )
+    print(table)
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
