@@ -1,6 +1,7 @@
 """Mistral in JAX, with Flax NNX: the mirror of mistral_torch and mistral_tf."""
 
 from mistral_core import AutoConfig, AutoTokenizer, GenerationConfig, MistralConfig, MistralTokenizer
+from mistral_core.missing_names import missing as _missing
 
 from .auto import (
     AutoModel,
@@ -40,3 +41,7 @@ __all__ = [
     "MistralModel",
     "MistralTokenizer",
 ]
+
+
+def __getattr__(name: str) -> object:
+    raise _missing(__name__, name)

@@ -23,11 +23,11 @@ DTYPES = {
 
 
 def as_dtype(dtype: Any) -> Any:
-    """A JAX dtype from itself or its name; raises ConfigError for a dtype no model can have."""
+    """A JAX dtype from itself, its name or torch's; raises ConfigError for a dtype no model can have."""
     try:
         name = dtype if isinstance(dtype, str | None) else jnp.dtype(dtype).name  # jnp.dtype(None) is float64
     except TypeError:
-        name = None
+        name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise ConfigError(f"dtype: {dtype!r}, one of {', '.join(DTYPES)} was expected.")
     return DTYPES[name]

@@ -54,7 +54,10 @@ def attend(
     """softmax(q k / sqrt(H)) v [B, T, N, H], and the weights [B, N, T, S] where the implementation has them."""
     if rngs is None:
         dropout = 0.0
-    if dropout and implementation in WITHOUT_DROPOUT:
+    # nor has JAX a kernel of float16 on a CPU
+    if (dropout and implementation in WITHOUT_DROPOUT) or (
+        q_BTNH.dtype == jnp.float16 and jax.default_backend() == "cpu"
+    ):
         implementation = "eager"
     return ATTENTION[implementation](
         q_BTNH, k_BSKH, v_BSKH, query_order_BT, key_order_BS, window, document_ids, dropout, rngs

@@ -41,7 +41,7 @@ class AutoModel:
     def from_config(cls, config: MistralConfig, **options: Any) -> PreTrainedModel:
         """A model with fresh parameters, of a config with some fields replaced.
 
-        Options are those fields, the constructor's own (attn_implementation, dtype, param_dtype, rngs) and device.
+        `options` are those fields, attn_implementation, dtype, param_dtype, rngs and device.
         """
         given = translated(options, dtype=None, device=None, attn_implementation=None, param_dtype=None, rngs=None)
         build = {name: given.pop(name) for name in ("attn_implementation", "param_dtype", "rngs")}

@@ -218,7 +218,10 @@ class PreTrainedModel(nnx.Module):
 
     @property
     def config(self) -> MistralConfig:
-        """Sizes and numbers, the model's own copy; an assignment to a field is checked."""
+        """Sizes and numbers, the model's own copy; an assignment to a field is checked.
+
+        A transform such as nnx.jit leaves another, equal one: ask the model for it each time.
+        """
         return self.base_model._config.config
 
     @config.setter

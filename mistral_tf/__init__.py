@@ -4,6 +4,7 @@ import keras as _keras
 
 from mistral_core import AutoConfig, AutoTokenizer, GenerationConfig, MistralConfig, MistralTokenizer
 from mistral_core.errors import UnsupportedFeatureError as _UnsupportedFeatureError
+from mistral_core.missing_names import missing as _missing
 
 if _keras.backend.backend() != "tensorflow":
     raise _UnsupportedFeatureError(
@@ -19,6 +20,12 @@ from .auto import (
     AutoModelForTokenClassification,
 )
 from .cache import KVCache
+from .compat import TFAutoModel as TFAutoModel
+from .compat import TFAutoModelForCausalLM as TFAutoModelForCausalLM
+from .compat import TFAutoModelForSequenceClassification as TFAutoModelForSequenceClassification
+from .compat import TFMistralForCausalLM as TFMistralForCausalLM
+from .compat import TFMistralForSequenceClassification as TFMistralForSequenceClassification
+from .compat import TFMistralModel as TFMistralModel
 from .heads import (
     MistralForCausalLM,
     MistralForQuestionAnswering,
@@ -45,3 +52,7 @@ __all__ = [
     "MistralModel",
     "MistralTokenizer",
 ]
+
+
+def __getattr__(name: str) -> object:
+    raise _missing(__name__, name)

@@ -100,6 +100,9 @@ def model_inputs(
     document_ids: Any = None,
 ) -> Inputs:
     """Lists, NumPy arrays or tensors as tensors, checked where there are values to look at."""
+    if not isinstance(past_key_values, KVCache | None):
+        found = type(past_key_values).__name__
+        raise InputError(f"past_key_values: {found}, a KVCache was expected: what KVCache.allocate or a call returns.")
     traced = is_traced(input_ids, attention_mask, position_ids, inputs_embeds, document_ids)
     ids = integers("input_ids", input_ids)
     positions = integers("position_ids", position_ids)

@@ -61,18 +61,24 @@ METRICS: dict[str, Callable[[], keras.metrics.Metric]] = {
 class KerasModel(keras.Model):
     """A Keras model whose weights exist at once, whose inputs keep their dtypes and whose output is a named tuple."""
 
+    architecture: str
+    """The name of the Mistral class that this one is, or extends."""
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         keras.saving.register_keras_serializable("mistral_tf")(cls)
+        if cls.__name__ in OUTPUTS:
+            cls.architecture = cls.__name__
 
     def __init__(self, *, dtype: keras.DTypePolicy, name: str | None) -> None:
         super().__init__(dtype=dtype, autocast=False, name=name)
         self.built = True
 
     def __call__(self, *arrays: Any, **options: Any) -> Any:
-        """Call with lists, NumPy arrays or tensors, or one dictionary of them; Keras takes no lists by position."""
-        names = list(inspect.signature(self.call).parameters)
-        given = {**dict(zip(names, arrays, strict=False)), **options}
+        """Call with lists, NumPy arrays or tensors, or one list or dictionary of them; Keras takes no lists."""
+        if arrays and _several(arrays[0]):
+            arrays = (*arrays[0], *arrays[1:])
+        given = dict(**inspect.signature(self.call).bind_partial(*arrays).arguments, **options)
         if isinstance(given.get("input_ids"), Mapping):
             given = {**given, "input_ids": None, **given["input_ids"]}
         if any(isinstance(value, keras.KerasTensor) for value in given.values()):
@@ -93,7 +99,7 @@ class KerasModel(keras.Model):
 
     @property
     def _outputs(self) -> Any:
-        return OUTPUTS[type(self).__name__]
+        return OUTPUTS[self.architecture]
 
     # Training
 
@@ -130,9 +136,14 @@ class KerasModel(keras.Model):
 
     def _of_logits(self, metrics: Any) -> Any:
         """Metrics, those by name made for logits, for each field that they are about."""
-        if metrics is None or isinstance(metrics, dict):
+        main = self._outputs[1]
+        if isinstance(metrics, Mapping):
+            each = {name: [chosen] if isinstance(chosen, str) else chosen for name, chosen in metrics.items()}
+        elif isinstance(metrics, list | tuple):
+            each = dict.fromkeys(main, metrics)
+        else:
             return metrics
-        row_scores = type(self).__name__ == "MistralForSequenceClassification"
+        row_scores = self.architecture == "MistralForSequenceClassification"
         binary = row_scores and self.config.problem(float_labels=False) != "single_label_classification"
 
         def made(metric: Any) -> Any:
@@ -140,9 +151,8 @@ class KerasModel(keras.Model):
                 return keras.metrics.BinaryAccuracy(name=metric, threshold=0.0)
             return METRICS[metric]() if isinstance(metric, str) and metric in METRICS else metric
 
-        main = self._outputs[1]
-        each = {name: [made(metric) for metric in metrics] for name in main}
-        return each if len(main) > 1 else each[main[0]]
+        each = {name: [made(metric) for metric in chosen] for name, chosen in each.items()}
+        return each[main[0]] if list(each) == list(main) and len(main) == 1 else each
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """One step of `fit`."""
@@ -151,6 +161,11 @@ class KerasModel(keras.Model):
     def test_step(self, data: Any) -> dict[str, Any]:
         """One step of `evaluate`."""
         return super().test_step(self._unpacked(data))
+
+    def _symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        """What Keras does where there are replicas: their integers come averaged, in float64."""
+        batch = tf.nest.map_structure(lambda x: tf.cast(x, tf.int32) if x.dtype == tf.float64 else x, data_batch)
+        super()._symbolic_build(data_batch=self._unpacked(batch))
 
     def _unpacked(self, data: Any) -> tuple[Any, Any, Any]:
         """x, y and sample weights, y as an array or, where the model answers with several, by their names."""
@@ -165,8 +180,10 @@ class KerasModel(keras.Model):
             y = {LABELS.get(name, name): value for name, value in y.items()}
             y = y if len(main) > 1 else y.get(main[0])
         if y is None or (isinstance(y, Mapping) and set(y) != set(main)):
-            expected = " and ".join(name for name, field in LABELS.items() if field in main)
+            expected = " and ".join(name for name, field in LABELS.items() if field in main) or "y"
             raise InputError(f"fit and evaluate: no labels; give {expected} in the dictionary, or (x, y).")
+        if self._own_loss and self.architecture == "MistralModel":
+            raise InputError("MistralModel has no loss of its own; give compile a loss, or train a class with a head.")
         return x, y, weight
 
     def compute_loss(
@@ -177,30 +194,42 @@ class KerasModel(keras.Model):
         if not self._own_loss:
             return super().compute_loss(x, y, scores, sample_weight, training)
         if isinstance(y, dict):
-            losses = [self._mean_loss(y[name], scores[name], sample_weight) for name in y]
-            return tf.add_n(losses) / len(losses)
-        return self._mean_loss(y, scores, sample_weight)
+            own = tf.add_n([self._mean_loss(y[name], scores[name], sample_weight) for name in y]) / len(y)
+        else:
+            own = self._mean_loss(y, scores, sample_weight)
+        return tf.add_n([own, *map(self._aggregate_additional_loss, self.losses)])
 
     def _mean_loss(self, y: Tensor, scores: Tensor, weight: Tensor | None) -> Tensor:
-        kind = "single_label_classification"
-        if type(self).__name__ == "MistralForSequenceClassification":
-            kind = self.config.problem(float_labels=y.dtype.is_floating)
+        kind = self._problem(y)
         if kind == "single_label_classification":
-            return LOSSES["sparse_categorical_crossentropy"]()(y, scores, weight)
+            return LOSSES["sparse_categorical_crossentropy"]()(tf.reshape(y, tf.shape(scores)[:-1]), scores, weight)
         y = tf.reshape(tf.cast(y, tf.float32), tf.shape(scores))
         loss = keras.losses.MeanSquaredError() if kind == "regression" else LOSSES["binary_crossentropy"]()
         return loss(y, scores, weight)
+
+    def _problem(self, y: Tensor) -> str:
+        """What the own loss takes labels for."""
+        if self.architecture == "MistralForSequenceClassification":
+            return self.config.problem(float_labels=y.dtype.is_floating)
+        return "single_label_classification"
+
+    def _check_labels(self, y: Tensor, scores: Tensor) -> None:
+        expected = scores.shape[:-1] if self._problem(y) == "single_label_classification" else scores.shape
+        if not _trimmed(y.shape).is_compatible_with(_trimmed(expected)):
+            raise InputError(f"labels: shape {tuple(y.shape)}, {list(expected)} was expected.")
 
     def _pairs(self, y: Any, output: Any, weight: Any) -> tuple[Any, Any, Any]:
         """Labels, scores and weights side by side, as the loss in force compares them."""
         main = self._outputs[1]
         if len(main) == 1:
             y, scores = tf.convert_to_tensor(y), output[main[0]]
-            if self._own_loss and type(self).__name__ == "MistralForCausalLM":
-                y, scores = y[:, 1:], scores[:, :-1]
-                weight = weight[:, 1:] if weight is not None and len(weight.shape) > 1 else weight
-            if weight is not None and len(y.shape) > 1 == len(weight.shape) and not y.dtype.is_floating:
-                weight = weight[:, None]  # of rows, for each of their tokens
+            if self._own_loss:
+                self._check_labels(y, scores)
+                if self.architecture == "MistralForCausalLM":
+                    y, scores = y[:, 1:], scores[:, :-1]
+            if weight is not None and y.shape.rank == 2 and not y.dtype.is_floating:
+                # of rows [B] as [B, 1], of tokens [B, T] as those of the labels; Keras may not know the rank
+                weight = tf.reshape(weight, [tf.shape(weight)[0], -1])[:, -tf.shape(y)[1] :]
             return y, scores, weight
         length = tf.shape(output[main[0]])[1]
         y = {name: tf.reshape(tf.cast(y[name], tf.int32), [-1]) for name in main}
@@ -229,9 +258,9 @@ class KerasModel(keras.Model):
             name: value for name, value in output._asdict().items() if value is not None and name != "past_key_values"
         }
 
-    def predict(self, x: Any, **options: Any) -> Any:
+    def predict(self, x: Any, *arguments: Any, **options: Any) -> Any:
         """The model's output, as NumPy arrays, for all batches of x."""
-        return self._outputs[0](**super().predict(x, **options))
+        return self._outputs[0](**super().predict(x, *arguments, **options))
 
     def predict_on_batch(self, x: Any) -> Any:
         """The model's output, as NumPy arrays, for one batch."""
@@ -266,7 +295,7 @@ class KerasModel(keras.Model):
             "generation_config": self.generation_config.to_dict(),
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             "name": self.name,
-            "trainable": self.trainable,
+            "trainable": [layer.trainable for layer in self._flatten_layers()],
         }
 
     @classmethod
@@ -275,7 +304,8 @@ class KerasModel(keras.Model):
         policy = keras.dtype_policies.deserialize(config["dtype"])
         model = cls(MistralConfig.from_dict(config["config"]), dtype=policy, name=config["name"])
         model.generation_config = GenerationConfig.from_dict(config["generation_config"])
-        model.trainable = config["trainable"]
+        for layer, trainable in zip(model._flatten_layers(), config["trainable"], strict=True):
+            layer.trainable = trainable  # of those inside too, which come later
         return model
 
 
@@ -286,3 +316,13 @@ def _counted(y: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     scores = tf.identity(scores)
     scores._keras_mask = y != IGNORED
     return tf.maximum(y, 0), scores
+
+
+def _several(value: Any) -> bool:
+    """Whether a first argument is a list of arguments, and not a batch written as a list of rows."""
+    return isinstance(value, list | tuple) and bool(value) and len(getattr(value[0], "shape", ())) > 1
+
+
+def _trimmed(shape: tf.TensorShape) -> tf.TensorShape:
+    """A shape without its last axis of one."""
+    return shape[:-1] if (shape.rank or 0) > 1 and shape[-1] == 1 else shape

@@ -28,7 +28,7 @@ class Layer(keras.layers.Layer):
     def replace_weight(self, rows: Any) -> None:
         """Hold another number of rows."""
         del self.weight  # which Keras tracks, and an assignment alone does not undo
-        self.weight = self.add_weight(shape=rows.shape, initializer="zeros", name="weight")
+        self.weight = self.add_weight(shape=rows.shape, initializer="zeros", name=f"{self.name}.weight")
         self.weight.assign(rows)
 
 
@@ -39,8 +39,8 @@ class Linear(Layer):
         self, size_in: int, size_out: int, *, bias: bool = False, dtype: Any, initializer: Any, name: str | None = None
     ) -> None:
         super().__init__(dtype=dtype, name=name)
-        self.weight = self.add_weight(shape=(size_out, size_in), initializer=initializer, name="weight")
-        self.bias = self.add_weight(shape=(size_out,), initializer="zeros", name="bias") if bias else None
+        self.weight = self.add_weight(shape=(size_out, size_in), initializer=initializer, name=f"{self.name}.weight")
+        self.bias = self.add_weight(shape=(size_out,), initializer="zeros", name=f"{self.name}.bias") if bias else None
 
     def call(self, x: Tensor) -> Tensor:
         return matmul(x, tf.cast(self.weight, x.dtype))
@@ -51,7 +51,7 @@ class Embedding(Layer):
 
     def __init__(self, size: int, width: int, *, dtype: Any, initializer: Any, name: str | None = None) -> None:
         super().__init__(dtype=dtype, name=name)
-        self.weight = self.add_weight(shape=(size, width), initializer=initializer, name="weight")
+        self.weight = self.add_weight(shape=(size, width), initializer=initializer, name=f"{self.name}.weight")
 
     def call(self, ids_BT: Tensor) -> Tensor:
         return tf.cast(tf.gather(tf.convert_to_tensor(self.weight), ids_BT), self.compute_dtype)
@@ -62,7 +62,7 @@ class RMSNorm(Layer):
 
     def __init__(self, size: int, eps: float, *, dtype: Any, name: str | None = None) -> None:
         super().__init__(dtype=dtype, name=name)
-        self.weight = self.add_weight(shape=(size,), initializer="ones", name="weight")
+        self.weight = self.add_weight(shape=(size,), initializer="ones", name=f"{self.name}.weight")
         self.eps = eps
 
     def call(self, x_BTD: Tensor) -> Tensor:
@@ -137,10 +137,10 @@ class Attention(Layer):
             config.head_dim,
         )
         options = {"dtype": dtype, "initializer": initializer}
-        self.q_proj = Linear(D, N * H, name="q_proj", **options)
-        self.k_proj = Linear(D, K * H, name="k_proj", **options)
-        self.v_proj = Linear(D, K * H, name="v_proj", **options)
-        self.o_proj = Linear(N * H, D, name="o_proj", **options)
+        self.q_proj = Linear(D, N * H, name=f"{self.name}.q_proj", **options)
+        self.k_proj = Linear(D, K * H, name=f"{self.name}.k_proj", **options)
+        self.v_proj = Linear(D, K * H, name=f"{self.name}.v_proj", **options)
+        self.o_proj = Linear(N * H, D, name=f"{self.name}.o_proj", **options)
         self.heads, self.key_value_heads, self.head_dim = N, K, H
         self.window = window
         self.implementation = checked(implementation)
@@ -187,9 +187,9 @@ class MLP(Layer):
         super().__init__(dtype=dtype, name=name)
         D, F = config.hidden_size, config.intermediate_size
         options = {"dtype": dtype, "initializer": initializer}
-        self.gate_proj = Linear(D, F, name="gate_proj", **options)
-        self.up_proj = Linear(D, F, name="up_proj", **options)
-        self.down_proj = Linear(F, D, name="down_proj", **options)
+        self.gate_proj = Linear(D, F, name=f"{self.name}.gate_proj", **options)
+        self.up_proj = Linear(D, F, name=f"{self.name}.up_proj", **options)
+        self.down_proj = Linear(F, D, name=f"{self.name}.down_proj", **options)
 
     def call(self, x_BTD: Tensor) -> Tensor:
         return self.down_proj(silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
@@ -215,12 +215,14 @@ class DecoderLayer(Layer):
     ) -> None:
         super().__init__(dtype=dtype, name=name)
         options = {"dtype": dtype, "initializer": initializer}
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, name="input_layernorm")
-        self.self_attn = Attention(config, window, implementation, name="self_attn", **options)
-        self.post_attention_layernorm = RMSNorm(
-            config.hidden_size, config.rms_norm_eps, dtype=dtype, name="post_attention_layernorm"
+        self.input_layernorm = RMSNorm(
+            config.hidden_size, config.rms_norm_eps, dtype=dtype, name=f"{self.name}.input_layernorm"
         )
-        self.mlp = MLP(config, name="mlp", **options)
+        self.self_attn = Attention(config, window, implementation, name=f"{self.name}.self_attn", **options)
+        self.post_attention_layernorm = RMSNorm(
+            config.hidden_size, config.rms_norm_eps, dtype=dtype, name=f"{self.name}.post_attention_layernorm"
+        )
+        self.mlp = MLP(config, name=f"{self.name}.mlp", **options)
 
     def call(
         self,

@@ -31,13 +31,15 @@ class MistralModel(PreTrainedModel):
         dtype, initializer = as_policy(dtype), initializer or default_initializer(config)
         super().__init__(config, dtype=dtype, name=name)
         options = {"dtype": dtype, "initializer": initializer}
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, name="embed_tokens", **options)
+        self.embed_tokens = Embedding(
+            config.vocab_size, config.hidden_size, name=f"{self.name}.embed_tokens", **options
+        )
         # `layers` is Keras' own name for a model's direct parts
         self.decoder_layers = [
-            DecoderLayer(config, window, attn_implementation, name=f"layers_{index}", **options)
+            DecoderLayer(config, window, attn_implementation, name=f"{self.name}.layers.{index}", **options)
             for index, window in enumerate(config.layer_windows)
         ]
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, name="norm")
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, name=f"{self.name}.norm")
         self.gradient_checkpointing: dict[str, Any] | None = None
 
     def call(

@@ -58,7 +58,7 @@ class PreTrainedModel(KerasModel):
         policy = None if dtype is None else as_policy(dtype)
         loaded = pretrained.load(
             path,
-            cls.__name__,
+            cls.architecture,
             config=config,
             dtype=None if policy is None else policy.variable_dtype,
             seed=seed,
@@ -96,7 +96,7 @@ class PreTrainedModel(KerasModel):
             directory,
             self.config,
             self.named_arrays(),
-            architecture=type(self).__name__,
+            architecture=self.architecture,
             generation_config=self.generation_config,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
@@ -104,7 +104,7 @@ class PreTrainedModel(KerasModel):
 
     def named_arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yield (canonical name, NumPy array) of every tensor of the model, in table order."""
-        for name, _ in parameters(self.config, type(self).__name__):
+        for name, _ in parameters(self.config, self.architecture):
             yield name, to_numpy(self._parameter(name))
 
     def set_parameter(self, name: str, array: np.ndarray) -> None:
@@ -113,7 +113,7 @@ class PreTrainedModel(KerasModel):
 
     def load_arrays(self, arrays: Any) -> Self:
         """Set every parameter from a mapping of canonical names to NumPy arrays."""
-        for name, _ in parameters(self.config, type(self).__name__):
+        for name, _ in parameters(self.config, self.architecture):
             self.set_parameter(name, arrays[name])
         return self
 
@@ -153,7 +153,7 @@ class PreTrainedModel(KerasModel):
         """
         config = resized_config(self.config, new_num_tokens, pad_to_multiple_of)
         if config.vocab_size != self.config.vocab_size:
-            for name in VOCABULARY & shapes(config, type(self).__name__).keys():
+            for name in VOCABULARY & shapes(config, self.architecture).keys():
                 rows = resized_rows(to_numpy(self._parameter(name)), config.vocab_size)
                 self._owner(name).replace_weight(rows)
             self.config.vocab_size = config.vocab_size
@@ -203,7 +203,7 @@ class PreTrainedModel(KerasModel):
 
     def _owner(self, name: str) -> Any:
         """The layer of a parameter; the bare model's own names lack the `model.` in front."""
-        path = name.removeprefix(BASE_PREFIX) if type(self).__name__ == "MistralModel" else name
+        path = name.removeprefix(BASE_PREFIX) if self.architecture == "MistralModel" else name
         return functools.reduce(_child, path.split(".")[:-1], self)
 
     def _replace_layer(self, name: str, value: Any) -> None:

@@ -1,6 +1,7 @@
 """Mistral in PyTorch: the mirror of mistral_flax and mistral_tf."""
 
 from mistral_core import AutoConfig, AutoTokenizer, GenerationConfig, MistralConfig, MistralTokenizer
+from mistral_core.missing_names import missing as _missing
 
 from .auto import (
     AutoModel,
@@ -36,3 +37,7 @@ __all__ = [
     "MistralModel",
     "MistralTokenizer",
 ]
+
+
+def __getattr__(name: str) -> object:
+    raise _missing(__name__, name)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mistral_core import MistralConfig, validate
 from mistral_core.errors import ConfigError, InputError
@@ -46,18 +47,24 @@ def to_numpy(array: Tensor) -> np.ndarray:
 
 
 def from_numpy(array: np.ndarray) -> Tensor:
-    """A NumPy array as a tensor over the same memory, bits kept."""
+    """A NumPy array as a tensor over the same memory, bits kept; a read-only or strided one is copied."""
+    array = np.require(array, requirements=["C", "W"])
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
 
 def is_traced(*arrays: Any) -> bool:
-    """Whether there are no values to look at: under torch.compile, torch.func, or on the meta device."""
-    if torch.compiler.is_compiling():
+    """Whether there are no values to look at: under torch.compile or torch.func, fake, or on the meta device."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    tensors = [a for a in arrays if isinstance(a, Tensor)]
-    return any(a.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(a) for a in tensors)
+    return any(a.is_meta or type(a) not in (Tensor, nn.Parameter) for a in arrays if isinstance(a, Tensor))
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """A context in which autocast, where the device of x has it, leaves products as they are."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
 
 
 class Inputs(NamedTuple):
@@ -89,7 +96,9 @@ def model_inputs(
     if inputs_embeds is not None and not isinstance(inputs_embeds, Tensor):
         inputs_embeds = from_numpy(np.asarray(inputs_embeds))
     mask = attention_mask
-    if mask is not None and not traced:
+    if mask is not None and traced:
+        mask = torch.as_tensor(mask)
+    elif mask is not None:
         mask = torch.from_numpy(validate.mask(to_numpy(mask) if isinstance(mask, Tensor) else mask))
     if not traced:
         past = past_key_values
@@ -134,7 +143,7 @@ def _values(array: Tensor | None) -> np.ndarray | None:
 def labels_array(config: MistralConfig, labels: Any, logits: Tensor) -> Tensor:
     """Labels of a row classifier as a tensor beside its logits [B, C]; raises InputError or TokenIdError."""
     if not isinstance(labels, Tensor):
-        labels = torch.from_numpy(np.asarray(labels))
+        labels = from_numpy(np.asarray(labels))
     if not is_traced(labels, logits):
         validate.check_row_labels(config, to_numpy(labels), tuple(logits.shape))
     return labels.to(logits.device)

@@ -19,6 +19,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from mistral_core.errors import MissingExtraError, UnsupportedFeatureError
 
+from .arrays import without_autocast
+
 
 def attention_mask(
     query_order_BT: Tensor,
@@ -77,7 +79,7 @@ def attend_eager(
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     visible = attention_mask(query_order_BT, key_order_BS, window, document_ids_BT=document_ids)[:, None, None]
-    with torch.autocast(q_BTNH.device.type, enabled=False):  # which would round the scores
+    with without_autocast(q_BTNH):  # which would round the scores
         scores = torch.einsum("BTKGH,BSKH->BKGTS", q_BTKGH.float(), k_BSKH.float()) * H**-0.5
         # the lowest float, not -inf: a row that sees nothing stays finite, in its gradient too
         weights = torch.softmax(scores.masked_fill(~visible, torch.finfo(scores.dtype).min), dim=-1)
@@ -117,7 +119,8 @@ def attend_flex(
     dropout: float,
 ) -> tuple[Tensor, Tensor | None]:
     """torch's FlexAttention: blocks that no query sees are skipped. Uncompiled on a CPU it is the plain formula."""
-    if q_BTNH.device.type == "cpu" and torch.is_grad_enabled() and q_BTNH.requires_grad:  # it has no backward there
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTNH, k_BSKH, v_BSKH))
+    if wanted and q_BTNH.device.type == "cpu":  # it has no backward there
         return attend_eager(q_BTNH, k_BSKH, v_BSKH, query_order_BT, key_order_BS, window, document_ids, dropout)
 
     def visible(b: Tensor, head: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -161,7 +164,7 @@ def attend_flash(
 ) -> tuple[Tensor, Tensor | None]:
     """flash-attn's kernel over packed sequences: padding is left out, each document is a sequence of its own.
 
-    Raises UnsupportedFeatureError in a precision other than float16 and bfloat16.
+    Raises UnsupportedFeatureError in a precision other than float16 and bfloat16, and for documents in pieces.
     """
     from flash_attn import flash_attn_varlen_func
 
@@ -204,7 +207,13 @@ def _run_lengths(real_BT: Tensor, document_ids_BT: Tensor) -> Tensor:
     """How many real tokens each document of each row has, in the order of the text."""
     row = torch.arange(len(real_BT), device=real_BT.device)[:, None].expand_as(real_BT)
     token_of = torch.stack([row[real_BT], document_ids_BT[real_BT]], dim=1)
-    return token_of.unique_consecutive(dim=0, return_counts=True)[1]
+    runs, lengths = token_of.unique_consecutive(dim=0, return_counts=True)
+    if len(runs.unique(dim=0)) < len(runs):
+        raise UnsupportedFeatureError(
+            "document_ids: a document goes on after another one; flash_attention_2 takes documents in one piece, "
+            "use attn_implementation='sdpa'."
+        )
+    return lengths
 
 
 ATTENTION = {"eager": attend_eager, "sdpa": attend_sdpa, "flex": attend_flex, "flash_attention_2": attend_flash}

@@ -120,10 +120,11 @@ def remember(
 def write(x_BRKH: Tensor, new_BTKH: Tensor, slot_BT: Tensor, slots: int) -> Tensor:
     """The new tokens put into their slots of a ring grown to `slots`.
 
-    In place where nobody differentiates.
+    In place where nobody differentiates, nor maps (torch.func).
     """
     if slots > x_BRKH.shape[1]:
         x_BRKH = F.pad(x_BRKH, (0, 0, 0, 0, 0, slots - x_BRKH.shape[1]))
     row_B1 = torch.arange(slot_BT.shape[0], device=slot_BT.device)[:, None]
-    put = x_BRKH.index_put if torch.is_grad_enabled() else x_BRKH.index_put_
+    mapped = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    put = x_BRKH.index_put if torch.is_grad_enabled() or mapped else x_BRKH.index_put_
     return put((row_B1, slot_BT), new_BTKH.to(x_BRKH.dtype))

@@ -9,11 +9,21 @@ from typing import Any
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from mistral_core.errors import UnsupportedFeatureError
+
 
 def checkpointed(layer: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
-    """The layer, called as before; `options` are those of `gradient_checkpointing_enable`."""
+    """The layer, called as before; `options` are those of `gradient_checkpointing_enable`.
+
+    Raises UnsupportedFeatureError for reentrant checkpointing with a cache, whose gradients it would lose.
+    """
 
     def run(x_BTD: Tensor, *arrays: Any, **keywords: Any) -> Any:
+        if options.get("use_reentrant") and keywords["past"] is not None:
+            raise UnsupportedFeatureError(
+                "gradient checkpointing with use_reentrant=True loses the gradients of a cache; "
+                "pass use_cache=False, or enable it with use_reentrant=False."
+            )
         call = functools.partial(layer, **keywords)
         return checkpoint(call, x_BTD, *arrays, **{"use_reentrant": False, **options})
 

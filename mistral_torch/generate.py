@@ -65,7 +65,8 @@ def generate(
         return to_numpy(token_B), (token_B, cache)
 
     with torch.inference_mode():
-        return torch.from_numpy(decoding.generate(prefill, step, ids, mask, generation)).to(device)
+        tokens_BT = decoding.generate(prefill, step, ids, mask, generation)
+    return torch.from_numpy(tokens_BT).to(device)  # an inference tensor could not be trained on
 
 
 def _prefill(model: MistralForCausalLM, ids_BT: Tensor, mask_BT: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mistral_core import MistralConfig
 from mistral_core.rope import rotary_table
 
+from .arrays import without_autocast
 from .attention import attend, checked
 from .cache import remember
 
@@ -162,7 +163,7 @@ class DecoderLayer(nn.Module):
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A head's product x W^T + b, accumulated and returned in float32."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
 
 

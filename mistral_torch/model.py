@@ -76,7 +76,7 @@ class MistralModel(PreTrainedModel):
 
         hidden_states, attentions, kept = [x_BTD], [], []
         for index, layer in enumerate(self.layers):
-            if self.gradient_checkpointing is not None and self.training:
+            if self.gradient_checkpointing is not None and self.training and torch.is_grad_enabled():
                 layer = checkpointed(layer, self.gradient_checkpointing)
             x_BTD, weights, keys_values = layer(
                 x_BTD,

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mistral_core import GenerationConfig, MistralConfig
 from mistral_core.parameters import BASE_PREFIX, parameters, shapes
@@ -29,6 +29,7 @@ class PreTrainedModel(nn.Module):
         super().__init__()
         self._config = copy.copy(config)
         self.generation_config = GenerationConfig.from_model_config(config)
+        self.register_load_state_dict_post_hook(_tie)
 
     @classmethod
     def from_pretrained(
@@ -178,7 +179,7 @@ class PreTrainedModel(nn.Module):
 
     def enable_input_require_grads(self) -> None:
         """Let gradients reach the embeddings' output though they are frozen, as reentrant checkpointing needs."""
-        self.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+        self.get_input_embeddings().register_forward_hook(_require_grad)
 
     @property
     def base_model(self) -> nn.Module:
@@ -220,9 +221,23 @@ class PreTrainedModel(nn.Module):
         """The dtype of the parameters."""
         return next(self.parameters()).dtype
 
+    def _apply(self, *arguments: Any, **options: Any) -> Self:
+        """torch's way to move and cast; from and to the meta device it makes two parameters of a tied one."""
+        super()._apply(*arguments, **options)
+        self.tie_weights()
+        return self
+
     def _own_name(self, name: str) -> str:
         """The bare model's own names lack the `model.` in front."""
         return name.removeprefix(BASE_PREFIX) if type(self).__name__ == "MistralModel" else name
+
+
+def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    output.requires_grad_(True)
+
+
+def _tie(module: PreTrainedModel, keys: Any) -> None:
+    module.tie_weights()
 
 
 def _name(dtype: Any) -> str:

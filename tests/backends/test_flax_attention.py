@@ -41,6 +41,10 @@ def same(a, b):
     return jax.tree.all(jax.tree.map(close, a, b))
 
 
+def call(model, *inputs, **options):
+    return nnx.jit(lambda model, *inputs: model(*inputs, **options))(model, *inputs)
+
+
 # Splash
 
 
@@ -79,9 +83,10 @@ def test_splash_is_the_formula(interpreter, padding, window):
 
 
 @splash_feature
-def test_splash_over_several_blocks_skips_what_the_window_hides(interpreter):
-    order = jnp.arange(700)[None]
-    splash, eager = both(qkv(1, 700, 700), order, order, window=9)
+@pytest.mark.parametrize(("queries", "keys"), [(700, 700), (12, 300)])
+def test_splash_over_several_blocks_skips_what_the_window_hides(interpreter, queries, keys):
+    order = jnp.arange(keys)[None]
+    splash, eager = both(qkv(1, queries, keys), order[:, keys - queries :], order, window=9)
     assert close(splash, eager)
 
 
@@ -101,14 +106,13 @@ def test_splash_keeps_packed_documents_apart(interpreter, window):
 @pytest.mark.parametrize("rolling", [True, False])
 def test_splash_after_caches_of_several_lengths(interpreter, prompt, rolling):
     """Prompts shorter and longer than the window, in rings and in full caches, then a chunk and a token."""
-    splash, eager = make(attn_implementation="splash"), make(attn_implementation="eager")
+    config = TINY.replace(num_hidden_layers=1)
+    splash, eager = (make(config, attn_implementation=name) for name in ("splash", "eager"))
     mask = MASKS["left, right and holes"]
-    expected = eager(IDS, mask).logits
-    past, logits = KVCache.allocate(CONFIG, 3, 12, rolling=rolling), []
+    expected = call(eager, IDS, mask).logits
+    past, logits = KVCache.allocate(config, 3, 12, rolling=rolling), []
     for start, stop in ((0, prompt), (prompt, 11), (11, 12)):
-        out = nnx.jit(lambda model, *inputs: model(*inputs))(
-            splash, IDS[:, start:stop], mask[:, start:stop], None, past
-        )
+        out = call(splash, IDS[:, start:stop], mask[:, start:stop], None, past)
         past = out.past_key_values
         logits.append(out.logits)
     assert close(jnp.concatenate(logits, axis=1), expected)
@@ -146,29 +150,25 @@ def test_splash_is_a_tpu_s(monkeypatch):
 
 @pytest.fixture(scope="module")
 def scanned():
-    return scan_layers(make(TINY))
+    return scan_layers(make())
 
 
 @pytest.fixture(scope="module")
 def plain():
-    return make(TINY)
-
-
-def call(model, *inputs, **options):
-    return nnx.jit(lambda model, *inputs: model(*inputs, **options))(model, *inputs)
+    return make()
 
 
 @pytest.mark.feature("Layers in a scan")
 @pytest.mark.parametrize("options", [{"output_hidden_states": True, "output_attentions": True}, {"use_cache": False}])
 def test_outputs_of_scanned_layers(scanned, plain, options):
-    assert scanned.params["model.layers.mlp.up_proj.weight"].shape == (3, TINY.intermediate_size, TINY.hidden_size)
+    assert scanned.params["model.layers.mlp.up_proj.weight"].shape == (2, TINY.intermediate_size, TINY.hidden_size)
     assert same(call(scanned, IDS, MASK, **options), call(plain, IDS, MASK, **options))
 
 
 @pytest.mark.feature("Layers in a scan")
 @pytest.mark.parametrize("capacity", [None, 12])
 def test_caches_of_scanned_layers(scanned, plain, capacity):
-    caches = [KVCache.allocate(TINY, 3, capacity) for _ in range(2)]
+    caches = [KVCache.allocate(CONFIG, 3, capacity) for _ in range(2)]
     for start, stop in ((0, 7), (7, 11), (11, 12)):
         outs = [
             call(model, IDS[:, start:stop], MASK[:, start:stop], None, past)
@@ -180,25 +180,24 @@ def test_caches_of_scanned_layers(scanned, plain, capacity):
 
 
 @pytest.mark.feature("Layers in a scan")
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_and_dropout_of_scanned_layers(checkpointing):
-    config = TINY.replace(attention_dropout=0.3)
-    plain, scanned = make(config), scan_layers(make(config))
-    if checkpointing:
-        scanned.gradient_checkpointing_enable({"policy": jax.checkpoint_policies.dots_saveable})
-    key = jax.random.key(3)
-    gradients = [
-        jax.jit(jax.grad(lambda params, model=model: model(IDS, MASK, params=params, labels=IDS, rngs=key).loss))(
+def test_gradients_and_dropout_of_scanned_layers():
+    config, key = CONFIG.replace(attention_dropout=0.3), jax.random.key(3)
+    plain, scanned, checkpointed = make(config), scan_layers(make(config)), scan_layers(make(config))
+    checkpointed.gradient_checkpointing_enable({"policy": jax.checkpoint_policies.dots_saveable})
+
+    def gradients(model):
+        return jax.jit(jax.grad(lambda params: model(IDS, MASK, params=params, labels=IDS, rngs=key).loss))(
             model.params
         )
-        for model in (plain, scanned)
-    ]
-    assert same(gradients[0], unscan_layers(scanned.bind(gradients[1])).params)
+
+    expected = gradients(plain)
+    for model in (scanned, checkpointed):
+        assert same(unscan_layers(model.bind(gradients(model))).params, expected)
 
 
 @pytest.mark.feature("Layers in a scan")
 def test_checkpoints_of_scanned_layers(tmp_path, plain):
-    scanned = scan_layers(MistralForCausalLM(TINY, rngs=nnx.Rngs(1)))
+    scanned = scan_layers(MistralForCausalLM(CONFIG, rngs=nnx.Rngs(1)))
     assert scan_layers(scanned) is scanned
     held = scanned.params
     scanned.load_arrays(PARAMETERS)
@@ -212,7 +211,7 @@ def test_checkpoints_of_scanned_layers(tmp_path, plain):
     assert back.num_parameters() == plain.num_parameters()
     assert close(call(back, IDS).logits, call(plain, IDS).logits)
     with pytest.raises(UnsupportedFeatureError, match="windows"):
-        scan_layers(MistralForCausalLM(TINY.replace(layer_types=("full_attention", *["sliding_attention"] * 2))))
+        scan_layers(MistralForCausalLM(CONFIG.replace(layer_types=("full_attention", "sliding_attention"))))
 
 
 @pytest.mark.feature("Layers in a scan")
@@ -230,8 +229,9 @@ def test_a_scanned_program_does_not_grow_with_the_depth():
 
 
 @pytest.mark.feature("Gradient checkpointing")
-def test_policies_say_what_is_kept_for_gradients(capsys, plain):
-    model = make(TINY)
+@pytest.mark.parametrize("arranged", [unscan_layers, scan_layers])
+def test_policies_say_what_is_kept_for_gradients(capsys, arranged):
+    model = arranged(make())
 
     def loss(params):
         return model(IDS, MASK, params=params, labels=IDS).loss

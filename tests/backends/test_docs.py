@@ -1,0 +1,281 @@
+"""The examples of the Hugging Face documentation of Mistral, 4.34 to 4.56, with their imports changed.
+
+From https://huggingface.co/docs/transformers/v4.34.0/en/model_doc/mistral to v4.56.2 and its pages on the Auto classes.
+Names of the hub lead to the embedded checkpoint, "cuda" to the CPU, and sizes are cut. What is not here says so.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+
+import pytest
+from local_hub import serving
+
+from mistral_core.data import TINY_CHECKPOINT
+from mistral_core.errors import (
+    GenerationConfigError,
+    MissingExtraError,
+    MissingNameError,
+    UnsupportedFeatureError,
+)
+from mistral_core.presets import TINY
+
+REPOSITORIES = (
+    "mistralai/Mistral-7B-v0.1",
+    "mistralai/Mistral-7B-v0.3",
+    "mistralai/Mistral-7B-Instruct-v0.1",
+    "mistralai/Mistral-7B-Instruct-v0.2",
+    "mistralai/Mistral-7B-Instruct-v0.3",
+)
+TENSORS = {"mistral_torch": "pt", "mistral_flax": "jax", "mistral_tf": "tf"}
+
+
+@pytest.fixture(scope="module")
+def files():
+    return {path.name: path.read_bytes() for path in TINY_CHECKPOINT.iterdir() if path.suffix != ".md"}
+
+
+@pytest.fixture
+def run(files, monkeypatch, tmp_path):
+    """A function that runs an example in a package and returns what the example named."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with serving(files, REPOSITORIES, monkeypatch):
+
+        def run(source, package="mistral_torch"):
+            source = source.replace("from transformers import", f"from {package} import")
+            source = source.replace('"cuda"', '"cpu"').replace(
+                'return_tensors="pt"', f'return_tensors="{TENSORS[package]}"'
+            )
+            names = {"to_numpy": importlib.import_module(f"{package}.arrays").to_numpy}
+            exec(compile(source, "example", "exec"), names)
+            return names
+
+        yield run
+
+
+GENERATE = """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+device = "cuda"
+model = AutoModelForCausalLM.from_pretrained("mistralai/Mistral-7B-v0.1"{options})
+tokenizer = AutoTokenizer.from_pretrained("mistralai/Mistral-7B-v0.1")
+
+prompt = "My favourite condiment is"
+model_inputs = tokenizer([prompt], return_tensors="pt").to(device)
+{placed}
+generated_ids = model.generate(**model_inputs, max_new_tokens=10{sampling})
+text = tokenizer.batch_decode(generated_ids)[0]
+"""
+
+
+def generate(*, options="", placed="", sampling=""):
+    return GENERATE.format(options=options, placed=placed, sampling=sampling)
+
+
+@pytest.mark.feature("AutoModelFor*, AutoTokenizer, AutoConfig")
+def test_generate(run, backend):
+    text = run(generate(), backend.__name__)["text"]
+    assert text.startswith("My favourite condiment is")
+    assert len(text) > len("My favourite condiment is")
+
+
+def test_generate_on_a_device(run):
+    assert run(generate(placed="model.to(device)"))["text"] == run(generate())["text"]
+
+
+def test_sampling_says_to_leave_it_out(run, backend):
+    with pytest.raises(GenerationConfigError, match="leave out do_sample"):
+        run(generate(sampling=", do_sample=True"), backend.__name__)
+    run(generate(sampling=", do_sample=False, num_beams=1"), backend.__name__)
+
+
+@pytest.mark.parametrize("options", [', device_map="auto"', ", device_map={'': 'cpu'}", ', torch_dtype="auto"'])
+def test_device_map_and_dtype(run, backend, options):
+    names = run(generate(options=options), backend.__name__)
+    assert "CPU" in str(names["model"].device).upper()
+    assert names["model"].config.dtype == "bfloat16"
+
+
+def test_a_dtype_of_torch(run, backend):
+    names = run("import torch\n" + generate(options=", torch_dtype=torch.float16"), backend.__name__)
+    assert names["model"].config.torch_dtype == "float16"
+
+
+@pytest.mark.parametrize("option", ["use_flash_attention_2=True", 'attn_implementation="flash_attention_2"'])
+def test_flash_attention(run, option):
+    source = "import torch\n" + generate(options=f', torch_dtype=torch.float16, {option}, device_map="auto"')
+    with pytest.raises(MissingExtraError, match="pip install flash-attn"):
+        run(source)
+    for package in ("mistral_flax", "mistral_tf"):
+        with pytest.raises(UnsupportedFeatureError, match="'flash_attention_2', one of eager"):
+            run(source, package)
+
+
+def test_sdpa(run):
+    run("import torch\n" + generate(options=', dtype=torch.bfloat16, attn_implementation="sdpa", device_map="auto"'))
+
+
+CHAT = """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("mistralai/Mistral-7B-Instruct-v0.2", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("mistralai/Mistral-7B-Instruct-v0.2")
+messages = [{"role": "user", "content": "What is your favourite condiment?"}]
+model_inputs = tokenizer.apply_chat_template(messages, return_tensors="pt").to("cuda")
+"""
+
+
+def test_chat_templates_say_what_to_do(run, backend):
+    with pytest.raises(UnsupportedFeatureError, match="apply_chat_template"):
+        run(CHAT, backend.__name__)
+
+
+QUANTIZED = """
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+model = AutoModelForCausalLM.from_pretrained(
+    "mistralai/Mistral-7B-v0.1", quantization_config=BitsAndBytesConfig(load_in_4bit=True)
+)
+"""
+
+
+def test_quantization_says_what_to_do(run, backend):
+    with pytest.raises(MissingNameError, match=r"BitsAndBytesConfig: .*dtype='bfloat16'"):
+        run(QUANTIZED, backend.__name__)
+    with pytest.raises(UnsupportedFeatureError, match=r"load_in_4bit=True: .*dtype='bfloat16'"):
+        run(generate(options=", load_in_4bit=True"), backend.__name__)
+
+
+def test_pipelines_say_what_to_do(run, backend):
+    with pytest.raises(MissingNameError, match=r"pipeline: call AutoTokenizer.*generate"):
+        run("from transformers import pipeline", backend.__name__)
+    assert not hasattr(backend, "something_nobody_has")
+
+
+CONFIGURATION = """
+from transformers import MistralModel, MistralConfig
+
+configuration = MistralConfig(**sizes)
+model = MistralModel(configuration)
+configuration = model.config
+"""
+
+
+def test_a_model_of_a_configuration(run, backend):
+    sizes = {name: getattr(TINY, name) for name in ("hidden_size", "num_attention_heads", "num_key_value_heads",
+             "intermediate_size", "num_hidden_layers", "vocab_size", "head_dim")}  # fmt: skip
+    names = run(f"sizes = {sizes}\n" + CONFIGURATION, backend.__name__)
+    assert names["configuration"].hidden_size == TINY.hidden_size
+    assert names["configuration"].sliding_window == 4096
+
+
+FORWARD = """
+from transformers import AutoTokenizer, MistralForCausalLM
+
+model = MistralForCausalLM.from_pretrained("mistralai/Mistral-7B-v0.1")
+tokenizer = AutoTokenizer.from_pretrained("mistralai/Mistral-7B-v0.1")
+
+prompt = "Hey, are you conscious? Can you talk to me?"
+inputs = tokenizer(prompt, return_tensors="pt")
+
+generate_ids = model.generate(inputs.input_ids, max_length=30)
+text = tokenizer.batch_decode(generate_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)[0]
+"""
+
+
+def test_the_forward_example(run, backend):
+    names = run(FORWARD, backend.__name__)
+    assert names["generate_ids"].shape == (1, 30)
+    assert names["text"].startswith("Hey, are you conscious? Can you talk to me?")
+
+
+CLASSIFY = """
+from transformers import AutoTokenizer, AutoModelForSequenceClassification
+
+tokenizer = AutoTokenizer.from_pretrained("mistralai/Mistral-7B-v0.1")
+model = AutoModelForSequenceClassification.from_pretrained("mistralai/Mistral-7B-v0.1", num_labels=2)
+inputs = tokenizer("Hello, my dog is cute", return_tensors="pt")
+logits = model(**inputs).logits
+predicted_class_id = int(to_numpy(logits).argmax())
+label = model.config.id2label[predicted_class_id]
+
+num_labels = len(model.config.id2label)
+model = AutoModelForSequenceClassification.from_pretrained(
+    "mistralai/Mistral-7B-v0.1", num_labels=num_labels, problem_type="multi_label_classification"
+)
+loss = model(**inputs, labels=[[1.0] * num_labels]).loss
+"""
+
+TOKENS = """
+from transformers import AutoTokenizer, AutoModelForTokenClassification
+
+tokenizer = AutoTokenizer.from_pretrained("mistralai/Mistral-7B-v0.1")
+model = AutoModelForTokenClassification.from_pretrained("mistralai/Mistral-7B-v0.1", id2label={0: "O", 1: "ORG"})
+inputs = tokenizer("A company based in Paris and New York", add_special_tokens=False, return_tensors="pt")
+predicted = to_numpy(model(**inputs).logits).argmax(-1)
+label = model.config.id2label[int(predicted[0][0])]
+loss = model(**inputs, labels=predicted).loss
+"""
+
+ANSWER = """
+from transformers import AutoTokenizer, AutoModelForQuestionAnswering
+
+tokenizer = AutoTokenizer.from_pretrained("mistralai/Mistral-7B-v0.1")
+model = AutoModelForQuestionAnswering.from_pretrained("mistralai/Mistral-7B-v0.1")
+question, text = "Who was Jim Henson?", "Jim Henson was a nice puppet"
+inputs = tokenizer(question, text, return_tensors="pt")
+outputs = model(**inputs)
+answer_start_index = int(to_numpy(outputs.start_logits).argmax())
+answer_end_index = int(to_numpy(outputs.end_logits).argmax())
+label = tokenizer.decode(inputs.input_ids[0, answer_start_index : answer_end_index + 1])
+loss = model(**inputs, start_positions=[14], end_positions=[15]).loss
+"""
+
+
+@pytest.mark.parametrize("source", [CLASSIFY, TOKENS, ANSWER], ids=["sequence", "token", "question"])
+def test_the_other_heads(run, backend, source):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # new heads
+        names = run(source, backend.__name__)
+    assert isinstance(names["label"], str)
+    assert float(names["to_numpy"](names["loss"])) > 0
+
+
+FLAX = """
+from transformers import AutoTokenizer, Flax{name}
+
+tokenizer = AutoTokenizer.from_pretrained("mistralai/Mistral-7B-v0.1")
+model = Flax{name}.from_pretrained("mistralai/Mistral-7B-v0.1")
+inputs = tokenizer("Hello, my dog is cute", return_tensors="{tensors}")
+outputs = model(**inputs)
+"""
+
+TENSORFLOW = """
+from transformers import AutoTokenizer, TF{name}
+
+tokenizer = AutoTokenizer.from_pretrained("mistralai/Mistral-7B-v0.1")
+model = TF{name}.from_pretrained("mistralai/Mistral-7B-v0.1")
+inputs = tokenizer("Hello, my dog is cute", return_tensors="tf")
+outputs = model(inputs)
+"""
+
+
+@pytest.mark.feature("transformers 4.x classes: FlaxMistral*, TFMistral*")
+@pytest.mark.parametrize("tensors", ["jax", "np"])
+def test_the_flax_classes(run, tensors):
+    outputs = run(FLAX.format(name="MistralModel", tensors=tensors), "mistral_flax")["outputs"]
+    assert outputs.last_hidden_state.shape[2] == 176
+    outputs = run(FLAX.format(name="MistralForCausalLM", tensors=tensors), "mistral_flax")["outputs"]
+    assert outputs.logits[:, -1].shape == (1, 2048)
+
+
+@pytest.mark.feature("transformers 4.x classes: FlaxMistral*, TFMistral*")
+def test_the_tensorflow_classes(run):
+    outputs = run(TENSORFLOW.format(name="MistralModel"), "mistral_tf")["outputs"]
+    assert outputs.last_hidden_state.shape[2] == 176
+    outputs = run(TENSORFLOW.format(name="MistralForCausalLM"), "mistral_tf")["outputs"]
+    assert outputs.logits.shape[2] == 2048
