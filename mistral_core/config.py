@@ -11,6 +11,7 @@ The legend of axis letters, for the whole project:
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -25,6 +26,22 @@ from .errors import CheckpointNotFoundError, ConfigError, UnknownFieldError
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 CONFIG_FILES = ("config.json", "params.json")
+
+BUILT_IN = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "attention_dropout",
+    "num_labels",
+    "layer_windows",
+)
+"""What a model takes from its config when it is made; everything else it asks when it is called."""
 
 
 @dataclass(unsafe_hash=True)
@@ -79,10 +96,32 @@ class MistralConfig:
         self.__dict__["_complete"] = True
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if self.__dict__.get("_complete"):
-            self.__dict__.update(vars(self.replace(**{name: value})))
-        else:
+        if not self.__dict__.get("_complete"):
             object.__setattr__(self, name, value)
+            return
+        changed = self.replace(**{name: value})
+        if self.__dict__.get("_built"):
+            self.check_built(changed)
+        self.__dict__.update(vars(changed))
+
+    def check_built(self, changed: MistralConfig) -> None:
+        """Raise ConfigError where a model built of this config cannot have the changed one."""
+        values = {name: (getattr(self, name), getattr(changed, name)) for name in BUILT_IN}
+        differ = [
+            f"{name}={would!r}, but it was built with {was!r}" for name, (was, would) in values.items() if was != would
+        ]
+        if differ:
+            raise ConfigError(f"the model's config: {'; '.join(differ)}. Make or load a model with what you want.")
+
+    def for_model(self) -> MistralConfig:
+        """A copy for a model to own, in which fields that the model is built of cannot be assigned."""
+        copied = copy.copy(self)
+        copied.__dict__["_built"] = True
+        return copied
+
+    def rebuilt(self, **changes: Any) -> None:
+        """Change fields that the model is built of; for the one who changes the model with them."""
+        self.__dict__.update(vars(self.replace(**changes)))
 
     # What the models ask
 
@@ -115,6 +154,10 @@ class MistralConfig:
     def torch_dtype(self) -> str | None:
         """`dtype` by its older name."""
         return self.dtype
+
+    def get_text_config(self, **options: Any) -> MistralConfig:
+        """Itself, as training libraries ask of models that also see or hear."""
+        return self
 
     @property
     def use_return_dict(self) -> bool:

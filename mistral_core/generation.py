@@ -29,7 +29,7 @@ COMPILE = ("auto", "off", "on")
 CACHE = ("auto", "full", "rolling")
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class GenerationConfig:
     """Options of `generate`; greedy decoding.
 
@@ -38,13 +38,15 @@ class GenerationConfig:
     ends with
     the first one it generates and then emits `pad_token_id` (the first end-of-sequence id where that is None).
     `cache` is rolling where the model has a window unless `full` is asked for. `extra` keeps the keys of a file that
-    this class does not know.
+    this class does not know. An assignment (`model.generation_config.pad_token_id = 2`, as training libraries write)
+    is checked when it is used.
     """
 
     max_new_tokens: int = 20
     max_length: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
+    bos_token_id: int | None = None
     cache: str = "auto"
     compile: str = "auto"
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -70,7 +72,7 @@ class GenerationConfig:
     @classmethod
     def from_model_config(cls, config: MistralConfig) -> GenerationConfig:
         """The token ids of a model's config."""
-        return cls(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
+        return cls(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id, bos_token_id=config.bos_token_id)
 
     def to_dict(self) -> dict[str, Any]:
         """The generation_config.json dictionary, unknown keys included."""

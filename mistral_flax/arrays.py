@@ -57,8 +57,8 @@ def to_numpy(array: Array) -> np.ndarray:
 
 
 def from_numpy(array: np.ndarray) -> Array:
-    """A NumPy array as JAX's, bits kept."""
-    return jnp.asarray(array)
+    """A NumPy array as JAX's, bits kept; over the same memory where that begins at a multiple of 64."""
+    return jax.device_put(array)
 
 
 def is_traced(*arrays: Any) -> bool:
@@ -88,6 +88,9 @@ def model_inputs(
     document_ids: Any = None,
 ) -> Inputs:
     """Lists, NumPy or JAX arrays as JAX arrays, checked where there are values to look at."""
+    if not isinstance(past_key_values, KVCache | None):
+        found = type(past_key_values).__name__
+        raise InputError(f"past_key_values: {found}, a KVCache was expected: what KVCache.allocate or a call returns.")
     ids = integers("input_ids", input_ids)
     positions = integers("position_ids", position_ids)
     documents = integers("document_ids", document_ids)

@@ -16,7 +16,7 @@ from jax import Array
 
 from mistral_core import GenerationConfig, MistralConfig
 from mistral_core.errors import ConfigError
-from mistral_core.parameters import BASE_PREFIX, parameters, shapes
+from mistral_core.parameters import BASE_PREFIX, HEADS, parameters, shapes
 from mistral_core.weights import pretrained
 from mistral_core.weights.hf_arguments import check_saving, translated
 from mistral_core.weights.resizing import VOCABULARY, resized_config, resized_rows
@@ -32,7 +32,7 @@ class _Snapshot:
     """
 
     def __init__(self, config: MistralConfig) -> None:
-        self.config = copy.copy(config)
+        self.config = config.for_model()
 
     def tree_flatten(self) -> tuple[tuple[()], MistralConfig]:
         return (), copy.copy(self.config)
@@ -44,6 +44,14 @@ class _Snapshot:
 
 class PreTrainedModel(nnx.Module):
     """A Mistral class: its config, and its way to and from checkpoints."""
+
+    architecture: str
+    """The name of the Mistral class that this one is, or extends."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.__name__ in HEADS:
+            cls.architecture = cls.__name__
 
     def __init__(self, config: MistralConfig) -> None:
         self.generation_config = GenerationConfig.from_model_config(config)
@@ -75,7 +83,7 @@ class PreTrainedModel(nnx.Module):
         kept = dtype if param_dtype is None else param_dtype
         loaded = pretrained.load(
             path,
-            cls.__name__,
+            cls.architecture,
             config=config,
             dtype=None if kept is None else _name(kept),
             seed=seed,
@@ -111,7 +119,7 @@ class PreTrainedModel(nnx.Module):
             directory,
             self.config,
             self.named_arrays(),
-            architecture=type(self).__name__,
+            architecture=self.architecture,
             generation_config=self.generation_config,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
@@ -119,7 +127,7 @@ class PreTrainedModel(nnx.Module):
 
     def named_arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yield (canonical name, NumPy array) of every tensor of the model, in table order."""
-        for name, _ in parameters(self.config, type(self).__name__):
+        for name, _ in parameters(self.config, self.architecture):
             parameter, layer = self._parameter(name)
             yield name, to_numpy(parameter[...] if layer is None else parameter[layer])
 
@@ -131,7 +139,7 @@ class PreTrainedModel(nnx.Module):
 
     def load_arrays(self, arrays: Any) -> Self:
         """Set every parameter from a mapping of canonical names to NumPy arrays."""
-        for name, _ in parameters(self.config, type(self).__name__):
+        for name, _ in parameters(self.config, self.architecture):
             self.set_parameter(name, np.array(arrays[name]))
         return self
 
@@ -167,10 +175,10 @@ class PreTrainedModel(nnx.Module):
         """
         config = resized_config(self.config, new_num_tokens, pad_to_multiple_of)
         if config.vocab_size != self.config.vocab_size:
-            for name in VOCABULARY & shapes(config, type(self).__name__).keys():
+            for name in VOCABULARY & shapes(config, self.architecture).keys():
                 rows = to_numpy(self._parameter(name)[0][...])
                 self.set_parameter(name, resized_rows(rows, config.vocab_size), device=self.device)
-            self.config.vocab_size = config.vocab_size
+            self.config.rebuilt(vocab_size=config.vocab_size)
         return self.get_input_embeddings()
 
     def tie_weights(self) -> None:
@@ -226,6 +234,8 @@ class PreTrainedModel(nnx.Module):
 
     @config.setter
     def config(self, config: MistralConfig) -> None:
+        if hasattr(self.base_model, "_config"):
+            self.config.check_built(config)
         self.base_model._config = nnx.data(_Snapshot(config))
 
     @property
@@ -246,14 +256,14 @@ class PreTrainedModel(nnx.Module):
     def _parameter(self, name: str) -> tuple[nnx.Param, int | None]:
         """The parameter of a canonical name, and which layer of it where they are stacked (scan.py)."""
         # the bare model's own names lack the `model.` in front
-        path = (name.removeprefix(BASE_PREFIX) if type(self).__name__ == "MistralModel" else name).split(".")
+        path = (name.removeprefix(BASE_PREFIX) if self.architecture == "MistralModel" else name).split(".")
         layer = None
         if "layers" in path and not isinstance(self.base_model.layers, nnx.Dict):
             layer = int(path.pop(path.index("layers") + 1))
         return functools.reduce(_child, path, self), layer
 
     def _canonical(self, path: tuple[Any, ...]) -> str:
-        prefix = BASE_PREFIX if type(self).__name__ == "MistralModel" else ""
+        prefix = BASE_PREFIX if self.architecture == "MistralModel" else ""
         return prefix + ".".join(path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import keras
+import ml_dtypes
 import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
@@ -69,8 +70,12 @@ def to_numpy(array: Tensor) -> np.ndarray:
 
 
 def from_numpy(array: np.ndarray) -> Tensor:
-    """A NumPy array as TensorFlow's, bits kept."""
-    return tf.convert_to_tensor(array)
+    """A NumPy array as TensorFlow's, bits kept; over the same memory where that begins at a multiple of 64."""
+    if array.ctypes.data % 64 or not array.flags.carray:
+        return tf.convert_to_tensor(array)
+    if array.dtype == ml_dtypes.bfloat16:  # which NumPy's side of DLPack does not know
+        return tf.bitcast(from_numpy(array.view(np.int16)), tf.bfloat16)
+    return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
 
 
 def is_traced(*arrays: Any) -> bool:
@@ -135,6 +140,8 @@ def integers(name: str, value: Any, *, rank: int = 2) -> Tensor | None:
     """Token ids, positions or labels as int32; with rank 2, one dimension is a batch of one."""
     if value is None:
         return None
+    if isinstance(value, tf.RaggedTensor):
+        raise InputError(f"{name}: rows of different lengths; give their to_tensor() and an attention_mask.")
     if tf.is_tensor(value) and not is_traced(value):
         value = to_numpy(value)  # checked before a cast could wrap it
     if not tf.is_tensor(value) and not isinstance(value, keras.KerasTensor):

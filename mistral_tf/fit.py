@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -20,7 +21,7 @@ from tensorflow import Tensor
 from mistral_core import GenerationConfig, MistralConfig, outputs
 from mistral_core.errors import InputError, UnsupportedFeatureError
 
-IGNORED = -100
+from .losses import ALIASES, IGNORED, LOSSES, METRICS
 
 OUTPUTS: dict[str, tuple[type[tuple[Any, ...]], tuple[str, ...]]] = {
     "MistralModel": (outputs.ModelOutput, ("last_hidden_state",)),
@@ -33,29 +34,6 @@ OUTPUTS: dict[str, tuple[type[tuple[Any, ...]], tuple[str, ...]]] = {
 
 LABELS = {"labels": "logits", "start_positions": "start_logits", "end_positions": "end_logits"}
 """Argument of a call -> the field of the output that it is about."""
-
-LOSSES: dict[str, Callable[[], keras.losses.Loss]] = {
-    "sparse_categorical_crossentropy": lambda: keras.losses.SparseCategoricalCrossentropy(
-        from_logits=True, ignore_class=IGNORED
-    ),
-    "categorical_crossentropy": lambda: keras.losses.CategoricalCrossentropy(from_logits=True),
-    "binary_crossentropy": lambda: keras.losses.BinaryCrossentropy(from_logits=True),
-    "binary_focal_crossentropy": lambda: keras.losses.BinaryFocalCrossentropy(from_logits=True),
-    "categorical_focal_crossentropy": lambda: keras.losses.CategoricalFocalCrossentropy(from_logits=True),
-}
-"""Names of losses of probabilities -> the same of logits; other names are Keras' own."""
-
-METRICS: dict[str, Callable[[], keras.metrics.Metric]] = {
-    "auc": lambda: keras.metrics.AUC(name="auc", from_logits=True),
-    "binary_accuracy": lambda: keras.metrics.BinaryAccuracy(name="binary_accuracy", threshold=0.0),
-    **{
-        name: functools.partial(
-            keras.metrics.MeanMetricWrapper, getattr(keras.losses, name), name=name, from_logits=True
-        )
-        for name in LOSSES
-    },
-}
-"""Names of metrics of probabilities -> the same of logits; other names are Keras' own."""
 
 
 class KerasModel(keras.Model):
@@ -87,15 +65,17 @@ class KerasModel(keras.Model):
 
     def _symbolic(self, given: dict[str, Any]) -> Any:
         """The output for symbolic tensors: nodes of Keras' graph hold no None, so a plain tuple goes through it."""
+        given = {name: value for name, value in given.items() if value is not None}
         values = iter(super().__call__(**{**given, "use_cache": False, "return_dict": False}))
         config, (kind, main) = self.config, self._outputs
         there = {
             **dict.fromkeys(main, True),
-            "loss": any(given.get(name) is not None for name in LABELS),
+            "loss": all(name in given for name, field in LABELS.items() if field in main),
             "hidden_states": given.get("output_hidden_states", config.output_hidden_states),
             "attentions": given.get("output_attentions", config.output_attentions),
         }
-        return kind(**{name: next(values) if there.get(name) else None for name in kind._fields})
+        output = kind(**{name: next(values) if there.get(name) else None for name in kind._fields})
+        return self.returned(output, given.get("return_dict"))
 
     @property
     def _outputs(self) -> Any:
@@ -114,16 +94,12 @@ class KerasModel(keras.Model):
         **options: Any,
     ) -> None:
         """keras.Model.compile, where `loss=None` is the model's own; XLA, which compiles for every length, is off."""
-        main = self._outputs[1]
         self._own_loss = loss is None
-        loss = LOSSES[loss]() if isinstance(loss, str) and loss in LOSSES else loss
-        if len(main) > 1 and loss is not None and not isinstance(loss, dict):
-            loss = dict.fromkeys(main, loss)
         super().compile(
             optimizer,
-            loss,
-            metrics=self._of_logits(metrics),
-            weighted_metrics=self._of_logits(weighted_metrics),
+            None if loss is None else self._by_field(loss, functools.partial(_named, LOSSES)),
+            metrics=self._metrics_of_logits(metrics),
+            weighted_metrics=self._metrics_of_logits(weighted_metrics),
             jit_compile=jit_compile,
             **options,
         )
@@ -134,25 +110,33 @@ class KerasModel(keras.Model):
         super().compile(**keras.saving.deserialize_keras_object(config))
         self.optimizer.build(self.trainable_variables)
 
-    def _of_logits(self, metrics: Any) -> Any:
-        """Metrics, those by name made for logits, for each field that they are about."""
+    def _by_field(self, chosen: Any, made: Callable[[Any], Any]) -> Any:
+        """A loss or metrics as `made` makes each, by the fields that they are about if the class has several."""
         main = self._outputs[1]
-        if isinstance(metrics, Mapping):
-            each = {name: [chosen] if isinstance(chosen, str) else chosen for name, chosen in metrics.items()}
-        elif isinstance(metrics, list | tuple):
-            each = dict.fromkeys(main, metrics)
-        else:
-            return metrics
+        each = chosen if isinstance(chosen, Mapping) else dict.fromkeys(main, chosen)
+        each = {
+            name: [made(one) for one in some] if isinstance(some, list | tuple) else made(some)
+            for name, some in each.items()
+        }
+        return each[main[0]] if (main[0],) == main == tuple(each) else each
+
+    def _metrics_of_logits(self, metrics: Any) -> Any:
+        """Metrics, those by name made for logits."""
         row_scores = self.architecture == "MistralForSequenceClassification"
         binary = row_scores and self.config.problem(float_labels=False) != "single_label_classification"
 
         def made(metric: Any) -> Any:
             if binary and metric in ("accuracy", "acc"):
                 return keras.metrics.BinaryAccuracy(name=metric, threshold=0.0)
-            return METRICS[metric]() if isinstance(metric, str) and metric in METRICS else metric
+            if metric in ("crossentropy", "ce"):
+                metric = "binary_crossentropy" if binary else "sparse_categorical_crossentropy"
+            if isinstance(metric, keras.metrics.Metric) and len(self._outputs[1]) > 1:
+                return metric.from_config(metric.get_config())  # a state for each field
+            return _named(METRICS, metric)
 
-        each = {name: [made(metric) for metric in chosen] for name, chosen in each.items()}
-        return each[main[0]] if list(each) == list(main) and len(main) == 1 else each
+        if isinstance(metrics, Mapping):
+            metrics = {name: some if isinstance(some, list | tuple) else [some] for name, some in metrics.items()}
+        return None if metrics is None else self._by_field(metrics, made)
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """One step of `fit`."""
@@ -164,7 +148,9 @@ class KerasModel(keras.Model):
 
     def _symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
         """What Keras does where there are replicas: their integers come averaged, in float64."""
-        batch = tf.nest.map_structure(lambda x: tf.cast(x, tf.int32) if x.dtype == tf.float64 else x, data_batch)
+        batch = tf.nest.map_structure(
+            lambda x: tf.cast(x, tf.int32) if getattr(x, "dtype", None) == tf.float64 else x, data_batch
+        )
         super()._symbolic_build(data_batch=self._unpacked(batch))
 
     def _unpacked(self, data: Any) -> tuple[Any, Any, Any]:
@@ -279,8 +265,13 @@ class KerasModel(keras.Model):
         any_size = {name: keras.InputSpec("int32", [None, None], name=name) for name in ("input_ids", "attention_mask")}
         archive = keras.export.ExportArchive()
         archive.track(self)
-        archive.add_endpoint("serve", self.predict_step, input_signature=[input_signature or any_size])
+        archive.add_endpoint("serve", self._served, input_signature=[input_signature or any_size])
         archive.write_out(filepath, **options)
+
+    def _served(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Named tensors; those of all layers are one, layers first."""
+        output = self.predict_step(inputs)
+        return {name: tf.stack(value) if isinstance(value, tuple) else value for name, value in output.items()}
 
     # Saving
 
@@ -316,6 +307,13 @@ def _counted(y: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     scores = tf.identity(scores)
     scores._keras_mask = y != IGNORED
     return tf.maximum(y, 0), scores
+
+
+def _named(table: Mapping[str, Callable[[], Any]], chosen: Any) -> Any:
+    """What a table has under a name, in any of Keras' spellings; anything else as it is."""
+    name = re.sub("(?<=[a-z])(?=[A-Z])", "_", chosen).lower() if isinstance(chosen, str) else ""
+    name = ALIASES.get(name, name)
+    return table[name]() if name in table else chosen
 
 
 def _several(value: Any) -> bool:

@@ -78,13 +78,13 @@ def _plain_steps(model: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 def _prefill(model: MistralForCausalLM, ids_BT: Tensor, mask_BT: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
     """The first new token [B] of each row and the cache after the prompt."""
-    out = model.model(ids_BT, mask_BT, past_key_values=cache)
+    out = model.model(ids_BT, mask_BT, past_key_values=cache, return_dict=True)
     last_BD = tf.gather(out.last_hidden_state, last_token(mask_BT), batch_dims=1)
     return tf.argmax(project(last_BD, model.head_weight), -1, tf.int32), out.past_key_values
 
 
 def _decode(model: MistralForCausalLM, token_B: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
     """The next token [B] of each row and the cache after the given one."""
-    out = model.model(token_B[:, None], past_key_values=cache)
+    out = model.model(token_B[:, None], past_key_values=cache, return_dict=True)
     logits = project(out.last_hidden_state[:, 0], model.head_weight)
     return tf.argmax(logits, -1, tf.int32), out.past_key_values

@@ -1,14 +1,48 @@
 """Losses, each a float32 mean; where there is nothing to predict the loss is 0.
 
-Formulas: `mistral_core.reference.ops`.
+Formulas: `mistral_core.reference.ops`. Keras' losses and metrics of probabilities, as those of logits, are tables here.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
+import keras
 import tensorflow as tf
 from tensorflow import Tensor
 
 from mistral_core import MistralConfig
+
+IGNORED = -100
+
+LOSSES: dict[str, Callable[[], keras.losses.Loss]] = {
+    "sparse_categorical_crossentropy": lambda: keras.losses.SparseCategoricalCrossentropy(
+        from_logits=True, ignore_class=IGNORED
+    ),
+    "categorical_crossentropy": lambda: keras.losses.CategoricalCrossentropy(from_logits=True),
+    "binary_crossentropy": lambda: keras.losses.BinaryCrossentropy(from_logits=True),
+    "binary_focal_crossentropy": lambda: keras.losses.BinaryFocalCrossentropy(from_logits=True),
+    "categorical_focal_crossentropy": lambda: keras.losses.CategoricalFocalCrossentropy(from_logits=True),
+}
+"""Names of losses of probabilities -> the same of logits; other names are Keras' own."""
+
+METRICS: dict[str, Callable[[], keras.metrics.Metric]] = {
+    "auc": lambda: keras.metrics.AUC(name="auc", from_logits=True),
+    "binary_accuracy": lambda: keras.metrics.BinaryAccuracy(name="binary_accuracy", threshold=0.0),
+    "precision": lambda: keras.metrics.Precision(name="precision", thresholds=0.0),
+    "recall": lambda: keras.metrics.Recall(name="recall", thresholds=0.0),
+    **{
+        name: functools.partial(
+            keras.metrics.MeanMetricWrapper, getattr(keras.losses, name), name=name, from_logits=True
+        )
+        for name in LOSSES
+    },
+}
+"""Names of metrics of probabilities -> the same of logits; other names are Keras' own."""
+
+ALIASES = {"bce": "binary_crossentropy"}
+"""Keras' short names."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, *, ignore: int = -100) -> Tensor:

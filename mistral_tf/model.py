@@ -30,6 +30,7 @@ class MistralModel(PreTrainedModel):
     ) -> None:
         dtype, initializer = as_policy(dtype), initializer or default_initializer(config)
         super().__init__(config, dtype=dtype, name=name)
+        self.config = config
         options = {"dtype": dtype, "initializer": initializer}
         self.embed_tokens = Embedding(
             config.vocab_size, config.hidden_size, name=f"{self.name}.embed_tokens", **options

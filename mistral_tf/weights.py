@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 import os
@@ -20,7 +19,7 @@ from mistral_core.weights import pretrained
 from mistral_core.weights.hf_arguments import check_saving, translated
 from mistral_core.weights.resizing import VOCABULARY, resized_config, resized_rows
 
-from .arrays import as_device, as_policy, to_numpy
+from .arrays import as_device, as_policy, from_numpy, to_numpy
 from .fit import KerasModel
 
 
@@ -29,7 +28,6 @@ class PreTrainedModel(KerasModel):
 
     def __init__(self, config: MistralConfig, *, dtype: Any = None, name: str | None = None) -> None:
         super().__init__(dtype=as_policy(dtype), name=name)
-        self._config = copy.copy(config)
         self.generation_config = GenerationConfig.from_model_config(config)
 
     @classmethod
@@ -70,7 +68,7 @@ class PreTrainedModel(KerasModel):
                 loaded.config,
                 attn_implementation=attn_implementation,
                 dtype=policy or loaded.config.dtype or "float32",
-                initializer="zeros",
+                initializer=_empty,
             )
             for name, array in loaded.tensors:
                 model.set_parameter(name, array)
@@ -109,7 +107,7 @@ class PreTrainedModel(KerasModel):
 
     def set_parameter(self, name: str, array: np.ndarray) -> None:
         """Let the parameter of this canonical name hold an array."""
-        self._parameter(name).assign(array)
+        self._parameter(name).assign(from_numpy(array))
 
     def load_arrays(self, arrays: Any) -> Self:
         """Set every parameter from a mapping of canonical names to NumPy arrays."""
@@ -156,7 +154,7 @@ class PreTrainedModel(KerasModel):
             for name in VOCABULARY & shapes(config, self.architecture).keys():
                 rows = resized_rows(to_numpy(self._parameter(name)), config.vocab_size)
                 self._owner(name).replace_weight(rows)
-            self.config.vocab_size = config.vocab_size
+            self.config.rebuilt(vocab_size=config.vocab_size)
         return self.get_input_embeddings()
 
     def tie_weights(self) -> None:
@@ -191,7 +189,9 @@ class PreTrainedModel(KerasModel):
 
     @config.setter
     def config(self, config: MistralConfig) -> None:
-        self.base_model._config = copy.copy(config)
+        if hasattr(self.base_model, "_config"):
+            self.config.check_built(config)
+        self.base_model._config = config.for_model()
 
     @property
     def device(self) -> str:
@@ -220,3 +220,8 @@ def _child(node: Any, key: str) -> Any:
 def default_initializer(config: MistralConfig) -> keras.initializers.Initializer:
     """normal(0, initializer_range)."""
     return keras.initializers.RandomNormal(stddev=config.initializer_range)
+
+
+def _empty(shape: Any, dtype: Any) -> Any:
+    """Memory that nobody has touched yet: it costs nothing until a checkpoint's own takes its place."""
+    return tf.raw_ops.Empty(shape=shape, dtype=dtype)

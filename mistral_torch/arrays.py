@@ -9,11 +9,23 @@ import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from mistral_core import MistralConfig, validate
+from mistral_core import MistralConfig, outputs, validate
 from mistral_core.errors import ConfigError, InputError
 
 from .cache import KVCache
+
+for _output in (
+    KVCache,
+    outputs.ModelOutput,
+    outputs.CausalLMOutput,
+    outputs.SequenceClassifierOutput,
+    outputs.TokenClassifierOutput,
+    outputs.QuestionAnsweringOutput,
+):  # torch.export writes the types of a program's outputs by name
+    if _output not in pytree.SUPPORTED_NODES:
+        pytree._register_namedtuple(_output, serialized_type_name=f"{_output.__module__}.{_output.__qualname__}")
 
 DTYPES = {
     "float64": torch.float64,
@@ -89,6 +101,9 @@ def model_inputs(
     document_ids: Any = None,
 ) -> Inputs:
     """Lists, NumPy arrays or tensors as tensors on the model's device, checked where there are values to look at."""
+    if not isinstance(past_key_values, KVCache | None):
+        found = type(past_key_values).__name__
+        raise InputError(f"past_key_values: {found}, a KVCache was expected: what KVCache.allocate or a call returns.")
     traced = is_traced(input_ids, attention_mask, position_ids, inputs_embeds, document_ids)
     ids = integers("input_ids", input_ids, device)
     positions = integers("position_ids", position_ids, device)

@@ -102,10 +102,13 @@ def attend_sdpa(
     """torch's fused scaled_dot_product_attention; it never builds the weights."""
     visible_BTS = attention_mask(query_order_BT, key_order_BS, window, document_ids_BT=document_ids)
     q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
-    o = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=visible_BTS[:, None], dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=visible_BTS[:, None], dropout_p=dropout, **_grouped(q, k))
     return o.transpose(1, 2), None
+
+
+def _grouped(q_BNTH: Tensor, k_BKSH: Tensor) -> dict[str, bool]:
+    """The option for groups; a branch, because the comparison itself is no bool when compiled."""
+    return {"enable_gqa": True} if q_BNTH.shape[1] != k_BKSH.shape[1] else {}
 
 
 def attend_flex(
@@ -130,7 +133,7 @@ def attend_flex(
     B, T = query_order_BT.shape
     blocks = create_block_mask(visible, B, None, T, key_order_BS.shape[1], device=q_BTNH.device)
     q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
-    o = _flex(q_BTNH.device.type)(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
+    o = _flex(q_BTNH.device.type)(q, k, v, block_mask=blocks, **_grouped(q, k))
     return o.transpose(1, 2), None
 
 

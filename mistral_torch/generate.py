@@ -71,12 +71,12 @@ def generate(
 
 def _prefill(model: MistralForCausalLM, ids_BT: Tensor, mask_BT: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
     """The first new token [B] of each row and the cache after the prompt."""
-    out = model.model(ids_BT, mask_BT, past_key_values=cache)
+    out = model.model(ids_BT, mask_BT, past_key_values=cache, return_dict=True)
     last_BD = out.last_hidden_state[torch.arange(len(ids_BT), device=ids_BT.device), last_token(mask_BT)]
     return project(last_BD, model.lm_head.weight).argmax(-1), out.past_key_values
 
 
 def _decode(model: MistralForCausalLM, token_B: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
     """The next token [B] of each row and the cache after the given one."""
-    out = model.model(token_B[:, None], past_key_values=cache)
+    out = model.model(token_B[:, None], past_key_values=cache, return_dict=True)
     return project(out.last_hidden_state[:, 0], model.lm_head.weight).argmax(-1), out.past_key_values

@@ -22,6 +22,7 @@ class MistralModel(PreTrainedModel):
 
     def __init__(self, config: MistralConfig, *, attn_implementation: str | None = None) -> None:
         super().__init__(config)
+        self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, window, attn_implementation) for window in config.layer_windows

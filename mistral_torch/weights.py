@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterator
 from typing import Any, Self
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mistral_core import GenerationConfig, MistralConfig
-from mistral_core.parameters import BASE_PREFIX, parameters, shapes
+from mistral_core.errors import UnsupportedFeatureError
+from mistral_core.parameters import BASE_PREFIX, HEADS, parameters, shapes
 from mistral_core.weights import pretrained
 from mistral_core.weights.hf_arguments import check_saving, translated
 from mistral_core.weights.resizing import VOCABULARY, resized_config, resized_rows
@@ -23,11 +23,18 @@ from .arrays import as_device, as_dtype, from_numpy, to_numpy
 class PreTrainedModel(nn.Module):
     """A Mistral class: its config, and its way to and from checkpoints."""
 
+    architecture: str
+    """The name of the Mistral class that this one is, or extends."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.__name__ in HEADS:
+            cls.architecture = cls.__name__
+
     accepts_loss_kwargs = False  # what transformers' Trainer asks: the loss is a mean over this call's own labels
 
     def __init__(self, config: MistralConfig) -> None:
         super().__init__()
-        self._config = copy.copy(config)
         self.generation_config = GenerationConfig.from_model_config(config)
         self.register_load_state_dict_post_hook(_tie)
 
@@ -56,7 +63,7 @@ class PreTrainedModel(nn.Module):
         attn_implementation = given.pop("attn_implementation")
         loaded = pretrained.load(
             path,
-            cls.__name__,
+            cls.architecture,
             config=config,
             dtype=None if dtype is None else _name(dtype),
             seed=seed,
@@ -90,7 +97,7 @@ class PreTrainedModel(nn.Module):
             directory,
             self.config,
             self.named_arrays(),
-            architecture=type(self).__name__,
+            architecture=self.architecture,
             generation_config=self.generation_config,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
@@ -98,7 +105,7 @@ class PreTrainedModel(nn.Module):
 
     def named_arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yield (canonical name, NumPy array) of every tensor of the model, in table order."""
-        for name, _ in parameters(self.config, type(self).__name__):
+        for name, _ in parameters(self.config, self.architecture):
             yield name, to_numpy(self.get_parameter(self._own_name(name)))
 
     def set_parameter(self, name: str, array: np.ndarray, *, device: torch.device | str | None = None) -> None:
@@ -110,7 +117,7 @@ class PreTrainedModel(nn.Module):
 
     def load_arrays(self, arrays: Any) -> Self:
         """Set every parameter from a mapping of canonical names to NumPy arrays."""
-        for name, _ in parameters(self.config, type(self).__name__):
+        for name, _ in parameters(self.config, self.architecture):
             self.set_parameter(name, np.array(arrays[name]), device=self.device)
         self.tie_weights()
         return self
@@ -153,13 +160,13 @@ class PreTrainedModel(nn.Module):
         """
         config = resized_config(self.config, new_num_tokens, pad_to_multiple_of)
         if config.vocab_size != self.config.vocab_size:
-            for name in VOCABULARY & shapes(config, type(self).__name__).keys():
+            for name in VOCABULARY & shapes(config, self.architecture).keys():
                 rows = to_numpy(self.get_parameter(self._own_name(name)))
                 self.set_parameter(name, resized_rows(rows, config.vocab_size), device=self.device)
             self.get_input_embeddings().num_embeddings = config.vocab_size
             if self.get_output_embeddings() is not None:
                 self.get_output_embeddings().out_features = config.vocab_size
-            self.config.vocab_size = config.vocab_size
+            self.config.rebuilt(vocab_size=config.vocab_size)
             self.tie_weights()
         return self.get_input_embeddings()
 
@@ -177,6 +184,28 @@ class PreTrainedModel(nn.Module):
         """Keep activations again."""
         self.base_model.gradient_checkpointing = None
 
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """`gradient_checkpointing_enable` as the Trainer of transformers 5 calls it; every layer, nothing offloaded."""
+        if every_n_layers != 1 or offload:
+            raise UnsupportedFeatureError(
+                f"activation checkpointing: every_n_layers={every_n_layers!r}, offload={offload!r}; every layer is "
+                "checkpointed where it computes, leave them out."
+            )
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether gradient checkpointing is enabled."""
+        return self.base_model.gradient_checkpointing is not None
+
+    def add_model_tags(self, tags: Any) -> None:
+        """Nothing: tags belong to a model card, which is not written here."""
+
     def enable_input_require_grads(self) -> None:
         """Let gradients reach the embeddings' output though they are frozen, as reentrant checkpointing needs."""
         self.get_input_embeddings().register_forward_hook(_require_grad)
@@ -189,7 +218,7 @@ class PreTrainedModel(nn.Module):
     def initialise(self, prefix: str = "") -> None:
         """Fresh values for the parameters under a prefix: norms 1, biases 0, else normal(0, initializer_range)."""
         for name, parameter in self.named_parameters():
-            if not name.startswith(prefix):
+            if not name.startswith(prefix) or parameter.is_meta:  # on which torch imports much to do nothing
                 continue
             if name.endswith("norm.weight"):
                 nn.init.ones_(parameter)
@@ -209,7 +238,9 @@ class PreTrainedModel(nn.Module):
 
     @config.setter
     def config(self, config: MistralConfig) -> None:
-        self.base_model._config = copy.copy(config)
+        if hasattr(self.base_model, "_config"):
+            self.config.check_built(config)
+        self.base_model._config = config.for_model()
 
     @property
     def device(self) -> torch.device:
@@ -229,7 +260,7 @@ class PreTrainedModel(nn.Module):
 
     def _own_name(self, name: str) -> str:
         """The bare model's own names lack the `model.` in front."""
-        return name.removeprefix(BASE_PREFIX) if type(self).__name__ == "MistralModel" else name
+        return name.removeprefix(BASE_PREFIX) if self.architecture == "MistralModel" else name
 
 
 def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:

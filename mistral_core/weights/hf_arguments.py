@@ -40,6 +40,13 @@ NO_EFFECT: Mapping[str, tuple[Any, ...]] = {
     "tp_plan": (None,),
     "state_dict": (None,),
     "saved_model": (False,),
+    "version": (1,),
+    "signatures": (None,),
+    "create_pr": (False,),
+    "save_peft_format": (True,),
+    "mirror": (None,),
+    "tf_to_pt_weight_rename": (None,),
+    "load_weight_prefix": (None,),
 }
 """Argument -> the values that change nothing here."""
 
@@ -67,6 +74,13 @@ ADVICE: Mapping[str, str] = {
     "state_dict": "give the parameters to the model with load_arrays, then save it",
     "is_main_process": "call save_pretrained in one process only",
     "saved_model": "model.export writes a SavedModel",
+    "version": "model.export writes a SavedModel",
+    "signatures": "model.export writes a SavedModel, its argument is input_signature",
+    "create_pr": "write with save_pretrained, then upload the directory with the command `hf upload`",
+    "save_peft_format": "adapters are written by peft's own save_pretrained",
+    "mirror": "set the environment variable HF_ENDPOINT",
+    "tf_to_pt_weight_rename": "names are Hugging Face's in every framework; leave it out",
+    "load_weight_prefix": "names are Hugging Face's in every framework; leave it out",
 }
 """Argument -> what to use instead of a value that means something."""
 

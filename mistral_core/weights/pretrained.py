@@ -25,7 +25,7 @@ class Pretrained(NamedTuple):
     """With the overrides, and the dtype the tensors come in."""
     generation_config: GenerationConfig
     tensors: Iterator[tuple[str, np.ndarray]]
-    """(canonical name, array) in table order, one at a time."""
+    """(canonical name, array), one at a time."""
 
 
 def load(

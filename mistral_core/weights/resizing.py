@@ -31,6 +31,6 @@ def resized_rows(rows: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:
     The mean keeps the new tokens' logits near the old ones' (Hewitt 2021, "Initializing new word embeddings").
     """
     if size <= len(rows):
-        return np.ascontiguousarray(rows[:size])
+        return rows[:size].copy()
     mean = rows.mean(axis=0, dtype=np.float64).astype(rows.dtype)
     return np.concatenate([rows, np.broadcast_to(mean, (size - len(rows), rows.shape[1]))])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from conformance.weights import random_parameters
-from mistral_core.errors import ConfigError, ConversionError, TokenizerError, UnsupportedFeatureError
+from mistral_core.errors import ConfigError, ConversionError, InputError, TokenizerError, UnsupportedFeatureError
 from mistral_core.parameters import HEADS, shapes
 from mistral_core.presets import TINY
 from mistral_core.text.encoding import Encoding
@@ -87,10 +87,17 @@ def test_an_argument_under_two_names(backend, checkpoint):
         backend.MistralModel.from_pretrained(checkpoint, dtype="float32", torch_dtype="bfloat16")
 
 
+SAVING = {
+    "create_pr", "is_main_process", "push_to_hub", "safe_serialization", "save_peft_format", "saved_model",
+    "signatures", "state_dict", "variant", "version",
+}  # fmt: skip
+
+
+@pytest.mark.feature("What transformers has and we have not says what to use")
 @pytest.mark.parametrize("name", sorted(hf_arguments.ADVICE))
 def test_what_is_not_here_says_what_to_use(backend, checkpoint, name):
     harmless = hf_arguments.NO_EFFECT[name][0]
-    saves = name in ("safe_serialization", "is_main_process", "saved_model", "push_to_hub", "state_dict", "variant")
+    saves = name in SAVING
     model = model_of(backend)
     call = model.save_pretrained if saves else type(model).from_pretrained
     call(checkpoint, **{name: harmless})
@@ -104,6 +111,7 @@ def test_unknown_arguments_of_save_pretrained(backend, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.feature("Device placement")
 @pytest.mark.parametrize("device", ["cpu", "auto", {"": "cpu"}])
 def test_devices(backend, checkpoint, device):
     model = backend.MistralForCausalLM.from_pretrained(checkpoint, device_map=device)
@@ -127,10 +135,32 @@ def test_a_model_owns_its_config(backend):
     model.config.pad_token_id = 2
     assert model.model.config.pad_token_id == 2
     assert config.pad_token_id != 2
-    with pytest.raises(ConfigError, match="sliding_window"):
-        model.config.sliding_window = 0
+    with pytest.raises(ConfigError, match="pad_token_id"):
+        model.config.pad_token_id = TINY.vocab_size
+    model.config = model.config.replace(use_cache=False)
+    assert not model.model.config.use_cache
 
 
+BUILT = [
+    ("sliding_window", 3),
+    ("attention_dropout", 0.5),
+    ("vocab_size", 50),
+    ("rms_norm_eps", 1e-4),
+    ("num_labels", 5),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), BUILT)
+def test_what_a_model_is_built_of_cannot_be_assigned(backend, field, value):
+    model = backend.MistralForCausalLM(TINY)
+    with pytest.raises(ConfigError, match=rf"{'layer_windows' if field == 'sliding_window' else field}=.*built with"):
+        setattr(model.config, field, value)
+    with pytest.raises(ConfigError, match="Make or load a model with what you want"):
+        model.config = TINY.replace(**{field: value})
+    assert getattr(model.config, field) == getattr(TINY, field)
+
+
+@pytest.mark.feature("Assignable config fields")
 def test_a_changed_config_is_used(backend):
     model = model_of(backend)
     assert model(IDS).past_key_values is not None
@@ -140,10 +170,37 @@ def test_a_changed_config_is_used(backend):
     assert len(model(IDS).hidden_states) == TINY.num_hidden_layers + 1
 
 
+def test_generate_whatever_a_call_returns(backend):
+    model = model_of(backend)
+    tokens = numpy(backend, model.generate(IDS, max_new_tokens=4)).tolist()
+    model.config.return_dict = False
+    assert numpy(backend, model.generate(IDS, max_new_tokens=4)).tolist() == tokens
+    model.generation_config.pad_token_id = 7
+    model.generation_config.eos_token_id = tokens[0][9]
+    assert numpy(backend, model.generate(IDS, max_new_tokens=4)).tolist()[0][9:] == [tokens[0][9], 7, 7, 7]
+
+
+def test_a_tuple_is_no_cache(backend):
+    with pytest.raises(InputError, match=r"past_key_values: tuple, a KVCache was expected"):
+        model_of(backend)(IDS, past_key_values=((1, 2), (3, 4)))
+
+
+def test_classes_can_be_extended(backend, checkpoint, tmp_path):
+    class Mine(backend.MistralForCausalLM):
+        """What a user adds."""
+
+    model = Mine.from_pretrained(checkpoint)
+    assert [name for name, _ in model.named_arrays()] == list(shapes(TINY))
+    model.save_pretrained(tmp_path / "mine")
+    assert backend.MistralForCausalLM.from_pretrained(tmp_path / "mine").config.architectures == ("MistralForCausalLM",)
+    bare = type("Bare", (backend.MistralModel,), {})(TINY)
+    assert next(iter(bare.named_arrays()))[0] == "model.embed_tokens.weight"
+
+
 # Embeddings and sizes
 
 
-@pytest.mark.feature("num_parameters")
+@pytest.mark.feature("num_parameters, get and set embeddings")
 @pytest.mark.parametrize("architecture", HEADS)
 def test_num_parameters(backend, architecture):
     for tied in (False, True):

@@ -76,6 +76,7 @@ def generate(*, options="", placed="", sampling=""):
     return GENERATE.format(options=options, placed=placed, sampling=sampling)
 
 
+@pytest.mark.feature("generate (greedy)")
 @pytest.mark.feature("AutoModelFor*, AutoTokenizer, AutoConfig")
 def test_generate(run, backend):
     text = run(generate(), backend.__name__)["text"]

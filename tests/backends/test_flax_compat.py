@@ -14,13 +14,13 @@ from mistral_core.parameters import shapes
 from mistral_core.presets import TINY
 from mistral_flax import FlaxAutoModel, FlaxAutoModelForCausalLM, FlaxMistralForCausalLM, FlaxMistralModel
 
-CONFIG = TINY.replace(num_hidden_layers=2)
-NEW = CONFIG.sliding_window + 4
-IDS = jnp.asarray(np.random.default_rng(0).integers(3, CONFIG.vocab_size, (2, 7)), jnp.int32)
+CONFIG = TINY.replace(num_hidden_layers=1)
+NEW = CONFIG.sliding_window + 2
+IDS = jnp.asarray(np.random.default_rng(0).integers(3, CONFIG.vocab_size, (2, 9)), jnp.int32)
 MASK = jnp.ones_like(IDS).at[0, :3].set(0)
 PARAMS = {name: jnp.asarray(array) for name, array in random_parameters(CONFIG, "MistralForCausalLM").items()}
 
-pytestmark = pytest.mark.feature("FlaxMistral* classes of transformers 4.x")
+pytestmark = pytest.mark.feature("transformers 4.x classes: FlaxMistral*, TFMistral*")
 
 
 @pytest.fixture(scope="module")
@@ -103,14 +103,15 @@ def test_a_mask_that_denies_what_the_cache_holds_is_an_error(model):
 
 
 def test_generate_pads_to_max_length_and_takes_their_arguments(model):
-    expected = model.module.generate(IDS, max_new_tokens=4, eos_token_id=None)
-    ends = int(expected[0, 8])
+    expected = model.module.generate(IDS, max_new_tokens=2, eos_token_id=None)
+    ends = int(expected[0, 10])
     out = model.generate(
-        IDS[:1], params=model.params, max_length=12, eos_token_id=ends, pad_token_id=1, trace=False, do_sample=False
+        IDS[:1], params=model.params, max_length=14, eos_token_id=ends, pad_token_id=1, do_sample=False
     )
-    assert out["sequences"].shape == (1, 12)
-    assert np.array_equal(out.sequences[0, :9], expected[0, :9])
-    assert (out.sequences[0, 9:] == 1).all()
+    assert out["sequences"].shape == (1, 14)
+    assert np.array_equal(out.sequences[0, :11], expected[0, :11])
+    assert (out.sequences[0, 11:] == 1).all()
+    assert np.array_equal(model.generate(IDS, max_length=10, trace=False).sequences, expected[:, :10])
     with pytest.raises(UnsupportedFeatureError, match="logits_processor"):
         model.generate(IDS, logits_processor=[len])
 
@@ -125,7 +126,7 @@ def test_a_model_without_parameters_of_its_own(model):
     filled = empty.init_weights(jax.random.PRNGKey(1), (1, 1), PARAMS)
     assert close(empty(IDS, params=filled).logits, model(IDS).logits)
     assert np.array_equal(
-        empty.generate(IDS, params=PARAMS, max_length=9).sequences, model.generate(IDS, max_length=9).sequences
+        empty.generate(IDS, params=PARAMS, max_length=11).sequences, model.generate(IDS, max_length=11).sequences
     )
     with pytest.raises(InputError, match="_do_init"):
         empty(IDS)

@@ -207,7 +207,7 @@ def test_steps_in_a_scan_are_the_steps_of_a_loop():
 # Files and other libraries
 
 
-@pytest.mark.feature("save and load in the framework's own format")
+@pytest.mark.feature("Saving in the framework's own format")
 def test_a_state_through_orbax_keeps_its_bits(tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint")
     model = make(dtype="bfloat16")

@@ -6,14 +6,17 @@ import os
 import subprocess
 import sys
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from conformance.weights import random_parameters
+from mistral_core.errors import ConfigError, InputError
 from mistral_core.parameters import shapes
 from mistral_core.presets import TINY
 from mistral_tf import KVCache, MistralForCausalLM
+from mistral_tf.attention import attend
 
 IDS = np.random.default_rng(0).integers(3, TINY.vocab_size, (2, 17)).astype(np.int32)
 PARAMETERS = random_parameters(TINY, "MistralForCausalLM")
@@ -28,6 +31,7 @@ def close(a, b):
     return np.allclose(np.asarray(a), np.asarray(b), atol=2e-5)
 
 
+@pytest.mark.feature("Compiled forward pass")
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_tf_function(model, jit_compile):
     traced = tf.function(lambda ids, mask: model(ids, mask, labels=ids), jit_compile=jit_compile)
@@ -38,6 +42,7 @@ def test_tf_function(model, jit_compile):
     assert close(out.loss, plain.loss)
 
 
+@pytest.mark.feature("Compiled forward pass")
 def test_tf_function_of_any_length_is_traced_once(model):
     spec = tf.TensorSpec([None, None], tf.int32)
     traced = tf.function(lambda ids: model(ids, use_cache=False).logits, input_signature=[spec])
@@ -46,6 +51,7 @@ def test_tf_function_of_any_length_is_traced_once(model):
     assert traced.experimental_get_tracing_count() == 1
 
 
+@pytest.mark.feature("Cache in a compiled step")
 def test_a_cache_goes_in_and_out_of_tf_function(model):
     step = tf.function(lambda ids, past: model(ids, past_key_values=past))
     past, logits = KVCache.allocate(TINY, 2, 17), []
@@ -58,6 +64,7 @@ def test_a_cache_goes_in_and_out_of_tf_function(model):
     assert close(tf.concat(logits, axis=1), model(IDS).logits)
 
 
+@pytest.mark.feature("Training step")
 def test_gradient_tape_reaches_every_weight(model):
     with tf.GradientTape() as tape:
         loss = model(IDS, labels=IDS).loss
@@ -70,11 +77,171 @@ def test_weights_have_the_table_s_shapes(model):
     assert sorted(tuple(w.shape) for w in model.weights) == sorted(shapes(TINY).values())
 
 
+@pytest.mark.feature("Attention dropout in training")
 def test_dropout_works_in_training_only():
     model = MistralForCausalLM(TINY.replace(attention_dropout=0.5)).load_arrays(PARAMETERS)
     assert close(model(IDS).logits, model(IDS).logits)
     once, twice = (model(IDS, training=True).logits for _ in range(2))
     assert not close(once, twice)
+
+
+# Precision
+
+
+@pytest.mark.feature("Mixed precision")
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "bfloat16", "float16"])
+def test_policies_keep_their_variables_and_give_float32_logits(model, policy):
+    low = MistralForCausalLM(TINY, dtype=policy).load_arrays(PARAMETERS)
+    variables = "float32" if policy.startswith("mixed") else policy
+    assert {v.dtype for v in low.weights} == {variables}
+    out = low(IDS, output_hidden_states=True)
+    assert {state.dtype.name for state in out.hidden_states} == {policy.removeprefix("mixed_")}
+    assert out.logits.dtype == tf.float32
+    exact = model(IDS).logits
+    eps = 2**-10 if policy.endswith("_float16") or policy == "float16" else 2**-7
+    assert 0 < np.abs(out.logits - exact).max() < 8 * eps * np.abs(exact).max()
+
+
+@pytest.mark.feature("Mixed precision")
+def test_the_global_policy_is_the_default_and_float16_scales_its_loss():
+    keras.mixed_precision.set_global_policy("mixed_float16")
+    try:
+        model = MistralForCausalLM(TINY.replace(num_hidden_layers=1))
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+    assert model.dtype_policy.name == model.model.decoder_layers[0].mlp.up_proj.dtype_policy.name == "mixed_float16"
+    model.compile(keras.optimizers.Adam(1e-2))
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    losses = model.fit(IDS, IDS, epochs=6, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    assert MistralForCausalLM(TINY).dtype_policy.name == "float32"
+
+
+# Training
+
+
+@pytest.mark.feature("Training step")
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_a_training_loop_of_one_s_own(jit_compile):
+    model = MistralForCausalLM(TINY).load_arrays(PARAMETERS)
+    optimizer = keras.optimizers.Adam(1e-2)
+    weights = model.trainable_variables
+    optimizer.build(weights)
+
+    @tf.function(jit_compile=jit_compile)
+    def step(ids):
+        with tf.GradientTape() as tape:
+            loss = model(ids, labels=ids, training=True).loss
+        optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+        return loss
+
+    losses = [float(step(tf.constant(IDS))) for _ in range(8)]
+    assert losses[-1] < losses[0] / 2
+
+
+def gradients_of(model, *, compiled=False, seed=0):
+    """Loss and gradients in training, under a seed."""
+
+    def run(ids):
+        with tf.GradientTape() as tape:
+            loss = model(ids, labels=ids, training=True).loss
+        return [loss, *map(tf.convert_to_tensor, tape.gradient(loss, model.trainable_variables))]
+
+    tf.random.set_seed(seed)
+    return (tf.function(run) if compiled else run)(tf.constant(IDS))
+
+
+@pytest.mark.feature("Gradient checkpointing")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_checkpointed_gradients_are_the_same(compiled, dropout):
+    model = MistralForCausalLM(TINY.replace(attention_dropout=dropout)).load_arrays(PARAMETERS)
+    plain = gradients_of(model, compiled=compiled)
+    model.gradient_checkpointing_enable()
+    recomputed = gradients_of(model, compiled=compiled)
+    model.gradient_checkpointing_disable()
+    assert all(close(a, b) for a, b in zip(plain, recomputed, strict=True))
+    with pytest.raises(ConfigError, match="use_reentrant"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+@pytest.mark.feature("Gradient checkpointing")
+def test_layers_are_computed_again_for_their_gradients():
+    def products(checkpointing):
+        model = MistralForCausalLM(TINY)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        graph = tf.function(lambda ids: gradients(model, ids)).get_concrete_function(tf.constant(IDS)).graph
+        return sum(
+            node.op == "Softmax"
+            for function in [graph.as_graph_def(), *graph.as_graph_def().library.function]
+            for node in getattr(function, "node", None) or function.node_def
+        )
+
+    def gradients(model, ids):
+        with tf.GradientTape() as tape:
+            loss = model(ids, labels=ids, training=True).loss
+        return tape.gradient(loss, model.trainable_variables)
+
+    assert products(False) == TINY.num_hidden_layers
+    assert products(True) == 2 * TINY.num_hidden_layers
+
+
+@pytest.mark.feature("Attention dropout in training")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_dropout_follows_the_seed(compiled):
+    model = MistralForCausalLM(TINY.replace(attention_dropout=0.5)).load_arrays(PARAMETERS)
+    once, again, other = (gradients_of(model, compiled=compiled, seed=seed)[0] for seed in (1, 1, 2))
+    assert once == again
+    assert once != other
+
+
+@pytest.mark.feature("Attention dropout in training")
+def test_dropout_drops_that_share_and_scales_the_rest():
+    config = TINY.replace(attention_dropout=0.25)
+    q = k = np.zeros([1, 64, 1, 64], np.float32)
+    order = tf.range(64)[None]
+    v = tf.eye(64, batch_shape=[1])[:, :, None]  # the output is then the weights
+    tf.random.set_seed(0)
+    out, _ = attend(q, k, v, order * 0 + 63, order, dropout=config.attention_dropout, seed=tf.constant([1, 2]))
+    weights = out.numpy().reshape(64, 64)
+    kept = weights > 0
+    assert np.allclose(weights[kept], 1 / 64 / 0.75)
+    assert abs(kept.mean() - 0.75) < 5 * np.sqrt(0.25 * 0.75 / 64**2)
+
+
+@pytest.mark.feature("Device placement")
+def test_a_device_is_asked_for_by_name(tmp_path, model):
+    model.save_pretrained(tmp_path)
+    for device in ("cpu", "CPU:0", "/device:CPU:0", "auto"):
+        assert MistralForCausalLM.from_pretrained(tmp_path, device=device).device.endswith("CPU:0")
+    assert MistralForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"}).device.endswith("CPU:0")
+    with pytest.raises(ConfigError, match="GPU:9"):
+        MistralForCausalLM.from_pretrained(tmp_path, device="GPU:9")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([IDS, None, None, ((IDS, IDS),)], "KVCache was expected"),
+        ([IDS, None, None, None, None, True, 1], "too many positional"),
+        ([[IDS, IDS, IDS, IDS, IDS, IDS, IDS]], "too many positional"),
+        ([{"input_ids": IDS, "token_type_ids": IDS}], "token_type_ids"),
+        ([tf.ragged.constant([[1, 2], [3]])], "rows of different lengths"),
+    ],
+)
+def test_mistakes_in_a_call_are_told(model, arguments, message):
+    with pytest.raises((InputError, TypeError), match=message):
+        model(*arguments)
+
+
+def test_one_dictionary_or_list_is_all_arguments(model):
+    mask = np.ones_like(IDS)
+    mask[0, :4] = 0
+    expected = model(IDS, mask).logits
+    for given in ({"input_ids": IDS, "attention_mask": mask}, [IDS, mask], (tf.constant(IDS), tf.constant(mask))):
+        assert close(model(given).logits, expected)
+    assert close(model(IDS.tolist(), mask.tolist()).logits, expected)
 
 
 def test_another_keras_backend_is_refused_with_advice():

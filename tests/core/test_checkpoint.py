@@ -1,6 +1,7 @@
 """Checkpoints: hostile indexes, matching to a class, casts."""
 
 import json
+import os
 from pathlib import Path
 
 import ml_dtypes
@@ -10,7 +11,7 @@ import safetensors.numpy
 
 from mistral_core import TINY, errors
 from mistral_core.parameters import BASE_PREFIX, HEADS, initial_value, parameters
-from mistral_core.weights import manifest, shards
+from mistral_core.weights import checkpoint, manifest, shards
 from mistral_core.weights.checkpoint import Checkpoint, cast, load, save
 from mistral_core.weights.safetensors_file import SafetensorsFile
 
@@ -34,10 +35,38 @@ def bits(array: np.ndarray) -> bytes:
 
 def assert_same(found, expected) -> None:
     found = dict(found)
-    assert list(found) == list(expected)
+    assert sorted(found) == sorted(expected)
     for name, array in expected.items():
         assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape), name
         assert bits(found[name]) == bits(array), name
+
+
+def test_tensors_come_in_the_order_of_the_files(tmp_path):
+    save(tmp_path, TINY, weights().items(), max_shard_size="100KB")
+    opened = Checkpoint.open(tmp_path)
+    _, stream = load(tmp_path)
+    places = [opened.place(name) for name, _ in stream]
+    assert len({file for file, _ in places}) > 1
+    assert places == sorted(places)
+
+
+def test_arrays_begin_where_frameworks_take_them_over(tmp_path):
+    save(tmp_path, TINY, weights().items())
+    _, stream = load(tmp_path)
+    assert {array.ctypes.data % 64 for _, array in stream} == {0}
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="macOS keeps what it likes")
+@pytest.mark.parametrize("room", [False, True])
+def test_the_system_keeps_no_copy_for_which_there_is_no_room(tmp_path, monkeypatch, room):
+    save(tmp_path, TINY, weights().items())
+    size = sum(array.nbytes for array in weights().values())
+    monkeypatch.setattr(checkpoint, "_memory", lambda: 2 * size if room else 2 * size - 2)
+    forgotten = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: forgotten.append(arguments[1:]))
+    assert_same(load(tmp_path)[1], weights())
+    infos = [] if room else Checkpoint.open(tmp_path).tensors.values()
+    assert sorted(forgotten) == sorted((info.start, info.nbytes, os.POSIX_FADV_DONTNEED) for info in infos)
 
 
 def foreign(directory: Path, tensors, config=TINY, **changes) -> Path:

@@ -41,7 +41,7 @@ def bits(array: np.ndarray) -> bytes:
 
 def assert_same(found, expected) -> None:
     found = dict(found)
-    assert list(found) == list(expected)
+    assert sorted(found) == sorted(expected)
     for name, array in expected.items():
         assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape), name
         assert bits(found[name]) == bits(array), name

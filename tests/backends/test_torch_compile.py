@@ -1,0 +1,214 @@
+"""torch.compile, torch.export and torch.func: one graph for all sizes, and the same numbers."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+from torch.export import Dim
+from torch.func import functional_call, grad, stack_module_state, vmap
+
+from conformance.weights import random_parameters
+from mistral_core.presets import TINY
+from mistral_torch import KVCache, MistralForCausalLM
+
+CONFIG = TINY.replace(num_hidden_layers=2)
+PARAMETERS = random_parameters(CONFIG, "MistralForCausalLM")
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+SIZES = [(2, 3), (3, 5), (2, 9), (5, 17), (2, 130)]
+
+
+def make(config=CONFIG, **options):
+    return MistralForCausalLM(config, **options).load_arrays(PARAMETERS).eval()
+
+
+def batch(rows, columns):
+    ids = torch.from_numpy(np.random.default_rng(rows).integers(3, CONFIG.vocab_size, (rows, columns)))
+    mask = torch.ones_like(ids)
+    mask[0, : columns // 3] = 0
+    return ids, mask
+
+
+def close(a, b, atol=2e-5):
+    return torch.allclose(a, b, atol=atol)
+
+
+def compiled(model):
+    """The model compiled without graph breaks for any size, and a counter of its graphs."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    return torch.compile(model, fullgraph=True, dynamic=True, backend=counter), counter
+
+
+# Compiled
+
+
+@pytest.mark.feature("Compiled forward pass")
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_one_graph_for_all_lengths_and_batches(implementation, use_cache):
+    model = make(attn_implementation=implementation)
+    fast, counter = compiled(model)
+    for size in SIZES:
+        ids, mask = batch(*size)
+        with torch.no_grad():
+            found = fast(ids, attention_mask=mask, labels=ids, use_cache=use_cache)
+            expected = model(ids, attention_mask=mask, labels=ids)
+        assert close(found.logits, expected.logits)
+        assert close(found.loss, expected.loss)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.feature("FlexAttention")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's, of torch's
+def test_flex_has_two_graphs():
+    """One for all lengths up to its block size of 128 and one for all beyond: a guard of create_block_mask's own."""
+    model = make(CONFIG.replace(num_hidden_layers=1), attn_implementation="flex")
+    fast, counter = compiled(model)
+    graphs = []
+    for size in [(2, 3), (3, 9), (2, 128), (2, 129), (3, 300)]:
+        ids, mask = batch(*size)
+        with torch.no_grad():
+            assert close(fast(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)
+        graphs.append(counter.frame_count)
+    assert graphs == [1, 1, 1, 2, 2]
+
+
+@pytest.mark.feature("Cache in a compiled step")
+@IMPLEMENTATIONS
+def test_one_graph_for_all_steps_with_a_cache(implementation):
+    """Beyond two turns of the window's ring, with ragged rows."""
+    model = make(attn_implementation=implementation)
+    step, counter = compiled(model)
+    ids, mask = batch(2, 18)
+    with torch.no_grad():
+        expected = model(ids, mask).logits
+        cache = model(ids[:, :6], mask[:, :6], past_key_values=KVCache.allocate(CONFIG, 2, capacity=18)).past_key_values
+        for t in range(6, 18):
+            out = step(ids[:, t : t + 1].clone(), past_key_values=cache)
+            cache = out.past_key_values
+            assert close(out.logits[:, 0], expected[:, t])
+    assert counter.frame_count == 1
+
+
+@pytest.mark.feature("Training step")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiled_training_step(checkpointing):
+    config = CONFIG.replace(num_hidden_layers=1)
+    model, expected = make(config).train(), make(config).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    torch._dynamo.reset()
+    fast = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in [(2, 9), (3, 12)]:
+        ids, mask = batch(*size)
+        for one in (fast, expected):
+            one.zero_grad()
+            one(ids, attention_mask=mask, labels=ids).loss.backward()
+        for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+            assert close(ours.grad, theirs.grad)
+
+
+# Exported
+
+
+def exported(model, ids, mask):
+    sizes = {0: Dim("B"), 1: Dim("T")}
+    shapes = {"input_ids": sizes, "attention_mask": sizes}
+    with torch.no_grad():
+        program = torch.export.export(model, (ids,), {"attention_mask": mask}, dynamic_shapes=shapes)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.feature("Export")
+@IMPLEMENTATIONS
+def test_an_exported_model_takes_any_size(implementation):
+    model = make(attn_implementation=implementation)
+    loaded = torch.export.load(exported(model, *batch(2, 9))).module()
+    for size in [(2, 9), (3, 5), (4, 40)]:
+        ids, mask = batch(*size)
+        out, expected = loaded(ids, attention_mask=mask), model(ids, attention_mask=mask)
+        assert close(out.logits, expected.logits)
+        assert type(out) is type(expected)
+        assert torch.equal(out.past_key_values.length, expected.past_key_values.length)
+
+
+@pytest.mark.feature("Export")
+def test_an_exported_program_needs_only_the_output_types(tmp_path):
+    """In a process of its own, where no model was ever made."""
+    ids, mask = batch(2, 9)
+    (tmp_path / "model.pt2").write_bytes(exported(make(), ids, mask).read())
+    program = "import sys, torch, mistral_torch.arrays\n" + (
+        "out = torch.export.load(sys.argv[1]).module()(torch.ones(3, 4, dtype=torch.int64), "
+        "attention_mask=torch.ones(3, 4, dtype=torch.int64))\nprint(*out.logits.shape)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "model.pt2")], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.split() == ["3", "4", str(CONFIG.vocab_size)]
+
+
+# torch.func
+
+
+@pytest.mark.feature("torch.func: functional_call, grad, vmap")
+def test_gradients_of_each_example():
+    model = make(attn_implementation="eager").train()
+    parameters = dict(model.named_parameters())
+    ids, _ = batch(3, 9)
+
+    def loss(parameters, row):
+        return functional_call(model, parameters, (row[None],), {"labels": row[None]}).loss
+
+    each = vmap(grad(loss), in_dims=(None, 0))(parameters, ids)
+    for row in range(3):
+        model.zero_grad()
+        model(ids[row], labels=ids[row]).loss.backward()
+        assert all(close(each[name][row], p.grad) for name, p in model.named_parameters())
+
+
+@pytest.mark.feature("torch.func: functional_call, grad, vmap")
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex"])
+def test_functional_gradients(implementation):
+    model = make(attn_implementation=implementation)
+    ids, mask = batch(2, 9)
+    gradients = grad(lambda p: functional_call(model, p, (ids, mask), {"labels": ids}).loss)(
+        dict(model.named_parameters())
+    )
+    model(ids, mask, labels=ids).loss.backward()
+    assert all(close(gradients[name], p.grad) for name, p in model.named_parameters())
+
+
+@pytest.mark.feature("torch.func: functional_call, grad, vmap")
+def test_an_ensemble_in_one_call():
+    models = [make(attn_implementation="eager"), MistralForCausalLM(CONFIG, attn_implementation="eager").eval()]
+    stacked, _ = stack_module_state(models)
+    ids, mask = batch(2, 9)
+    with torch.no_grad():
+        logits = vmap(lambda p: functional_call(models[0], p, (ids, mask)).logits)(stacked)
+        assert all(close(each, model(ids, mask).logits) for each, model in zip(logits, models, strict=True))
+
+
+# Shapes without numbers
+
+
+@pytest.mark.feature("Meta device and fake tensors")
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_shapes_cost_nothing(implementation):
+    with torch.device("meta"):
+        model = MistralForCausalLM(CONFIG, attn_implementation=implementation)
+        ids = torch.zeros(2, 9, dtype=torch.int64)
+    assert model(ids, labels=ids).logits.shape == (2, 9, CONFIG.vocab_size)
+    with FakeTensorMode():
+        model = MistralForCausalLM(CONFIG, attn_implementation=implementation)
+        ids = torch.zeros(2, 9, dtype=torch.int64)
+        assert model(ids, ids, labels=ids).logits.shape == (2, 9, CONFIG.vocab_size)
