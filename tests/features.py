@@ -16,22 +16,31 @@ COLUMNS = {"torch": "PyTorch", "flax": "JAX / Flax", "tf": "Keras / TensorFlow"}
 
 
 def markers(path: Path) -> list[tuple[str, str | None, set[str]]]:
-    """(feature, note, backends) of each marked test of a file."""
-    found = []
+    """(feature, note, backends) of each marker of a file: of the backend it is named for, or of its tests'."""
+    tree = ast.parse(path.read_text())
     owner = path.stem.split("_")[1]
-    for node in ast.walk(ast.parse(path.read_text())):
-        if not isinstance(node, ast.FunctionDef):
-            continue
-        backends = {owner} if owner in COLUMNS else _in_the_name(node)
-        for decorator in node.decorator_list:
-            if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "pytest.mark.feature":
-                name = ast.literal_eval(decorator.args[0])
-                notes = [ast.literal_eval(k.value) for k in decorator.keywords if k.arg == "note"]
-                found.append((name, notes[0] if notes else None, backends))
-    return found
+    if owner in COLUMNS:
+        return [(*_arguments(node), {owner}) for node in ast.walk(tree) if _is_marker(node)]
+    return [
+        (*_arguments(marker), _of_test(test))
+        for test in tree.body
+        if isinstance(test, ast.FunctionDef)
+        for marker in test.decorator_list
+        if _is_marker(marker)
+    ]
 
 
-def _in_the_name(test: ast.FunctionDef) -> set[str]:
+def _is_marker(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.feature"
+
+
+def _arguments(marker: ast.AST) -> tuple[str, str | None]:
+    assert isinstance(marker, ast.Call)
+    notes = [ast.literal_eval(keyword.value) for keyword in marker.keywords if keyword.arg == "note"]
+    return ast.literal_eval(marker.args[0]), notes[0] if notes else None
+
+
+def _of_test(test: ast.FunctionDef) -> set[str]:
     """All backends where a test runs on each of them, else those that its name names."""
     if "backend" in {argument.arg for argument in test.args.args}:
         return {*COLUMNS}

@@ -8,23 +8,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import features
 import pytest
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+NAMES = ("torch shared", "transformers", "LoRA", "cache", "NNX", "params", "fit", "functional", "weights")
 SHARED = EXAMPLES[0]
 OTHERS = ("mistral_flax", "mistral_tf")
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == len(NAMES)
     assert "or mistral_flax, or mistral_tf" in SHARED
 
 
 @pytest.mark.parametrize(
     "source",
     [*EXAMPLES, *(SHARED.replace("from mistral_torch", f"from {name}") for name in OTHERS)],
-    ids=["torch shared", "torch", "flax", "tf", "weights", "flax shared", "tf shared"],
+    ids=[*NAMES, "flax shared", "tf shared"],
 )
 def test_example(source, tmp_path):
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}
@@ -33,6 +35,10 @@ def test_example(source, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout
+
+
+def test_the_table_of_what_works_where_is_that_of_the_tests():
+    assert features.in_readme() == features.table(), "python tests/features.py --write"
 
 
 def test_the_layout_tree_names_what_is_there():
