@@ -112,7 +112,7 @@ class PreTrainedModel(KerasModel):
     def load_arrays(self, arrays: Any) -> Self:
         """Set every parameter from a mapping of canonical names to NumPy arrays."""
         for name, _ in parameters(self.config, self.architecture):
-            self.set_parameter(name, arrays[name])
+            self.set_parameter(name, np.array(arrays[name]))
         return self
 
     # What training scripts written for transformers call

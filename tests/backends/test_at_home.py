@@ -197,6 +197,20 @@ def test_classes_can_be_extended(backend, checkpoint, tmp_path):
     assert next(iter(bare.named_arrays()))[0] == "model.embed_tokens.weight"
 
 
+def test_a_model_does_not_hold_the_arrays_it_was_given(backend):
+    arrays = {}
+    for name, array in random_parameters(TINY, "MistralForCausalLM").items():
+        memory = np.empty(array.nbytes + 64, np.uint8)
+        start = -memory.ctypes.data % 64  # where frameworks would take it over
+        arrays[name] = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+        arrays[name][...] = array
+    model = backend.MistralForCausalLM(TINY).load_arrays(arrays)
+    before = {name: array.copy() for name, array in model.named_arrays()}
+    for array in arrays.values():
+        array[...] = 0
+    assert all(np.array_equal(array, before[name]) for name, array in model.named_arrays())
+
+
 # Embeddings and sizes
 
 

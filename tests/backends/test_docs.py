@@ -43,7 +43,7 @@ def run(files, monkeypatch, tmp_path):
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    with serving(files, REPOSITORIES, monkeypatch):
+    with serving(files, REPOSITORIES, monkeypatch) as server:
 
         def run(source, package="mistral_torch"):
             source = source.replace("from transformers import", f"from {package} import")
@@ -54,6 +54,7 @@ def run(files, monkeypatch, tmp_path):
             exec(compile(source, "example", "exec"), names)
             return names
 
+        run.server = server
         yield run
 
 
@@ -82,6 +83,23 @@ def test_generate(run, backend):
     text = run(generate(), backend.__name__)["text"]
     assert text.startswith("My favourite condiment is")
     assert len(text) > len("My favourite condiment is")
+
+
+LOAD = """
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("mistralai/Mistral-7B-v0.1", revision="v0.2", cache_dir="here", {more})
+"""
+
+
+def test_hub_arguments_reach_the_hub(run, backend, tmp_path):
+    run(LOAD.format(more='token="hf_secret"'), backend.__name__)
+    requests = run.server.requests
+    assert {authorization for _, path, authorization in requests if "v0.2" in path} == {"Bearer hf_secret"}
+    assert (tmp_path / "here").is_dir()
+    asked = len(requests)
+    run(LOAD.format(more="local_files_only=True"), backend.__name__)
+    assert len(requests) == asked
 
 
 def test_generate_on_a_device(run):
