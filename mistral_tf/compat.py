@@ -83,18 +83,6 @@ class TFMistralPreTrainedModel(PreTrainedModel):
         loss = None if isinstance(loss, str) and loss in OWN_LOSS else loss
         super().compile(optimizer, loss, metrics=metrics, **options)
 
-    def fit(self, x: Any = None, *arguments: Any, **options: Any) -> Any:
-        """keras.Model.fit, of a tokenizer's output too."""
-        return super().fit(_plain(x), *arguments, **options)
-
-    def evaluate(self, x: Any = None, *arguments: Any, **options: Any) -> Any:
-        """keras.Model.evaluate, of a tokenizer's output too."""
-        return super().evaluate(_plain(x), *arguments, **options)
-
-    def predict(self, x: Any, *arguments: Any, **options: Any) -> Any:
-        """The model's output, as NumPy arrays, for all batches of x, a tokenizer's output too."""
-        return super().predict(_plain(x), *arguments, **options)
-
     def prepare_tf_dataset(self, *arguments: Any, **options: Any) -> Any:
         """Raises UnsupportedFeatureError: the dataset itself does it."""
         raise UnsupportedFeatureError(
@@ -140,8 +128,3 @@ class TFAutoModelForSequenceClassification(AutoModel):
     """TFMistralForSequenceClassification, by `from_pretrained` or `from_config`."""
 
     model_class = TFMistralForSequenceClassification
-
-
-def _plain(x: Any) -> Any:
-    """A mapping of another kind as a dictionary, the one that Keras knows."""
-    return dict(x) if isinstance(x, Mapping) else x

@@ -138,6 +138,23 @@ class KerasModel(keras.Model):
             metrics = {name: some if isinstance(some, list | tuple) else [some] for name, some in metrics.items()}
         return None if metrics is None else self._by_field(metrics, made)
 
+    def fit(self, x: Any = None, *arguments: Any, **options: Any) -> Any:
+        """keras.Model.fit, of a tokenizer's output too, which Keras does not know for a dictionary."""
+        options = {name: _plain(value) if name == "validation_data" else value for name, value in options.items()}
+        return super().fit(_plain(x), *arguments, **options)
+
+    def evaluate(self, x: Any = None, *arguments: Any, **options: Any) -> Any:
+        """keras.Model.evaluate, of a tokenizer's output too."""
+        return super().evaluate(_plain(x), *arguments, **options)
+
+    def train_on_batch(self, x: Any, *arguments: Any, **options: Any) -> Any:
+        """keras.Model.train_on_batch, of a tokenizer's output too."""
+        return super().train_on_batch(_plain(x), *arguments, **options)
+
+    def test_on_batch(self, x: Any, *arguments: Any, **options: Any) -> Any:
+        """keras.Model.test_on_batch, of a tokenizer's output too."""
+        return super().test_on_batch(_plain(x), *arguments, **options)
+
     def train_step(self, data: Any) -> dict[str, Any]:
         """One step of `fit`."""
         return super().train_step(self._unpacked(data))
@@ -246,11 +263,11 @@ class KerasModel(keras.Model):
 
     def predict(self, x: Any, *arguments: Any, **options: Any) -> Any:
         """The model's output, as NumPy arrays, for all batches of x."""
-        return self._outputs[0](**super().predict(x, *arguments, **options))
+        return self._outputs[0](**super().predict(_plain(x), *arguments, **options))
 
     def predict_on_batch(self, x: Any) -> Any:
         """The model's output, as NumPy arrays, for one batch."""
-        return self._outputs[0](**super().predict_on_batch(x))
+        return self._outputs[0](**super().predict_on_batch(_plain(x)))
 
     def export(
         self, filepath: Any, format: str = "tf_saved_model", *, input_signature: Any = None, **options: Any
@@ -324,3 +341,10 @@ def _several(value: Any) -> bool:
 def _trimmed(shape: tf.TensorShape) -> tf.TensorShape:
     """A shape without its last axis of one."""
     return shape[:-1] if (shape.rank or 0) > 1 and shape[-1] == 1 else shape
+
+
+def _plain(x: Any) -> Any:
+    """Dictionaries of another kind as those that Keras knows, inside tuples too."""
+    if isinstance(x, tuple):
+        return tuple(_plain(each) for each in x)
+    return dict(x) if isinstance(x, Mapping) else x

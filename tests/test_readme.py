@@ -13,7 +13,7 @@ import pytest
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-NAMES = ("torch shared", "transformers", "LoRA", "cache", "NNX", "params", "fit", "functional", "weights")
+NAMES = ("torch shared", "transformers", "LoRA", "cache", "NNX", "params", "Linen", "fit", "functional", "weights")
 SHARED = EXAMPLES[0]
 OTHERS = ("mistral_flax", "mistral_tf")
 

@@ -15,6 +15,7 @@ import mistral_tf
 from conformance.weights import random_parameters
 from mistral_core.errors import InputError
 from mistral_core.presets import TINY
+from mistral_core.text.encoding import Encoding
 from mistral_tf import (
     MistralForCausalLM,
     MistralForQuestionAnswering,
@@ -81,6 +82,20 @@ def test_fit_starts_from_the_model_s_own_loss_and_lowers_it(head):
         assert history["accuracy"][0] == pytest.approx(accuracy_of(TOKENS[:, 1:], before.logits[:, :-1]))
     else:
         assert history["accuracy"][0] == pytest.approx(accuracy_of(labels["labels"], before.logits))
+
+
+@pytest.mark.feature("compile, fit, evaluate, predict")
+def test_a_tokenizer_s_output_is_data():
+    model = make(MistralForSequenceClassification)
+    batch, y = Encoding(INPUTS), CLASSES
+    loss = float(model(**INPUTS, labels=y).loss)
+    assert model.evaluate(batch, y, verbose=0) == model.test_on_batch(batch, y) == pytest.approx(loss, rel=1e-5)
+    logits = model(batch).logits
+    assert np.allclose(model.predict(batch, verbose=0).logits, logits, atol=1e-6)
+    assert np.allclose(model.predict_on_batch(batch).logits, logits, atol=1e-6)
+    history = model.fit(batch, y, validation_data=(batch, y), verbose=0).history
+    assert history["loss"][0] == pytest.approx(loss, rel=1e-5)
+    assert history["val_loss"][0] == pytest.approx(model.train_on_batch(batch, y), rel=1e-5)
 
 
 @pytest.mark.feature("compile, fit, evaluate, predict")

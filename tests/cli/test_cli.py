@@ -35,11 +35,11 @@ def random_checkpoint(directory, **changes):
 
 
 def plant_a_narrow_window(monkeypatch):
-    import mistral_torch.layers
+    import mistral_torch.attention
 
-    right = mistral_torch.layers.attention_mask
+    right = mistral_torch.attention.attention_mask
     wrong = lambda q, k, window, **more: right(q, k, window - 1, **more)  # noqa: E731
-    monkeypatch.setattr(mistral_torch.layers, "attention_mask", wrong)
+    monkeypatch.setattr(mistral_torch.attention, "attention_mask", wrong)
 
 
 def test_help_names_every_command():
@@ -147,7 +147,7 @@ def test_generate_reads_a_pipe():
 def test_check(capsys):
     assert main(["check", "--backend", "torch", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert {item["implementation"] for item in found} == {"eager", "sdpa"}
+    assert {item["implementation"] for item in found} == {"eager", "sdpa", "flex"}
     assert {"logits", "logits cached", "greedy"} <= {item["piece"] for item in found}
     assert all(item["passed"] for item in found)
 
