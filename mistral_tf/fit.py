@@ -22,6 +22,7 @@ from mistral_core import GenerationConfig, MistralConfig, outputs
 from mistral_core.errors import InputError, UnsupportedFeatureError
 
 from .losses import ALIASES, IGNORED, LOSSES, METRICS
+from .traces import changed
 
 OUTPUTS: dict[str, tuple[type[tuple[Any, ...]], tuple[str, ...]]] = {
     "MistralModel": (outputs.ModelOutput, ("last_hidden_state",)),
@@ -154,6 +155,18 @@ class KerasModel(keras.Model):
     def test_on_batch(self, x: Any, *arguments: Any, **options: Any) -> Any:
         """keras.Model.test_on_batch, of a tokenizer's output too."""
         return super().test_on_batch(_plain(x), *arguments, **options)
+
+    def make_train_function(self, force: bool = False) -> Any:
+        """The traced step of `fit`, of the model as it is."""
+        return super().make_train_function(changed(self, "train") or force)
+
+    def make_test_function(self, force: bool = False) -> Any:
+        """The traced step of `evaluate`, of the model as it is."""
+        return super().make_test_function(changed(self, "test") or force)
+
+    def make_predict_function(self, force: bool = False) -> Any:
+        """The traced step of `predict`, of the model as it is."""
+        return super().make_predict_function(changed(self, "predict") or force)
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """One step of `fit`."""

@@ -16,6 +16,7 @@ from mistral_core import GenerationConfig, decoding
 from .arrays import to_numpy
 from .cache import KVCache
 from .layers import last_token, project
+from .traces import changed
 
 if TYPE_CHECKING:
     from .heads import MistralForCausalLM
@@ -65,8 +66,8 @@ def generate(
 
 
 def _steps(model: MistralForCausalLM) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The traced prefill and step of a model, kept as long as the model is."""
-    if model not in _compiled:
+    """The traced prefill and step of a model, kept as long as the model stays as it is."""
+    if changed(model, "generate") or model not in _compiled:
         first, following = _plain_steps(weakref.proxy(model))
         _compiled[model] = tf.function(first), tf.function(following)
     return _compiled[model]

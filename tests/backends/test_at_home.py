@@ -180,6 +180,25 @@ def test_generate_whatever_a_call_returns(backend):
     assert numpy(backend, model.generate(IDS, max_new_tokens=4)).tolist()[0][9:] == [tokens[0][9], 7, 7, 7]
 
 
+CHANGES = {
+    "config": lambda model, other: setattr(model.config, "rope_theta", 50.0),
+    "resized": lambda model, other: model.resize_token_embeddings(60),
+    "replaced": lambda model, other: model.set_input_embeddings(other.get_input_embeddings()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_generate_follows_a_changed_model(backend, change):
+    ids, other = IDS % 60, backend.MistralForCausalLM(TINY)
+    used, fresh = model_of(backend), model_of(backend)
+    before = numpy(backend, used.generate(ids, max_new_tokens=6)).tolist()
+    for model in (used, fresh):
+        CHANGES[change](model, other)
+    after = numpy(backend, used.generate(ids, max_new_tokens=6)).tolist()
+    assert after == numpy(backend, fresh.generate(ids, max_new_tokens=6)).tolist()
+    assert after != before
+
+
 def test_a_tuple_is_no_cache(backend):
     with pytest.raises(InputError, match=r"past_key_values: tuple, a KVCache was expected"):
         model_of(backend)(IDS, past_key_values=((1, 2), (3, 4)))

@@ -299,3 +299,18 @@ def test_auto_classes(tmp_path):
     assert (type(fresh), fresh.config.sliding_window) == (MistralForCausalLM, 3)
     assert fresh.dtype_policy.name == "mixed_bfloat16"
     assert fresh.device.endswith("CPU:0")
+
+
+@pytest.mark.feature("Resize token embeddings")
+@pytest.mark.parametrize(
+    "change", [lambda m: m.resize_token_embeddings(60), lambda m: setattr(m.config, "rope_theta", 50.0)]
+)
+def test_what_keras_traced_follows_a_changed_model(change):
+    model = MistralForCausalLM(TINY)
+    model.compile("sgd")
+    ids = np.arange(3, 21).reshape(2, 9)
+    model.predict(ids, verbose=0)
+    model.evaluate(ids, ids, verbose=0)
+    change(model)
+    assert np.allclose(model.predict(ids, verbose=0).logits, model(ids).logits, atol=1e-5)
+    assert model.evaluate(ids, ids, verbose=0) == pytest.approx(float(model(ids, labels=ids).loss), rel=1e-5)
