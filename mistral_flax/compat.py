@@ -19,6 +19,7 @@ from mistral_core import GenerationConfig, MistralConfig
 from mistral_core.errors import InputError, MissingTensorsError, UnsupportedFeatureError
 
 from .arrays import as_dtype, is_traced
+from .auto import AutoModel
 from .cache import KVCache
 from .heads import MistralForCausalLM
 from .model import MistralModel
@@ -309,14 +310,10 @@ class FlaxMistralForCausalLM(FlaxMistralPreTrainedModel):
         return model_kwargs
 
 
-class FlaxAutoModel:
+class FlaxAutoModel(AutoModel):
     """FlaxMistralModel, by `from_pretrained` or `from_config`."""
 
-    model_class: type[FlaxMistralPreTrainedModel] = FlaxMistralModel
-
-    def __init__(self) -> None:
-        name = type(self).__name__
-        raise UnsupportedFeatureError(f"{name}: call {name}.from_pretrained(path) or {name}.from_config(config).")
+    model_class: Any = FlaxMistralModel
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], *arguments: Any, **options: Any) -> Any:
@@ -324,7 +321,7 @@ class FlaxAutoModel:
         return cls.model_class.from_pretrained(path, *arguments, **options)
 
     @classmethod
-    def from_config(cls, config: MistralConfig, **options: Any) -> FlaxMistralPreTrainedModel:
+    def from_config(cls, config: MistralConfig, **options: Any) -> Any:
         """A model with fresh parameters; options are those of the class's own constructor."""
         return cls.model_class(config, **options)
 

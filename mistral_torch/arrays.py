@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from mistral_core import MistralConfig, outputs, validate
 from mistral_core.errors import ConfigError, InputError
 
-from .cache import KVCache
+from .cache import KVCache, is_mapped
 
 for _output in (
     KVCache,
@@ -68,7 +68,7 @@ def from_numpy(array: np.ndarray) -> Tensor:
 
 def is_traced(*arrays: Any) -> bool:
     """Whether there are no values to look at: under torch.compile or torch.func, fake, or on the meta device."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or is_mapped():
         return True
     return any(a.is_meta or type(a) not in (Tensor, nn.Parameter) for a in arrays if isinstance(a, Tensor))
 

@@ -125,6 +125,10 @@ def write(x_BRKH: Tensor, new_BTKH: Tensor, slot_BT: Tensor, slots: int) -> Tens
     if slots > x_BRKH.shape[1]:
         x_BRKH = F.pad(x_BRKH, (0, 0, 0, 0, 0, slots - x_BRKH.shape[1]))
     row_B1 = torch.arange(slot_BT.shape[0], device=slot_BT.device)[:, None]
-    mapped = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
-    put = x_BRKH.index_put if torch.is_grad_enabled() or mapped else x_BRKH.index_put_
+    put = x_BRKH.index_put if torch.is_grad_enabled() or is_mapped() else x_BRKH.index_put_
     return put((row_B1, slot_BT), new_BTKH.to(x_BRKH.dtype))
+
+
+def is_mapped() -> bool:
+    """Whether torch.func transforms what is computed: its arrays have no values and cannot be written."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None

@@ -54,6 +54,7 @@ OWN_NAMES = {
     "add_model_tags": "torch: trl asks for it",
     "enable_input_require_grads": "torch: JAX and TensorFlow ask for gradients by name",
     "param_dtype": "JAX: see the parameter",
+    "is_mapped": "torch: torch.func",
     "one_by_one": "JAX: one of two ways to run the layers (scan.py)",
     "dropout_seeds": "TensorFlow: seeds for dropout",
     "replace_weight": "Keras tracks variables",
