@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from mistral_core.presets import TINY
 
-from . import adapters, pieces
+from . import adapters, pieces, sampling
 from .cases import CAUSAL, HEADS, T
 from .compare import Comparison
 from .pieces import Subject
@@ -57,6 +57,14 @@ def _checks() -> Iterator[Check]:
     for count in (1, 2, 4):
         yield Check(f"rollback of {count}", _partial(pieces.rollback, count))
     yield Check("greedy", pieces.greedy, ("float32",))
+    yield Check("noise", sampling.noise, ("float32",))
+    for name in sampling.CHOICES:
+        yield Check(f"choice {name}", _partial(sampling.choices, name), ("float32",))
+    yield Check("nothing to choose", sampling.nothing_to_choose, ("float32",))
+    yield Check("sampled", _partial(sampling.sampled, tokens=64, **sampling.SAMPLED), ("float32",))
+    yield Check("sampled, guessed", _partial(sampling.sampled, **sampling.SAMPLED, **sampling.GUESSED), ("float32",))
+    yield Check("greedy, guessed", _partial(sampling.sampled, **sampling.GUESSED), ("float32",))
+    yield Check("beams", _partial(sampling.sampled, num_beams=3, length_penalty=0.5), ("float32",))
     for case in (*CAUSAL, *HEADS):
         if "labels" in case.inputs or "start_positions" in case.inputs:
             yield Check(f"gradients {case.name}", _partial(pieces.gradients, case), ("float32",))

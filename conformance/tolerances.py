@@ -39,6 +39,8 @@ PIECES = {
     "rms_norm": 4.0,
     "rotate": 4.0,
     "mask": 0.0,
+    "noise": 4.0,
+    "scores": 4.0,
     "attention": 16.0,
     "mlp": 16.0,
     "layer": 16.0,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import MistralConfig as MistralConfig
     from .generation import GenerationConfig as GenerationConfig
+    from .text.stream import TextIteratorStreamer as TextIteratorStreamer
+    from .text.stream import TextStreamer as TextStreamer
     from .text.tokenizer import MistralTokenizer as MistralTokenizer
 
     AutoConfig = MistralConfig
@@ -20,6 +22,8 @@ _PUBLIC = {
     "MistralConfig": (".config", "MistralConfig"),
     "GenerationConfig": (".generation", "GenerationConfig"),
     "MistralTokenizer": (".text.tokenizer", "MistralTokenizer"),
+    "TextStreamer": (".text.stream", "TextStreamer"),
+    "TextIteratorStreamer": (".text.stream", "TextIteratorStreamer"),
     "AutoConfig": (".config", "MistralConfig"),
     "AutoTokenizer": (".text.tokenizer", "MistralTokenizer"),
     "PRESETS": (".presets", "PRESETS"),

@@ -25,6 +25,27 @@ def grown_slots(slots: int, new: int, window: int | None, capacity: int | None) 
     return slots + new if window is None else max(slots, min(slots + new, window + 1))
 
 
+def grown_layout(
+    config: MistralConfig,
+    slots: list[int],
+    capacity: int | None,
+    wanted: int,
+    *,
+    rolling: bool,
+    lookback: int,
+) -> tuple[int, ...]:
+    """R of each layer of a cache with `slots` when it is to hold `wanted` tokens a row; a ring that rolls stays.
+
+    A layer that cannot have rolled keeps its tokens in the slots of their order, and so in a larger ring too.
+    """
+    new = layer_slots(config, wanted, rolling=rolling, lookback=lookback)
+    rolls = [
+        window is not None and (old > window if capacity is None else old <= capacity)
+        for window, old in zip(config.layer_windows, slots, strict=True)
+    ]
+    return tuple(old if rolled else max(old, size) for old, size, rolled in zip(slots, new, rolls, strict=True))
+
+
 def overwrites_visible(slots: int, past_slots: int, new: int, window: int | None, capacity: int | None) -> bool:
     """Whether writing `new` columns into a ring of `slots` may destroy a key that one of them must still see.
 

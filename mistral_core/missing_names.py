@@ -7,15 +7,12 @@ from collections.abc import Mapping
 from .errors import MissingNameError
 
 _QUANTIZED = "weights are not quantized here; load them with dtype='bfloat16'"
-_STREAMED = "generate returns all ids at once; decode them with the tokenizer"
 _TOKENIZER = "AutoTokenizer (MistralTokenizer) reads the tokenizer.json of every Mistral"
 _CACHE = "KVCache.allocate(config, batch_size, capacity) makes every kind of cache"
 _TRAINER = "models of mistral_torch can be trained by transformers' own Trainer; those of mistral_tf have fit"
 
 ADVICE: Mapping[str, str] = {
     "pipeline": "call AutoTokenizer, AutoModelForCausalLM.from_pretrained and model.generate",
-    "TextStreamer": _STREAMED,
-    "TextIteratorStreamer": _STREAMED,
     "BitsAndBytesConfig": _QUANTIZED,
     "GPTQConfig": _QUANTIZED,
     "AwqConfig": _QUANTIZED,
@@ -36,7 +33,7 @@ ADVICE: Mapping[str, str] = {
     "AttentionMaskVisualizer": "attention_mask in this package's attention.py is the mask, as an array",
     "MistralPreTrainedModel": "each class has its methods",
     "AutoModelForMultipleChoice": "a Mistral answers by AutoModelForCausalLM or AutoModelForSequenceClassification",
-    "set_seed": "set the seed of your framework: torch.manual_seed, jax.random.key, keras.utils.set_random_seed",
+    "set_seed": "generate takes seed=...; otherwise torch.manual_seed or keras.utils.set_random_seed decides",
     "FlaxMistralModel": "it is in mistral_flax",
     "FlaxMistralForCausalLM": "it is in mistral_flax",
     "FlaxAutoModel": "it is in mistral_flax",

@@ -110,3 +110,25 @@ class QuestionAnsweringOutput(NamedTuple):
     def to_tuple(self) -> tuple[Any, ...]:
         """The fields that are not None."""
         return _to_tuple(self)
+
+
+class GenerateOutput(NamedTuple):
+    """Of `generate(return_dict_in_generate=True)`; as the next call's past_key_values it continues where this ended."""
+
+    sequences: Array
+    """[B, T + new]: prompt and continuation, ended rows padded; B rows, or num_return_sequences for each of them."""
+    attention_mask: Array
+    """[B, T + new]: 1 for real tokens."""
+    scores: tuple[Array, ...] | None = None
+    """[B, V] float32 for each new token: what it was chosen from, -inf for what could not come."""
+    sequences_scores: Array | None = None
+    """[B] float32: of beams, the sum of log-probabilities over length ** length_penalty."""
+    past_key_values: Any = None
+    """The cache of all tokens but the last of each row; None of beams."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return _getitem(self, key)
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields that are not None."""
+        return _to_tuple(self)

@@ -1,6 +1,14 @@
 """Mistral in JAX, with Flax NNX: the mirror of mistral_torch and mistral_tf."""
 
-from mistral_core import AutoConfig, AutoTokenizer, GenerationConfig, MistralConfig, MistralTokenizer
+from mistral_core import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    MistralConfig,
+    MistralTokenizer,
+    TextIteratorStreamer,
+    TextStreamer,
+)
 from mistral_core.missing_names import missing as _missing
 
 from .auto import (
@@ -40,6 +48,8 @@ __all__ = [
     "MistralForTokenClassification",
     "MistralModel",
     "MistralTokenizer",
+    "TextIteratorStreamer",
+    "TextStreamer",
 ]
 
 

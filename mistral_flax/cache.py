@@ -74,6 +74,21 @@ class KVCache:
             check_rollback(config, [k.shape[1] for k in self.keys], self.length.tolist(), count_B.tolist())
         return dataclasses.replace(self, length=self.length - count_B)
 
+    def select_rows(self, row_B: Array) -> KVCache:
+        """A copy of other rows: each may be left out, moved or there several times."""
+        row_B = jnp.asarray(row_B)
+        keys, values = (tuple(jnp.take(x, row_B, axis=0) for x in xs) for xs in (self.keys, self.values))
+        return KVCache(keys, values, self.length[row_B], self.capacity)
+
+    def grown(self, slots: tuple[int, ...], capacity: int) -> KVCache:
+        """A copy with larger rings, as `cache_layout.grown_layout` allows."""
+        keys, values = (tuple(map(_grown, xs, slots)) for xs in (self.keys, self.values))
+        return KVCache(keys, values, jnp.copy(self.length), capacity)
+
+
+def _grown(x_BRKH: Array, slots: int) -> Array:
+    return jnp.pad(jnp.copy(x_BRKH), ((0, 0), (0, slots - x_BRKH.shape[1]), (0, 0), (0, 0)))
+
 
 def slot_order(length_B: Array, slots: int) -> Array:
     """[B, R]: the order of the token in each slot, -1 where there is none."""
@@ -126,6 +141,6 @@ def remember(
 def write(x_BRKH: Array, new_BTKH: Array, slot_BT: Array, slots: int) -> Array:
     """The new tokens put into their slots of a ring grown to `slots`."""
     if slots > x_BRKH.shape[1]:
-        x_BRKH = jnp.pad(x_BRKH, ((0, 0), (0, slots - x_BRKH.shape[1]), (0, 0), (0, 0)))
+        x_BRKH = _grown(x_BRKH, slots)
     row_B1 = jnp.arange(slot_BT.shape[0])[:, None]
     return x_BRKH.at[row_B1, slot_BT].set(new_BTKH.astype(x_BRKH.dtype))

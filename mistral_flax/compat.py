@@ -273,12 +273,17 @@ class FlaxMistralForCausalLM(FlaxMistralPreTrainedModel):
         logits_processor: Any = None,
         **options: Any,
     ) -> FlaxGenerateOutput:
-        """Continue ids [B, T] greedily to [B, max_length]; options and errors are those of the class's `generate`.
+        """Continue ids [B, T] to [B, max_length]; options and errors are those of the class's `generate`.
 
-        `trace=False` compiles nothing. `prng_key` is for sampling, which greedy decoding is not.
+        `trace=False` compiles nothing. `prng_key` stands for `seed`.
         """
         if logits_processor:
-            raise UnsupportedFeatureError("logits_processor: generate is greedy; leave it out, or write the loop.")
+            raise UnsupportedFeatureError(
+                "logits_processor: the options of GenerationConfig (logit_bias, bad_words_ids, ...) do what those of "
+                "transformers did; use them, or write the loop."
+            )
+        if prng_key is not None:
+            options.setdefault("seed", _seed(prng_key))
         if not trace:
             options.setdefault("compile", "off")
         module = self._over(params)
@@ -330,6 +335,12 @@ class FlaxAutoModelForCausalLM(FlaxAutoModel):
     """FlaxMistralForCausalLM, by `from_pretrained` or `from_config`."""
 
     model_class = FlaxMistralForCausalLM
+
+
+def _seed(key: Array) -> int:
+    """The 64 bits of a JAX key as a number."""
+    high, low = np.asarray(jax.random.key_data(key), np.uint32).reshape(-1)[-2:].tolist()
+    return high << 32 | low
 
 
 def _cast(params: Params, dtype: Any, mask: Any) -> Params:

@@ -1,9 +1,10 @@
-"""`generate`: the prefill and the decode step that core's one loop calls."""
+"""`generate`: the engine that core's one decode driver runs on, compiled or not."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -13,10 +14,13 @@ from flax import nnx
 from jax import Array
 
 from mistral_core import GenerationConfig, decoding
+from mistral_core.outputs import GenerateOutput
+from mistral_core.sampling import Rule, Values
 
 from .arrays import to_numpy
 from .cache import KVCache
-from .layers import last_token, project
+from .layers import project
+from .sampling import Choice, choose
 
 if TYPE_CHECKING:
     from .heads import MistralForCausalLM
@@ -28,59 +32,166 @@ def generate(
     *,
     attention_mask: Any = None,
     generation_config: GenerationConfig | None = None,
+    past_key_values: KVCache | GenerateOutput | None = None,
+    assistant_model: MistralForCausalLM | None = None,
+    streamer: Any = None,
+    tokenizer: Any = None,
     **options: Any,
-) -> Array:
-    """Continue ids [B, T] greedily: [B, T + new] int32, the prompt as given, ended rows padded.
+) -> Array | GenerateOutput:
+    """Continue ids [B, T]: [B, T + new] int32, the prompt as given, ended rows padded, or a GenerateOutput.
 
     Rows may be padded on either side. `options` are fields of GenerationConfig and come before
-    `generation_config`, which comes before the checkpoint's own. Prefill and step are compiled once per shape unless
-    `compile="off"`. Raises GenerationConfigError, EmptyInputError, SequenceTooLongError, TokenIdError, MaskError.
+    `generation_config`, which comes before the checkpoint's own. `past_key_values` is a cache of the rows' first
+    tokens, or what an earlier call returned, and is not changed. `streamer.put` is told the prompt and each column of
+    new tokens. `tokenizer` is needed for `stop_strings`.
+    Raises GenerationConfigError, EmptyInputError, SequenceTooLongError, TokenIdError, MaskError, NonFiniteInputError.
     """
-    ids, mask, generation = decoding.prepare(
+    prompt = _prompt(model, input_ids, attention_mask, generation_config, options)
+    compile = prompt.generation.compile
+    out = decoding.generate(
+        Engine(model, compile),
+        prompt,
+        past=past_key_values,
+        assistant=None if assistant_model is None else Engine(assistant_model, compile),
+        streamer=streamer,
+        tokenizer=tokenizer,
+    )
+    sequences = jnp.asarray(out.sequences, jnp.int32)
+    if not prompt.generation.return_dict_in_generate:
+        return sequences
+    return out._replace(
+        sequences=sequences,
+        attention_mask=jnp.asarray(out.attention_mask, jnp.int32),
+        scores=None if out.scores is None else tuple(map(jnp.asarray, out.scores)),
+        sequences_scores=None if out.sequences_scores is None else jnp.asarray(out.sequences_scores),
+    )
+
+
+def stream(
+    model: MistralForCausalLM,
+    input_ids: Any,
+    *,
+    tokenizer: Any,
+    attention_mask: Any = None,
+    generation_config: GenerationConfig | None = None,
+    past_key_values: KVCache | GenerateOutput | None = None,
+    assistant_model: MistralForCausalLM | None = None,
+    **options: Any,
+) -> Iterator[str]:
+    """Yield the continuation of ids [1, T] as text, as soon as it is final; to stop, leave the loop.
+
+    A piece holds no half character, and nothing of a stop string. Options and errors are those of `generate`.
+    """
+    prompt = _prompt(model, input_ids, attention_mask, generation_config, options)
+    compile = prompt.generation.compile
+    return decoding.stream(
+        Engine(model, compile),
+        prompt,
+        tokenizer=tokenizer,
+        past=past_key_values,
+        assistant=None if assistant_model is None else Engine(assistant_model, compile),
+    )
+
+
+def _prompt(
+    model: MistralForCausalLM,
+    input_ids: Any,
+    attention_mask: Any,
+    generation_config: GenerationConfig | None,
+    options: dict[str, Any],
+) -> decoding.Prompt:
+    return decoding.prepare(
         model.config, input_ids, attention_mask, generation_config or model.generation_config, options
     )
-    graph, state = nnx.split(model)
-    first, following = _steps(graph) if generation.compile != "off" else _plain_steps(graph)
 
-    def prefill(ids_BT: np.ndarray, mask_BT: np.ndarray) -> tuple[np.ndarray, Any]:
-        cache = KVCache.allocate(
-            model.config,
-            len(ids_BT),
-            ids_BT.shape[1] + generation.max_new_tokens,
-            rolling=generation.cache != "full",
-            dtype=model.dtype,
+
+class Engine:
+    """A model's step with NumPy at its border, as `mistral_core.decoding` runs it."""
+
+    def __init__(self, model: MistralForCausalLM, compile: str) -> None:
+        self.model, self.config = model, model.config
+        self.fixed_shapes = compile != "off"
+        graph, self.state = nnx.split(model)
+        self._step, self._loop = _compiled(graph) if self.fixed_shapes else _plain(graph)
+
+    def allocate(self, batch: int, capacity: int, *, rolling: bool, lookback: int) -> KVCache:
+        """An empty cache."""
+        return KVCache.allocate(
+            self.config, batch, capacity, rolling=rolling, lookback=lookback, dtype=self.model.dtype
         )
-        token_B, cache = first(state, jnp.asarray(ids_BT, jnp.int32), jnp.asarray(mask_BT, jnp.int32), cache)
-        return to_numpy(token_B), (token_B, cache)
 
-    def step(last: Any) -> tuple[np.ndarray, Any]:
-        token_B, cache = following(state, *last)
-        return to_numpy(token_B), (token_B, cache)
+    def step(
+        self, cache: KVCache, ids_BT: np.ndarray, mask_BT: np.ndarray, rule: Rule, values: Values
+    ) -> tuple[decoding.Chosen, KVCache]:
+        """The tokens chosen after the last column, or each, and the cache with the new ones in it."""
+        ids_BT, mask_BT = ids_BT.astype(np.int32), mask_BT.astype(np.int32)
+        choice, cache = self._step(self.state, ids_BT, mask_BT, cache, rule=rule, values=values)
+        scores = None if choice.scores is None else to_numpy(choice.scores)
+        candidates = None if choice.candidates is None else tuple(map(to_numpy, choice.candidates))
+        return decoding.Chosen(to_numpy(choice.token), scores, candidates), cache
 
-    return jnp.asarray(decoding.generate(prefill, step, ids, mask, generation), jnp.int32)
+    def loop(
+        self, cache: KVCache, token_B: np.ndarray, ended_B: np.ndarray, rule: Rule, values: Values,
+        ends: tuple[int, ...], steps: int,
+    ) -> tuple[np.ndarray, KVCache]:  # fmt: skip
+        """The tokens [B, steps] of so many steps in one compiled loop, which ends early when every row has."""
+        room = 1 << (steps - 1).bit_length()  # few sizes, each compiled once
+        token_B, ends_E = token_B.astype(np.int32), np.array(ends, np.int32)
+        tokens, cache = self._loop(
+            self.state, token_B, ended_B, cache, ends_E, np.int32(steps), rule=rule, values=values, room=room
+        )
+        return to_numpy(tokens)[:, :steps], cache
+
+    def random_seed(self) -> int:
+        """A seed where none is given.
+
+        From the operating system, because JAX has no generator of its own.
+        """
+        return secrets.randbits(63)
 
 
 @functools.lru_cache(maxsize=32)
-def _steps(graph: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The compiled prefill and step of all models of this graph: what a model is apart from its arrays."""
-    first, following = _plain_steps(graph)
-    return jax.jit(first), jax.jit(following, donate_argnums=2)
+def _compiled(graph: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The compiled step and loop of all models of this graph: what a model is apart from its arrays."""
+    step, loop = _plain(graph)
+    return (
+        jax.jit(step, static_argnames="rule", donate_argnums=3),
+        jax.jit(loop, static_argnames=("rule", "room"), donate_argnums=3),
+    )
 
 
-def _plain_steps(graph: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    return functools.partial(_prefill, graph), functools.partial(_decode, graph)
+def _plain(graph: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    return functools.partial(_step, graph), functools.partial(_loop, graph)
 
 
-def _prefill(graph: Any, state: Any, ids_BT: Array, mask_BT: Array, cache: KVCache) -> tuple[Array, KVCache]:
-    """The first new token [B] of each row and the cache after the prompt."""
+def _step(
+    graph: Any, state: Any, ids_BT: Array, mask_BT: Array, cache: KVCache, *, rule: Rule, values: Values
+) -> tuple[Choice, KVCache]:
+    """What is chosen after the last column, or each, and the cache after the new tokens."""
     model = nnx.merge(graph, state)
     out = model.model(ids_BT, mask_BT, past_key_values=cache, return_dict=True)
-    last_BD = out.last_hidden_state[jnp.arange(ids_BT.shape[0]), last_token(mask_BT)]
-    return project(last_BD, model.head_weight).argmax(-1).astype(jnp.int32), out.past_key_values
+    x_BTD = out.last_hidden_state if rule.every else out.last_hidden_state[:, -1:]
+    return choose(project(x_BTD, model.head_weight), rule, values), out.past_key_values
 
 
-def _decode(graph: Any, state: Any, token_B: Array, cache: KVCache) -> tuple[Array, KVCache]:
-    """The next token [B] of each row and the cache after the given one."""
-    model = nnx.merge(graph, state)
-    out = model.model(token_B[:, None], past_key_values=cache, return_dict=True)
-    return project(out.last_hidden_state[:, 0], model.head_weight).argmax(-1).astype(jnp.int32), out.past_key_values
+def _loop(
+    graph: Any, state: Any, token_B: Array, ended_B: Array, cache: KVCache, ends_E: Array, steps: Array, *,
+    rule: Rule, values: Values, room: int,
+) -> tuple[Array, KVCache]:  # fmt: skip
+    """The tokens [B, room] of `steps` steps, as far as they go before every row has ended."""
+
+    def going(carry: Any) -> Array:
+        count, _, ended_B, _, _ = carry
+        return (count < steps) & ~ended_B.all()
+
+    def body(carry: Any) -> Any:
+        count, token_B, ended_B, cache, tokens = carry
+        now = values._replace(step=values.step + count)
+        choice, cache = _step(graph, state, token_B[:, None], ~ended_B[:, None], cache, rule=rule, values=now)
+        token_B = choice.token[:, 0]
+        ended_B = ended_B | jnp.isin(token_B, ends_E) | (token_B < 0)
+        return count + 1, token_B, ended_B, cache, tokens.at[:, count].set(token_B)
+
+    tokens = jnp.zeros((token_B.shape[0], room), jnp.int32)
+    carry = jax.lax.while_loop(going, body, (0, token_B, ended_B, cache, tokens))
+    return carry[4], carry[3]

@@ -2,7 +2,15 @@
 
 import keras as _keras
 
-from mistral_core import AutoConfig, AutoTokenizer, GenerationConfig, MistralConfig, MistralTokenizer
+from mistral_core import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    MistralConfig,
+    MistralTokenizer,
+    TextIteratorStreamer,
+    TextStreamer,
+)
 from mistral_core.errors import UnsupportedFeatureError as _UnsupportedFeatureError
 from mistral_core.missing_names import missing as _missing
 
@@ -51,6 +59,8 @@ __all__ = [
     "MistralForTokenClassification",
     "MistralModel",
     "MistralTokenizer",
+    "TextIteratorStreamer",
+    "TextStreamer",
 ]
 
 

@@ -70,6 +70,20 @@ class KVCache(tf.experimental.ExtensionType):
             check_rollback(config, [k.shape[1] for k in self.keys], length, count)
         return KVCache(self.keys, self.values, self.length - count_B, self.capacity)
 
+    def select_rows(self, row_B: Tensor) -> KVCache:
+        """A copy of other rows: each may be left out, moved or there several times."""
+        keys, values = (tuple(tf.gather(x, row_B) for x in xs) for xs in (self.keys, self.values))
+        return KVCache(keys, values, tf.gather(self.length, row_B), self.capacity)
+
+    def grown(self, slots: tuple[int, ...], capacity: int) -> KVCache:
+        """A copy with larger rings, as `cache_layout.grown_layout` allows."""
+        keys, values = (tuple(map(_grown, xs, slots)) for xs in (self.keys, self.values))
+        return KVCache(keys, values, self.length, capacity)
+
+
+def _grown(x_BRKH: Tensor, slots: int) -> Tensor:
+    return tf.pad(x_BRKH, ((0, 0), (0, slots - x_BRKH.shape[1]), (0, 0), (0, 0)))
+
 
 def slot_order(length_B: Tensor, slots: int) -> Tensor:
     """[B, R]: the order of the token in each slot, -1 where there is none."""
@@ -122,6 +136,6 @@ def remember(
 def write(x_BRKH: Tensor, new_BTKH: Tensor, slot_BT: Tensor, slots: int) -> Tensor:
     """The new tokens put into their slots of a ring grown to `slots`."""
     if slots > x_BRKH.shape[1]:
-        x_BRKH = tf.pad(x_BRKH, ((0, 0), (0, slots - x_BRKH.shape[1]), (0, 0), (0, 0)))
+        x_BRKH = _grown(x_BRKH, slots)
     row_BT = tf.broadcast_to(tf.range(tf.shape(slot_BT)[0])[:, None], tf.shape(slot_BT))
     return tf.tensor_scatter_nd_update(x_BRKH, tf.stack([row_BT, slot_BT], -1), tf.cast(new_BTKH, x_BRKH.dtype))

@@ -1,10 +1,10 @@
-"""`generate`: the prefill and the decode step that core's one loop calls."""
+"""`generate`: the engine that core's one decode driver runs on, compiled or not."""
 
 from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,10 +12,13 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from mistral_core import GenerationConfig, decoding
+from mistral_core.outputs import GenerateOutput
+from mistral_core.sampling import Rule, Values
 
 from .arrays import to_numpy
 from .cache import KVCache
-from .layers import last_token, project
+from .layers import project
+from .sampling import Choice, choose
 from .traces import changed
 
 if TYPE_CHECKING:
@@ -30,62 +33,170 @@ def generate(
     *,
     attention_mask: Any = None,
     generation_config: GenerationConfig | None = None,
+    past_key_values: KVCache | GenerateOutput | None = None,
+    assistant_model: MistralForCausalLM | None = None,
+    streamer: Any = None,
+    tokenizer: Any = None,
     **options: Any,
-) -> Tensor:
-    """Continue ids [B, T] greedily: [B, T + new] int32, the prompt as given, ended rows padded.
+) -> Tensor | GenerateOutput:
+    """Continue ids [B, T]: [B, T + new] int32, the prompt as given, ended rows padded, or a GenerateOutput.
 
     Rows may be padded on either side. `options` are fields of GenerationConfig and come before
-    `generation_config`, which comes before the checkpoint's own. Prefill and step are traced once per shape unless
-    `compile="off"`. Raises GenerationConfigError, EmptyInputError, SequenceTooLongError, TokenIdError, MaskError.
+    `generation_config`, which comes before the checkpoint's own. `past_key_values` is a cache of the rows' first
+    tokens, or what an earlier call returned, and is not changed. `streamer.put` is told the prompt and each column of
+    new tokens. `tokenizer` is needed for `stop_strings`.
+    Raises GenerationConfigError, EmptyInputError, SequenceTooLongError, TokenIdError, MaskError, NonFiniteInputError.
     """
-    ids, mask, generation = decoding.prepare(
+    prompt = _prompt(model, input_ids, attention_mask, generation_config, options)
+    compile = prompt.generation.compile
+    out = decoding.generate(
+        Engine(model, compile),
+        prompt,
+        past=past_key_values,
+        assistant=None if assistant_model is None else Engine(assistant_model, compile),
+        streamer=streamer,
+        tokenizer=tokenizer,
+    )
+    sequences = tf.constant(out.sequences, tf.int32)
+    if not prompt.generation.return_dict_in_generate:
+        return sequences
+    return out._replace(
+        sequences=sequences,
+        attention_mask=tf.constant(out.attention_mask, tf.int32),
+        scores=None if out.scores is None else tuple(map(tf.constant, out.scores)),
+        sequences_scores=None if out.sequences_scores is None else tf.constant(out.sequences_scores),
+    )
+
+
+def stream(
+    model: MistralForCausalLM,
+    input_ids: Any,
+    *,
+    tokenizer: Any,
+    attention_mask: Any = None,
+    generation_config: GenerationConfig | None = None,
+    past_key_values: KVCache | GenerateOutput | None = None,
+    assistant_model: MistralForCausalLM | None = None,
+    **options: Any,
+) -> Iterator[str]:
+    """Yield the continuation of ids [1, T] as text, as soon as it is final; to stop, leave the loop.
+
+    A piece holds no half character, and nothing of a stop string. Options and errors are those of `generate`.
+    """
+    prompt = _prompt(model, input_ids, attention_mask, generation_config, options)
+    compile = prompt.generation.compile
+    return decoding.stream(
+        Engine(model, compile),
+        prompt,
+        tokenizer=tokenizer,
+        past=past_key_values,
+        assistant=None if assistant_model is None else Engine(assistant_model, compile),
+    )
+
+
+def _prompt(
+    model: MistralForCausalLM,
+    input_ids: Any,
+    attention_mask: Any,
+    generation_config: GenerationConfig | None,
+    options: dict[str, Any],
+) -> decoding.Prompt:
+    return decoding.prepare(
         model.config,
         to_numpy(input_ids) if tf.is_tensor(input_ids) else input_ids,
         to_numpy(attention_mask) if tf.is_tensor(attention_mask) else attention_mask,
         generation_config or model.generation_config,
         options,
     )
-    first, following = _steps(model) if generation.compile != "off" else _plain_steps(model)
 
-    def prefill(ids_BT: np.ndarray, mask_BT: np.ndarray) -> tuple[np.ndarray, Any]:
-        cache = KVCache.allocate(
-            model.config,
-            len(ids_BT),
-            ids_BT.shape[1] + generation.max_new_tokens,
-            rolling=generation.cache != "full",
-            dtype=model.compute_dtype,
+
+class Engine:
+    """A model's step with NumPy at its border, as `mistral_core.decoding` runs it."""
+
+    def __init__(self, model: MistralForCausalLM, compile: str) -> None:
+        self.model, self.config = model, model.config
+        self.fixed_shapes = compile != "off"
+        self._step, self._loop = _traced(model) if self.fixed_shapes else _plain(model)
+
+    def allocate(self, batch: int, capacity: int, *, rolling: bool, lookback: int) -> KVCache:
+        """An empty cache."""
+        return KVCache.allocate(
+            self.config, batch, capacity, rolling=rolling, lookback=lookback, dtype=self.model.compute_dtype
         )
-        token_B, cache = first(tf.constant(ids_BT, tf.int32), tf.constant(mask_BT, tf.int32), cache)
-        return to_numpy(token_B), (token_B, cache)
 
-    def step(state: Any) -> tuple[np.ndarray, Any]:
-        token_B, cache = following(*state)
-        return to_numpy(token_B), (token_B, cache)
+    def step(
+        self, cache: KVCache, ids_BT: np.ndarray, mask_BT: np.ndarray, rule: Rule, values: Values
+    ) -> tuple[decoding.Chosen, KVCache]:
+        """The tokens chosen after the last column, or each, and the cache with the new ones in it."""
+        ids_BT, mask_BT = tf.constant(ids_BT, tf.int32), tf.constant(mask_BT, tf.int32)
+        choice, cache = self._step(ids_BT, mask_BT, cache, rule, _tensors(values))
+        scores = None if choice.scores is None else to_numpy(choice.scores)
+        candidates = None if choice.candidates is None else tuple(map(to_numpy, choice.candidates))
+        return decoding.Chosen(to_numpy(choice.token), scores, candidates), cache
 
-    return tf.constant(decoding.generate(prefill, step, ids, mask, generation), tf.int32)
+    def loop(
+        self, cache: KVCache, token_B: np.ndarray, ended_B: np.ndarray, rule: Rule, values: Values,
+        ends: tuple[int, ...], steps: int,
+    ) -> tuple[np.ndarray, KVCache]:  # fmt: skip
+        """The tokens [B, steps] of so many steps in one compiled loop, which ends early when every row has."""
+        token_B, ended_B, ends_E = tf.constant(token_B, tf.int32), tf.constant(ended_B), tf.constant(ends, tf.int32)
+        tokens, cache = self._loop(token_B, ended_B, cache, ends_E, tf.constant(steps), rule, _tensors(values))
+        return to_numpy(tokens), cache
+
+    def random_seed(self) -> int:
+        """A seed where none is given.
+
+        From TensorFlow's generator, so that keras.utils.set_random_seed decides.
+        """
+        return int(tf.random.uniform((), maxval=2**63 - 1, dtype=tf.int64))
 
 
-def _steps(model: MistralForCausalLM) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The traced prefill and step of a model, kept as long as the model stays as it is."""
+def _tensors(values: Values) -> Values:
+    return Values(*(None if value is None else tf.constant(value) for value in values))
+
+
+def _traced(model: MistralForCausalLM) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The traced step and loop of a model, kept as long as the model stays as it is."""
     if changed(model, "generate") or model not in _compiled:
-        first, following = _plain_steps(weakref.proxy(model))
-        _compiled[model] = tf.function(first), tf.function(following)
+        step, loop = _plain(weakref.proxy(model))
+        _compiled[model] = tf.function(step), tf.function(loop)
     return _compiled[model]
 
 
-def _plain_steps(model: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    return functools.partial(_prefill, model), functools.partial(_decode, model)
+def _plain(model: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    return functools.partial(_step, model), functools.partial(_loop, model)
 
 
-def _prefill(model: MistralForCausalLM, ids_BT: Tensor, mask_BT: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
-    """The first new token [B] of each row and the cache after the prompt."""
+def _step(
+    model: MistralForCausalLM, ids_BT: Tensor, mask_BT: Tensor, cache: KVCache, rule: Rule, values: Values
+) -> tuple[Choice, KVCache]:
+    """What is chosen after the last column, or each, and the cache after the new tokens."""
     out = model.model(ids_BT, mask_BT, past_key_values=cache, return_dict=True)
-    last_BD = tf.gather(out.last_hidden_state, last_token(mask_BT), batch_dims=1)
-    return tf.argmax(project(last_BD, model.head_weight), -1, tf.int32), out.past_key_values
+    x_BTD = out.last_hidden_state if rule.every else out.last_hidden_state[:, -1:]
+    return choose(project(x_BTD, model.head_weight), rule, values), out.past_key_values
 
 
-def _decode(model: MistralForCausalLM, token_B: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
-    """The next token [B] of each row and the cache after the given one."""
-    out = model.model(token_B[:, None], past_key_values=cache, return_dict=True)
-    logits = project(out.last_hidden_state[:, 0], model.head_weight)
-    return tf.argmax(logits, -1, tf.int32), out.past_key_values
+def _loop(
+    model: MistralForCausalLM, token_B: Tensor, ended_B: Tensor, cache: KVCache, ends_E: Tensor, steps: Tensor,
+    rule: Rule, values: Values,
+) -> tuple[Tensor, KVCache]:  # fmt: skip
+    """The tokens [B, steps], as far as they go before every row has ended."""
+    capacity = cache.capacity
+
+    def going(count: Tensor, token_B: Tensor, ended_B: Tensor, *_: Any) -> Tensor:
+        return (count < steps) & ~tf.reduce_all(ended_B)
+
+    def body(
+        count: Tensor, token_B: Tensor, ended_B: Tensor, keys: Any, values_: Any, length: Tensor, tokens: Any
+    ) -> Any:
+        cache, now = KVCache(keys, values_, length, capacity), values._replace(step=values.step + count)
+        mask_B1 = tf.cast(~ended_B[:, None], tf.int32)
+        choice, cache = _step(model, token_B[:, None], mask_B1, cache, rule, now)
+        token_B = choice.token[:, 0]
+        ended_B = ended_B | tf.reduce_any(token_B[:, None] == ends_E, 1) | (token_B < 0)
+        return count + 1, token_B, ended_B, cache.keys, cache.values, cache.length, tokens.write(count, token_B)
+
+    tokens = tf.TensorArray(tf.int32, steps, element_shape=token_B.shape)
+    start = tf.constant(0), token_B, ended_B, cache.keys, cache.values, cache.length, tokens
+    *_, keys, values_, length, tokens = tf.while_loop(going, body, start)
+    return tf.transpose(tokens.stack()), KVCache(keys, values_, length, capacity)

@@ -71,11 +71,38 @@ class RMSNorm(Layer):
         return tf.cast(h, x_BTD.dtype) * tf.cast(self.weight, x_BTD.dtype)
 
 
-def matmul(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T over the last axis of x, in the dtype of x."""
-    rows = tf.reshape(x, [-1, weight.shape[1]])
-    y = tf.matmul(rows, weight, transpose_b=True)
-    return tf.reshape(y, tf.concat([tf.shape(x)[:-1], [weight.shape[0]]], 0))
+def matmul(x: Tensor, weight: Tensor, *, dtype: Any = None) -> Tensor:
+    """x W^T over the last axis of x, accumulated in float32 and rounded once to `dtype`, that of x by default."""
+    x_RI = tf.reshape(x, [-1, weight.shape[1]])
+    y_RO = _product(x_RI, tf.convert_to_tensor(weight), dtype or x.dtype)
+    return tf.reshape(y_RO, tf.concat([tf.shape(x)[:-1], [weight.shape[0]]], 0))
+
+
+def _product(x_RI: Tensor, weight_OI: Tensor, dtype: Any) -> Tensor:
+    """x W^T in `dtype`, as is fastest for these dtypes and this number of rows, where tracing knows it."""
+    on_cpu = all(device.device_type == "CPU" for device in tf.config.list_logical_devices())
+    if on_cpu and x_RI.shape[0] == 1 and x_RI.dtype == weight_OI.dtype == tf.bfloat16:
+        # twice the reading is faster than a float32 copy, which a float32 result needs otherwise
+        readings = -(-weight_OI.shape[1] // _XLA_COLUMNS)
+        if readings <= (2 if dtype == tf.float32 else 1) and weight_OI.shape[1] % readings == 0:
+            return tf.cast(_xla_row_product(x_RI, weight_OI, readings), dtype)
+    x_RI, weight_OI = tf.cast(x_RI, dtype), tf.cast(weight_OI, dtype)
+    if on_cpu and x_RI.shape[0] != 1:  # in float32 MatMul takes up to 4 times as long as BatchMatMul
+        return tf.matmul(x_RI[None], weight_OI[None], transpose_b=True)[0]
+    return tf.matmul(x_RI, weight_OI, transpose_b=True)
+
+
+_XLA_COLUMNS = 2048
+"""The longest contraction that XLA on CPU does from bfloat16 weights as they are; for others it copies to float32."""
+
+
+@tf.function(jit_compile=True, autograph=False)
+def _xla_row_product(x_1I: Tensor, weight_OI: Tensor, readings: int) -> Tensor:
+    """x W^T [1, O] of bfloat16 in float32: each piece of x meets all of W, seen as rows of the piece's length."""
+    out, columns = weight_OI.shape
+    rows = tf.cast(tf.reshape(weight_OI, [out * readings, columns // readings]), tf.float32)
+    pieces = tf.split(tf.cast(x_1I, tf.float32), readings, axis=1)
+    return tf.add_n([tf.matmul(x, rows, transpose_b=True)[:, i::readings] for i, x in enumerate(pieces)])
 
 
 def token_order(attention_mask_BT: Tensor, past_length_B: Tensor) -> Tensor:
@@ -252,7 +279,7 @@ class DecoderLayer(Layer):
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A head's product x W^T + b, accumulated and returned in float32."""
-    y = matmul(tf.cast(x, tf.float32), tf.cast(weight, tf.float32))
+    y = matmul(x, weight, dtype=tf.float32)
     return y if bias is None else y + tf.cast(bias, tf.float32)
 
 

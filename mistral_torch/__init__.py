@@ -1,6 +1,14 @@
 """Mistral in PyTorch: the mirror of mistral_flax and mistral_tf."""
 
-from mistral_core import AutoConfig, AutoTokenizer, GenerationConfig, MistralConfig, MistralTokenizer
+from mistral_core import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    MistralConfig,
+    MistralTokenizer,
+    TextIteratorStreamer,
+    TextStreamer,
+)
 from mistral_core.missing_names import missing as _missing
 
 from .auto import (
@@ -36,6 +44,8 @@ __all__ = [
     "MistralForTokenClassification",
     "MistralModel",
     "MistralTokenizer",
+    "TextIteratorStreamer",
+    "TextStreamer",
 ]
 
 

@@ -71,6 +71,21 @@ class KVCache(NamedTuple):
             check_rollback(config, [k.shape[1] for k in self.keys], self.length.tolist(), count_B.tolist())
         return self._replace(length=self.length - count_B)
 
+    def select_rows(self, row_B: Tensor) -> KVCache:
+        """A copy of other rows: each may be left out, moved or there several times."""
+        row_B = torch.as_tensor(row_B, device=self.length.device)
+        keys, values = (tuple(x.index_select(0, row_B) for x in xs) for xs in (self.keys, self.values))
+        return KVCache(keys, values, self.length[row_B], self.capacity)
+
+    def grown(self, slots: tuple[int, ...], capacity: int) -> KVCache:
+        """A copy with larger rings, as `cache_layout.grown_layout` allows."""
+        keys, values = (tuple(map(_grown, xs, slots)) for xs in (self.keys, self.values))
+        return KVCache(keys, values, self.length, capacity)
+
+
+def _grown(x_BRKH: Tensor, slots: int) -> Tensor:
+    return F.pad(x_BRKH, (0, 0, 0, 0, 0, slots - x_BRKH.shape[1]))
+
 
 def slot_order(length_B: Tensor, slots: int) -> Tensor:
     """[B, R]: the order of the token in each slot, -1 where there is none."""
@@ -123,7 +138,7 @@ def write(x_BRKH: Tensor, new_BTKH: Tensor, slot_BT: Tensor, slots: int) -> Tens
     In place where nobody differentiates, nor maps (torch.func).
     """
     if slots > x_BRKH.shape[1]:
-        x_BRKH = F.pad(x_BRKH, (0, 0, 0, 0, 0, slots - x_BRKH.shape[1]))
+        x_BRKH = _grown(x_BRKH, slots)
     row_B1 = torch.arange(slot_BT.shape[0], device=slot_BT.device)[:, None]
     put = x_BRKH.index_put if torch.is_grad_enabled() or is_mapped() else x_BRKH.index_put_
     return put((row_B1, slot_BT), new_BTKH.to(x_BRKH.dtype))

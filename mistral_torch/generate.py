@@ -1,7 +1,8 @@
-"""`generate`: the prefill and the decode step that core's one loop calls."""
+"""`generate`: the engine that core's one decode driver runs on, compiled or not."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,10 +10,14 @@ import torch
 from torch import Tensor
 
 from mistral_core import GenerationConfig, decoding
+from mistral_core.errors import UnsupportedFeatureError
+from mistral_core.outputs import GenerateOutput
+from mistral_core.sampling import Rule, Values
 
 from .arrays import to_numpy
 from .cache import KVCache
-from .layers import last_token, project
+from .layers import project
+from .sampling import Choice, choose
 
 if TYPE_CHECKING:
     from .heads import MistralForCausalLM
@@ -24,17 +29,75 @@ def generate(
     *,
     attention_mask: Any = None,
     generation_config: GenerationConfig | None = None,
+    past_key_values: KVCache | GenerateOutput | None = None,
+    assistant_model: MistralForCausalLM | None = None,
+    streamer: Any = None,
+    tokenizer: Any = None,
     **options: Any,
-) -> Tensor:
-    """Continue ids [B, T] greedily: [B, T + new] int64, the prompt as given, ended rows padded.
+) -> Tensor | GenerateOutput:
+    """Continue ids [B, T]: [B, T + new] int64, the prompt as given, ended rows padded, or a GenerateOutput.
 
     Rows may be padded on either side. `options` are fields of GenerationConfig and come before
-    `generation_config`, which comes before the checkpoint's own. `compile="on"` compiles the step; "auto" does so
-    where there is an accelerator.
-    Raises GenerationConfigError, EmptyInputError, SequenceTooLongError, TokenIdError, MaskError.
+    `generation_config`, which comes before the checkpoint's own. `past_key_values` is a cache of the rows' first
+    tokens, or what an earlier call returned, and is not changed. `streamer.put` is told the prompt and each column of
+    new tokens. `tokenizer` is needed for `stop_strings`.
+    Raises GenerationConfigError, EmptyInputError, SequenceTooLongError, TokenIdError, MaskError, NonFiniteInputError.
     """
-    device = model.device
-    ids, mask, generation = decoding.prepare(
+    prompt = _prompt(model, input_ids, attention_mask, generation_config, options)
+    compile = prompt.generation.compile
+    out = decoding.generate(
+        Engine(model, compile),
+        prompt,
+        past=past_key_values,
+        assistant=None if assistant_model is None else Engine(assistant_model, compile),
+        streamer=streamer,
+        tokenizer=tokenizer,
+    )
+    sequences = torch.from_numpy(out.sequences).to(model.device)
+    if not prompt.generation.return_dict_in_generate:
+        return sequences
+    return out._replace(
+        sequences=sequences,
+        attention_mask=torch.from_numpy(out.attention_mask).to(model.device),
+        scores=None if out.scores is None else tuple(torch.from_numpy(x).to(model.device) for x in out.scores),
+        sequences_scores=None if out.sequences_scores is None else torch.from_numpy(out.sequences_scores),
+    )
+
+
+def stream(
+    model: MistralForCausalLM,
+    input_ids: Any,
+    *,
+    tokenizer: Any,
+    attention_mask: Any = None,
+    generation_config: GenerationConfig | None = None,
+    past_key_values: KVCache | GenerateOutput | None = None,
+    assistant_model: MistralForCausalLM | None = None,
+    **options: Any,
+) -> Iterator[str]:
+    """Yield the continuation of ids [1, T] as text, as soon as it is final; to stop, leave the loop.
+
+    A piece holds no half character, and nothing of a stop string. Options and errors are those of `generate`.
+    """
+    prompt = _prompt(model, input_ids, attention_mask, generation_config, options)
+    compile = prompt.generation.compile
+    return decoding.stream(
+        Engine(model, compile),
+        prompt,
+        tokenizer=tokenizer,
+        past=past_key_values,
+        assistant=None if assistant_model is None else Engine(assistant_model, compile),
+    )
+
+
+def _prompt(
+    model: MistralForCausalLM,
+    input_ids: Any,
+    attention_mask: Any,
+    generation_config: GenerationConfig | None,
+    options: dict[str, Any],
+) -> decoding.Prompt:
+    return decoding.prepare(
         model.config,
         to_numpy(input_ids) if isinstance(input_ids, Tensor) else input_ids,
         to_numpy(attention_mask) if isinstance(attention_mask, Tensor) else attention_mask,
@@ -42,41 +105,67 @@ def generate(
         options,
     )
 
-    def prefill(ids_BT: np.ndarray, mask_BT: np.ndarray) -> tuple[np.ndarray, Any]:
-        cache = KVCache.allocate(
-            model.config,
-            len(ids_BT),
-            ids_BT.shape[1] + generation.max_new_tokens,
-            rolling=generation.cache != "full",
-            dtype=model.dtype,
-            device=device,
+
+class Engine:
+    """A model's step with NumPy at its border, as `mistral_core.decoding` runs it."""
+
+    def __init__(self, model: MistralForCausalLM, compile: str) -> None:
+        self.model, self.config = model, model.config
+        self.fixed_shapes = compile in ("on", "max") or (compile == "auto" and model.device.type != "cpu")
+        self._step = torch.compile(_step, fullgraph=True, dynamic=False) if self.fixed_shapes else _step
+
+    def allocate(self, batch: int, capacity: int, *, rolling: bool, lookback: int) -> KVCache:
+        """An empty cache."""
+        return KVCache.allocate(
+            self.config,
+            batch,
+            capacity,
+            rolling=rolling,
+            lookback=lookback,
+            dtype=self.model.dtype,
+            device=self.model.device,
         )
-        token_B, cache = _prefill(
-            model, torch.from_numpy(ids_BT).to(device), torch.from_numpy(mask_BT).to(device), cache
+
+    @torch.no_grad()
+    def step(
+        self, cache: KVCache, ids_BT: np.ndarray, mask_BT: np.ndarray, rule: Rule, values: Values
+    ) -> tuple[decoding.Chosen, KVCache]:
+        """The tokens chosen after the last column, or each, and the cache with the new ones in it."""
+        ids_BT, mask_BT, values = (self._on_device(x) for x in (ids_BT, mask_BT, values))
+        choice, cache = self._step(self.model, ids_BT, mask_BT, cache, rule, values)
+        scores = None if choice.scores is None else to_numpy(choice.scores)
+        candidates = None if choice.candidates is None else tuple(map(to_numpy, choice.candidates))
+        return decoding.Chosen(to_numpy(choice.token), scores, candidates), cache
+
+    def loop(
+        self, cache: KVCache, token_B: np.ndarray, ended_B: np.ndarray, rule: Rule, values: Values,
+        ends: tuple[int, ...], steps: int,
+    ) -> tuple[np.ndarray, KVCache]:  # fmt: skip
+        """The tokens [B, steps] of so many steps in one compiled loop, which ends early when every row has.
+
+        Raises UnsupportedFeatureError: PyTorch has none.
+        """
+        raise UnsupportedFeatureError(
+            "on_device_loop: PyTorch has no compiled loop; leave it out, on a GPU compile='on' replays CUDA graphs."
         )
-        return to_numpy(token_B), (token_B, cache)
 
-    decode = _decode
-    if generation.compile == "on" or (generation.compile == "auto" and device.type != "cpu"):
-        decode = torch.compile(_decode, fullgraph=True)
+    def random_seed(self) -> int:
+        """A seed where none is given.
 
-    def step(state: Any) -> tuple[np.ndarray, Any]:
-        token_B, cache = decode(model, *state)
-        return to_numpy(token_B), (token_B, cache)
+        From torch's generator, so that torch.manual_seed decides.
+        """
+        return int(torch.randint(2**63 - 1, ()))
 
-    with torch.inference_mode():
-        tokens_BT = decoding.generate(prefill, step, ids, mask, generation)
-    return torch.from_numpy(tokens_BT).to(device)  # an inference tensor could not be trained on
+    def _on_device(self, x: Any) -> Any:
+        if isinstance(x, Values):
+            return Values(*map(self._on_device, x))
+        return None if x is None else torch.from_numpy(np.ascontiguousarray(x)).to(self.model.device)
 
 
-def _prefill(model: MistralForCausalLM, ids_BT: Tensor, mask_BT: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
-    """The first new token [B] of each row and the cache after the prompt."""
+def _step(
+    model: MistralForCausalLM, ids_BT: Tensor, mask_BT: Tensor, cache: KVCache, rule: Rule, values: Values
+) -> tuple[Choice, KVCache]:
+    """What is chosen after the last column, or each, and the cache after the new tokens."""
     out = model.model(ids_BT, mask_BT, past_key_values=cache, return_dict=True)
-    last_BD = out.last_hidden_state[torch.arange(len(ids_BT), device=ids_BT.device), last_token(mask_BT)]
-    return project(last_BD, model.lm_head.weight).argmax(-1), out.past_key_values
-
-
-def _decode(model: MistralForCausalLM, token_B: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
-    """The next token [B] of each row and the cache after the given one."""
-    out = model.model(token_B[:, None], past_key_values=cache, return_dict=True)
-    return project(out.last_hidden_state[:, 0], model.lm_head.weight).argmax(-1), out.past_key_values
+    x_BTD = out.last_hidden_state if rule.every else out.last_hidden_state[:, -1:]
+    return choose(project(x_BTD, model.lm_head.weight), rule, values), out.past_key_values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,13 +12,14 @@ from torch import Tensor, nn
 from mistral_core import MistralConfig, validate
 from mistral_core.outputs import (
     CausalLMOutput,
+    GenerateOutput,
     QuestionAnsweringOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
 
 from .arrays import integers, is_traced, labels_array, to_numpy
-from .generate import generate
+from .generate import generate, stream
 from .layers import last_token, project
 from .losses import classification_loss, cross_entropy, span_loss
 from .model import MistralModel
@@ -81,9 +83,13 @@ class MistralForCausalLM(PreTrainedModel):
             logits = _kept(logits, logits_to_keep)
         return self.returned(CausalLMOutput(loss, logits, *out[1:]), return_dict)
 
-    def generate(self, input_ids: Any, *, attention_mask: Any = None, **options: Any) -> Tensor:
-        """Continue token ids [B, T] greedily to [B, T + new]; see `mistral_torch.generate.generate`."""
-        return generate(self, input_ids, attention_mask=attention_mask, **options)
+    def generate(self, input_ids: Any, **options: Any) -> Tensor | GenerateOutput:
+        """Continue token ids [B, T] to [B, T + new]; see `mistral_torch.generate.generate`."""
+        return generate(self, input_ids, **options)
+
+    def stream(self, input_ids: Any, *, tokenizer: Any, **options: Any) -> Iterator[str]:
+        """Yield the continuation of token ids [1, T] as text; see `mistral_torch.generate.stream`."""
+        return stream(self, input_ids, tokenizer=tokenizer, **options)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *, past_key_values: Any = None, attention_mask: Any = None, **options: Any

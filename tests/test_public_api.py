@@ -21,6 +21,8 @@ BACKEND = {
     "MistralForTokenClassification",
     "MistralModel",
     "MistralTokenizer",
+    "TextIteratorStreamer",
+    "TextStreamer",
 }
 CORE = {
     "PRESETS",
@@ -31,6 +33,8 @@ CORE = {
     "MistralConfig",
     "MistralError",
     "MistralTokenizer",
+    "TextIteratorStreamer",
+    "TextStreamer",
     "__version__",
 }
 

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from mistral_core.config import MistralConfig
+from mistral_core.reference.sampling import Choice
+from mistral_core.sampling import Rule, Values
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -24,6 +26,7 @@ class Adapter(abc.ABC):
         self.layers = importlib.import_module(package + ".layers")
         self.attention = importlib.import_module(package + ".attention")
         self.cache = importlib.import_module(package + ".cache")
+        self.sampling = importlib.import_module(package + ".sampling")
 
     @property
     def implementations(self) -> tuple[str, ...]:
@@ -76,6 +79,17 @@ class Adapter(abc.ABC):
         return self.numpy(
             self.layers.rotate(self.array(x, dtype), self.array(cos, "float32"), self.array(sin, "float32"))
         )
+
+    def gumbel(self, key_B2: Array, step_BT: Array, size: int) -> Array:
+        """The noise of sampling."""
+        return self.numpy(self.sampling.gumbel(self.array(key_B2), self.array(step_BT), size))
+
+    def choose(self, logits: Array, rule: Rule, values: Values) -> Choice:
+        """What is chosen from logits."""
+        given = Values(*(None if value is None else self.array(value) for value in values))
+        token, scores, candidates = self.sampling.choose(self.array(logits), rule, given)
+        best = None if candidates is None else tuple(map(self.numpy, candidates))
+        return Choice(self.numpy(token), self.numpy(scores) if scores is not None else None, best)
 
     def mask(self, query_order: Array, key_order: Array, window: int | None, document_ids: Array | None) -> Array:
         """Which keys each query sees."""

@@ -192,17 +192,47 @@ MUTANTS = (
         flax=("length_B + inputs.attention_mask.sum(1)", "length_B + inputs.attention_mask.shape[1]"),
         tf=("length_B + tf.reduce_sum(inputs.attention_mask, 1)", "length_B + tf.shape(inputs.attention_mask)[1]"),
     )),
-    Mutant("prefill reads the last column", "greedy", spelled(
-        "generate.py",
-        torch=("last_token(mask_BT)]", "last_token(mask_BT * 0 + 1)]"),
-        flax=("last_token(mask_BT)]", "last_token(mask_BT * 0 + 1)]"),
-        tf=("last_token(mask_BT), batch", "last_token(mask_BT * 0 + 1), batch"),
+    Mutant("prefill reads the first column", "greedy", everywhere(
+        "generate.py", "out.last_hidden_state[:, -1:]", "out.last_hidden_state[:, :1]",
+    )),
+    # Choosing tokens
+    Mutant("rotations of another block", "noise",
+           everywhere("sampling.py", "_ROTATIONS[block % 2]", "_ROTATIONS[(block + 1) % 2]")),
+    Mutant("words swapped", "noise", spelled(
+        "sampling.py",
+        torch=("torch.cat(words", "torch.cat(words[::-1]"),
+        flax=("jnp.concatenate(words", "jnp.concatenate(words[::-1]"),
+        tf=("tf.concat(words", "tf.concat(words[::-1]"),
+    )),
+    Mutant("a step late", "choice temperature", spelled(
+        "sampling.py",
+        torch=("torch.arange(logits.shape[1], device=logits.device)", "1 + torch.arange(logits.shape[1])"),
+        flax=("jnp.arange(logits.shape[1])", "1 + jnp.arange(logits.shape[1])"),
+        tf=("tf.range(tf.shape(logits)[1])", "1 + tf.range(tf.shape(logits)[1])"),
+    )),
+    Mutant("top_k of k + 1", "choice top_k", spelled(
+        "sampling.py",
+        torch=("scores.shape[-1]) - 1)", "scores.shape[-1]))"),
+        flax=("scores.shape[-1]) - 1", "scores.shape[-1])"),
+        tf=("scores.shape[-1]) - 1", "scores.shape[-1])"),
+    )),
+    Mutant("top_p without the token that crosses p", "choice top_p",
+           everywhere("sampling.py", "before < mass", "before + probability < mass")),
+    Mutant("filters before the penalty", "choice all",
+           everywhere("sampling.py", "for name in rule.filters:", "for name in reversed(rule.filters):")),
+    Mutant("penalty rewards what is below 0", "choice repetition_penalty",
+           everywhere("sampling.py", "scores * penalty", "scores / penalty")),
+    Mutant("NaN is token 0", "nothing to choose", spelled(
+        "sampling.py",
+        torch=("torch.where(best.isfinite(), token, -1)", "torch.where(best.isfinite(), token, 0)"),
+        flax=("noisy.argmax(-1), -1)", "noisy.argmax(-1), 0)"),
+        tf=("tf.where(fine, tf.argmax(noisy, -1, tf.int32), -1)", "tf.where(fine, tf.argmax(noisy, -1, tf.int32), 0)"),
     )),
 )  # fmt: skip
 
 CORE = (
-    Edit("decoding.py", "np.where(ended_B, generation.padding, token_B)", "token_B"),
-    Edit("decoding.py", "if ended_B.all() or new", "if new"),
-    Edit("decoding.py", "ended_B |= np.isin", "ended_B ^= np.isin"),
+    Edit("decoding.py", "else padding for row in made", "else 1 for row in made"),
+    Edit("decoding.py", "or row[-1] in self.ids", "or False"),
+    Edit("decoding.py", "sum(widths) - len(tokens), None)", "len(tokens))"),
 )
-"""Errors of core's decode loop, which every backend's greedy check must find: rows that go on, never stop, or stop and start."""
+"""Errors of core's decode loop, which every backend's greedy check must find: wrong padding, rows that never stop, or start."""

@@ -77,6 +77,6 @@ def test_every_mutant_of_the_decode_loop_is_killed(backend, edit, monkeypatch):
     mutated = type(sys)("mistral_core.decoding_mutant")
     mutated.__package__ = "mistral_core"
     exec(compile(source, edit.file, "exec"), mutated.__dict__)
-    monkeypatch.setattr(mistral_core.decoding, "tokens", mutated.tokens)
+    monkeypatch.setattr(mistral_core.decoding, "generate", mutated.generate)
     found = list(suite.CHECKS["greedy"].run(suite.subject(backend, "eager", "float32")))
     assert not all(item.passed for item in found)

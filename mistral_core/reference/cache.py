@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..cache_layout import layer_slots
+from ..cache_layout import check_rollback, layer_slots
 from ..config import MistralConfig
 from .ops import Array
 
@@ -64,9 +64,20 @@ class KVCache(NamedTuple):
                 values[row, order[column] % slots] = v_BTKH[row, column]
         return keys, values
 
-    def rollback(self, count_B: Array) -> KVCache:
+    def rollback(self, count_B: Array, config: MistralConfig) -> KVCache:
         """Forget the last `count_B` tokens of each row; they are overwritten later."""
+        check_rollback(config, [k.shape[1] for k in self.keys], self.length.tolist(), np.asarray(count_B).tolist())
         return self._replace(length=self.length - count_B)
+
+    def select_rows(self, row_B: Array) -> KVCache:
+        """The cache of other rows: each may be left out, moved or there several times."""
+        keys, values = (tuple(x[row_B] for x in xs) for xs in (self.keys, self.values))
+        return KVCache(keys, values, self.length[row_B], self.capacity)
+
+    def grown(self, slots: tuple[int, ...], capacity: int) -> KVCache:
+        """The cache with larger rings, as `cache_layout.grown_layout` allows."""
+        keys, values = (tuple(map(grown, xs, slots)) for xs in (self.keys, self.values))
+        return KVCache(keys, values, self.length, capacity)
 
 
 def grown(x_BRKH: Array, slots: int) -> Array:

@@ -1,9 +1,10 @@
-"""TextStream: the text of ids that arrive one by one, never half a character."""
+"""The text of ids that come one by one: never half a character, never part of what ends it; transformers' streamers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+import queue
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 REPLACEMENT = "\ufffd"
 LONGEST_CHARACTER = 4
@@ -26,28 +27,132 @@ class TextStream:
 
     def __init__(self, tokenizer: Decoder, *, after: Iterable[int] = (), skip_special_tokens: bool = True):
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
-        self._shown = list(after)  # kept, because how an id reads depends on what stands before it
+        self._before = list(after)  # kept, because how an id reads depends on what stands before it
         self._waiting: list[int] = []
+        self._shown = 0  # characters of those waiting
 
     def push(self, token_id: int) -> str:
         """The characters that this id completes; often none or several."""
         self._waiting.append(token_id)
-        before, text = self._decode(self._shown), self._decode(self._shown + self._waiting)
+        before, text = self._decode(self._before), self._decode(self._before + self._waiting)
         if text == before:  # a special token, or the space that a text does not begin with
-            self._shown, self._waiting = self._shown + self._waiting, []
+            self._before, self._waiting = self._before + self._waiting, []
             return ""
-        unfinished = text.endswith(REPLACEMENT) and len(self._waiting) < LONGEST_CHARACTER
-        return "" if unfinished else self._show(before, text)
+        start = len(before) + self._shown
+        if text.endswith(REPLACEMENT) and len(self._waiting) < LONGEST_CHARACTER:  # it may yet be completed
+            whole = text.rstrip(REPLACEMENT)
+            self._shown = max(self._shown, len(whole) - len(before))
+            return whole[start:]
+        self._before, self._waiting, self._shown = self._waiting, [], 0
+        return text[start:]
 
     def end(self) -> str:
         """What is still held back; call it once after the last id."""
-        if not self._waiting:
-            return ""
-        return self._show(self._decode(self._shown), self._decode(self._shown + self._waiting))
-
-    def _show(self, before: str, text: str) -> str:
-        self._shown, self._waiting = self._waiting, []
-        return text[len(before) :]
+        return self._decode(self._before + self._waiting)[len(self._decode(self._before)) + self._shown :]
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
+
+
+class StoppingStream:
+    """A TextStream that ends before the first of some texts, and never shows a part of one.
+
+    The text whose end comes first counts; what might yet become one is held back.
+    """
+
+    def __init__(
+        self, tokenizer: Decoder, stops: Sequence[str], *, after: Iterable[int] = (), skip_special_tokens: bool = True
+    ):
+        self._stream = TextStream(tokenizer, after=after, skip_special_tokens=skip_special_tokens)
+        self._stops, self._held = stops, ""
+        self.stopped = False
+        """Whether one of the texts has come."""
+
+    def push(self, token_id: int) -> str:
+        """The text that this id makes certain; nothing after the end."""
+        return "" if self.stopped else self._certain(self._stream.push(token_id))
+
+    def end(self) -> str:
+        """What is still held back; call it once after the last id."""
+        return "" if self.stopped else self._certain(self._stream.end()) + ("" if self.stopped else self._held)
+
+    def _certain(self, piece: str) -> str:
+        text = self._held + piece
+        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stops if stop in text]
+        if found:
+            self.stopped = True
+            return text[: min(found)[1]]
+        possible = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - possible :]
+        return text[: len(text) - possible]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest beginning of `stop`, not all of it, with which a text ends."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class TextStreamer:
+    """What `generate(streamer=...)` tells of the tokens it makes, printed as text; one row."""
+
+    def __init__(self, tokenizer: Decoder, skip_prompt: bool = False, *, skip_special_tokens: bool = False) -> None:
+        self.tokenizer, self.skip_prompt, self.skip_special_tokens = tokenizer, skip_prompt, skip_special_tokens
+        self._text: TextStream | None = None
+
+    def put(self, value: Any) -> None:
+        """Prompt ids [1, T] first, then the tokens [1] of each step."""
+        ids = [int(token) for token in value.reshape(-1)]
+        if self._text is not None:
+            for token in ids:
+                self._show(self._text.push(token))
+            return
+        if len(value) > 1:
+            raise ValueError(f"TextStreamer: {len(value)} rows; a text streamer shows one.")
+        self._text = TextStream(self.tokenizer, after=ids, skip_special_tokens=self.skip_special_tokens)
+        if not self.skip_prompt:
+            self._show(self.tokenizer.decode(ids, skip_special_tokens=self.skip_special_tokens))
+
+    def end(self) -> None:
+        """No more tokens come; the next call starts anew."""
+        text, self._text = self._text, None
+        self.on_finalized_text(text.end() if text is not None else "", stream_end=True)
+
+    def _show(self, piece: str) -> None:
+        if piece:
+            self.on_finalized_text(piece)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print a piece of text; a subclass does with it what it likes."""
+        print(text, end="\n" if stream_end else "", flush=True)
+
+
+class TextIteratorStreamer(TextStreamer):
+    """A TextStreamer whose pieces are iterated over, in another thread than the one that generates."""
+
+    def __init__(
+        self,
+        tokenizer: Decoder,
+        skip_prompt: bool = False,
+        timeout: float | None = None,
+        *,
+        skip_special_tokens: bool = False,
+    ) -> None:
+        super().__init__(tokenizer, skip_prompt, skip_special_tokens=skip_special_tokens)
+        self._pieces: queue.Queue[str | None] = queue.Queue()
+        self.timeout = timeout
+        """Seconds to wait for a piece; then queue.Empty is raised."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Put a piece into the queue."""
+        self._pieces.put(text)
+        if stream_end:
+            self._pieces.put(None)
+
+    def __iter__(self) -> TextIteratorStreamer:
+        return self
+
+    def __next__(self) -> str:
+        piece = self._pieces.get(timeout=self.timeout)
+        if piece is None:
+            raise StopIteration
+        return piece

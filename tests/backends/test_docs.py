@@ -14,7 +14,6 @@ from local_hub import serving
 
 from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.errors import (
-    GenerationConfigError,
     MissingExtraError,
     MissingNameError,
     UnsupportedFeatureError,
@@ -77,7 +76,7 @@ def generate(*, options="", placed="", sampling=""):
     return GENERATE.format(options=options, placed=placed, sampling=sampling)
 
 
-@pytest.mark.feature("generate (greedy)")
+@pytest.mark.feature("generate: greedy, sampling, beams")
 @pytest.mark.feature("AutoModelFor*, AutoTokenizer, AutoConfig")
 def test_generate(run, backend):
     text = run(generate(), backend.__name__)["text"]
@@ -106,10 +105,49 @@ def test_generate_on_a_device(run):
     assert run(generate(placed="model.to(device)"))["text"] == run(generate())["text"]
 
 
-def test_sampling_says_to_leave_it_out(run, backend):
-    with pytest.raises(GenerationConfigError, match="leave out do_sample"):
-        run(generate(sampling=", do_sample=True"), backend.__name__)
-    run(generate(sampling=", do_sample=False, num_beams=1"), backend.__name__)
+@pytest.mark.parametrize(
+    "sampling",
+    ["do_sample=True, temperature=0.7, top_p=0.9", "do_sample=False, num_beams=1", "num_beams=3, early_stopping=True"],
+)
+def test_decoding_strategies(run, backend, sampling):
+    text = run(generate(sampling=", " + sampling), backend.__name__)["text"]
+    assert text.startswith("My favourite condiment is")
+
+
+STREAM = """
+from transformers import AutoModelForCausalLM, AutoTokenizer, {name}
+from threading import Thread
+
+tok = AutoTokenizer.from_pretrained("mistralai/Mistral-7B-v0.1")
+model = AutoModelForCausalLM.from_pretrained("mistralai/Mistral-7B-v0.1")
+inputs = tok(["An increasing sequence: one,"], return_tensors="pt")
+streamer = {name}(tok{skip})
+"""
+PRINTED = "_ = model.generate(**inputs, streamer=streamer, max_new_tokens=20)"
+ITERATED = """
+thread = Thread(target=model.generate, kwargs=dict(inputs, streamer=streamer, max_new_tokens=20))
+thread.start()
+text = ""
+for new_text in streamer:
+    text += new_text
+thread.join()
+"""
+
+
+@pytest.mark.feature("Streaming: stream, TextStreamer, TextIteratorStreamer")
+def test_the_streamers(run, backend, capsys):
+    source = STREAM.format(name="TextIteratorStreamer", skip="") + ITERATED
+    text = run(source, backend.__name__)["text"]
+    run(STREAM.format(name="TextStreamer", skip="") + PRINTED, backend.__name__)
+    assert capsys.readouterr().out.rstrip("\n") == text
+    whole = run(generate_more(), backend.__name__)["whole"]
+    assert text == whole
+    source = STREAM.format(name="TextIteratorStreamer", skip=", skip_prompt=True, timeout=60") + ITERATED
+    assert "An increasing sequence: one," + run(source, backend.__name__)["text"] == whole.removeprefix("<s>")
+
+
+def generate_more():
+    return STREAM.format(name="TextStreamer", skip="") + "whole = tok.decode(model.generate(**inputs)[0])"
 
 
 @pytest.mark.parametrize("options", [', device_map="auto"', ", device_map={'': 'cpu'}", ', torch_dtype="auto"'])

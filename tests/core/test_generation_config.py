@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 
 import numpy as np
 import pytest
 
 from mistral_core import GenerationConfig, decoding
-from mistral_core.errors import GenerationConfigError
+from mistral_core.errors import GenerationConfigError, NonFiniteInputError
 from mistral_core.presets import TINY
+from mistral_core.reference.cache import KVCache
 
 PROMPT = np.array([[5, 2, 6], [7, 8, 9]])
 
 
+class Script:
+    """A stand-in for a backend's engine, which writes given rows whatever it is fed."""
+
+    fixed_shapes = False
+    config = TINY
+
+    def __init__(self, rows):
+        self.rows, self.calls = np.array(rows), 0
+
+    def allocate(self, batch, capacity, *, rolling, lookback):
+        return KVCache.allocate(TINY, batch, capacity, rolling=rolling, lookback=lookback)
+
+    def step(self, cache, ids_BT, mask_BT, rule, values):
+        self.calls += 1
+        cache = cache._replace(length=cache.length + mask_BT.sum(1))
+        return decoding.Chosen(self.rows[np.arange(len(self.rows)), values.step][:, None]), cache
+
+    def random_seed(self):
+        raise AssertionError("a seed was drawn although one was given")
+
+
 def generated(rows, **options):
-    """What the loop makes of a backend that would write these rows; and how many steps it took."""
-    steps = np.array(rows).T
-    taken = []
-
-    def step(state):
-        taken.append(state)
-        return steps[state], state + 1
-
-    config = GenerationConfig(max_new_tokens=steps.shape[0], **options)
-    out = decoding.generate(lambda ids, mask: step(0), step, PROMPT, np.ones_like(PROMPT), config)
-    return out[:, PROMPT.shape[1] :].tolist(), len(taken)
+    """What the driver makes of a backend that would write these rows; and how many steps it took."""
+    engine = Script(rows)
+    given = {"max_new_tokens": len(rows[0]), "seed": 0, **options}
+    prompt = decoding.prepare(TINY, PROMPT, None, GenerationConfig(), given)
+    out = decoding.generate(engine, prompt)
+    return out.sequences[:, PROMPT.shape[1] :].tolist(), engine.calls
 
 
 def test_rows_end_one_by_one_and_the_loop_with_the_last():
@@ -55,11 +74,33 @@ def test_padding_falls_back_to_the_end():  # 104
 
 
 def test_no_new_tokens_calls_nothing():  # 101
-    def never(*_):
-        raise AssertionError
+    assert generated([[9], [9]], max_new_tokens=0) == ([[], []], 0)
 
-    config = GenerationConfig(max_new_tokens=0)
-    assert np.array_equal(decoding.generate(never, never, PROMPT, np.ones_like(PROMPT), config), PROMPT)
+
+def test_a_token_that_could_not_be_chosen_is_an_error():  # 108, 109
+    with pytest.raises(NonFiniteInputError, match="row 1, new token 1"):
+        generated([[4, 4, 4], [4, -1, 4]], eos_token_id=None)
+    assert generated([[4, 4, 4], [2, -1, -1]], eos_token_id=2)[0] == [
+        [4, 4, 4],
+        [2, 2, 2],
+    ]  # an ended row's is nobody's
+
+
+def test_time_that_runs_out_ends_with_what_there_is(monkeypatch):  # 113
+    clock = itertools.count()
+    monkeypatch.setattr(decoding.time, "monotonic", lambda: next(clock))
+    assert generated([[4] * 9, [3] * 9], eos_token_id=None, max_time=3.5)[0] == [[4] * 4, [3] * 4]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 100, 512])
+def test_pieces_are_of_few_kinds_and_waste_little(chunk):
+    kinds = {1, max(chunk // 16, 1), max(chunk // 4, 1), chunk}
+    for columns in range(1, 1200):
+        widths = decoding.pieces(columns, chunk)
+        padding = sum(widths) - columns
+        assert set(widths) <= kinds
+        assert 0 <= padding < widths[0]
+        assert padding < max(columns, chunk // 16, 1)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +114,44 @@ def test_no_new_tokens_calls_nothing():  # 101
         ({"pad_token_id": 97}, "pad_token_id"),
         ({"cache": "ring"}, "cache"),
         ({"compile": "yes"}, "compile"),
+        ({"min_new_tokens": 30}, "min_new_tokens: 30 are more than max_new_tokens"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"temperature": math.inf}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
+        ({"top_p": math.nan}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"typical_p": 0}, "typical_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": -1.0}, "repetition_penalty"),
+        ({"repetition_penalty": math.nan}, "repetition_penalty"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size"),
+        ({"bad_words_ids": [[]]}, "bad_words_ids"),
+        ({"bad_words_ids": [5]}, "bad_words_ids"),
+        ({"bad_words_ids": [[97]]}, "bad_words_ids: 97"),
+        ({"logit_bias": {97: 1.0}}, "logit_bias: 97"),
+        ({"logit_bias": {5: math.inf}}, "logit_bias"),
+        ({"stop_strings": ["a", ""]}, "stop_strings"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**64}, "seed"),
+        ({"seed": []}, "seed"),
+        ({"num_beams": 0}, "num_beams"),
+        ({"early_stopping": "soon"}, "early_stopping"),
+        ({"num_return_sequences": 2}, "num_return_sequences: 2 equal"),
+        ({"num_return_sequences": 2, "do_sample": True, "temperature": 0}, "num_return_sequences: 2 equal"),
+        ({"num_return_sequences": 3, "num_beams": 2}, "num_return_sequences: 3 of 2"),
+        ({"num_beams": 2, "stop_strings": "x"}, "stop_strings"),
+        ({"num_beams": 2, "prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens"),
+        ({"prompt_lookup_num_tokens": 0}, "prompt_lookup_num_tokens"),
+        ({"prefill_chunk_size": 0}, "prefill_chunk_size"),
+        ({"max_time": 0}, "max_time"),
+        ({"on_device_loop": True, "repetition_penalty": 1.5}, "on_device_loop"),
+        ({"do_sample": 1}, "do_sample"),
     ],
 )
 def test_values_that_mean_nothing(options, message):

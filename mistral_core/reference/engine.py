@@ -1,0 +1,76 @@
+"""The reference as an engine of the decode driver: generation in float64 NumPy, the specification of `generate`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .. import decoding
+from ..config import MistralConfig
+from ..generation import GenerationConfig
+from ..outputs import GenerateOutput
+from ..sampling import Rule, Values
+from . import heads
+from .cache import KVCache
+from .heads import Parameters
+from .ops import Array
+from .sampling import choose
+
+
+class Engine:
+    """One step of the float64 model."""
+
+    fixed_shapes = False
+
+    def __init__(self, config: MistralConfig, parameters: Parameters) -> None:
+        self.config, self.parameters = config, parameters
+
+    def allocate(self, batch: int, capacity: int, *, rolling: bool, lookback: int) -> KVCache:
+        """An empty cache."""
+        return KVCache.allocate(self.config, batch, capacity, rolling=rolling, lookback=lookback)
+
+    def step(
+        self, cache: KVCache, ids_BT: Array, mask_BT: Array, rule: Rule, values: Values
+    ) -> tuple[decoding.Chosen, KVCache]:
+        """The tokens chosen after the last column, or each, and the cache with the new ones in it."""
+        out = heads.causal_lm(self.config, self.parameters, ids_BT, attention_mask=mask_BT, past_key_values=cache)
+        assert out.logits is not None
+        choice = choose(out.logits if rule.every else out.logits[:, -1:], rule, values)
+        scores = None if choice.scores is None else choice.scores.astype(np.float32)
+        return decoding.Chosen(choice.token, scores, choice.candidates), out.past_key_values
+
+    def loop(
+        self, cache: KVCache, token_B: Array, ended_B: Array, rule: Rule, values: Values, ends: tuple[int, ...],
+        steps: int,
+    ) -> tuple[Array, KVCache]:  # fmt: skip
+        """The tokens of so many steps [B, steps]; of ended rows, what comes after their end is not said."""
+        tokens = np.zeros((len(token_B), steps), np.int64)
+        for step in range(steps):
+            if ended_B.all():
+                break
+            chosen, cache = self.step(cache, token_B[:, None], ~ended_B[:, None], rule, values)
+            token_B = tokens[:, step] = chosen.token[:, 0]
+            ended_B = ended_B | np.isin(token_B, ends)
+            values = values._replace(step=values.step + 1)
+        return tokens, cache
+
+    def random_seed(self) -> int:
+        """A seed from the operating system."""
+        return int(np.random.default_rng().integers(2**63))
+
+
+def generate(
+    config: MistralConfig,
+    parameters: Parameters,
+    input_ids: Any,
+    *,
+    attention_mask: Any = None,
+    generation_config: GenerationConfig | None = None,
+    past_key_values: Any = None,
+    **options: Any,
+) -> GenerateOutput:
+    """What every backend's `generate` must return, as NumPy arrays, whatever `return_dict_in_generate` is."""
+    given = generation_config or GenerationConfig.from_model_config(config)
+    prompt = decoding.prepare(config, input_ids, attention_mask, given, options)
+    return decoding.generate(Engine(config, parameters), prompt, past=past_key_values)
