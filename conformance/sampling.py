@@ -63,22 +63,21 @@ def choices(subject: Subject, name: str) -> Iterator[Comparison]:
     for candidates in (0, 4):
         rule = Rule.of(generation, candidates=candidates)
         found, wanted = subject.adapter.choose(logits, rule, values), reference.choose(logits, rule, values)
-        case = f"{name}, {candidates} candidates"
+        case, same = f"{name}, {candidates} candidates", Tolerance(0.0, 1.0)
+        bound = tolerance("scores", "float32", subject.implementation)
+        assert found.scores is not None
+        assert wanted.scores is not None
         out, kept = np.isneginf(found.scores), np.isneginf(wanted.scores)
-        same = Tolerance(0.0, 1.0)
         yield compare(key, case, "forbidden", out.astype(np.float32), kept, same)
         yield compare(key, case, "token", found.token.astype(np.float32), wanted.token, same)
-        bound = tolerance("scores", "float32", subject.implementation)
         yield compare(key, case, "scores", np.where(out, 0, found.scores), np.where(kept, 0, wanted.scores), bound)
-        # fewer may be left than are asked for
-        there = np.isfinite(wanted.candidates[0]) if wanted.candidates else None
-        for piece, one, other in zip(
-            ("noisy", "scored", "tokens")[:candidates], found.candidates or (), wanted.candidates or (), strict=True
-        ):
-            yield compare(
-                key, case, f"candidates {piece}", np.where(there, one, 0).astype(np.float32),
-                np.where(there, other, 0), same if piece == "tokens" else bound,
-            )  # fmt: skip
+        if wanted.candidates is not None:
+            assert found.candidates is not None
+            there = np.isfinite(wanted.candidates[0])  # fewer may be left than are asked for
+            bounds = {"noisy": bound, "scored": bound, "tokens": same}
+            for piece, one, other in zip(bounds, found.candidates, wanted.candidates, strict=True):
+                actual = np.where(there, one, 0).astype(np.float32)
+                yield compare(key, case, f"candidates {piece}", actual, np.where(there, other, 0), bounds[piece])
 
 
 def nothing_to_choose(subject: Subject) -> Iterator[Comparison]:

@@ -88,8 +88,11 @@ class Adapter(abc.ABC):
         """What is chosen from logits."""
         given = Values(*(None if value is None else self.array(value) for value in values))
         token, scores, candidates = self.sampling.choose(self.array(logits), rule, given)
-        best = None if candidates is None else tuple(map(self.numpy, candidates))
-        return Choice(self.numpy(token), self.numpy(scores) if scores is not None else None, best)
+        best = None
+        if candidates is not None:
+            noisy, scored, tokens = map(self.numpy, candidates)
+            best = noisy, scored, tokens
+        return Choice(self.numpy(token), None if scores is None else self.numpy(scores), best)
 
     def mask(self, query_order: Array, key_order: Array, window: int | None, document_ids: Array | None) -> Array:
         """Which keys each query sees."""
