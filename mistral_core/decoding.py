@@ -7,6 +7,7 @@ is computed.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple, Protocol
@@ -25,6 +26,7 @@ from .text.stream import StoppingStream
 from .token_history import limits
 from .validate import Array
 
+LOG = logging.getLogger("mistral.decoding")
 CHUNK = 512
 """Columns of a prompt that are computed at once where nothing else is asked for."""
 CAPACITY = 512
@@ -360,6 +362,8 @@ def feed(
         part = slice(start, start + width)
         chosen, cache = engine.step(cache, ids_BT[:, part], mask_BT[:, part], rule, values)
         start += width
+        if len(widths) > 1:
+            LOG.info("prompt: %d of %d columns", start, sum(widths))
     return chosen, cache
 
 

@@ -64,9 +64,7 @@ def _arguments(command: argparse.ArgumentParser, name: str) -> None:
     default: dict[str, Any] = {"nargs": "?"} if name in ("demo", "check") else {}
     command.add_argument("path", help="a checkpoint directory or a hub id (demo, check: the embedded one)", **default)
     if name == "generate":
-        command.add_argument("prompt", nargs="?", default="-", help="the text to continue; - or nothing reads stdin")
-        command.add_argument("--max-new-tokens", type=int)
-        command.add_argument("--backend", help="torch, flax or tf; default: the first that is installed")
+        importlib.import_module(".generate", __name__).arguments(command)
     else:
         command.add_argument("--backend", action="append", help="only this one; may be repeated")
     if name == "demo":

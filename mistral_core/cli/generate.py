@@ -1,18 +1,48 @@
-"""`mistral generate PATH "prompt"`: continue a prompt."""
+"""`mistral generate PATH "prompt"`: continue a prompt, shown as it comes."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import time
+from typing import Any
 
 import numpy as np
 
 from .. import backend as backends
 from ..errors import EmptyInputError, MissingExtraError
+from ..text.stream import TextStreamer
 from ..text.tokenizer import MistralTokenizer
 from . import progress
+
+OPTIONS = {
+    "max_new_tokens": int,
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "min_p": float,
+    "repetition_penalty": float,
+    "seed": int,
+    "num_beams": int,
+    "prompt_lookup_num_tokens": int,
+    "compile": str,
+}
+"""The options of `generate` that are options of the command too; those that sample turn sampling on."""
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
+EVERY = 5.0
+"""Seconds between two words of progress where no text is shown."""
+
+
+def arguments(command: argparse.ArgumentParser) -> None:
+    """What the command takes beside a path."""
+    command.add_argument("prompt", nargs="?", default="-", help="the text to continue; - or nothing reads stdin")
+    command.add_argument("--backend", help="torch, flax or tf; default: the first that is installed")
+    for name, kind in OPTIONS.items():
+        sampling = "; turns sampling on" if name in SAMPLING else ""
+        command.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"{kind.__name__}{sampling}")
+    command.add_argument("--stop", action="append", dest="stop_strings", help="a text that ends it; may be repeated")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -29,15 +59,56 @@ def run(options: argparse.Namespace) -> int:
     tokenizer = MistralTokenizer.from_pretrained(options.path)
     progress(f"loading {options.path} in {backends.version(backend)}")
     model = backend.model_class("MistralForCausalLM").from_pretrained(options.path, dtype=options.dtype)
-    given = {} if options.max_new_tokens is None else {"max_new_tokens": options.max_new_tokens}
-    started = time.perf_counter()
+    given = {name: getattr(options, name) for name in (*OPTIONS, "stop_strings")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if any(name in given for name in SAMPLING):
+        given["do_sample"] = True
+    _tell_what_takes_long()
     ids = np.array([tokenizer.encode(prompt)])
-    row = backend.to_numpy(model.generate(ids, **given))[0]
+    started = time.perf_counter()
+    beams = options.num_beams not in (None, 1)
+    shown = not options.json and not beams
+    text = TextStreamer(tokenizer, skip_special_tokens=True, stop_strings=options.stop_strings or ())
+    streamer = text if shown else None if beams else _Count(ids.shape[1])
+    row = backend.to_numpy(model.generate(ids, streamer=streamer, tokenizer=tokenizer, **given))[0]
     seconds = time.perf_counter() - started
-    new, text = len(row) - ids.shape[1], tokenizer.decode(row)
+    new = len(row) - ids.shape[1]
     progress(f"{new} tokens in {seconds:.1f} s, compilation included")
     if options.json:
-        print(json.dumps({"text": text, "ids": row.tolist(), "new_tokens": new, "seconds": seconds}))
-    else:
-        print(text)
+        print(json.dumps({"text": tokenizer.decode(row), "ids": row.tolist(), "new_tokens": new, "seconds": seconds}))
+    elif not shown:
+        print(tokenizer.decode(row))
     return 0
+
+
+class _Count:
+    """Says now and then how many tokens there are."""
+
+    def __init__(self, prompt: int) -> None:
+        self.made, self.said = -1, time.monotonic()
+        progress(f"reading a prompt of {prompt} tokens")
+
+    def put(self, value: Any) -> None:
+        """The prompt first, then the tokens of each step."""
+        self.made += 1
+        if time.monotonic() - self.said > EVERY:
+            self.said = time.monotonic()
+            progress(f"{self.made} tokens")
+
+    def end(self) -> None:
+        """Nothing more comes."""
+
+
+class _Progress(logging.Handler):
+    """What the library reports of its work, as progress."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        progress(record.getMessage())
+
+
+def _tell_what_takes_long() -> None:
+    """Show what the driver and the backends log: compilation, and the pieces of a long prompt."""
+    logger = logging.getLogger("mistral")
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, _Progress) for handler in logger.handlers):
+        logger.addHandler(_Progress())

@@ -93,11 +93,19 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class TextStreamer:
-    """What `generate(streamer=...)` tells of the tokens it makes, printed as text; one row."""
+    """What `generate(streamer=...)` tells of the tokens it makes, printed as text up to a stop string; one row."""
 
-    def __init__(self, tokenizer: Decoder, skip_prompt: bool = False, *, skip_special_tokens: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Decoder,
+        skip_prompt: bool = False,
+        *,
+        skip_special_tokens: bool = False,
+        stop_strings: Sequence[str] = (),
+    ) -> None:
         self.tokenizer, self.skip_prompt, self.skip_special_tokens = tokenizer, skip_prompt, skip_special_tokens
-        self._text: TextStream | None = None
+        self.stop_strings = stop_strings
+        self._text: StoppingStream | None = None
 
     def put(self, value: Any) -> None:
         """Prompt ids [1, T] first, then the tokens [1] of each step."""
@@ -108,7 +116,9 @@ class TextStreamer:
             return
         if len(value) > 1:
             raise ValueError(f"TextStreamer: {len(value)} rows; a text streamer shows one.")
-        self._text = TextStream(self.tokenizer, after=ids, skip_special_tokens=self.skip_special_tokens)
+        self._text = StoppingStream(
+            self.tokenizer, self.stop_strings, after=ids, skip_special_tokens=self.skip_special_tokens
+        )
         if not self.skip_prompt:
             self._show(self.tokenizer.decode(ids, skip_special_tokens=self.skip_special_tokens))
 
@@ -136,8 +146,9 @@ class TextIteratorStreamer(TextStreamer):
         timeout: float | None = None,
         *,
         skip_special_tokens: bool = False,
+        stop_strings: Sequence[str] = (),
     ) -> None:
-        super().__init__(tokenizer, skip_prompt, skip_special_tokens=skip_special_tokens)
+        super().__init__(tokenizer, skip_prompt, skip_special_tokens=skip_special_tokens, stop_strings=stop_strings)
         self._pieces: queue.Queue[str | None] = queue.Queue()
         self.timeout = timeout
         """Seconds to wait for a piece; then queue.Empty is raised."""
