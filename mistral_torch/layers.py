@@ -164,7 +164,19 @@ class DecoderLayer(nn.Module):
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A head's product x W^T + b, accumulated and returned in float32."""
     with without_autocast(x):
-        return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+        if not _is_streamed(x):
+            return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+        # sums of products, which inductor fuses into one read of W: no float32 copy of it is written
+        w_OI = weight.float()
+        y = torch.stack([(w_OI * row_I).sum(-1) for row_I in x.float().reshape(-1, x.shape[-1]).unbind(0)])
+        y = y.reshape(*x.shape[:-1], -1)
+        return y if bias is None else y + bias.float()
+
+
+def _is_streamed(x: Tensor) -> bool:
+    """Whether a head reads its matrix in one pass: few rows, compiled on a CPU, nothing to differentiate."""
+    compiled = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+    return compiled and x.device.type == "cpu" and not torch.is_grad_enabled() and x.numel() <= 4 * x.shape[-1]
 
 
 def last_token(attention_mask_BT: Tensor) -> Tensor:

@@ -39,12 +39,17 @@ class TextStream:
             self._before, self._waiting = self._before + self._waiting, []
             return ""
         start = len(before) + self._shown
-        if text.endswith(REPLACEMENT) and len(self._waiting) < LONGEST_CHARACTER:  # it may yet be completed
-            whole = text.rstrip(REPLACEMENT)
-            self._shown = max(self._shown, len(whole) - len(before))
-            return whole[start:]
-        self._before, self._waiting, self._shown = self._waiting, [], 0
-        return text[start:]
+        if not text.endswith(REPLACEMENT):
+            self._before, self._waiting, self._shown = self._waiting, [], 0
+            return text[start:]
+        # the last three tokens may be the beginning of a character; what is before them stays as it is
+        settled = self._decode(self._before + self._waiting[: 1 - LONGEST_CHARACTER])
+        final = max(len(text.rstrip(REPLACEMENT)), len(settled), start)
+        self._shown = final - len(before)
+        if len(self._waiting) > 4 * LONGEST_CHARACTER:
+            old, self._waiting = self._waiting[: 1 - LONGEST_CHARACTER], self._waiting[1 - LONGEST_CHARACTER :]
+            self._before, self._shown = old, final - len(settled)
+        return text[start:final]
 
     def end(self) -> str:
         """What is still held back; call it once after the last id."""
