@@ -1,1 +1,1 @@
-"""Speed, memory and size; each script prints, and with --write keeps, the table of its name in results/."""
+"""Speed, memory and size; each script prints, and with --write keeps, its table in results/."""

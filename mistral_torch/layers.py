@@ -176,7 +176,11 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _is_streamed(x: Tensor) -> bool:
     """Whether a head reads its matrix in one pass: few rows, compiled on a CPU, nothing to differentiate."""
     compiled = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
-    return compiled and x.device.type == "cpu" and not torch.is_grad_enabled() and x.numel() <= 4 * x.shape[-1]
+    if not compiled or x.device.type != "cpu" or torch.is_grad_enabled():
+        return False
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import, loaded when compiling
+
+    return statically_known_true(x.numel() <= 4 * x.shape[-1])  # a dynamic number of rows stays dynamic
 
 
 def last_token(attention_mask_BT: Tensor) -> Tensor:

@@ -151,7 +151,7 @@ MUTANTS = (
         torch=("return F.linear(x.float(), weight.float(), None if bias is None else bias.float())",
                "return F.linear(x, weight, bias)"),
         flax=("    y = matmul(x, weight)\n", "    y = matmul(x, weight).astype(x.dtype)\n"),
-        tf=("matmul(tf.cast(x, tf.float32), tf.cast(weight, tf.float32))", "matmul(x, tf.convert_to_tensor(weight))"),
+        tf=("matmul(x, weight, dtype=tf.float32)", "matmul(x, weight)"),
     ), dtype="bfloat16"),
     Mutant("labels not shifted", "whole window",
            everywhere("heads.py", "cross_entropy(logits[:, :-1], labels[:, 1:])", "cross_entropy(logits, labels)")),

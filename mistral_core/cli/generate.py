@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     beams = options.num_beams not in (None, 1)
     shown = not options.json and not beams
-    text = TextStreamer(tokenizer, skip_special_tokens=True, stop_strings=options.stop_strings or ())
+    text = TextStreamer(tokenizer, stop_strings=options.stop_strings or ())
     streamer = text if shown else None if beams else _Count(ids.shape[1])
     row = backend.to_numpy(model.generate(ids, streamer=streamer, tokenizer=tokenizer, **given))[0]
     seconds = time.perf_counter() - started

@@ -105,7 +105,7 @@ class TextStreamer:
         tokenizer: Decoder,
         skip_prompt: bool = False,
         *,
-        skip_special_tokens: bool = False,
+        skip_special_tokens: bool = True,
         stop_strings: Sequence[str] = (),
     ) -> None:
         self.tokenizer, self.skip_prompt, self.skip_special_tokens = tokenizer, skip_prompt, skip_special_tokens
@@ -150,7 +150,7 @@ class TextIteratorStreamer(TextStreamer):
         skip_prompt: bool = False,
         timeout: float | None = None,
         *,
-        skip_special_tokens: bool = False,
+        skip_special_tokens: bool = True,
         stop_strings: Sequence[str] = (),
     ) -> None:
         super().__init__(tokenizer, skip_prompt, skip_special_tokens=skip_special_tokens, stop_strings=stop_strings)

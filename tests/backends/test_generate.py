@@ -1,15 +1,28 @@
-"""Greedy generation: the same tokens in every backend, alone and in a batch, with and without compilation."""
+"""generate: the reference's tokens in every backend, whatever the options; compilations are few, errors come early."""
 
 from __future__ import annotations
+
+import importlib
+import itertools
 
 import numpy as np
 import pytest
 
 from conformance.weights import random_parameters
 from mistral_core import GenerationConfig
-from mistral_core.errors import EmptyInputError, GenerationConfigError, SequenceTooLongError, TokenIdError
+from mistral_core.data import TINY_CHECKPOINT
+from mistral_core.errors import (
+    EmptyInputError,
+    GenerationConfigError,
+    InputError,
+    NonFiniteInputError,
+    SequenceTooLongError,
+    TokenIdError,
+    UnsupportedFeatureError,
+)
 from mistral_core.presets import TINY
-from mistral_core.reference import heads
+from mistral_core.reference import engine, heads
+from mistral_core.text.tokenizer import MistralTokenizer
 
 NEW = 2 * TINY.sliding_window + 3
 PARAMETERS = random_parameters(TINY, "MistralForCausalLM")
@@ -64,6 +77,11 @@ def test_options_come_before_the_config_and_the_config_before_the_checkpoint_s(m
 @pytest.mark.parametrize(
     ("error", "inputs", "options"),
     [
+        (GenerationConfigError, [[1]], {"top_p": 0.0}),
+        (GenerationConfigError, [[1]], {"seed": [1, 2], "do_sample": True}),
+        (GenerationConfigError, [[1]], {"stop_strings": "x"}),
+        (GenerationConfigError, [[1]], {"num_beams": 2, "num_return_sequences": 3}),
+        (GenerationConfigError, [[1]], {"prompt_lookup_num_tokens": 2, "on_device_loop": True}),
         (TokenIdError, [[1, TINY.vocab_size]], {}),
         (EmptyInputError, [[]], {}),
         (EmptyInputError, [[1, 2]], {"attention_mask": [[0, 0]]}),
@@ -77,3 +95,258 @@ def test_options_come_before_the_config_and_the_config_before_the_checkpoint_s(m
 def test_errors_come_before_any_work(model, error, inputs, options):
     with pytest.raises(error):
         model.generate(inputs, **options)
+
+
+# Sampling
+
+SAMPLED = {
+    "do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.1,
+    "seed": 5, "eos_token_id": None,
+}  # fmt: skip
+MASK = np.array([[0, 0, 0, 0, 1, 1, 1, 1, 1], [1] * 9])
+
+
+def reference(**options):
+    return engine.generate(TINY, PARAMETERS, IDS, **options)
+
+
+@pytest.mark.feature("Sampling: the same seed, the same tokens in every framework")
+def test_128_tokens_of_one_seed_are_the_reference_s(model):
+    out = model.generate(IDS, attention_mask=MASK, max_new_tokens=128, **SAMPLED)
+    assert np.array_equal(out, reference(attention_mask=MASK, max_new_tokens=128, **SAMPLED).sequences)
+
+
+def test_a_row_with_a_seed_of_its_own_is_the_row_alone(model):
+    options = {**SAMPLED, "max_new_tokens": 9}
+    batch = new_tokens(model.generate(IDS, attention_mask=MASK, **{**options, "seed": [3, 4]}))
+    alone = np.asarray(model.generate(IDS[:1, 4:], **{**options, "seed": [3]}))[:, 5:]
+    assert np.array_equal(batch[:1], alone)
+    copies = model.generate(IDS, **{**options, "seed": [3, 4]}, num_return_sequences=2)
+    assert np.array_equal(copies, reference(**{**options, "seed": [3, 4]}, num_return_sequences=2).sequences)
+
+
+def test_the_framework_s_seed_decides_where_none_is_given(backend, model):
+    name = backend.__name__
+    if name == "mistral_flax":
+        pytest.skip("JAX has no generator of its own")
+    if name == "mistral_torch":
+        seed = importlib.import_module("torch").manual_seed
+    else:
+        seed = importlib.import_module("keras").utils.set_random_seed
+    options = {**SAMPLED, "seed": None, "max_new_tokens": 9}
+    seed(1)
+    first = np.asarray(model.generate(IDS, **options))
+    assert not np.array_equal(first, model.generate(IDS, **options))
+    seed(1)
+    assert np.array_equal(first, model.generate(IDS, **options))
+
+
+@pytest.mark.feature("Beam search")
+@pytest.mark.parametrize(
+    "options", [{"num_return_sequences": 2}, {"do_sample": True, "seed": 2, "early_stopping": True}]
+)
+def test_beams_are_the_reference_s(model, options):
+    options = {"num_beams": 3, "max_new_tokens": 7, "eos_token_id": (20, 30, 40), "pad_token_id": 0, **options}
+    out = model.generate(IDS, attention_mask=MASK, **options, return_dict_in_generate=True)
+    wanted = reference(attention_mask=MASK, **options)
+    assert np.array_equal(out.sequences, wanted.sequences)
+    assert np.allclose(out.sequences_scores, wanted.sequences_scores, atol=1e-4)
+
+
+def test_options_that_look_back_are_the_reference_s(model):
+    options = {
+        "no_repeat_ngram_size": 2, "bad_words_ids": [[17], [3, 90]], "logit_bias": {5: 2.0}, "min_new_tokens": 5,
+        "eos_token_id": (3, 22), "max_new_tokens": 12,
+    }  # fmt: skip
+    assert np.array_equal(model.generate(IDS, **options), reference(**options).sequences)
+
+
+@pytest.mark.feature("Scores, cache and sequences as one output")
+def test_the_output_object(model):
+    out = model.generate(IDS, max_new_tokens=4, eos_token_id=None, return_dict_in_generate=True, output_scores=True)
+    wanted = reference(max_new_tokens=4, eos_token_id=None, output_scores=True)
+    kind = type(model.generate(IDS, max_new_tokens=0))
+    assert isinstance(out.sequences, kind)
+    assert np.array_equal(out["sequences"], wanted.sequences)
+    assert np.array_equal(out.attention_mask, np.ones((2, 13)))
+    assert len(out.scores) == 4
+    for one, other in zip(out.scores, wanted.scores, strict=True):
+        assert isinstance(one, kind)
+        assert np.allclose(one, other, atol=1e-4)
+
+
+# Guesses, chunks, turns, loops
+
+
+@pytest.mark.feature("Speculative decoding: prompt lookup, assistant model")
+@pytest.mark.parametrize("options", [{"eos_token_id": None}, SAMPLED], ids=["greedy", "sampled"])
+def test_guesses_change_no_token(backend, model, options):
+    ids, options = np.tile(IDS, 2) % 17 + 3, {"max_new_tokens": NEW, **options}
+    wanted = engine.generate(TINY, PARAMETERS, ids, **options).sequences
+    other = {
+        n: (x + 0.02 * np.random.default_rng(3).normal(size=x.shape)).astype(x.dtype) for n, x in PARAMETERS.items()
+    }
+    assistant = backend.MistralForCausalLM(TINY).load_arrays(other)
+    found = model.generate(ids, **options, assistant_model=assistant, return_dict_in_generate=True)
+    assert np.array_equal(found.sequences, wanted)
+    found = model.generate(ids, **options, prompt_lookup_num_tokens=3, max_matching_ngram_size=1)
+    assert np.array_equal(found, wanted)
+
+
+@pytest.mark.feature("Chunked prefill")
+def test_a_prompt_in_chunks_is_the_whole_prompt(model):
+    long = np.random.default_rng(2).integers(3, TINY.vocab_size, (1, 75))
+    wanted = engine.generate(TINY, PARAMETERS, long, max_new_tokens=5, eos_token_id=None).sequences
+    for chunk in (None, 32, 8):
+        out = model.generate(long, max_new_tokens=5, eos_token_id=None, prefill_chunk_size=chunk)
+        assert np.array_equal(out, wanted), chunk
+
+
+@pytest.mark.feature("A cache that starts the next turn")
+def test_the_next_turn_starts_from_the_cache(model):
+    options = {"max_new_tokens": 10, "eos_token_id": None}
+    first = model.generate(IDS, attention_mask=MASK, **options, return_dict_in_generate=True)
+    ids = np.concatenate([np.asarray(first.sequences), IDS[:, :3]], axis=1)
+    mask = np.concatenate([np.asarray(first.attention_mask), np.ones((2, 3), int)], axis=1)
+    wanted = engine.generate(TINY, PARAMETERS, ids, attention_mask=mask, **options).sequences
+    for past in (first, first.past_key_values, first):  # which stay as they are
+        assert np.array_equal(model.generate(ids, attention_mask=mask, past_key_values=past, **options), wanted)
+    edited = np.concatenate([ids[:, :-7], (ids[:, -7:] + 1) % TINY.vocab_size], axis=1)
+    wanted = engine.generate(TINY, PARAMETERS, edited, attention_mask=mask, **options).sequences
+    assert np.array_equal(model.generate(edited, attention_mask=mask, past_key_values=first, **options), wanted)
+    with pytest.raises(InputError, match="2 rows"):
+        model.generate(IDS[:1], past_key_values=first, **options)
+
+
+@pytest.mark.feature("The decode loop on the device", note="torch has none")
+@pytest.mark.parametrize("options", [{}, {**SAMPLED, "repetition_penalty": 1.0}], ids=["greedy", "sampled"])
+def test_a_loop_on_the_device(backend, model, options):
+    if backend.__name__ == "mistral_torch":
+        with pytest.raises(UnsupportedFeatureError, match="on_device_loop"):
+            model.generate(IDS, on_device_loop=True, max_new_tokens=3)
+        return
+    options = {"max_new_tokens": NEW, **options, "eos_token_id": None}
+    plain = reference(attention_mask=MASK, **options)
+    out = model.generate(IDS, attention_mask=MASK, on_device_loop=True, **options, return_dict_in_generate=True)
+    assert np.array_equal(out.sequences, plain.sequences)
+    assert np.array_equal(np.asarray(out.past_key_values.length), plain.past_key_values.length)
+    end = int(plain.sequences[0, 12])
+    options |= {"eos_token_id": end, "pad_token_id": 1}
+    out = model.generate(IDS, attention_mask=MASK, on_device_loop=True, **options)
+    assert np.array_equal(out, reference(attention_mask=MASK, **options).sequences)
+
+
+# Text
+
+
+@pytest.mark.feature("Streaming: stream, TextStreamer, TextIteratorStreamer")
+def test_text_as_it_comes(backend):
+    tokenizer = MistralTokenizer.from_pretrained(TINY_CHECKPOINT)
+    model = backend.MistralForCausalLM.from_pretrained(TINY_CHECKPOINT, dtype="float32")
+    prompt = np.array([tokenizer.encode("Emma was")])
+    whole = tokenizer.decode(np.asarray(model.generate(prompt, max_new_tokens=20))[0])
+    pieces = list(model.stream(prompt, tokenizer=tokenizer, max_new_tokens=20))
+    assert len(pieces) > 5
+    assert "Emma was" + "".join(pieces) == whole
+    stop = whole[20:24]
+    stopped = "".join(model.stream(prompt, tokenizer=tokenizer, max_new_tokens=20, stop_strings=[stop]))
+    assert "Emma was" + stopped == whole[: whole.index(stop, len("Emma was"))]
+    ids = np.asarray(model.generate(prompt, max_new_tokens=20, stop_strings=stop, tokenizer=tokenizer))[0]
+    assert stop in tokenizer.decode(ids)
+    assert stop not in tokenizer.decode(ids[:-1])
+    stream = model.stream(prompt, tokenizer=tokenizer, max_new_tokens=2000)
+    assert "".join(itertools.islice(stream, 3))  # and no more of it is computed
+    stream.close()
+
+
+def test_stop_strings_end_rows_of_a_batch_one_by_one(backend):
+    tokenizer = MistralTokenizer.from_pretrained(TINY_CHECKPOINT)
+    model = backend.MistralForCausalLM.from_pretrained(TINY_CHECKPOINT, dtype="float32")
+    texts = ["Emma was", "Elizabeth was surprised"]
+    batch = tokenizer(texts, padding=True, return_tensors="np")
+    options = {"max_new_tokens": 24, "stop_strings": [",", "."], "tokenizer": tokenizer, "pad_token_id": 0}
+    out = np.asarray(model.generate(**batch, **options))
+    for text, row in zip(texts, out, strict=True):
+        alone = np.asarray(model.generate(np.array([tokenizer.encode(text)]), **options))[0]
+        assert tokenizer.decode(row[row != 0]) == tokenizer.decode(alone)
+        assert tokenizer.decode(alone).endswith((",", "."))
+
+
+# What may go wrong
+
+
+def test_logits_that_are_no_numbers_are_an_error(backend):  # 109
+    broken = {name: np.array(x) for name, x in PARAMETERS.items()}
+    broken["model.norm.weight"][:] = np.nan
+    model = backend.MistralForCausalLM(TINY).load_arrays(broken)
+    for options in ({}, SAMPLED, {"num_beams": 2}):
+        with pytest.raises(NonFiniteInputError):
+            model.generate(IDS, max_new_tokens=3, **options)
+
+
+def test_an_interrupted_call_leaves_the_cache_as_it_was(model):  # 113
+    class Interrupt:
+        told = 0
+
+        def put(self, value):
+            self.told += 1
+            if self.told == 4:
+                raise KeyboardInterrupt
+
+        def end(self):
+            pass
+
+    first = model.generate(IDS, max_new_tokens=8, eos_token_id=None, return_dict_in_generate=True)
+    ids = np.asarray(first.sequences)
+    wanted = np.asarray(model.generate(ids, max_new_tokens=8, eos_token_id=None))
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(ids, max_new_tokens=8, eos_token_id=None, past_key_values=first, streamer=Interrupt())
+    again = model.generate(ids, max_new_tokens=8, eos_token_id=None, past_key_values=first)
+    assert np.array_equal(again, wanted)
+
+
+# Compilations and memory
+
+
+@pytest.mark.feature("Few compilations: fixed shapes")
+@pytest.mark.parametrize("window", [None, 300])
+def test_prompts_of_fifty_lengths_are_few_compilations(backend, window, monkeypatch):
+    config = TINY.replace(sliding_window=window)
+    model = backend.MistralForCausalLM(config).load_arrays(PARAMETERS)
+    counted = counting(backend.__name__, model, monkeypatch)
+    ids = np.random.default_rng(0).integers(3, TINY.vocab_size, (1, 1000))
+    for length in range(1, 1000, 20):
+        model.generate(ids[:, :length], max_new_tokens=2, eos_token_id=None, compile="on")
+    assert 1 < counted() <= 8
+
+
+def counting(name, model, monkeypatch):
+    """A function that tells how often a model's step has been compiled since."""
+    module = importlib.import_module(f"{name}.generate")
+    if name == "mistral_flax":
+        step = module._compiled(importlib.import_module("flax").nnx.graphdef(model))[0]
+        return step._cache_size
+    if name == "mistral_tf":
+        return lambda: module._compiled[model][0].experimental_get_tracing_count()
+    torch = importlib.import_module("torch")
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compile = torch.compile
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", lambda f, **o: compile(f, **{**o, "backend": backend, "options": None}))
+    return lambda: len(graphs)
+
+
+@pytest.mark.feature("Rolling cache: constant memory")
+def test_a_window_bounds_the_cache(model):
+    sizes = []
+    for new in (5, 700):
+        out = model.generate(IDS, max_new_tokens=new, eos_token_id=None, return_dict_in_generate=True)
+        sizes.append([k.shape[1] for k in out.past_key_values.keys])
+    assert set(sizes[1]) == {TINY.sliding_window + 1 + 64}  # window, spare slot, lookback
+    full = model.generate(IDS, max_new_tokens=5, cache="full", eos_token_id=None, return_dict_in_generate=True)
+    assert all(k.shape[1] >= 14 for k in full.past_key_values.keys)

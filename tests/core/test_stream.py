@@ -117,11 +117,11 @@ def told(streamer, text, *, prompt="Emma"):
 
 def test_a_text_streamer_prints(capsys):
     text = "Emma was not at all pleased"
-    streamer = TextStreamer(TOKENIZER, skip_special_tokens=True)
+    streamer = TextStreamer(TOKENIZER)
     told(streamer, text)
     told(streamer, text)  # once more
     assert capsys.readouterr().out == f"{text}\n{text}\n"
-    told(TextStreamer(TOKENIZER, skip_prompt=True, skip_special_tokens=True, stop_strings=["all"]), text)
+    told(TextStreamer(TOKENIZER, skip_prompt=True, stop_strings=["all"]), text)
     assert capsys.readouterr().out == " was not at \n"
 
 
@@ -131,7 +131,7 @@ def test_a_text_streamer_shows_one_row():
 
 
 def test_an_iterator_in_another_thread():
-    streamer = TextIteratorStreamer(TOKENIZER, skip_prompt=True, timeout=60, skip_special_tokens=True)
+    streamer = TextIteratorStreamer(TOKENIZER, skip_prompt=True, timeout=60)
     thread = threading.Thread(target=told, args=(streamer, "Emma was pleased"))
     thread.start()
     assert "".join(streamer) == " was pleased"
