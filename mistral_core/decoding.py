@@ -48,8 +48,10 @@ class Engine(Protocol):
     """A model's step, compiled or not, with NumPy at its border; the cache is the backend's own."""
 
     config: MistralConfig
-    fixed_shapes: bool
-    """Whether a new shape costs a compilation: then prompts and caches come in few sizes."""
+    fixed_prompts: bool
+    """Whether each number of columns costs a compilation: then prompts are padded to few."""
+    fixed_caches: bool
+    """Whether each size of the cache costs one: then it comes in few."""
 
     def allocate(self, batch: int, capacity: int, *, rolling: bool, lookback: int) -> Any:
         """An empty cache."""
@@ -304,7 +306,7 @@ def begin(engine: Engine, prompt: Prompt, past: Any) -> tuple[Any, list[int]]:
     capacity = max(map(len, rows)) + generation.max_new_tokens
     rolling, lookback = generation.cache != "full", max(LOOKBACK, generation.prompt_lookup_num_tokens or 0,
                                                         generation.num_assistant_tokens)  # fmt: skip
-    if engine.fixed_shapes:
+    if engine.fixed_caches:
         capacity = min(max(CAPACITY, 1 << (capacity - 1).bit_length()), engine.config.max_position_embeddings)
     if past is not None:
         cache = past.past_key_values if isinstance(past, GenerateOutput) else past
@@ -370,7 +372,7 @@ def feed(
 def piece_widths(engine: Engine, columns: int, generation: GenerationConfig) -> list[int]:
     """How a prompt of so many columns is cut."""
     chunk = generation.prefill_chunk_size or CHUNK
-    if engine.fixed_shapes:
+    if engine.fixed_prompts:
         return pieces(columns, chunk)
     first = columns % chunk
     return [first] * bool(first) + [chunk] * (columns // chunk)

@@ -143,7 +143,7 @@ def write(x_BRKH: Array, new_BTKH: Array, slot_BT: Array, slots: int) -> Array:
     if slots > x_BRKH.shape[1]:
         x_BRKH = _grown(x_BRKH, slots)
     new_BTKH = new_BTKH.astype(x_BRKH.dtype)
-    if slot_BT.shape[1] == 1 and jax.default_backend() == "cpu":
+    if slot_BT.shape[1] == 1 and x_BRKH.dtype.itemsize == 2 and jax.default_backend() == "cpu":
         # XLA for CPUs scatters into 16 bits through a float32 copy of the whole cache
         return jnp.where((jnp.arange(slots) == slot_BT)[:, :, None, None], new_BTKH, x_BRKH)
     row_B1 = jnp.arange(slot_BT.shape[0])[:, None]

@@ -110,9 +110,9 @@ class Engine:
 
     def __init__(self, model: MistralForCausalLM, compile: str) -> None:
         self.model, self.config = model, model.config
-        self.fixed_shapes = compile != "off"
+        self.fixed_prompts = self.fixed_caches = compile != "off"
         graph, self.state = nnx.split(model)
-        self._step, self._loop = _compiled(graph) if self.fixed_shapes else _plain(graph)
+        self._step, self._loop = _compiled(graph) if self.fixed_caches else _plain(graph)
 
     def allocate(self, batch: int, capacity: int, *, rolling: bool, lookback: int) -> KVCache:
         """An empty cache."""

@@ -21,6 +21,8 @@ from .cache import remember
 
 FUSED = 4095
 """The longest contraction that XLA for CPUs runs as one loop over W; a longer one makes it write W out in float32."""
+PIECE = 2048
+"""The most columns of W in a piece of a longer contraction."""
 
 
 class Linear(nnx.Module):
@@ -77,7 +79,7 @@ def matmul(x: Array, weight: Array) -> Array:
 def _one_row(x: Array, weight: Array) -> Array:
     """x W^T of a single row on a CPU, in float32: one loop over W for each piece of the contraction."""
     size = x.shape[-1]
-    width = -(-size // -(-size // FUSED))
+    width = size if size <= FUSED else -(-size // -(-size // PIECE))
     # converted before the cut: XLA would round the pieces of a 16-bit W once more, in the loop
     x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
     pieces = [

@@ -115,8 +115,8 @@ class Engine:
 
     def __init__(self, model: MistralForCausalLM, compile: str) -> None:
         self.model, self.config = model, model.config
-        self.fixed_shapes = compile != "off"
-        self._step, self._loop = _traced(model) if self.fixed_shapes else _plain(model)
+        self.fixed_prompts = self.fixed_caches = compile != "off"
+        self._step, self._loop = _traced(model) if self.fixed_caches else _plain(model)
 
     def allocate(self, batch: int, capacity: int, *, rolling: bool, lookback: int) -> KVCache:
         """An empty cache."""

@@ -16,11 +16,15 @@ from mistral_core.sampling import Rule, Values
 
 from .arrays import to_numpy
 from .cache import KVCache
+from .compiled import compiled
 from .layers import project
 from .sampling import Choice, choose
 
 if TYPE_CHECKING:
     from .heads import MistralForCausalLM
+
+FEW = 16
+"""The most columns of a step that is frozen: a token and guesses, not a prompt."""
 
 
 def generate(
@@ -40,7 +44,9 @@ def generate(
     Rows may be padded on either side. `options` are fields of GenerationConfig and come before
     `generation_config`, which comes before the checkpoint's own. `past_key_values` is a cache of the rows' first
     tokens, or what an earlier call returned, and is not changed. `streamer.put` is told the prompt and each column of
-    new tokens. `tokenizer` is needed for `stop_strings`.
+    new tokens. `tokenizer` is needed for `stop_strings`. `compile="on"` compiles each shape once, in some ten seconds,
+    and "auto" does so where there is an accelerator; "max" packs a second copy of the weights for the decode step, in a
+    minute or two, and makes it anew when they change: for a model that stays as it is.
     Raises GenerationConfigError, EmptyInputError, SequenceTooLongError, TokenIdError, MaskError, NonFiniteInputError.
     """
     prompt = _prompt(model, input_ids, attention_mask, generation_config, options)
@@ -111,8 +117,14 @@ class Engine:
 
     def __init__(self, model: MistralForCausalLM, compile: str) -> None:
         self.model, self.config = model, model.config
-        self.fixed_shapes = compile in ("on", "max") or (compile == "auto" and model.device.type != "cpu")
-        self._step = torch.compile(_step, fullgraph=True, dynamic=False) if self.fixed_shapes else _step
+        on_cpu = model.device.type == "cpu"
+        self._frozen = compile == "max"
+        self.fixed_caches = compile in ("on", "max") or (compile == "auto" and not on_cpu)
+        self.fixed_prompts = self.fixed_caches and not self._frozen
+        self._head = model.lm_head.weight.detach()
+        if on_cpu and not self.fixed_caches:
+            self._head = self._head.float()  # once, not for each token
+        self._step = compiled(model, _step, frozen=self._frozen) if self.fixed_caches else None
 
     def allocate(self, batch: int, capacity: int, *, rolling: bool, lookback: int) -> KVCache:
         """An empty cache."""
@@ -132,10 +144,22 @@ class Engine:
     ) -> tuple[decoding.Chosen, KVCache]:
         """The tokens chosen after the last column, or each, and the cache with the new ones in it."""
         ids_BT, mask_BT, values = (self._on_device(x) for x in (ids_BT, mask_BT, values))
-        choice, cache = self._step(self.model, ids_BT, mask_BT, cache, rule, values)
+        choice, cache = self._run(ids_BT, mask_BT, cache, rule, values)
         scores = None if choice.scores is None else to_numpy(choice.scores)
         candidates = None if choice.candidates is None else tuple(map(to_numpy, choice.candidates))
         return decoding.Chosen(to_numpy(choice.token), scores, candidates), cache
+
+    def _run(self, ids_BT: Tensor, mask_BT: Tensor, cache: KVCache, rule: Rule, values: Values) -> Any:
+        if self._step is None:
+            return _step(self.model, self._head, ids_BT, mask_BT, cache, rule, values)
+        slots = tuple(keys.shape[1] for keys in cache.keys)
+        kind = tuple(ids_BT.shape), slots, rule, values.bias is None, values.seen is None
+        if self._frozen and ids_BT.shape[1] > FEW:  # each frozen shape would pack a copy of the weights of its own
+            x_BTD, cache = _hidden(self.model, ids_BT, mask_BT, cache, rule)
+            return compiled(self.model, _chosen)(
+                x_BTD, self._head, rule, values, kind=(tuple(x_BTD.shape), *kind[2:])
+            ), cache
+        return self._step(self.model, self._head, ids_BT, mask_BT, cache, rule, values, kind=kind)
 
     def loop(
         self, cache: KVCache, token_B: np.ndarray, ended_B: np.ndarray, rule: Rule, values: Values,
@@ -163,9 +187,29 @@ class Engine:
 
 
 def _step(
-    model: MistralForCausalLM, ids_BT: Tensor, mask_BT: Tensor, cache: KVCache, rule: Rule, values: Values
+    model: MistralForCausalLM,
+    head_VD: Tensor,
+    ids_BT: Tensor,
+    mask_BT: Tensor,
+    cache: KVCache,
+    rule: Rule,
+    values: Values,
 ) -> tuple[Choice, KVCache]:
-    """What is chosen after the last column, or each, and the cache after the new tokens."""
+    """What is chosen after the last column, or each, and the cache after the new tokens.
+
+    The head is an argument, not a parameter, so that freezing does not make it float32.
+    """
+    x_BTD, cache = _hidden(model, ids_BT, mask_BT, cache, rule)
+    return _chosen(x_BTD, head_VD, rule, values), cache
+
+
+def _hidden(
+    model: MistralForCausalLM, ids_BT: Tensor, mask_BT: Tensor, cache: KVCache, rule: Rule
+) -> tuple[Tensor, KVCache]:
+    """What the tokens are chosen from, before the head, and the cache after the new ones."""
     out = model.model(ids_BT, mask_BT, past_key_values=cache, return_dict=True)
-    x_BTD = out.last_hidden_state if rule.every else out.last_hidden_state[:, -1:]
-    return choose(project(x_BTD, model.lm_head.weight), rule, values), out.past_key_values
+    return out.last_hidden_state if rule.every else out.last_hidden_state[:, -1:], out.past_key_values
+
+
+def _chosen(x_BTD: Tensor, head_VD: Tensor, rule: Rule, values: Values) -> Choice:
+    return choose(project(x_BTD, head_VD), rule, values)

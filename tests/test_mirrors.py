@@ -61,6 +61,7 @@ OWN_NAMES = {
     "__call__": "Keras: lists and NumPy become tensors before Keras looks at them",
 }
 OWN_FILES = {
+    "compiled.py": "torch's compiler is asked for, function by function; JAX and TensorFlow always compile",
     "compat.py": "transformers' Flax and TF classes had names of their own; its torch classes have ours",
     "scan.py": "JAX compiles every layer anew unless it scans",
     "fit.py": "Keras models train themselves",

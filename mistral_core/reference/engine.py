@@ -21,7 +21,7 @@ from .sampling import choose
 class Engine:
     """One step of the float64 model."""
 
-    fixed_shapes = False
+    fixed_prompts = fixed_caches = False
 
     def __init__(self, config: MistralConfig, parameters: Parameters) -> None:
         self.config, self.parameters = config, parameters

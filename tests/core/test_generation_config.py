@@ -20,7 +20,7 @@ PROMPT = np.array([[5, 2, 6], [7, 8, 9]])
 class Script:
     """A stand-in for a backend's engine, which writes given rows whatever it is fed."""
 
-    fixed_shapes = False
+    fixed_prompts = fixed_caches = False
     config = TINY
 
     def __init__(self, rows):
