@@ -101,7 +101,13 @@ def attend_sdpa(
 ) -> tuple[Tensor, Tensor | None]:
     """torch's fused scaled_dot_product_attention; it never builds the weights."""
     visible_BTS = attention_mask(query_order_BT, key_order_BS, window, document_ids_BT=document_ids)
-    q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
+    B, T, N, H = q_BTNH.shape
+    k, v = k_BSKH.transpose(1, 2), v_BSKH.transpose(1, 2)
+    if T == 1:  # the query heads of a group as queries of their one key/value head: it is read once
+        q_BKGH = q_BTNH.reshape(B, -1, N // k.shape[1], H)
+        o = F.scaled_dot_product_attention(q_BKGH, k, v, attn_mask=visible_BTS[:, None], dropout_p=dropout)
+        return o.reshape(B, 1, N, H), None
+    q = q_BTNH.transpose(1, 2)
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=visible_BTS[:, None], dropout_p=dropout, **_grouped(q, k))
     return o.transpose(1, 2), None
 
