@@ -24,6 +24,12 @@ STEPS = np.array([0, 1, 77], np.int32)
 GUESSED = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.1}
 ENDLESS = {"eos_token_id": None, "seed": 11}
+TEXTS: Mapping[str, dict[str, Any]] = {
+    "sampled": {"max_new_tokens": 64, **SAMPLED},
+    "sampled, guessed": {"max_new_tokens": 24, **SAMPLED, **GUESSED},
+    "greedy, guessed": {"max_new_tokens": 24, **GUESSED},
+    "beams": {"max_new_tokens": 16, "num_beams": 3, "length_penalty": 0.5},
+}
 
 CHOICES: Mapping[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
@@ -93,21 +99,18 @@ def nothing_to_choose(subject: Subject) -> Iterator[Comparison]:
         yield compare(key, f"sample {sample}", "token", found.astype(np.float32), wanted, Tolerance(0.0, 1.0))
 
 
-def sampled(subject: Subject, *, tokens: int = 24, **options: Any) -> Iterator[Comparison]:
+def texts(subject: Subject, options: Mapping[str, Any]) -> Iterator[Comparison]:
     """Tokens of a ragged batch are the reference's own, for the same seed, guessed or not."""
-    case = Case("sampled", "the same seed gives the same tokens", TINY, "MistralForCausalLM", {})
-    ids, mask = token_ids(TINY), padded("left")
-    given = {"attention_mask": mask, "max_new_tokens": tokens, **ENDLESS, **options}
-    found = subject.adapter.numpy(subject.model(case).generate(ids, **given))
+    case = Case("texts", "the same seed gives the same tokens", TINY, "MistralForCausalLM", {})
+    given = {"attention_mask": padded("left"), **ENDLESS, **options}
+    found = subject.adapter.numpy(subject.model(case).generate(token_ids(TINY), **given))
     written = {name: value for name, value in options.items() if name not in GUESSED}
-    wanted = _continued(tokens, tuple(written.items()))
-    yield compare(subject.key, f"{tokens} tokens", "sampled", found, wanted, Tolerance(0.0, 1.0))
+    yield compare(subject.key, "texts", "tokens", found, _continued(tuple(written.items())), Tolerance(0.0, 1.0))
 
 
 @functools.cache
-def _continued(tokens: int, options: tuple[tuple[str, Any], ...]) -> Array:
+def _continued(options: tuple[tuple[str, Any], ...]) -> Array:
     """What the reference writes, which guesses nothing."""
     parameters = weights(TINY, "MistralForCausalLM", "float32")
-    given = {"attention_mask": padded("left"), "max_new_tokens": tokens, **ENDLESS, **dict(options)}
-    out = engine.generate(TINY, parameters, token_ids(TINY), **given)
-    return np.asarray(out.sequences)
+    given = {"attention_mask": padded("left"), **ENDLESS, **dict(options)}
+    return np.asarray(engine.generate(TINY, parameters, token_ids(TINY), **given).sequences)
