@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import logging
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,8 @@ from .sampling import Choice, choose
 if TYPE_CHECKING:
     from .heads import MistralForCausalLM
 
+LOG = logging.getLogger("mistral.flax")
+
 
 def generate(
     model: MistralForCausalLM,
@@ -43,7 +47,8 @@ def generate(
     Rows may be padded on either side. `options` are fields of GenerationConfig and come before
     `generation_config`, which comes before the checkpoint's own. `past_key_values` is a cache of the rows' first
     tokens, or what an earlier call returned, and is not changed. `streamer.put` is told the prompt and each column of
-    new tokens. `tokenizer` is needed for `stop_strings`.
+    new tokens. `tokenizer` is needed for `stop_strings`. The step is compiled once for each of few shapes, whatever
+    `compile` says but "off".
     Raises GenerationConfigError, EmptyInputError, SequenceTooLongError, TokenIdError, MaskError, NonFiniteInputError.
     """
     prompt = _prompt(model, input_ids, attention_mask, generation_config, options)
@@ -125,7 +130,10 @@ class Engine:
     ) -> tuple[decoding.Chosen, KVCache]:
         """The tokens chosen after the last column, or each, and the cache with the new ones in it."""
         ids_BT, mask_BT = ids_BT.astype(np.int32), mask_BT.astype(np.int32)
+        started, known = time.perf_counter(), self._compilations()
         choice, cache = self._step(self.state, ids_BT, mask_BT, cache, rule=rule, values=values)
+        if self._compilations() > known:
+            LOG.info("compiled for %d rows of %d tokens in %.1f s", *ids_BT.shape, time.perf_counter() - started)
         scores = None if choice.scores is None else to_numpy(choice.scores)
         candidates = None if choice.candidates is None else tuple(map(to_numpy, choice.candidates))
         return decoding.Chosen(to_numpy(choice.token), scores, candidates), cache
@@ -141,6 +149,9 @@ class Engine:
             self.state, token_B, ended_B, cache, ends_E, np.int32(steps), rule=rule, values=values, room=room
         )
         return to_numpy(tokens)[:, :steps], cache
+
+    def _compilations(self) -> int:
+        return self._step._cache_size() if self.fixed_caches else 0
 
     def random_seed(self) -> int:
         """A seed where none is given.

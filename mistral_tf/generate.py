@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import logging
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,8 @@ from .traces import changed
 if TYPE_CHECKING:
     from .heads import MistralForCausalLM
 
+LOG = logging.getLogger("mistral.tf")
+
 _compiled: weakref.WeakKeyDictionary[Any, tuple[Callable[..., Any], Callable[..., Any]]] = weakref.WeakKeyDictionary()
 
 
@@ -44,7 +48,8 @@ def generate(
     Rows may be padded on either side. `options` are fields of GenerationConfig and come before
     `generation_config`, which comes before the checkpoint's own. `past_key_values` is a cache of the rows' first
     tokens, or what an earlier call returned, and is not changed. `streamer.put` is told the prompt and each column of
-    new tokens. `tokenizer` is needed for `stop_strings`.
+    new tokens. `tokenizer` is needed for `stop_strings`. The step is traced once for each of few shapes, whatever
+    `compile` says but "off".
     Raises GenerationConfigError, EmptyInputError, SequenceTooLongError, TokenIdError, MaskError, NonFiniteInputError.
     """
     prompt = _prompt(model, input_ids, attention_mask, generation_config, options)
@@ -129,7 +134,10 @@ class Engine:
     ) -> tuple[decoding.Chosen, KVCache]:
         """The tokens chosen after the last column, or each, and the cache with the new ones in it."""
         ids_BT, mask_BT = tf.constant(ids_BT, tf.int32), tf.constant(mask_BT, tf.int32)
+        started, known = time.perf_counter(), self._compilations()
         choice, cache = self._step(ids_BT, mask_BT, cache, rule, _tensors(values))
+        if self._compilations() > known:
+            LOG.info("traced for %d rows of %d tokens in %.1f s", *ids_BT.shape, time.perf_counter() - started)
         scores = None if choice.scores is None else to_numpy(choice.scores)
         candidates = None if choice.candidates is None else tuple(map(to_numpy, choice.candidates))
         return decoding.Chosen(to_numpy(choice.token), scores, candidates), cache
@@ -142,6 +150,9 @@ class Engine:
         token_B, ended_B, ends_E = tf.constant(token_B, tf.int32), tf.constant(ended_B), tf.constant(ends, tf.int32)
         tokens, cache = self._loop(token_B, ended_B, cache, ends_E, tf.constant(steps), rule, _tensors(values))
         return to_numpy(tokens), cache
+
+    def _compilations(self) -> int:
+        return self._step.experimental_get_tracing_count() if self.fixed_caches else 0
 
     def random_seed(self) -> int:
         """A seed where none is given.

@@ -15,8 +15,10 @@ from torch.export import Dim
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 from conformance.weights import random_parameters
+from mistral_core.errors import GenerationConfigError
 from mistral_core.presets import TINY
 from mistral_torch import KVCache, MistralForCausalLM
+from mistral_torch.compiled import fingerprint
 
 CONFIG = TINY.replace(num_hidden_layers=2)
 PARAMETERS = random_parameters(CONFIG, "MistralForCausalLM")
@@ -212,3 +214,51 @@ def test_shapes_cost_nothing(implementation):
         model = MistralForCausalLM(CONFIG, attn_implementation=implementation)
         ids = torch.zeros(2, 9, dtype=torch.int64)
         assert model(ids, ids, labels=ids).logits.shape == (2, 9, CONFIG.vocab_size)
+
+
+# The compiled step of generate
+
+
+IDS = np.random.default_rng(4).integers(3, CONFIG.vocab_size, (1, 7))
+
+
+def endless(model, **options):
+    return model.generate(IDS, max_new_tokens=6, eos_token_id=None, **options)
+
+
+@pytest.mark.feature("generate compiled for an unchanging model (compile='max')")
+def test_frozen_weights_are_never_stale(caplog):
+    caplog.set_level("INFO", "mistral.torch")
+    model = MistralForCausalLM(CONFIG).load_arrays(PARAMETERS).eval()
+    assert torch.equal(endless(model, compile="max"), endless(model))
+    frozen = [record for record in caplog.messages if "compiling" in record]
+    assert torch.equal(endless(model, compile="max"), endless(model))
+    assert [record for record in caplog.messages if "compiling" in record] == frozen  # not compiled anew
+    model.model.layers[0].mlp.up_proj.weight.data.mul_(-3)  # which torch's own version counter does not count
+    after = endless(model)
+    assert torch.equal(endless(model, compile="max"), after)
+    assert "the weights have changed since they were frozen" in caplog.messages
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: weight.data.mul_(2),
+        lambda weight: weight.data[3, 5].add_(1e-3),
+        lambda weight: weight.data.copy_(weight.data.flip(0)),
+        lambda weight: weight.data.view(-1)[:2].copy_(weight.data.view(-1)[:2].flip(0)),
+        lambda weight: setattr(weight, "data", weight.data.clone()),
+    ],
+)
+def test_a_fingerprint_tells_any_change(change):
+    model = MistralForCausalLM(CONFIG).eval()
+    before = fingerprint(model)
+    assert fingerprint(model) == before
+    change(model.model.layers[1].mlp.down_proj.weight)
+    assert fingerprint(model) != before
+
+
+def test_freezing_asks_for_memory_first(monkeypatch):
+    monkeypatch.setattr("mistral_torch.compiled._free_memory", lambda: 1000)
+    with pytest.raises(GenerationConfigError, match=r"a second copy of the weights.*compile='on'"):
+        endless(MistralForCausalLM(CONFIG).eval(), compile="max")
