@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("mistral.tf")
 
-_compiled: weakref.WeakKeyDictionary[Any, tuple[Callable[..., Any], Callable[..., Any]]] = weakref.WeakKeyDictionary()
+FEW = 16
+"""The most columns of a step that decodes: a token and guesses, not a prompt."""
+
+_compiled: weakref.WeakKeyDictionary[Any, tuple[Callable[..., Any], ...]] = weakref.WeakKeyDictionary()
 
 
 def generate(
@@ -121,7 +124,7 @@ class Engine:
     def __init__(self, model: MistralForCausalLM, compile: str) -> None:
         self.model, self.config = model, model.config
         self.fixed_prompts = self.fixed_caches = compile != "off"
-        self._step, self._loop = _traced(model) if self.fixed_caches else _plain(model)
+        self._prefill, self._decode, self._loop = _traced(model) if self.fixed_caches else _plain(model)
 
     def allocate(self, batch: int, capacity: int, *, rolling: bool, lookback: int) -> KVCache:
         """An empty cache."""
@@ -134,8 +137,9 @@ class Engine:
     ) -> tuple[decoding.Chosen, KVCache]:
         """The tokens chosen after the last column, or each, and the cache with the new ones in it."""
         ids_BT, mask_BT = tf.constant(ids_BT, tf.int32), tf.constant(mask_BT, tf.int32)
+        step = self._decode if ids_BT.shape[1] <= FEW else self._prefill
         started, known = time.perf_counter(), self._compilations()
-        choice, cache = self._step(ids_BT, mask_BT, cache, rule, _tensors(values))
+        choice, cache = step(ids_BT, mask_BT, cache, rule, _tensors(values))
         if self._compilations() > known:
             LOG.info("traced for %d rows of %d tokens in %.1f s", *ids_BT.shape, time.perf_counter() - started)
         scores = None if choice.scores is None else to_numpy(choice.scores)
@@ -152,7 +156,8 @@ class Engine:
         return to_numpy(tokens), cache
 
     def _compilations(self) -> int:
-        return self._step.experimental_get_tracing_count() if self.fixed_caches else 0
+        traced = {self._prefill, self._decode} if self.fixed_caches else ()
+        return sum(step.experimental_get_tracing_count() for step in traced)
 
     def random_seed(self) -> int:
         """A seed where none is given.
@@ -166,16 +171,24 @@ def _tensors(values: Values) -> Values:
     return Values(*(None if value is None else tf.constant(value) for value in values))
 
 
-def _traced(model: MistralForCausalLM) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The traced step and loop of a model, kept as long as the model stays as it is."""
+def _traced(model: MistralForCausalLM) -> tuple[Callable[..., Any], ...]:
+    """The traced steps of many columns and of few, and the loop, kept as long as the model stays as it is."""
     if changed(model, "generate") or model not in _compiled:
-        step, loop = _plain(weakref.proxy(model))
-        _compiled[model] = tf.function(step), tf.function(loop)
+        prefill, decode, loop = _plain(weakref.proxy(model))
+        # XLA on a CPU runs a small step faster, and copies 16-bit weights to float32
+        small = tf.function(decode, jit_compile=True) if _is_float32_on_cpu(model) else tf.function(decode)
+        _compiled[model] = tf.function(prefill), small, tf.function(loop)
     return _compiled[model]
 
 
-def _plain(model: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    return functools.partial(_step, model), functools.partial(_loop, model)
+def _plain(model: Any) -> tuple[Callable[..., Any], ...]:
+    step = functools.partial(_step, model)
+    return step, step, functools.partial(_loop, model)
+
+
+def _is_float32_on_cpu(model: MistralForCausalLM) -> bool:
+    devices = tf.config.list_logical_devices()
+    return model.compute_dtype == "float32" and all(device.device_type == "CPU" for device in devices)
 
 
 def _step(

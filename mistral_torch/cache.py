@@ -115,7 +115,7 @@ def remember(
     T, past_slots = order_BT.shape[1], keys.shape[1]
     slots = grown_slots(past_slots, T, window, capacity)
     next_length_B = length_B + (order_BT >= 0).sum(1)
-    fresh = past_slots == 1  # only the spare slot: nothing is kept yet
+    fresh = past_slots == 1 or _is_empty(length_B, T)  # only the spare slot, or nothing in any: nothing is kept yet
     beside = not fresh and overwrites_visible(slots, past_slots, T, window, capacity)
     if beside:  # joined before the write, which may reuse the memory
         seen = torch.cat([keys.to(k_BTKH.dtype), k_BTKH], dim=1), torch.cat([values.to(v_BTKH.dtype), v_BTKH], dim=1)
@@ -130,6 +130,13 @@ def remember(
         seen = kept[0].to(k_BTKH.dtype), kept[1].to(v_BTKH.dtype)
         seen_order_BS = slot_order(next_length_B, slots)
     return *seen, seen_order_BS, kept
+
+
+def _is_empty(length_B: Tensor, columns: int) -> bool:
+    """Whether a prompt is the first in its cache, as far as there are values to look at: then it sees itself only."""
+    if columns == 1 or torch.compiler.is_compiling() or is_mapped() or length_B.is_meta or type(length_B) is not Tensor:
+        return False
+    return not bool(length_B.any())
 
 
 def write(x_BRKH: Tensor, new_BTKH: Tensor, slot_BT: Tensor, slots: int) -> Tensor:

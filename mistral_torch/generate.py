@@ -124,7 +124,7 @@ class Engine:
         self._head = model.lm_head.weight.detach()
         if on_cpu and not self.fixed_caches:
             self._head = self._head.float()  # once, not for each token
-        self._step = compiled(model, _step, frozen=self._frozen) if self.fixed_caches else None
+        self._step: Any = None
 
     def allocate(self, batch: int, capacity: int, *, rolling: bool, lookback: int) -> KVCache:
         """An empty cache."""
@@ -150,7 +150,7 @@ class Engine:
         return decoding.Chosen(to_numpy(choice.token), scores, candidates), cache
 
     def _run(self, ids_BT: Tensor, mask_BT: Tensor, cache: KVCache, rule: Rule, values: Values) -> Any:
-        if self._step is None:
+        if not self.fixed_caches:
             return _step(self.model, self._head, ids_BT, mask_BT, cache, rule, values)
         slots = tuple(keys.shape[1] for keys in cache.keys)
         kind = tuple(ids_BT.shape), slots, rule, values.bias is None, values.seen is None
@@ -159,6 +159,8 @@ class Engine:
             return compiled(self.model, _chosen)(
                 x_BTD, self._head, rule, values, kind=(tuple(x_BTD.shape), *kind[2:])
             ), cache
+        if self._step is None:  # after the prompt, which need not wait until frozen weights have been looked at
+            self._step = compiled(self.model, _step, frozen=self._frozen)
         return self._step(self.model, self._head, ids_BT, mask_BT, cache, rule, values, kind=kind)
 
     def loop(
