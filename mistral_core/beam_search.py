@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import decoding
+from . import engine as engines
 from .errors import GenerationConfigError, NonFiniteInputError
 from .generation import GenerationConfig
 from .outputs import GenerateOutput
@@ -43,7 +43,7 @@ class Candidate(NamedTuple):
 
 
 def generate(
-    engine: decoding.Engine, prompt: decoding.Prompt, *, past: Any, assistant: Any, streamer: Any
+    engine: engines.Engine, prompt: engines.Prompt, *, past: Any, assistant: Any, streamer: Any
 ) -> GenerateOutput:
     """The best `num_return_sequences` beams of each row, and their scores; raises GenerationConfigError."""
     generation = prompt.generation
@@ -74,7 +74,7 @@ def generate(
 
 
 def _search(
-    engine: decoding.Engine, prompt: decoding.Prompt, past: Any, running: list[list[Beam]], finished: list[list[Beam]],
+    engine: engines.Engine, prompt: engines.Prompt, past: Any, running: list[list[Beam]], finished: list[list[Beam]],
     scores: list[Array],
 ) -> None:  # fmt: skip
     """Extend the running beams of each row and collect the finished ones, best first."""
@@ -82,8 +82,8 @@ def _search(
     beams, ends = generation.num_beams, len(generation.eos_token_ids)
     rule = Rule.of(generation, candidates=min(max(2, 1 + ends) * beams, size))
     deadline = time.monotonic() + (generation.max_time or np.inf)
-    cache, held = decoding.begin(engine, prompt, past)
-    cache, held, prompts = decoding.expanded(engine, cache, held, prompt.rows, generation, beams)
+    cache, held = engines.begin(engine, prompt, past)
+    cache, held, prompts = engines.expanded(engine, cache, held, prompt.rows, generation, beams)
     seed = engine.random_seed() if generation.seed is None else generation.seed
     key = row_keys(seed, len(prompt.rows), beams)
     done, without = [False] * len(running), [[] for _ in prompts]  # type: list[bool], list[list[int]]
@@ -94,7 +94,7 @@ def _search(
         bias, seen = limits(generation, size, rows, made, without, over, columns=1)
         values = Values(numbers(generation), key, np.array(made, np.int32), bias, seen)
         fed = [[] if o else row[-1:] for row, o in zip(rows, over, strict=True)]
-        chosen, cache = decoding.feed(engine, cache, fed, rule, values, [1])
+        chosen, cache = engines.feed(engine, cache, fed, rule, values, [1])
         scores += [] if chosen.scores is None else [chosen.scores[:, 0]]
         assert chosen.candidates is not None
         origin = np.arange(len(rows))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from . import decoding
+from . import engine as engines
 from .sampling import Rule, Values, numbers
 from .token_history import limits
 from .validate import Array
@@ -32,21 +32,21 @@ def prompt_lookup(row: Sequence[int], most: int, longest: int) -> list[int]:
 class Assistant:
     """A smaller model that writes ahead, and forgets what was not taken; its cache follows the rows."""
 
-    def __init__(self, engine: decoding.Engine, prompt: decoding.Prompt, key: Array) -> None:
+    def __init__(self, engine: engines.Engine, prompt: engines.Prompt, key: Array) -> None:
         self.engine, self.generation, self.key = engine, prompt.generation, key
         self.rule = Rule.of(prompt.generation)._replace(scores=False)
         copies = prompt.generation.num_return_sequences
-        self.cache, held = decoding.begin(engine, prompt, None)
+        self.cache, held = engines.begin(engine, prompt, None)
         self.held: list[list[int]] = [[] for _ in prompt.rows]
         rows = prompt.rows
         if copies > 1:
-            self.cache, held, rows = decoding.expanded(engine, self.cache, held, rows, self.generation, copies)
+            self.cache, held, rows = engines.expanded(engine, self.cache, held, rows, self.generation, copies)
             self.held = [row[:have] for row, have in zip(rows, held, strict=True)]
         self.prompts = [len(row) for row in rows]
 
     def propose(self, rows: list[list[int]], most: list[int]) -> list[list[int]]:
         """So many guesses for each row, fewer where its logits hold nothing to choose from."""
-        common = [min(decoding.alike(row, old), len(row) - 1) for row, old in zip(rows, self.held, strict=True)]
+        common = [min(engines.alike(row, old), len(row) - 1) for row, old in zip(rows, self.held, strict=True)]
         back = np.array([len(old) for old in self.held]) - common
         if back.any():
             self.cache = self.cache.rollback(back, self.engine.config)
@@ -72,6 +72,6 @@ class Assistant:
         values = Values(numbers(self.generation), self.key, np.array(made, np.int32), bias, seen)
         columns = max(map(len, fed))
         # one or two are the usual step: the last token, and the last guess where all were taken
-        widths = [columns] if columns <= 2 else decoding.piece_widths(self.engine, columns, self.generation)
-        chosen, self.cache = decoding.feed(self.engine, self.cache, fed, self.rule, values, widths)
+        widths = [columns] if columns <= 2 else engines.piece_widths(self.engine, columns, self.generation)
+        chosen, self.cache = engines.feed(self.engine, self.cache, fed, self.rule, values, widths)
         return [int(token) for token in chosen.token[:, 0]]

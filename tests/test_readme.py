@@ -13,8 +13,20 @@ import pytest
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-NAMES = ("torch shared", "transformers", "LoRA", "cache", "NNX", "params", "Linen", "fit", "functional", "weights")
-SHARED = EXAMPLES[0]
+NAMES = (
+    "torch shared",
+    "flax generating",
+    "transformers",
+    "LoRA",
+    "cache",
+    "NNX",
+    "params",
+    "Linen",
+    "fit",
+    "functional",
+    "weights",
+)
+SHARED, GENERATING = EXAMPLES[:2]
 OTHERS = ("mistral_flax", "mistral_tf")
 
 
@@ -29,12 +41,24 @@ def test_there_are_examples():
     ids=[*NAMES, "flax shared", "tf shared"],
 )
 def test_example(source, tmp_path):
+    assert output(source, tmp_path)
+
+
+def test_sampled_text_is_the_same_in_every_framework(tmp_path):
+    sources = [GENERATING.replace("from mistral_flax", f"from {name}") for name in ("mistral_torch", *OTHERS)]
+    first, *others = [output(source, tmp_path) for source in sources]
+    assert "She said" in first
+    assert others == [first, first]
+
+
+def output(source, directory):
+    """What an example prints."""
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}
     result = subprocess.run(
-        [sys.executable, "-c", source], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", source], cwd=directory, env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout
+    return result.stdout
 
 
 def test_the_table_of_what_works_where_is_that_of_the_tests():

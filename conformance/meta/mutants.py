@@ -233,6 +233,6 @@ MUTANTS = (
 CORE = (
     Edit("decoding.py", "else padding for row in made", "else 1 for row in made"),
     Edit("decoding.py", "or row[-1] in self.ids", "or False"),
-    Edit("decoding.py", "sum(widths) - len(tokens), None)", "len(tokens))"),
+    Edit("decoding.py", "return self.most - self.made(index, row)", "return self.most + 1 - self.made(index, row)"),
 )
-"""Errors of core's decode loop, which every backend's greedy check must find: wrong padding, rows that never stop, or start."""
+"""Errors of core's decode loop, which every backend's greedy check must find: wrong padding, rows that never stop, or late."""

@@ -214,7 +214,7 @@ def test_the_next_turn_starts_from_the_cache(model):
     edited = np.concatenate([ids[:, :-7], (ids[:, -7:] + 1) % TINY.vocab_size], axis=1)
     wanted = engine.generate(TINY, PARAMETERS, edited, attention_mask=mask, **options).sequences
     assert np.array_equal(model.generate(edited, attention_mask=mask, past_key_values=first, **options), wanted)
-    with pytest.raises(InputError, match="2 rows"):
+    with pytest.raises(InputError, match="past_key_values"):
         model.generate(IDS[:1], past_key_values=first, **options)
 
 
@@ -344,7 +344,7 @@ def counting(name, model, monkeypatch):
 @pytest.mark.feature("Rolling cache: constant memory")
 def test_a_window_bounds_the_cache(model):
     sizes = []
-    for new in (5, 700):
+    for new in (5, 90):
         out = model.generate(IDS, max_new_tokens=new, eos_token_id=None, return_dict_in_generate=True)
         sizes.append([k.shape[1] for k in out.past_key_values.keys])
     assert set(sizes[1]) == {TINY.sliding_window + 1 + 64}  # window, spare slot, lookback

@@ -337,8 +337,10 @@ def test_a_cache_of_a_forward_pass_is_continued():
     past = KVCache.allocate(TINY, 2)  # it grows
     past = heads.causal_lm(TINY, PARAMETERS, IDS[:, :6], past_key_values=past).past_key_values
     assert np.array_equal(new(max_new_tokens=12, past_key_values=past), new(max_new_tokens=12))
-    with pytest.raises(InputError, match="past_key_values: 2 rows"):
+    with pytest.raises(InputError, match=r"are \(3, 2, 2, 16\), \(3, 1, 2, 16\) were expected"):
         new(IDS[:1], past_key_values=past)
+    with pytest.raises(InputError, match="tuple, a KVCache was expected"):
+        new(past_key_values=((1, 2), (3, 4)))
 
 
 # Beams

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mistral_core import GenerationConfig, decoding
+from mistral_core.engine import pieces
 from mistral_core.errors import GenerationConfigError, NonFiniteInputError
 from mistral_core.presets import TINY
 from mistral_core.reference.cache import KVCache
@@ -96,7 +97,7 @@ def test_time_that_runs_out_ends_with_what_there_is(monkeypatch):  # 113
 def test_pieces_are_of_few_kinds_and_waste_little(chunk):
     kinds = {1, max(chunk // 16, 1), max(chunk // 4, 1), chunk}
     for columns in range(1, 1200):
-        widths = decoding.pieces(columns, chunk)
+        widths = pieces(columns, chunk)
         padding = sum(widths) - columns
         assert set(widths) <= kinds
         assert 0 <= padding < widths[0]
