@@ -1,0 +1,68 @@
+"""What the machine allows: streaming read bandwidth, and a framework's large matrix product; option: framework."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import say, task, timed
+
+READ = 1 << 30
+M, K, N = 2048, 4096, 4096
+
+
+def reader() -> Callable[[], Any]:
+    """Reads 1 GiB as fast as is known here: torch's sum, else NumPy's maximum in a thread a core."""
+    array = np.ones(READ // 8, np.uint64)
+    try:
+        import torch
+    except ImportError:
+        parts = np.array_split(array, os.cpu_count() or 1)
+        pool = ThreadPoolExecutor(len(parts))
+        return lambda: list(pool.map(np.max, parts))
+    tensor = torch.from_numpy(array).view(torch.float32)
+    return lambda: tensor.sum()
+
+
+def product(framework: str, dtype: str) -> Callable[[], Any]:
+    """One product [M, K] x [N, K] transposed, awaited, in the formulation that is fastest there."""
+    rng = np.random.default_rng(0)
+    a, b = rng.random((M, K), np.float32), rng.random((N, K), np.float32)
+    if framework == "torch":
+        import torch
+
+        left, right = (torch.from_numpy(x).to(getattr(torch, dtype)) for x in (a, b))
+        return lambda: left @ right.T
+    if framework == "flax":
+        import jax
+        import jax.numpy as jnp
+
+        left, right = jnp.asarray(a, dtype), jnp.asarray(b, dtype)
+        multiply = jax.jit(lambda x, y: jnp.einsum("mk,nk->mn", x, y, preferred_element_type=jnp.float32))
+        return lambda: multiply(left, right).block_until_ready()
+    import tensorflow as tf
+
+    left, right = tf.cast(a, dtype), tf.cast(b, dtype)
+    return lambda: tf.matmul(left, right, transpose_b=True).numpy()
+
+
+def main() -> None:
+    asked = task()
+    framework = asked["options"]["framework"]
+    found: dict[str, float] = {}
+    for name, function, amount in (
+        ("read", reader(), READ),
+        ("matmul", product(framework, asked["dtype"]), 2 * M * K * N),
+    ):
+        function()
+        found[name] = amount / statistics.median(timed(function) for _ in range(asked["calls"]))
+    say(found, "numpy")
+
+
+if __name__ == "__main__":
+    main()
