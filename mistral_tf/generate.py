@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("mistral.tf")
 
-FEW = 16
-"""The most columns of a step that decodes: a token and guesses, not a prompt."""
+FEW = 32
+"""The most columns of a small step: a token, guesses, a short prompt."""
 
 _compiled: weakref.WeakKeyDictionary[Any, tuple[Callable[..., Any], ...]] = weakref.WeakKeyDictionary()
 

@@ -7,6 +7,7 @@ import itertools
 
 import numpy as np
 import pytest
+from conftest import REQUESTED
 
 from conformance.weights import random_parameters
 from mistral_core import GenerationConfig
@@ -218,13 +219,13 @@ def test_the_next_turn_starts_from_the_cache(model):
         model.generate(IDS[:1], past_key_values=first, **options)
 
 
-@pytest.mark.feature("The decode loop on the device", note="torch has none")
+@pytest.mark.feature("The decode loop on the device")
+@pytest.mark.parametrize("framework", ["flax", "tf"])
 @pytest.mark.parametrize("options", [{}, {**SAMPLED, "repetition_penalty": 1.0}], ids=["greedy", "sampled"])
-def test_a_loop_on_the_device(backend, model, options):
-    if backend.__name__ == "mistral_torch":
-        with pytest.raises(UnsupportedFeatureError, match="on_device_loop"):
-            model.generate(IDS, on_device_loop=True, max_new_tokens=3)
-        return
+def test_a_loop_on_the_device_flax_tf(framework, options):
+    if framework not in REQUESTED:
+        pytest.skip(f"{framework} was not asked for")
+    model = importlib.import_module(f"mistral_{framework}").MistralForCausalLM(TINY).load_arrays(PARAMETERS)
     options = {"max_new_tokens": NEW, **options, "eos_token_id": None}
     plain = reference(attention_mask=MASK, **options)
     out = model.generate(IDS, attention_mask=MASK, on_device_loop=True, **options, return_dict_in_generate=True)
@@ -234,6 +235,12 @@ def test_a_loop_on_the_device(backend, model, options):
     options |= {"eos_token_id": end, "pad_token_id": 1}
     out = model.generate(IDS, attention_mask=MASK, on_device_loop=True, **options)
     assert np.array_equal(out, reference(attention_mask=MASK, **options).sequences)
+
+
+def test_torch_has_no_loop_on_the_device():
+    torch = pytest.importorskip("mistral_torch")
+    with pytest.raises(UnsupportedFeatureError, match="on_device_loop"):
+        torch.MistralForCausalLM(TINY).generate(IDS, on_device_loop=True, max_new_tokens=3)
 
 
 # Text
