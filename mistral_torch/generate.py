@@ -185,7 +185,8 @@ class Engine:
     def _on_device(self, x: Any) -> Any:
         if isinstance(x, Values):
             return Values(*map(self._on_device, x))
-        return None if x is None else torch.from_numpy(np.ascontiguousarray(x)).to(self.model.device)
+        # a copy: one row cut out of several columns keeps the strides of all, for which torch would compile anew
+        return None if x is None else torch.from_numpy(x.copy()).to(self.model.device)
 
 
 def _step(
