@@ -39,6 +39,11 @@ RAW = {
     "activation": "hidden_act",
     "dtype": "dtype",
 }
+_RAW_WRITTEN = (
+    "hidden_size", "num_hidden_layers", "head_dim", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+    "rms_norm_eps", "vocab_size", "rope_theta",
+)  # fmt: skip
+PARAMS = "params.json"
 RAW_REQUIRED = ("dim", "n_layers", "hidden_dim", "n_heads", "norm_eps", "vocab_size")
 RAW_POSITIONS = ("max_position_embeddings", "max_seq_len")
 RAW_IGNORED = frozenset({"max_batch_size", "model_type", *RAW_POSITIONS})
@@ -245,3 +250,34 @@ def _raw_yarn(yarn: Any, where: str) -> dict[str, Any]:
     if yarn.get("apply_scale") is False:
         scaling["attention_factor"] = 1.0
     return scaling
+
+
+def write_raw(config: MistralConfig) -> dict[str, Any]:
+    """The params.json dictionary; UnsupportedFeatureError where it cannot say what the config says."""
+    keys = {name: key for key, name in RAW.items()}
+    data = {keys[name]: getattr(config, name) for name in _RAW_WRITTEN}
+    windows = config.layer_windows
+    if len(set(windows)) > 1:
+        data["sliding_window"] = list(windows)
+    elif windows[0] is not None:
+        data["sliding_window"] = windows[0]
+    data["max_position_embeddings"] = config.max_position_embeddings
+    if config.tie_word_embeddings:
+        data["tied_embeddings"] = True
+    scaling = config.rope_scaling
+    if scaling is not None and scaling["rope_type"] == "yarn":
+        data["yarn"] = {
+            "factor": scaling["factor"],
+            "original_max_position_embeddings": scaling["original_max_position_embeddings"],
+            "beta": scaling.get("beta_fast", 32),
+            "alpha": scaling.get("beta_slow", 1),
+            "apply_scale": rope.rotary_table(config).attention_factor != 1.0,
+        }
+    fields, _ = _read_raw(data, PARAMS)
+    found = dict(rope_scaling=fields.get("rope_scaling"), rope_theta=fields["rope_theta"], head_dim=config.head_dim)
+    if rope.rotary_table(config) != rope.rotary_table(config.replace(**found)):
+        raise UnsupportedFeatureError(
+            f"raw: {PARAMS} cannot say rope_scaling {dict(scaling or {})}; of scalings it has yarn with or without "
+            "its attention factor."
+        )
+    return data

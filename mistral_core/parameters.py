@@ -1,4 +1,4 @@
-"""THE table: every tensor of every Mistral once, with its name, axes, raw name and kind.
+"""THE table: every tensor of every Mistral once, with its name, axes, kind and foreign names.
 
 Names and layout ([out, in]) are Hugging Face's; q and k rows are in half-split rotary order. Every backend, format and
 sharding rule is derived from these rows: a new tensor is a new row and nothing else changes.
@@ -26,34 +26,71 @@ class Parameter(NamedTuple):
     """embedding | norm | attention | mlp | head"""
     raw: str | None = None
     """The name in raw Mistral checkpoints (consolidated.*), or None where that format has no such tensor."""
+    gguf: str | None = None
+    """The name in GGUF files of the architecture `llama`."""
+    keras_hub: str | None = None
+    """The path in a KerasHub preset; `{}` stands for the name of the layer."""
+    maxtext: str | None = None
+    """The path in MaxText's tree; `{}` stands for `layers` (scanned) or `layers_<index>`."""
     rotary: bool = False
     """Rows are rotary pairs, which raw Mistral and GGUF store interleaved."""
+
+    @property
+    def is_linear(self) -> bool:
+        """A matrix that inputs are multiplied by, which most frameworks but torch store [in, out]."""
+        return self.kind in ("attention", "mlp", "head") and len(self.axes) == 2
 
 
 _LAYER = "model.layers.{}."
 
 BODY = (
-    Parameter("model.embed_tokens.weight", ("V", "D"), "embedding", "tok_embeddings.weight"),
-    Parameter(_LAYER + "input_layernorm.weight", ("D",), "norm", "layers.{}.attention_norm.weight"),
-    Parameter(_LAYER + "self_attn.q_proj.weight", ("NH", "D"), "attention",
-              "layers.{}.attention.wq.weight", rotary=True),
-    Parameter(_LAYER + "self_attn.k_proj.weight", ("KH", "D"), "attention",
-              "layers.{}.attention.wk.weight", rotary=True),
-    Parameter(_LAYER + "self_attn.v_proj.weight", ("KH", "D"), "attention",
-              "layers.{}.attention.wv.weight"),
-    Parameter(_LAYER + "self_attn.o_proj.weight", ("D", "NH"), "attention",
-              "layers.{}.attention.wo.weight"),
-    Parameter(_LAYER + "post_attention_layernorm.weight", ("D",), "norm",
-              "layers.{}.ffn_norm.weight"),
-    Parameter(_LAYER + "mlp.gate_proj.weight", ("F", "D"), "mlp", "layers.{}.feed_forward.w1.weight"),
-    Parameter(_LAYER + "mlp.up_proj.weight", ("F", "D"), "mlp", "layers.{}.feed_forward.w3.weight"),
-    Parameter(_LAYER + "mlp.down_proj.weight", ("D", "F"), "mlp", "layers.{}.feed_forward.w2.weight"),
-    Parameter("model.norm.weight", ("D",), "norm", "norm.weight"),
+    Parameter("model.embed_tokens.weight", ("V", "D"), "embedding", raw="tok_embeddings.weight",
+              gguf="token_embd.weight", keras_hub="layers/reversible_embedding/vars/0",
+              maxtext="token_embedder/embedding"),
+    Parameter(_LAYER + "input_layernorm.weight", ("D",), "norm", raw="layers.{}.attention_norm.weight",
+              gguf="blk.{}.attn_norm.weight", keras_hub="layers/{}/_self_attention_layernorm/vars/0",
+              maxtext="decoder/{}/pre_self_attention_layer_norm/scale"),
+    Parameter(_LAYER + "self_attn.q_proj.weight", ("NH", "D"), "attention", raw="layers.{}.attention.wq.weight",
+              gguf="blk.{}.attn_q.weight", keras_hub="layers/{}/_self_attention_layer/_query_dense/vars/0",
+              maxtext="decoder/{}/self_attention/query/kernel", rotary=True),
+    Parameter(_LAYER + "self_attn.k_proj.weight", ("KH", "D"), "attention", raw="layers.{}.attention.wk.weight",
+              gguf="blk.{}.attn_k.weight", keras_hub="layers/{}/_self_attention_layer/_key_dense/vars/0",
+              maxtext="decoder/{}/self_attention/key/kernel", rotary=True),
+    Parameter(_LAYER + "self_attn.v_proj.weight", ("KH", "D"), "attention", raw="layers.{}.attention.wv.weight",
+              gguf="blk.{}.attn_v.weight", keras_hub="layers/{}/_self_attention_layer/_value_dense/vars/0",
+              maxtext="decoder/{}/self_attention/value/kernel"),
+    Parameter(_LAYER + "self_attn.o_proj.weight", ("D", "NH"), "attention", raw="layers.{}.attention.wo.weight",
+              gguf="blk.{}.attn_output.weight", keras_hub="layers/{}/_self_attention_layer/_output_dense/vars/0",
+              maxtext="decoder/{}/self_attention/out/kernel"),
+    Parameter(_LAYER + "post_attention_layernorm.weight", ("D",), "norm", raw="layers.{}.ffn_norm.weight",
+              gguf="blk.{}.ffn_norm.weight", keras_hub="layers/{}/_feedforward_layernorm/vars/0",
+              maxtext="decoder/{}/post_self_attention_layer_norm/scale"),
+    Parameter(_LAYER + "mlp.gate_proj.weight", ("F", "D"), "mlp", raw="layers.{}.feed_forward.w1.weight",
+              gguf="blk.{}.ffn_gate.weight", keras_hub="layers/{}/_feedforward_gate_dense/vars/0",
+              maxtext="decoder/{}/mlp/wi_0/kernel"),
+    Parameter(_LAYER + "mlp.up_proj.weight", ("F", "D"), "mlp", raw="layers.{}.feed_forward.w3.weight",
+              gguf="blk.{}.ffn_up.weight", keras_hub="layers/{}/_feedforward_intermediate_dense/vars/0",
+              maxtext="decoder/{}/mlp/wi_1/kernel"),
+    Parameter(_LAYER + "mlp.down_proj.weight", ("D", "F"), "mlp", raw="layers.{}.feed_forward.w2.weight",
+              gguf="blk.{}.ffn_down.weight", keras_hub="layers/{}/_feedforward_output_dense/vars/0",
+              maxtext="decoder/{}/mlp/wo/kernel"),
+    Parameter("model.norm.weight", ("D",), "norm", raw="norm.weight", gguf="output_norm.weight",
+              keras_hub="layers/mistral_layer_normalization/vars/0", maxtext="decoder/decoder_norm/scale"),
 )  # fmt: skip
 
 HEADS = {
     "MistralModel": (),
-    "MistralForCausalLM": (Parameter("lm_head.weight", ("V", "D"), "head", "output.weight"),),
+    "MistralForCausalLM": (
+        Parameter(
+            "lm_head.weight",
+            ("V", "D"),
+            "head",
+            raw="output.weight",
+            gguf="output.weight",
+            keras_hub="layers/reversible_embedding/vars/1",
+            maxtext="decoder/logits_dense/kernel",
+        ),
+    ),  # fmt: skip
     "MistralForSequenceClassification": (Parameter("score.weight", ("C", "D"), "head"),),
     "MistralForTokenClassification": (
         Parameter("score.weight", ("C", "D"), "head"),
@@ -105,6 +142,11 @@ def parameters(config: MistralConfig, architecture: str = "MistralForCausalLM") 
             yield row.name.format(layer), row
     for row in (final_norm, *head_of(config, architecture)):
         yield row.name, row
+
+
+def layer_of(name: str) -> int | None:
+    """The index of the layer in a full name; None outside the layers."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 def shapes(config: MistralConfig, architecture: str = "MistralForCausalLM") -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""Hugging Face safetensors checkpoints <-> a stream of (canonical name, array), one tensor at a time."""
+"""Checkpoints <-> a stream of (canonical name, array), one tensor at a time: reads every format, saves safetensors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -14,67 +14,20 @@ import numpy as np
 from ..config import MistralConfig
 from ..errors import (
     ConversionError,
-    CorruptCheckpointError,
     DtypeMismatchError,
     LossyConversionError,
     MissingTensorsError,
     NonFiniteWeightsError,
-    TensorMismatchError,
-    UnexpectedTensorsError,
     UnsupportedFeatureError,
 )
-from ..parameters import HEADS, initial_value, parameters, shapes
-from . import files, hub, manifest, safetensors_file
-from .matching import EMBEDDING, LM_HEAD, match
-from .safetensors_file import CODES, DTYPES, SafetensorsFile, TensorInfo, quoted
-from .shards import create_shards, open_files, shard_bytes
-
-
-class Checkpoint(NamedTuple):
-    """The checked headers of a checkpoint's files."""
-
-    path: Path
-    shards: Mapping[Path, SafetensorsFile]
-    tensors: Mapping[str, TensorInfo]
-
-    @classmethod
-    def open(cls, path: files.PathLike) -> Checkpoint:
-        """Open a directory, a `model.safetensors.index.json` or one safetensors file; only headers are read.
-
-        Raises CheckpointNotFoundError, UnsupportedFeatureError (another format), CheckpointIndexError,
-        ShardMissingError, UnsafeFileError, LimitExceededError, and what SafetensorsFile raises.
-        """
-        path = files.as_path(path)
-        shards = open_files(path)
-        tensors = {name: info for shard in shards for name, info in shard.tensors.items()}
-        return cls(path, {shard.path: shard for shard in shards}, tensors)
-
-    @property
-    def directory(self) -> Path:
-        """Where the config and the manifest lie."""
-        return self.path if self.path.is_dir() else self.path.parent
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """The metadata of all files in one mapping."""
-        return {key: value for shard in self.shards.values() for key, value in shard.metadata.items()}
-
-    def dtype(self, name: str) -> np.dtype:
-        """The NumPy dtype of a tensor stored as a kind of float."""
-        return DTYPES[self.tensors[name].dtype]
-
-    def place(self, name: str) -> tuple[str, int]:
-        """Where a tensor lies: its file and the byte where it starts."""
-        info = self.tensors[name]
-        return str(info.file), info.start
-
-    def read(self, name: str, *, cached: bool = True) -> np.ndarray:
-        """One tensor, as stored; the system keeps no copy of it unless `cached`.
-
-        Raises CorruptCheckpointError if its file changed, DtypeMismatchError if it is no kind of float.
-        """
-        return self.shards[self.tensors[name].file].read(name, cached=cached)
-
+from ..parameters import HEADS, initial_value, parameters
+from . import files, hub, manifest
+from .formats.base import Outline
+from .matching import EMBEDDING, match
+from .opened import Checkpoint
+from .shards import shard_bytes
+from .tensor_file import CODES, DTYPES, quoted
+from .writing import write_checkpoint
 
 # Loading
 
@@ -101,9 +54,8 @@ def load(
     """
     _check_architecture(architecture)
     target = dtype_of(dtype) if dtype is not None else None
-    checkpoint = Checkpoint.open(hub.resolve(path, **hub_arguments))
-    if config is None:
-        config = MistralConfig.from_pretrained(checkpoint.directory)
+    checkpoint = Checkpoint.open(hub.resolve(path, **hub_arguments), config=config)
+    config = config or checkpoint.config
     manifest.verify(checkpoint.directory, verify)
     where = str(checkpoint.path)
     sources = match(checkpoint.tensors, config, architecture, read=checkpoint.read, where=where)
@@ -207,20 +159,10 @@ def save(
     limit = shard_bytes(max_shard_size)
     with files.atomic_directory(directory, overwrite=overwrite) as temporary:
         dtype, stream = _peek(tensors)
-        specs = {
-            name: (CODES[dtype_of((dtypes or {}).get(name, dtype))], shape)
-            for name, shape in shapes(config, architecture).items()
-        }
-        config = config.replace(architectures=(architecture,), dtype=DTYPES[specs[EMBEDDING][0]].name)
+        codes = {name: CODES[dtype_of((dtypes or {}).get(name, dtype))] for name, _ in parameters(config, architecture)}
         _write_others(temporary, other_files or {})
-        config.save_pretrained(temporary)
-        infos = create_shards(temporary, specs, limit, bare=architecture == "MistralModel")
-        digests = _write_all(stream, infos, tied=config.tie_word_embeddings)
-        description = manifest.describe(temporary)
-        for name, info in infos.items():
-            if description["tensors"][info.name]["sha256"] != digests[name]:
-                raise CorruptCheckpointError(f"{info.file}: {name} reads back differently; check the disk.")
-        manifest.store(temporary, description)
+        outline = Outline(config, architecture, codes)
+        manifest.store(temporary, write_checkpoint(temporary, "hf", outline, stream, limit=limit))
 
 
 def _peek(tensors: Iterable[tuple[str, np.ndarray]]) -> tuple[str, Iterator[tuple[str, np.ndarray]]]:
@@ -241,29 +183,3 @@ def _write_others(directory: Path, contents: Mapping[str, bytes]) -> None:
         if name == "config.json" or files.is_weights(name):
             raise ConversionError(f"other_files: {name} is written from the config and tensors; leave it out.")
         files.write_file(directory / name, content)
-
-
-def _write_all(
-    tensors: Iterable[tuple[str, np.ndarray]], infos: Mapping[str, TensorInfo], *, tied: bool
-) -> dict[str, str]:
-    """Write each tensor once at its place; canonical name -> digest."""
-    digests: dict[str, str] = {}
-    unexpected = []
-    for name, array in tensors:
-        if name in digests:
-            raise TensorMismatchError(f"save: {quoted(name)} comes twice.")
-        if name in infos:
-            digests[name] = safetensors_file.write(infos[name], np.asarray(array))
-        elif name == LM_HEAD and tied:
-            digests[name] = safetensors_file.digest(np.asarray(array))
-        else:
-            unexpected.append(quoted(name))
-        del array  # before the next one comes
-    missing = sorted(set(infos) - set(digests))
-    if unexpected:
-        raise UnexpectedTensorsError(f"save: the class has no place for {', '.join(sorted(unexpected))}.")
-    if missing:
-        raise MissingTensorsError(f"save: the tensors {', '.join(missing)} never came.")
-    if tied and digests.get(LM_HEAD, digests[EMBEDDING]) != digests[EMBEDDING]:
-        raise TensorMismatchError(f"save: tie_word_embeddings is true, but {LM_HEAD} is not the embedding.")
-    return digests

@@ -14,33 +14,46 @@ from ..errors import (
     CheckpointNotFoundError,
     ChecksumMismatchError,
     CorruptCheckpointError,
+    MistralError,
     TruncatedFileError,
 )
 from . import files
-from .safetensors_file import SafetensorsFile, digest, quoted
+from .carried import MANIFEST as NAME
+from .carried import MAX_MANIFEST_BYTES as MAX_BYTES
+from .matching import canonical_names
+from .opened import Checkpoint
+from .tensor_file import digest, quoted
 
-NAME = "mistral_manifest.json"
 MODES = ("off", "sizes", "full")
-MAX_BYTES = 10 << 20
+EDITED = (".json", ".jinja", ".md", ".txt", "LICENSE", "NOTICE")
 
 
-def describe(directory: Path) -> dict[str, Any]:
-    """What the manifest of a directory says; every file directly in it is read back and hashed."""
-    names = sorted(entry.name for entry in directory.iterdir() if entry.is_file() and entry.name != NAME)
+def describe(directory: Path, checkpoint: Checkpoint | None = None, *, hashes: bool = True) -> dict[str, Any]:
+    """What the manifest of a directory says; every file in it is read back and hashed, and every tensor.
+
+    Tensors are hashed by the table's names and in its layout, so that the same tensor has the same digest in every
+    format. Without `hashes` only names and sizes are told, and nothing is read.
+    """
+    checkpoint = checkpoint or Checkpoint.open(directory)
     result: dict[str, Any] = {
         "format": 1,
         "tool": f"mistral-frameworks {__version__}",
         "files": {},
         "tensors": {},
     }
-    with ThreadPoolExecutor(1) as second:  # hashing releases the GIL: the file beside its tensors
-        for name in names:
-            path = directory / name
-            whole = second.submit(_file_digest, path)
-            if name.endswith(".safetensors"):
-                result["tensors"].update(_tensor_entries(path))
-            result["files"][name] = {"size": path.stat().st_size, "sha256": whole.result()}
+    with ThreadPoolExecutor(1) as second:  # hashing releases the GIL: the files beside their tensors
+        sizes = {name: (directory / name).stat().st_size for name in _names(directory)}
+        wholes = {name: second.submit(file_digest, directory / name) for name in sizes if hashes}
+        result["tensors"] = _tensor_entries(checkpoint, hashes=hashes)
+        for name, size in sizes.items():
+            result["files"][name] = {"size": size, "sha256": wholes[name].result() if hashes else None}
     return result
+
+
+def _names(directory: Path) -> list[str]:
+    """Every regular file below a directory, but the manifest."""
+    paths = (path for path in directory.rglob("*") if path.is_file())
+    return sorted(name for path in paths if (name := path.relative_to(directory).as_posix()) != NAME)
 
 
 def write(directory: files.PathLike) -> dict[str, Any]:
@@ -53,6 +66,19 @@ def write(directory: files.PathLike) -> dict[str, Any]:
 def store(directory: Path, description: dict[str, Any]) -> None:
     """Write a description as the manifest of a directory."""
     files.write_file(directory / NAME, (json.dumps(description, indent=1, sort_keys=True) + "\n").encode())
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """The manifest of a directory; raises CheckpointNotFoundError, CorruptCheckpointError, UnsafeFileError."""
+    path = directory / NAME
+    manifest = strict_json.read_object(path, error=CorruptCheckpointError, max_bytes=MAX_BYTES)
+    listed = manifest.get("files")
+    if not isinstance(listed, dict) or not all(_is_entry(entry) for entry in listed.values()):
+        raise CorruptCheckpointError(f"{path}: a size and a sha256 for each file were expected; save again.")
+    for name in listed:
+        for part in name.split("/"):
+            files.check_bare_name(part, str(path))
+    return manifest
 
 
 def verify(directory: files.PathLike, mode: str = "full") -> None:
@@ -68,24 +94,22 @@ def verify(directory: files.PathLike, mode: str = "full") -> None:
     path = directory / NAME
     if mode == "off" or (mode == "sizes" and not path.exists()):
         return
-    manifest = strict_json.read_object(path, error=CorruptCheckpointError, max_bytes=MAX_BYTES)
-    listed = manifest.get("files")
-    if not isinstance(listed, dict) or not all(_is_entry(entry) for entry in listed.values()):
-        raise CorruptCheckpointError(f"{path}: a size and a sha256 for each file were expected; save again.")
-    for name in listed:
-        files.check_bare_name(name, str(path))
+    manifest = read(directory)
     # the size check leaves alone what people edit by hand: configs and tokenizers
-    checked = {n: e for n, e in listed.items() if mode == "full" or n.endswith(".safetensors")}
+    checked = {n: e for n, e in manifest["files"].items() if mode == "full" or not n.endswith(EDITED)}
     for name, entry in checked.items():
         _check_size(directory / name, entry["size"])
     if mode == "full":
-        changed = [name for name, entry in checked.items() if _file_digest(directory / name) != entry["sha256"]]
+        unknown = [name for name, entry in checked.items() if entry["sha256"] is None]
+        if unknown:
+            raise CorruptCheckpointError(f"{path}: was written without hashes; convert again with verification.")
+        changed = [name for name, entry in checked.items() if file_digest(directory / name) != entry["sha256"]]
         if changed:
             raise ChecksumMismatchError(_differences(directory, changed, manifest.get("tensors")))
 
 
 def _is_entry(entry: Any) -> bool:
-    return isinstance(entry, dict) and type(entry.get("size")) is int and isinstance(entry.get("sha256"), str)
+    return isinstance(entry, dict) and type(entry.get("size")) is int and isinstance(entry.get("sha256"), str | None)
 
 
 def _check_size(path: Path, expected: int) -> None:
@@ -101,31 +125,32 @@ def _check_size(path: Path, expected: int) -> None:
 def _differences(directory: Path, changed: list[str], tensors: Any) -> str:
     """A message naming the files and, where their headers can still be read, the tensors that differ."""
     expected = tensors if isinstance(tensors, dict) else {}
-    found: dict[str, Any] = {}
-    for name in changed:
-        if name.endswith(".safetensors"):
-            try:
-                found.update(_tensor_entries(directory / name))
-            except OSError:
-                continue
+    try:
+        found = _tensor_entries(Checkpoint.open(directory))
+    except (MistralError, OSError):
+        found = {}
     names = sorted(quoted(name) for name, entry in found.items() if entry != expected.get(name))
     which = f" (tensors {', '.join(names)})" if names else ""
     return f"{directory}: {', '.join(changed)}{which} differ from {NAME}; copy or download them again."
 
 
-def _tensor_entries(path: Path) -> dict[str, dict[str, Any]]:
-    file = SafetensorsFile(path)
+def _tensor_entries(checkpoint: Checkpoint, *, hashes: bool = True) -> dict[str, dict[str, Any]]:
+    """Canonical name -> entry, in the order of the files."""
+    names = sorted(canonical_names(checkpoint.tensors).items(), key=lambda pair: checkpoint.place(pair[1]))
+    return {name: _entry(checkpoint, source, hashes) for name, source in names}
+
+
+def _entry(checkpoint: Checkpoint, source: str, hashes: bool) -> dict[str, Any]:
+    tensor = checkpoint.tensors[source]
     return {
-        name: {
-            "dtype": info.dtype,
-            "shape": list(info.shape),
-            "file": path.name,
-            "sha256": digest(file.read(name)),
-        }
-        for name, info in file.tensors.items()
+        "dtype": tensor.dtype,
+        "shape": list(tensor.shape),
+        "file": tensor.file.name,
+        "sha256": digest(checkpoint.read(source)) if hashes else None,
     }
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a whole file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,7 +17,8 @@ from ..errors import (
     UnexpectedTensorsError,
 )
 from ..parameters import BASE_PREFIX, BODY, HEADS, parameters, shape_of
-from .safetensors_file import DTYPES, TensorInfo, quoted
+from .opened import StoredTensor
+from .tensor_file import DTYPES, quoted
 
 LM_HEAD = "lm_head.weight"
 EMBEDDING = BODY[0].name
@@ -28,7 +29,7 @@ _RAW_EMBEDDING = BODY[0].raw
 
 
 def match(
-    tensors: Mapping[str, TensorInfo],
+    tensors: Mapping[str, StoredTensor],
     config: MistralConfig,
     architecture: str,
     *,
@@ -59,7 +60,7 @@ def match(
     return {name: None if name in fresh else sources[name] for name in rows}
 
 
-def canonical_names(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
+def canonical_names(tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
     """Canonical name -> name in the file: a bare model gets its prefix, rotary buffers are left out."""
     kept = [name for name in tensors if not name.endswith(".rotary_emb.inv_freq")]
     if any(name.startswith(BASE_PREFIX) for name in kept):
@@ -86,15 +87,16 @@ def _dropped_head(rows: Mapping[str, object], names: Mapping[str, str]) -> set[s
     return {LM_HEAD} & set(names) - set(rows)
 
 
-def _check(infos: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]], own: str, where: str) -> None:
+def _check(infos: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]], own: str, where: str) -> None:
     """Compare names, shapes and dtypes, and raise all differences as one error."""
     missing = sorted(set(expected) - set(infos))
     unexpected = sorted(set(infos) - set(expected))
     common = sorted(set(expected) & set(infos))
+    wanted = {name: infos[name].wanted or expected[name] for name in common}
     misshapen = [
-        f"{name} is {list(infos[name].shape)}, the config says {list(expected[name])}"
+        f"{name} is {list(infos[name].shape)}, the config says {list(wanted[name])}"
         for name in common
-        if infos[name].shape != expected[name]
+        if infos[name].shape != wanted[name]
     ]
     untyped = [f"{name} is {infos[name].dtype}" for name in common if infos[name].dtype not in DTYPES]
     kinds: list[tuple[type[TensorMismatchError], str, list[str]]] = [
@@ -111,13 +113,13 @@ def _check(infos: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ..
     raise error(f"{where}: {lists}. {_hint(missing, unexpected, infos, own)}")
 
 
-def _hint(missing: list[str], unexpected: list[str], infos: Mapping[str, TensorInfo], own: str) -> str:
+def _hint(missing: list[str], unexpected: list[str], infos: Mapping[str, StoredTensor], own: str) -> str:
     """One thing to do, from the names that nearly match."""
     names = [infos[name].name for name in unexpected]
     if unexpected and set(unexpected) <= _ALL_HEADS:
         return f"The file holds a {own}: load it with that class."
     if _RAW_EMBEDDING in names:
-        return "These are the names of a raw Mistral checkpoint; only Hugging Face names are read so far."
+        return "These are the names of a raw Mistral checkpoint: open it as the format 'raw'."
     for name in missing:
         longer = next((other for other in names if other.endswith("." + name)), None)
         if longer:

@@ -13,7 +13,8 @@ from ..generation import GenerationConfig
 from . import checkpoint, hub
 from .files import PathLike
 from .matching import EMBEDDING, canonical_names
-from .safetensors_file import DTYPES
+from .opened import Checkpoint
+from .tensor_file import DTYPES
 
 GENERATION_FILE = "generation_config.json"
 
@@ -44,9 +45,8 @@ def load(
     """
     hub_arguments = {key: options.pop(key) for key in hub.ARGUMENTS if key in options}
     root = hub.resolve(path, **hub_arguments)
-    directory = root if root.is_dir() else root.parent
-    config = (config or MistralConfig.from_pretrained(directory)).replace(**options)
-    opened = checkpoint.Checkpoint.open(root)
+    opened = Checkpoint.open(root, config=config)
+    directory, config = opened.directory, (config or opened.config).replace(**options)
     embedding = canonical_names(opened.tensors).get(EMBEDDING)
     if dtype is None and embedding is not None and opened.tensors[embedding].dtype in DTYPES:
         dtype = opened.dtype(embedding).name

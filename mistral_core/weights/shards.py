@@ -1,4 +1,4 @@
-"""The files of one checkpoint: a single safetensors file, or shards and their index."""
+"""The files of one checkpoint: a single file of weights, or shards and their index, in the manner of a format."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .. import strict_json
 from ..errors import (
@@ -19,27 +19,46 @@ from ..errors import (
     LimitExceededError,
     ShardMissingError,
     UnsafeFileError,
-    UnsupportedFeatureError,
 )
-from ..parameters import BASE_PREFIX
 from . import files, safetensors_file
-from .safetensors_file import DTYPES, SafetensorsFile, TensorInfo, quoted
+from .tensor_file import DTYPES, TensorFile, TensorInfo, quoted
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 10 << 20
 MAX_SHARDS = 1000
 
-_FOREIGN = {
-    "consolidated": "a raw Mistral checkpoint",
-    "pytorch_model": "a PyTorch pickle, which is never unpickled",
-    ".pth": "a PyTorch pickle, which is never unpickled",
-    ".bin": "a PyTorch pickle, which is never unpickled",
-    ".h5": "a TensorFlow or Keras checkpoint",
-    ".keras": "a Keras model",
-    ".msgpack": "a Flax checkpoint",
-    ".gguf": "a GGUF file",
-}
+Specs = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Name in the file -> (dtype code, shape in the file)."""
+
+
+class Family(NamedTuple):
+    """How a format names the files of its weights, and what opens and makes one."""
+
+    single: str
+    shard: str
+    """With places for the number and the count."""
+    index_name: str
+    open: Callable[[Path], TensorFile]
+    create: Callable[[Path, Specs], dict[str, TensorInfo]]
+
+    @property
+    def suffix(self) -> str:
+        """What the name of every file ends with."""
+        return os.path.splitext(self.single)[1]
+
+
+def safetensors_family(stem: str, shard: str, *, framework: str) -> Family:
+    """Safetensors called `stem`, whose metadata names a framework."""
+
+    def create(path: Path, specs: Specs) -> dict[str, TensorInfo]:
+        return safetensors_file.create(path, specs, framework=framework)
+
+    single = f"{stem}.safetensors"
+    return Family(single, shard, f"{single}.index.json", safetensors_file.SafetensorsFile, create)
+
+
+HUGGING_FACE = safetensors_family("model", "model-{:05d}-of-{:05d}.safetensors", framework="pt")
+SINGLE, INDEX = HUGGING_FACE.single, HUGGING_FACE.index_name
+
 _UNITS = {
     "": 1,
     "KB": 10**3,
@@ -52,40 +71,31 @@ _UNITS = {
 }
 
 
-def open_files(path: Path) -> list[SafetensorsFile]:
+def open_files(path: Path, family: Family = HUGGING_FACE) -> list[TensorFile]:
     """Check the headers of a directory, of an index and its shards, or of one file."""
     if os.path.isdir(path):
-        return _open_directory(path)
-    return _open_index(path) if path.name.endswith(".index.json") else [SafetensorsFile(path)]
+        return _open_directory(path, family)
+    return _open_index(path, family) if path.name.endswith(".index.json") else [family.open(path)]
 
 
-def _open_directory(directory: Path) -> list[SafetensorsFile]:
-    """Not a glob: raw `consolidated.safetensors` or adapters may lie beside the model."""
-    single, index = directory / SINGLE, directory / INDEX
+def _open_directory(directory: Path, family: Family) -> list[TensorFile]:
+    """Not a glob: other formats or adapters may lie beside the model."""
+    single, index = directory / family.single, directory / family.index_name
     if not single.exists() and not index.exists():
-        raise _nothing_to_read(directory)
+        raise CheckpointNotFoundError(f"{directory}: neither {single.name} nor {index.name} is there; check the path.")
     if not index.exists():
-        return [SafetensorsFile(single)]
+        return [family.open(single)]
     if not single.exists():
-        return _open_index(index)
-    file = SafetensorsFile(single)
-    if set(file.tensors) != set(weight_map_of(index)[0]):
-        raise CheckpointIndexError(f"{directory}: {SINGLE} and {INDEX} name different tensors; remove the stale one.")
+        return _open_index(index, family)
+    file = family.open(single)
+    if set(file.tensors) != set(weight_map_of(index, family.suffix)[0]):
+        raise CheckpointIndexError(
+            f"{directory}: {single.name} and {index.name} name different tensors; remove the stale one."
+        )
     return [file]
 
 
-def _nothing_to_read(directory: Path) -> Exception:
-    """The error for a directory without safetensors, naming the foreign format if there is one."""
-    for name in sorted(entry.name for entry in directory.iterdir()):
-        for mark, what in _FOREIGN.items():
-            if name.endswith(mark) if mark.startswith(".") else name.startswith(mark):
-                return UnsupportedFeatureError(
-                    f"{directory}: {quoted(name)} is {what}; only Hugging Face safetensors is read so far."
-                )
-    return CheckpointNotFoundError(f"{directory}: neither {SINGLE} nor {INDEX} is there; check the path.")
-
-
-def weight_map_of(index: Path) -> tuple[dict[str, str], Any]:
+def weight_map_of(index: Path, suffix: str = ".safetensors") -> tuple[dict[str, str], Any]:
     """The checked weight map of an index and its total_size, if it has one."""
     data = strict_json.read_object(index, error=CheckpointIndexError, max_bytes=MAX_INDEX_BYTES)
     weight_map = data.get("weight_map")
@@ -95,22 +105,22 @@ def weight_map_of(index: Path) -> tuple[dict[str, str], Any]:
         if not isinstance(file, str):
             raise CheckpointIndexError(f"{index}: the file of {quoted(name)} is {type(file).__name__}, not a name.")
         files.check_bare_name(file, str(index))
-        if not file.endswith(".safetensors"):
-            raise UnsafeFileError(f"{index}: {quoted(file)} is not safetensors; only safetensors shards are read.")
+        if not file.endswith(suffix):
+            raise UnsafeFileError(f"{index}: {quoted(file)} does not end with {suffix}, as its shards must.")
     if len(set(weight_map.values())) > MAX_SHARDS:
         raise LimitExceededError(f"{index}: {len(set(weight_map.values()))} shards; at most {MAX_SHARDS} are read.")
     metadata = data.get("metadata")
     return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
 
 
-def _open_index(index: Path) -> list[SafetensorsFile]:
+def _open_index(index: Path, family: Family) -> list[TensorFile]:
     """Every shard of an index, each holding exactly the tensors mapped to it."""
-    weight_map, total_size = weight_map_of(index)
+    weight_map, total_size = weight_map_of(index, family.suffix)
     names = sorted(set(weight_map.values()))
     absent = [quoted(name) for name in names if not (index.parent / name).exists()]
     if absent:
         raise ShardMissingError(f"{index}: the shards {', '.join(absent)} are not there; download them.")
-    shards = [SafetensorsFile(index.parent / name) for name in names]
+    shards = [family.open(index.parent / name) for name in names]
     for shard in shards:
         mapped = {name for name, file in weight_map.items() if file == shard.path.name}
         wrong = sorted(quoted(name) for name in mapped ^ set(shard.tensors))
@@ -153,23 +163,24 @@ def split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 
 def create_shards(
-    directory: Path, specs: Mapping[str, tuple[str, tuple[int, ...]]], limit: int, *, bare: bool
+    directory: Path, specs: Specs, limit: int, family: Family = HUGGING_FACE, *, key: Callable[[str], str] = str
 ) -> dict[str, TensorInfo]:
-    """Reserve every shard and write their index; canonical name -> where the tensor goes."""
+    """Reserve every shard and write their index; name in the file -> where the tensor goes.
+
+    `key` makes the index' name of a tensor of its name in the file.
+    """
     sizes = {name: math.prod(shape) * DTYPES[code].itemsize for name, (code, shape) in specs.items()}
     files.require_space(directory, sum(sizes.values()))
-    stored = {name: name.removeprefix(BASE_PREFIX) if bare else name for name in specs}
     shards = split(sizes, limit)
     infos: dict[str, TensorInfo] = {}
     for number, names in enumerate(shards, 1):
-        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        created = safetensors_file.create(directory / file, {stored[name]: specs[name] for name in names})
-        infos |= {name: created[stored[name]] for name in names}
+        file = family.single if len(shards) == 1 else family.shard.format(number, len(shards))
+        infos |= family.create(directory / file, {name: specs[name] for name in names})
     if len(shards) > 1:
         parameter_count = sum(math.prod(shape) for _, shape in specs.values())
         index = {
             "metadata": {"total_parameters": parameter_count, "total_size": sum(sizes.values())},
-            "weight_map": {stored[name]: info.file.name for name, info in infos.items()},
+            "weight_map": {key(name): info.file.name for name, info in infos.items()},
         }
-        files.write_file(directory / INDEX, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
+        files.write_file(directory / family.index_name, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
     return infos

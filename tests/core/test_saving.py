@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from mistral_core import TINY, errors
 from mistral_core.parameters import initial_value, parameters
-from mistral_core.weights import manifest, safetensors_file, shards
+from mistral_core.weights import manifest, shards, tensor_file
 from mistral_core.weights.checkpoint import Checkpoint, load, save
-from mistral_core.weights.safetensors_file import DTYPES, SafetensorsFile
+from mistral_core.weights.safetensors_file import SafetensorsFile
+from mistral_core.weights.tensor_file import DTYPES
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 CAUSAL, SEQUENCE, TOKEN = (
@@ -186,7 +187,7 @@ def test_other_files_go_in_and_bad_names_do_not(tmp_path):
 
 
 def test_bytes_that_the_disk_changes_are_noticed_before_the_swap(tmp_path, monkeypatch):
-    write = safetensors_file.write
+    write = tensor_file.write
 
     def flipped(info, array):
         result = write(info, array)
@@ -194,7 +195,7 @@ def test_bytes_that_the_disk_changes_are_noticed_before_the_swap(tmp_path, monke
             write(info, -array)
         return result
 
-    monkeypatch.setattr(safetensors_file, "write", flipped)
+    monkeypatch.setattr(tensor_file, "write", flipped)
     with pytest.raises(errors.CorruptCheckpointError, match=HEAD):
         save(tmp_path / "a", TINY, weights().items())
     assert os.listdir(tmp_path) == []
@@ -233,7 +234,7 @@ def test_manifest_names_files_tensors_and_the_tool(saved):
     description = json.loads((saved / manifest.NAME).read_text())
     assert set(description["files"]) == set(os.listdir(saved)) - {manifest.NAME}
     assert set(description["tensors"]) == set(weights())
-    assert description["tensors"][HEAD]["sha256"] == safetensors_file.digest(weights()[HEAD])
+    assert description["tensors"][HEAD]["sha256"] == tensor_file.digest(weights()[HEAD])
     assert description["tool"].startswith("mistral-frameworks ")
     assert manifest.write(saved) == description
 

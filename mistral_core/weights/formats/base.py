@@ -1,0 +1,153 @@
+"""What a format is asked for, and what it answers: the same few things, whatever its files look like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from ...config import MistralConfig
+from ...errors import CheckpointNotFoundError, UnsupportedFeatureError
+from ...parameters import Parameter, parameters
+from .. import files, layouts, tensor_file
+from ..layouts import Layout
+from ..opened import Checkpoint
+from ..tensor_file import TensorInfo
+
+TEXT_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tekken.json",
+    *(f"tokenizer.model{version}" for version in ("", ".v1", ".v2", ".v3", ".v7", ".v7m1")),
+    "LICENSE",
+    "NOTICE",
+)
+"""What travels with the weights, by Hugging Face's names."""
+
+MAX_TEXT_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A checkpoint that is to be written: everything but its numbers."""
+
+    config: MistralConfig
+    architecture: str
+    dtypes: Mapping[str, str]
+    """Canonical name -> dtype code, in table order."""
+    texts: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    """By the names of `TEXT_FILES`."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """What only one format asks for, such as GGUF's quantised type."""
+
+    def rows(self) -> dict[str, Parameter]:
+        """Canonical name -> row of the table."""
+        return dict(parameters(self.config, self.architecture))
+
+
+class Target(NamedTuple):
+    """Where one tensor goes."""
+
+    write: Callable[[np.ndarray], None]
+    """Takes the array in the table's layout and in the outline's dtype."""
+    comes_back: Callable[[np.ndarray], np.ndarray] = lambda array: array
+    """What a reader will get instead of the array, where the format loses something."""
+
+
+class Format(Protocol):
+    """What a module of this package has."""
+
+    def open(self, path: Path, config: MistralConfig | None) -> Checkpoint:
+        """Understand the headers of a directory or file; raises CheckpointError and its kinds, ConfigError."""
+
+    def check(self, outline: Outline) -> None:
+        """Raise UnsupportedFeatureError for what the format cannot express, before anything is written."""
+
+    def create(self, directory: Path, outline: Outline, limit: int) -> Mapping[str, Target]:
+        """Write everything but the numbers into an empty directory; canonical name -> where its numbers go."""
+
+
+def opened_config(path: Path, config: MistralConfig | None) -> Callable[[], MistralConfig]:
+    """The config given, or a reader of that beside the weights."""
+    directory = path if path.is_dir() else path.parent
+    return lambda: config or MistralConfig.from_pretrained(directory)
+
+
+def texts_in(directory: Path) -> dict[str, Callable[[], bytes]]:
+    """Readers of the `TEXT_FILES` that lie in a directory."""
+    return {name: reader(directory / name) for name in TEXT_FILES if (directory / name).is_file()}
+
+
+def reader(path: Path) -> Callable[[], bytes]:
+    """A reader of a whole small file; raises LimitExceededError."""
+
+    def read() -> bytes:
+        with tensor_file.opened(path) as descriptor:
+            size = tensor_file.stamp_of(descriptor)[2]
+            tensor_file.check_size(path, size, MAX_TEXT_BYTES)
+            data = bytearray(size)
+            tensor_file.read_at(descriptor, memoryview(data), 0)
+        return bytes(data)
+
+    return read
+
+
+def write_texts(directory: Path, texts: Mapping[str, bytes]) -> None:
+    """Write tokenizer and generation config under Hugging Face's names."""
+    for name, content in texts.items():
+        files.write_file(directory / name, content)
+
+
+def write_hugging_face_config(directory: Path, outline: Outline) -> None:
+    """Write config.json of the outline's class and dtype."""
+    dtype = tensor_file.DTYPES[next(iter(outline.dtypes.values()))].name
+    config = outline.config.replace(architectures=(outline.architecture,), dtype=dtype)
+    config.save_pretrained(directory)
+
+
+def targets_in_layout(
+    infos: Mapping[str, TensorInfo],
+    outline: Outline,
+    names: Mapping[str, str],
+    layout_of: Callable[[Parameter], Layout] = lambda row: layouts.AS_IT_IS,
+) -> dict[str, Target]:
+    """Targets at places in files; `infos` is by name in the file, `names` canonical name -> name in the file."""
+
+    def target(info: TensorInfo, row: Parameter) -> Target:
+        layout = layout_of(row)
+        return Target(lambda array: tensor_file.write(info, layouts.to_stored(array, row, outline.config, layout)))
+
+    return {name: target(infos[names[name]], row) for name, row in outline.rows().items()}
+
+
+def specs_in_layout(
+    outline: Outline,
+    names: Mapping[str, str],
+    layout_of: Callable[[Parameter], Layout] = lambda row: layouts.AS_IT_IS,
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name in the file -> (dtype code, shape in the file), in table order."""
+    return {
+        names[name]: (outline.dtypes[name], layouts.stored_shape(row, outline.config, layout_of(row)))
+        for name, row in outline.rows().items()
+    }
+
+
+def refuse_heads(outline: Outline, format: str) -> None:
+    """Raise UnsupportedFeatureError unless the class is a language model."""
+    if outline.architecture != "MistralForCausalLM":
+        raise UnsupportedFeatureError(
+            f"{format}: holds language models only, this is a {outline.architecture}; convert it to hf."
+        )
+
+
+def nothing_here(path: Path, expected: str) -> CheckpointNotFoundError:
+    """The error for a path without the files of a format."""
+    return CheckpointNotFoundError(f"{path}: {expected} was expected; check the path.")

@@ -1,0 +1,155 @@
+"""An opened checkpoint of any format: its tensors by the table's names and layout, still on disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..config import MistralConfig
+from ..parameters import Parameter
+from . import files, layouts
+from .layouts import Layout
+from .tensor_file import DTYPES, TensorFile, TensorInfo
+
+
+class StoredTensor(NamedTuple):
+    """A tensor as `Checkpoint.read` gives it, and where it lies."""
+
+    name: str
+    """The name in the file, for messages."""
+    dtype: str
+    """A code of `tensor_file.DTYPES`, or what the file says instead."""
+    shape: tuple[int, ...]
+    """The file's own."""
+    file: Path
+    start: int
+    load: Callable[[bool], np.ndarray]
+    wanted: tuple[int, ...] | None = None
+    """The shape that the file should have, where its layout is not the table's."""
+    moves: str = ""
+    """How the file's layout differs, for reports."""
+    loss: str = ""
+    """Why the values are not those of the model as it was trained; empty where they are."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize if self.dtype in DTYPES else 0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The checked headers of a checkpoint's files, and its tensors."""
+
+    path: Path
+    format: str
+    shards: Mapping[Path, TensorFile]
+    tensors: Mapping[str, StoredTensor]
+    """Canonical name -> tensor; for `hf`, the names of the files, in which a bare model lacks `model.`."""
+    read_config: Callable[[], MistralConfig] = field(repr=False)
+    texts: Mapping[str, Callable[[], bytes]] = field(default_factory=dict, repr=False)
+    """Tokenizer, chat template and generation config by Hugging Face's file names."""
+    folder: Path | None = None
+    """Where config and manifest lie, if it is not where the weights are."""
+
+    @classmethod
+    def open(
+        cls, path: files.PathLike, *, format: str | None = None, config: MistralConfig | None = None
+    ) -> Checkpoint:
+        """Open a directory, an index or one file of weights; only headers are read.
+
+        `format` is one of `formats.FORMATS`, None asks names and content, and takes `hf` where there are several.
+        `config` is for a format that needs one and has none. Raises CheckpointNotFoundError, UnsupportedFeatureError,
+        CheckpointIndexError, ShardMissingError, UnsafeFileError, LimitExceededError, and what a file's header raises.
+        """
+        from . import formats
+
+        return formats.open_checkpoint(files.as_path(path), format=format, config=config)
+
+    @property
+    def directory(self) -> Path:
+        """Where the config and the manifest lie."""
+        return self.folder or (self.path if self.path.is_dir() else self.path.parent)
+
+    @cached_property
+    def config(self) -> MistralConfig:
+        """What the checkpoint says of itself; raises what reading a config raises."""
+        return self.read_config()
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The metadata of all files in one mapping."""
+        return {key: value for shard in self.shards.values() for key, value in shard.metadata.items()}
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """What the values lost before they came here, each kind once."""
+        return tuple(sorted({tensor.loss for tensor in self.tensors.values() if tensor.loss}))
+
+    def dtype(self, name: str) -> np.dtype:
+        """The NumPy dtype of a tensor stored as a kind of float."""
+        return DTYPES[self.tensors[name].dtype]
+
+    def place(self, name: str) -> tuple[str, int]:
+        """Where a tensor lies: its file and the byte where it starts."""
+        tensor = self.tensors[name]
+        return str(tensor.file), tensor.start
+
+    def read(self, name: str, *, cached: bool = True) -> np.ndarray:
+        """One tensor in the table's layout; the system keeps no copy of its file's bytes unless `cached`.
+
+        Raises CorruptCheckpointError if its file changed, DtypeMismatchError if it is no kind of float.
+        """
+        return self.tensors[name].load(cached)
+
+    def check_unchanged(self) -> None:
+        """Raise CorruptCheckpointError if a file changed since its header was read."""
+        for shard in self.shards.values():
+            shard.check_unchanged()
+
+
+def stored_as_it_is(shards: Iterable[TensorFile]) -> dict[str, StoredTensor]:
+    """The tensors of files in the table's own layout, by the names of the files."""
+    return {name: _tensor(shard, info) for shard in shards for name, info in shard.tensors.items()}
+
+
+def _tensor(shard: TensorFile, info: TensorInfo) -> StoredTensor:
+    def load(cached: bool) -> np.ndarray:
+        return shard.read(info.name, cached=cached)
+
+    return StoredTensor(info.name, info.dtype, info.shape, info.file, info.start, load)
+
+
+def stored_in_layout(
+    shards: Iterable[TensorFile],
+    config: MistralConfig,
+    rows: Mapping[str, tuple[str, Parameter]],
+    layout_of: Callable[[Parameter], Layout],
+) -> dict[str, StoredTensor]:
+    """The tensors of files in another layout; `rows` is name in the file -> (canonical name, row).
+
+    A name that is no row's stays as it is, for `matching.match` to complain of.
+    """
+    found = {}
+    for shard in shards:
+        for name, info in shard.tensors.items():
+            if name in rows:
+                canonical, row = rows[name]
+                found[canonical] = _moved(shard, info, row, config, layout_of(row))
+            else:
+                found[name] = _tensor(shard, info)
+    return found
+
+
+def _moved(shard: TensorFile, info: TensorInfo, row: Parameter, config: MistralConfig, layout: Layout) -> StoredTensor:
+    def load(cached: bool) -> np.ndarray:
+        return layouts.to_canonical(shard.read(info.name, cached=cached), row, config, layout)
+
+    wanted = layouts.stored_shape(row, config, layout)
+    return _tensor(shard, info)._replace(wanted=wanted, load=load, moves=layout.moves)

@@ -1,0 +1,97 @@
+"""Writing a checkpoint of any format into an empty directory, read back by the format's own reader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import (
+    CorruptCheckpointError,
+    DtypeMismatchError,
+    MissingTensorsError,
+    ShapeMismatchError,
+    TensorMismatchError,
+    UnexpectedTensorsError,
+)
+from ..parameters import shapes
+from . import formats, manifest
+from .formats.base import Outline, Target
+from .matching import EMBEDDING, LM_HEAD
+from .tensor_file import CODES, digest, quoted
+
+
+def write_checkpoint(
+    directory: Path,
+    format: str,
+    outline: Outline,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    limit: int,
+    hashes: bool = True,
+) -> dict[str, Any]:
+    """Write a stream of (canonical name, array), in any order, and return what a manifest says of it.
+
+    With `hashes` the format's reader must give back every bit. Raises TensorMismatchError and its kinds,
+    CorruptCheckpointError, and what the format raises for what it cannot express.
+    """
+    module = formats.module_of(format)
+    module.check(outline)
+    targets = module.create(directory, outline, limit)
+    written = _Written(outline, hashes)
+    with ThreadPoolExecutor(1) as second:  # hashing releases the GIL: it runs beside writing
+        for name, array in tensors:
+            written.take(name, np.asarray(array), targets.get(name), second)
+            del array  # before the next one comes
+    digests = written.complete()
+    description = manifest.describe(directory, module.open(directory, None), hashes=hashes)
+    for name, expected in digests.items():
+        if hashes and description["tensors"].get(name, {}).get("sha256") != expected:
+            raise CorruptCheckpointError(f"{directory}: {name} reads back differently; check the disk.")
+    return description
+
+
+class _Written:
+    """What has come of an outline's tensors, each at most once."""
+
+    def __init__(self, outline: Outline, hashes: bool) -> None:
+        self.shapes = shapes(outline.config, outline.architecture)
+        self.dtypes, self.hashes = outline.dtypes, hashes
+        self.tied = outline.config.tie_word_embeddings
+        self.digests: dict[str, str] = {}
+        self.unexpected: list[str] = []
+
+    def take(self, name: str, array: np.ndarray, target: Target | None, second: ThreadPoolExecutor) -> None:
+        if name in self.digests:
+            raise TensorMismatchError(f"save: {quoted(name)} comes twice.")
+        if target is not None:
+            self._check(name, array)
+            running = second.submit(digest, target.comes_back(array)) if self.hashes else None
+            target.write(array)
+            self.digests[name] = running.result() if running else ""
+        elif name == LM_HEAD and self.tied:
+            self.digests[name] = digest(array)
+        else:
+            self.unexpected.append(quoted(name))
+
+    def _check(self, name: str, array: np.ndarray) -> None:
+        if array.shape != self.shapes[name]:
+            raise ShapeMismatchError(f"{quoted(name)}: {array.shape}, the config says {self.shapes[name]}.")
+        if CODES.get(array.dtype) != self.dtypes[name]:
+            raise DtypeMismatchError(
+                f"{quoted(name)}: {array.dtype}, {self.dtypes[name]} was announced; cast it first."
+            )
+
+    def complete(self) -> dict[str, str]:
+        """Canonical name -> digest of what was written, once everything has come."""
+        missing = sorted(set(self.shapes) - set(self.digests))
+        if self.unexpected:
+            raise UnexpectedTensorsError(f"save: the class has no place for {', '.join(sorted(self.unexpected))}.")
+        if missing:
+            raise MissingTensorsError(f"save: the tensors {', '.join(missing)} never came.")
+        if self.tied and self.hashes and self.digests.get(LM_HEAD, self.digests[EMBEDDING]) != self.digests[EMBEDDING]:
+            raise TensorMismatchError(f"save: tie_word_embeddings is true, but {LM_HEAD} is not the embedding.")
+        return {name: value for name, value in self.digests.items() if name in self.shapes}
