@@ -78,19 +78,12 @@ BODY = (
               keras_hub="layers/mistral_layer_normalization/vars/0", maxtext="decoder/decoder_norm/scale"),
 )  # fmt: skip
 
-HEADS = {
+HEADS: dict[str, tuple[Parameter, ...]] = {
     "MistralModel": (),
     "MistralForCausalLM": (
-        Parameter(
-            "lm_head.weight",
-            ("V", "D"),
-            "head",
-            raw="output.weight",
-            gguf="output.weight",
-            keras_hub="layers/reversible_embedding/vars/1",
-            maxtext="decoder/logits_dense/kernel",
-        ),
-    ),  # fmt: skip
+        Parameter("lm_head.weight", ("V", "D"), "head", raw="output.weight", gguf="output.weight",
+                  keras_hub="layers/reversible_embedding/vars/1", maxtext="decoder/logits_dense/kernel"),
+    ),
     "MistralForSequenceClassification": (Parameter("score.weight", ("C", "D"), "head"),),
     "MistralForTokenClassification": (
         Parameter("score.weight", ("C", "D"), "head"),
@@ -100,7 +93,7 @@ HEADS = {
         Parameter("qa_outputs.weight", ("2", "D"), "head"),
         Parameter("qa_outputs.bias", ("2",), "head"),
     ),
-}
+}  # fmt: skip
 """Class name -> the rows of its head; the class names are the same in every backend and in `architectures`."""
 
 BASE_PREFIX = "model."

@@ -1,7 +1,7 @@
 """The formats of weights: one row each, one module each, found by name and content, never by guessing.
 
-A new format is a module with `open`, `check` and `create` (see `base.Format`) and a row here; the module may lie in another
-package that registers it at the entry point `mistral.formats`.
+A new format is a module with `open`, `check` and `create` (see `base.Format`) and a row here; the module may lie in
+another package that registers it at the entry point `mistral.formats`.
 """
 
 from __future__ import annotations
