@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .text.stream import TextIteratorStreamer as TextIteratorStreamer
     from .text.stream import TextStreamer as TextStreamer
     from .text.tokenizer import MistralTokenizer as MistralTokenizer
+    from .weights.convert import convert as convert
 
     AutoConfig = MistralConfig
     AutoTokenizer = MistralTokenizer
@@ -28,6 +29,7 @@ _PUBLIC = {
     "AutoTokenizer": (".text.tokenizer", "MistralTokenizer"),
     "PRESETS": (".presets", "PRESETS"),
     "TINY": (".presets", "TINY"),
+    "convert": (".weights.convert", "convert"),
     "MistralError": (".errors", "MistralError"),
 }
 

@@ -274,8 +274,8 @@ def write_raw(config: MistralConfig) -> dict[str, Any]:
             "apply_scale": rope.rotary_table(config).attention_factor != 1.0,
         }
     fields, _ = _read_raw(data, PARAMS)
-    found = dict(rope_scaling=fields.get("rope_scaling"), rope_theta=fields["rope_theta"], head_dim=config.head_dim)
-    if rope.rotary_table(config) != rope.rotary_table(config.replace(**found)):
+    found = config.replace(rope_scaling=fields.get("rope_scaling"), rope_theta=fields["rope_theta"])
+    if rope.rotary_table(config) != rope.rotary_table(found):
         raise UnsupportedFeatureError(
             f"raw: {PARAMS} cannot say rope_scaling {dict(scaling or {})}; of scalings it has yarn with or without "
             "its attention factor."

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
 import traceback
-from typing import Any
 
 from ..errors import MistralError
 
@@ -16,6 +16,9 @@ COMMANDS = {
     "info": "what a checkpoint, or a published size, is: sizes, memory, window, files",
     "generate": "continue a prompt",
     "check": "whether the installed backends agree with the reference on a checkpoint",
+    "convert": "write a checkpoint as another format, bit for bit",
+    "verify": "compare a checkpoint with the SHA-256 sums of its manifest",
+    "diff": "compare two checkpoints of any formats tensor by tensor",
 }
 
 # one GPU for three frameworks: none of them may take it all, and TensorFlow need not tell its life
@@ -27,9 +30,10 @@ POLITE = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0 is success, 1 a failed check, 2 an error, 130 Ctrl-C, 141 a pipe closed by its reader."""
+    """Run a command; 0 is success, 1 a failed check, 2 an error, 130 Ctrl-C, 141 a closed pipe, 143 SIGTERM."""
     from .._version import __version__
 
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="mistral", description="One Mistral for PyTorch, JAX and Keras.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
@@ -37,10 +41,12 @@ def main(argv: list[str] | None = None) -> int:
         command = commands.add_parser(name, help=summary, description=summary)
         command.add_argument("-v", "--verbose", action="store_true", help="show the traceback of an error")
         command.add_argument("--json", action="store_true", help="print JSON")
-        _arguments(command, name)
+        if name in argv:  # the others need not be imported
+            importlib.import_module(f".{name}", __name__).arguments(command)
     options = parser.parse_args(argv)
     for variable, value in POLITE.items():
         os.environ.setdefault(variable, value)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is removed
     try:
         status = int(importlib.import_module(f".{options.command}", __name__).run(options))
         print(end="", flush=True)  # a closed pipe shows here, not at exit
@@ -55,24 +61,13 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
         return 141
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def _arguments(command: argparse.ArgumentParser, name: str) -> None:
-    if name == "info":
-        command.add_argument("path", help="a checkpoint directory, a hub id, or the name of a published size")
-        return
-    default: dict[str, Any] = {"nargs": "?"} if name in ("demo", "check") else {}
-    command.add_argument("path", help="a checkpoint directory or a hub id (demo, check: the embedded one)", **default)
-    if name == "generate":
-        importlib.import_module(".generate", __name__).arguments(command)
-    else:
-        command.add_argument("--backend", action="append", help="only this one; may be repeated")
-    if name == "demo":
-        command.add_argument("--prompt", help="the text to continue")
-        command.add_argument("--max-new-tokens", type=int, default=256)
-    else:
-        default_dtype = "the checkpoint's own" if name == "generate" else "float32"
-        command.add_argument("--dtype", help=f"float32, bfloat16 or float16; default: {default_dtype}")
+def backend_argument(command: argparse.ArgumentParser) -> None:
+    """Let the command be limited to some backends."""
+    command.add_argument("--backend", action="append", help="only this one; may be repeated")
 
 
 def progress(text: str) -> None:

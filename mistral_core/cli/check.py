@@ -7,7 +7,14 @@ import argparse
 from .. import backend as backends
 from ..data import TINY_CHECKPOINT
 from ..errors import MissingExtraError
-from . import progress
+from . import backend_argument, progress
+
+
+def arguments(command: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    command.add_argument("path", nargs="?", help="a checkpoint directory or a hub id; default: the embedded one")
+    backend_argument(command)
+    command.add_argument("--dtype", help="float32, bfloat16 or float16; default: float32")
 
 
 def run(options: argparse.Namespace) -> int:

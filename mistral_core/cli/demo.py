@@ -18,7 +18,7 @@ from ..generation import GenerationConfig
 from ..reference import heads
 from ..text.tokenizer import MistralTokenizer
 from ..weights import pretrained
-from . import progress
+from . import backend_argument, progress
 
 PROMPT = "Elizabeth was surprised"
 BOUND = 32.0
@@ -49,6 +49,14 @@ class Expected(NamedTuple):
     tokens: np.ndarray
     logits: np.ndarray
     prompt: int
+
+
+def arguments(command: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    command.add_argument("path", nargs="?", help="a checkpoint directory or a hub id; default: the embedded one")
+    backend_argument(command)
+    command.add_argument("--prompt", help="the text to continue")
+    command.add_argument("--max-new-tokens", type=int, default=256)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -36,7 +36,9 @@ EVERY = 5.0
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
-    """What the command takes beside a path."""
+    """What the command takes."""
+    command.add_argument("path", help="a checkpoint directory or a hub id")
+    command.add_argument("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's own")
     command.add_argument("prompt", nargs="?", default="-", help="the text to continue; - or nothing reads stdin")
     command.add_argument("--backend", help="torch, flax or tf; default: the first that is installed")
     for name, kind in OPTIONS.items():

@@ -17,6 +17,11 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 TOKENIZERS = ("tokenizer.json", *OTHER_FILES)
 
 
+def arguments(command: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    command.add_argument("path", help="a checkpoint directory, a hub id, or the name of a published size")
+
+
 def run(options: argparse.Namespace) -> int:
     """Print the facts of a path or a preset."""
     facts = describe(options.path)

@@ -13,7 +13,7 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -101,7 +101,11 @@ def check_bare_name(name: str, where: str) -> None:
 
 def is_weights(name: str) -> bool:
     """Whether a file name is one of `WEIGHT_FILES`."""
-    return any(fnmatch(name, pattern) for pattern in WEIGHT_FILES)
+    return _matches(name, WEIGHT_FILES)
+
+
+def _matches(name: str, patterns: Collection[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def require_space(directory: PathLike, size: int) -> None:
@@ -116,10 +120,12 @@ def require_space(directory: PathLike, size: int) -> None:
 
 
 @contextlib.contextmanager
-def atomic_directory(target: PathLike, *, overwrite: bool = True) -> Iterator[Path]:
+def atomic_directory(
+    target: PathLike, *, overwrite: bool = True, replaces: Collection[str] = WEIGHT_FILES
+) -> Iterator[Path]:
     """Yield an empty sibling directory that takes the place of `target` if, and only if, the body succeeds.
 
-    Files of the old directory that are not weights and that the new one lacks are carried along.
+    What the old directory has and the new one lacks is carried along, but for names that match one of `replaces`.
     Raises OutputExistsError, OutputBusyError, NoSpaceError, ConversionError; the old one is then untouched.
     """
     path = _checked(target, overwrite)
@@ -133,7 +139,7 @@ def atomic_directory(target: PathLike, *, overwrite: bool = True) -> Iterator[Pa
             try:
                 yield temporary
                 if path.exists():
-                    _carry(path, temporary)
+                    _carry(path, temporary, replaces)
                     temporary.chmod(stat.S_IMODE(path.stat().st_mode))
                 _sync_tree(temporary)
                 _swap(temporary, path)
@@ -174,11 +180,11 @@ def _sweep(path: Path) -> None:
                 shutil.rmtree(entry.path, ignore_errors=True)
 
 
-def _carry(old: Path, new: Path) -> None:
-    """Bring along what is not weights and not replaced."""
+def _carry(old: Path, new: Path, replaces: Collection[str]) -> None:
+    """Bring along what is not replaced."""
     for entry in os.scandir(old):
         destination = new / entry.name
-        if os.path.lexists(destination) or is_weights(entry.name):
+        if os.path.lexists(destination) or _matches(entry.name, replaces):
             continue
         if entry.is_dir(follow_symlinks=False):
             shutil.copytree(entry.path, destination, symlinks=True, copy_function=_link)

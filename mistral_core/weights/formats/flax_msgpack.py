@@ -21,6 +21,7 @@ FAMILY = Family(
     msgpack_file.create,
 )
 _PREFIX = BASE_PREFIX.replace(".", "/")
+LAYOUT = layouts.kernel
 
 
 def open(path: Path, config: MistralConfig | None) -> Checkpoint:
@@ -32,7 +33,7 @@ def open(path: Path, config: MistralConfig | None) -> Checkpoint:
         path,
         "flax-msgpack",
         {shard.path: shard for shard in shards},
-        stored_in_layout(shards, config, rows_by(flax_name, config, prefix=prefix), layouts.kernel),
+        stored_in_layout(shards, config, rows_by(flax_name, config, prefix=prefix), LAYOUT),
         lambda: config,
         base.texts_in(path if path.is_dir() else path.parent),
     )
@@ -48,5 +49,5 @@ def create(directory: Path, outline: Outline, limit: int) -> dict[str, Target]:
     base.write_hugging_face_config(directory, outline)
     prefix = _PREFIX if outline.architecture == "MistralModel" else ""
     names = {name: flax_name(name, row).removeprefix(prefix) for name, row in outline.rows().items()}
-    infos = create_shards(directory, base.specs_in_layout(outline, names, layouts.kernel), limit, FAMILY)
-    return base.targets_in_layout(infos, outline, names, layouts.kernel)
+    infos = create_shards(directory, base.specs_in_layout(outline, names, LAYOUT), limit, FAMILY)
+    return base.targets_in_layout(infos, outline, names, LAYOUT)

@@ -14,6 +14,7 @@ from .base import Outline, Target
 from .transformers_names import flax_name, lacking, rows_by
 
 FAMILY = safetensors_family("model", "model-{:05d}-of-{:05d}.safetensors", framework="flax")
+LAYOUT = layouts.kernel
 
 
 def open(path: Path, config: MistralConfig | None) -> Checkpoint:
@@ -25,7 +26,7 @@ def open(path: Path, config: MistralConfig | None) -> Checkpoint:
         path,
         "flax-safetensors",
         {shard.path: shard for shard in shards},
-        stored_in_layout(shards, config, rows_by(_name, config, prefix=prefix), layouts.kernel),
+        stored_in_layout(shards, config, rows_by(_name, config, prefix=prefix), LAYOUT),
         lambda: config,
         base.texts_in(path if path.is_dir() else path.parent),
     )
@@ -41,8 +42,8 @@ def create(directory: Path, outline: Outline, limit: int) -> dict[str, Target]:
     base.write_hugging_face_config(directory, outline)
     prefix = BASE_PREFIX if outline.architecture == "MistralModel" else ""
     names = {name: _name(name, row).removeprefix(prefix) for name, row in outline.rows().items()}
-    infos = create_shards(directory, base.specs_in_layout(outline, names, layouts.kernel), limit, FAMILY)
-    return base.targets_in_layout(infos, outline, names, layouts.kernel)
+    infos = create_shards(directory, base.specs_in_layout(outline, names, LAYOUT), limit, FAMILY)
+    return base.targets_in_layout(infos, outline, names, LAYOUT)
 
 
 def _name(name: str, row: Parameter) -> str:

@@ -18,6 +18,7 @@ from .base import Outline, Target
 
 PARAMS = "params.json"
 FAMILY = safetensors_family("consolidated", "consolidated-{:05d}-of-{:05d}.safetensors", framework="pt")
+LAYOUT = layouts.rotary_pairs
 
 
 def open(path: Path, config: MistralConfig | None) -> Checkpoint:
@@ -30,7 +31,7 @@ def from_shards(path: Path, format: str, shards: list[TensorFile], config: Mistr
     directory = path if path.is_dir() else path.parent
     config = config or read_config(directory)
     rows = {row.raw.format(layer_of(name)): (name, row) for name, row in parameters(config) if row.raw}
-    tensors = stored_in_layout(shards, config, rows, layouts.rotary_pairs)
+    tensors = stored_in_layout(shards, config, rows, LAYOUT)
     if config.tie_word_embeddings and "output.weight" in tensors:  # a copy of the embedding, which matching compares
         tensors["lm_head.weight"] = tensors.pop("output.weight")
     return Checkpoint(
@@ -48,7 +49,7 @@ def read_config(directory: Path) -> MistralConfig:
     file = directory / PARAMS
     data = strict_json.read_object(file, error=ConfigError)
     fields, extra = config_dialects.read(data, where=str(file))
-    return carried.config(directory, {**fields, "extra": extra})
+    return carried.config(directory, {**fields, "extra": extra} if extra else fields)
 
 
 def check(outline: Outline) -> None:
@@ -63,6 +64,6 @@ def create(directory: Path, outline: Outline, limit: int) -> dict[str, Target]:
     params = json.dumps(config_dialects.write_raw(outline.config), indent=2) + "\n"
     files.write_file(directory / PARAMS, params.encode())
     names = {name: row.raw.format(layer_of(name)) for name, row in outline.rows().items() if row.raw}
-    specs = base.specs_in_layout(outline, names, layouts.rotary_pairs)
+    specs = base.specs_in_layout(outline, names, LAYOUT)
     infos = create_shards(directory, specs, limit, FAMILY)
-    return base.targets_in_layout(infos, outline, names, layouts.rotary_pairs)
+    return base.targets_in_layout(infos, outline, names, LAYOUT)

@@ -13,6 +13,7 @@ from .base import Outline, Target
 from .transformers_names import rows_by, tf_name
 
 FAMILY = safetensors_family("model", "model-{:05d}-of-{:05d}.safetensors", framework="tf")
+LAYOUT = layouts.kernel
 
 
 def open(path: Path, config: MistralConfig | None) -> Checkpoint:
@@ -23,7 +24,7 @@ def open(path: Path, config: MistralConfig | None) -> Checkpoint:
         path,
         "tf-safetensors",
         {shard.path: shard for shard in shards},
-        stored_in_layout(shards, config, rows_by(tf_name, config), layouts.kernel),
+        stored_in_layout(shards, config, rows_by(tf_name, config), LAYOUT),
         lambda: config,
         base.texts_in(path if path.is_dir() else path.parent),
     )
@@ -38,5 +39,5 @@ def create(directory: Path, outline: Outline, limit: int) -> dict[str, Target]:
     base.write_texts(directory, outline.texts)
     base.write_hugging_face_config(directory, outline)
     names = {name: tf_name(name, row) for name, row in outline.rows().items()}
-    infos = create_shards(directory, base.specs_in_layout(outline, names, layouts.kernel), limit, FAMILY)
-    return base.targets_in_layout(infos, outline, names, layouts.kernel)
+    infos = create_shards(directory, base.specs_in_layout(outline, names, LAYOUT), limit, FAMILY)
+    return base.targets_in_layout(infos, outline, names, LAYOUT)

@@ -1,0 +1,371 @@
+"""Any checkpoint to any format: one tensor at a time, read back, all or nothing."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config import MistralConfig
+from ..errors import (
+    ConversionError,
+    CorruptCheckpointError,
+    DtypeMismatchError,
+    LossyConversionError,
+    NonFiniteWeightsError,
+    OutputExistsError,
+)
+from ..parameters import Parameter, shapes
+from . import casting, files, fingerprint, formats, hub, manifest
+from .formats.base import TEXT_FILES, Outline
+from .layouts import Layout
+from .matching import canonical_names, match, own_class
+from .opened import Checkpoint
+from .shards import shard_bytes
+from .tensor_file import DTYPES
+from .writing import write_checkpoint
+
+VERIFY = ("off", "hashes", "logits")
+GGUF_TYPES = ("Q8_0", "Q4_0")
+
+
+@dataclass
+class Report:
+    """What a conversion did, or with `dry_run` would do."""
+
+    source: str
+    source_format: str
+    destination: str
+    format: str
+    architecture: str
+    tensors: int
+    bytes: int
+    """Of the numbers that are written."""
+    dtypes: dict[str, int]
+    """Dtype code -> how many tensors have it."""
+    moves: dict[str, int]
+    """What is done to tensors on their way -> how many it is done to."""
+    texts: list[str]
+    """The tokenizer and generation files that travel along."""
+    losses: dict[str, str] = field(default_factory=dict)
+    """Tensor, or `source`, -> what it lost."""
+    seconds: float = 0.0
+    logits: dict[str, Any] | None = None
+    """The fingerprint of `verify="logits"`."""
+
+    def __str__(self) -> str:
+        moves = "; ".join(f"{count} {move}" for move, count in self.moves.items()) or "nothing moves"
+        lines = [
+            f"{self.source} ({self.source_format}) -> {self.destination} ({self.format})",
+            f"{self.architecture}: {self.tensors} tensors, {self.bytes:,} bytes, "
+            + ", ".join(f"{count} {dtype}" for dtype, count in self.dtypes.items()),
+            f"moves: {moves}",
+            f"files that travel along: {', '.join(self.texts) or 'none'}",
+            *(f"lost in {name}: {loss}" for name, loss in self.losses.items()),
+        ]
+        return "\n".join(lines)
+
+
+def convert(
+    source: files.PathLike,
+    destination: files.PathLike,
+    *,
+    to: str,
+    source_format: str | None = None,
+    config: MistralConfig | None = None,
+    dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    verify: str = "hashes",
+    allow_lossy: bool = False,
+    check_finite: bool = True,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    options: Mapping[str, str] | None = None,
+    **hub_arguments: Any,
+) -> Report:
+    """Write the checkpoint at a path or hub id as another format, bit for bit, into the directory `destination`.
+
+    `to` and `source_format` are names of `formats.FORMATS`; the source's is found out where it can be only one.
+    `dtype` (None: each tensor's own) is float64, float32, bfloat16, float16 or, in GGUF, Q8_0 or Q4_0. `verify` is off,
+    hashes (everything is read back and hashed), or logits (and run through the reference). What would change numbers
+    raises LossyConversionError unless `allow_lossy`; NaN or infinity NonFiniteWeightsError unless not `check_finite`.
+    `progress(done, total)` is told bytes. `options` are those of one format. `config` is for a source that has none.
+
+    The destination is the old one or the new one, whole, whatever happens. Raises ConversionError, CheckpointError,
+    ConfigError, HubError and their kinds.
+    """
+    if verify not in VERIFY:
+        raise ConversionError(f"verify: {verify!r}, one of {', '.join(VERIFY)} was expected.")
+    started = time.monotonic()
+    target = files.as_path(destination)
+    row = formats.FORMATS.get(to)
+    if row is None or not row.written:
+        writable = ", ".join(name for name, each in formats.FORMATS.items() if each.written)
+        raise ConversionError(f"to: {to!r} is not written; one of {writable} was expected.")
+    limit = shard_bytes(max_shard_size)
+    _check_target(target, overwrite)
+    path = hub.resolve(source, **hub_arguments)
+    _check_apart(path, target)
+    checkpoint = open_source(path, source_format, config)
+    manifest.verify(checkpoint.directory, "sizes")
+    plan = _plan(checkpoint, target, to, dtype, options)
+    _check_lossless(plan, allow_lossy, check=not dry_run)
+    if dry_run:
+        return plan.report
+    _write(plan, limit, overwrite, verify, allow_lossy, check_finite, progress)
+    plan.report.seconds = time.monotonic() - started
+    return plan.report
+
+
+def open_source(path: Path, source_format: str | None, config: MistralConfig | None = None) -> Checkpoint:
+    """The checkpoint at a path; raises ConversionError where it could be of several formats."""
+    if source_format is None:
+        found = formats.detect(path)
+        if len(found) > 1:
+            raise formats.several(path, found)
+        source_format = found[0]
+    return Checkpoint.open(path, format=source_format, config=config)
+
+
+# The plan
+
+
+@dataclass
+class _Plan:
+    checkpoint: Checkpoint
+    target: Path
+    format: str
+    outline: Outline
+    sources: Mapping[str, str]
+    """Canonical name -> name in the source."""
+    report: Report
+    known_losses: dict[str, str]
+    """What is lost whatever the numbers are."""
+
+
+def _plan(checkpoint: Checkpoint, target: Path, to: str, dtype: str | None, options: Mapping[str, str] | None) -> _Plan:
+    config = checkpoint.config
+    names = canonical_names(checkpoint.tensors)
+    architecture = own_class(config, names)
+    matched = match(checkpoint.tensors, config, architecture, read=checkpoint.read, where=str(checkpoint.path))
+    sources = {name: source for name, source in matched.items() if source is not None}
+    code, chosen = _code_of(dtype, to), dict(options or {})
+    if dtype is not None and dtype.upper() in GGUF_TYPES:
+        chosen["gguf_type"] = dtype.upper()
+    dtypes = {name: code or checkpoint.tensors[source].dtype for name, source in sources.items()}
+    texts = {name: read() for name, read in checkpoint.texts.items()}
+    outline = Outline(config, architecture, dtypes, texts, chosen)
+    module = formats.module_of(to)
+    module.check(outline)
+    losses = {"source": "; ".join(checkpoint.losses)} if checkpoint.losses else {}
+    losses |= module.lossy(outline) if hasattr(module, "lossy") else {}
+    sizes = {name: math.prod(shape) for name, shape in shapes(config, architecture).items()}
+    report = Report(
+        str(checkpoint.path),
+        checkpoint.format,
+        str(target),
+        to,
+        architecture,
+        len(sources),
+        sum(sizes[name] * DTYPES[dtypes[name]].itemsize for name in sources),
+        _counted(dtypes.values()),
+        _moves(checkpoint, sources, outline, getattr(module, "LAYOUT", None)),
+        sorted(texts),
+        dict(losses),
+    )
+    return _Plan(checkpoint, target, to, outline, sources, report, losses)
+
+
+def _code_of(dtype: str | None, to: str) -> str | None:
+    """The dtype code to cast to before writing; None where tensors keep their own."""
+    if dtype is None or (to == "gguf" and dtype.upper() in GGUF_TYPES):
+        return None
+    for code, kind in DTYPES.items():
+        if dtype in (kind.name, code):
+            return code
+    names = [kind.name for kind in DTYPES.values()]
+    raise DtypeMismatchError(f"dtype: {dtype!r}, one of {', '.join(names)} (gguf: {', '.join(GGUF_TYPES)}) expected.")
+
+
+def _counted(items: Iterable[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for item in items:
+        counts[item] = counts.get(item, 0) + 1
+    return counts
+
+
+def _moves(
+    checkpoint: Checkpoint,
+    sources: Mapping[str, str],
+    outline: Outline,
+    layout_of: Callable[[Parameter], Layout] | None,
+) -> dict[str, int]:
+    """What the source's layout and the target's ask for; a move that is undone and done again is told twice."""
+    undone = (move for source in sources.values() if (move := checkpoint.tensors[source].moves))
+    done = (move for row in outline.rows().values() if layout_of and (move := layout_of(row).moves))
+    before = {f"no longer {move}": count for move, count in _counted(undone).items()}
+    return before | {f"now {move}": count for move, count in _counted(done).items()}
+
+
+# Checks before anything is written
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if target.suffix in (".gguf", ".safetensors", ".msgpack", ".h5", ".keras") and not target.is_dir():
+        raise ConversionError(
+            f"{target}: names a file; give a directory, in which the weights, the config and the manifest will lie."
+        )
+    if os.path.lexists(target) and not overwrite:
+        raise OutputExistsError(f"{target}: is there already; choose another path or pass overwrite (--overwrite).")
+
+
+def _check_apart(source: Path, target: Path) -> None:
+    """Raise ConversionError where one lies in the other, by whatever names."""
+    real_source, real_target = Path(os.path.realpath(source)), Path(os.path.realpath(target))
+    folder = real_source if real_source.is_dir() else real_source.parent
+    same = target.exists() and os.path.samefile(folder, target)
+    if (
+        same
+        or real_source.is_relative_to(real_target)
+        or (real_source.is_dir() and real_target.is_relative_to(real_source))
+    ):
+        raise ConversionError(f"{target}: is, holds or lies in the source {source}; choose another directory.")
+
+
+def _check_lossless(plan: _Plan, allow_lossy: bool, *, check: bool) -> None:
+    if check and plan.known_losses and not allow_lossy:
+        lines = "; ".join(f"{name}: {loss}" for name, loss in list(plan.known_losses.items())[:4])
+        raise LossyConversionError(
+            f"{plan.checkpoint.path} -> {plan.format} changes numbers ({lines}); pass allow_lossy (--allow-lossy) if "
+            "that is meant."
+        )
+
+
+# Writing
+
+
+def _write(
+    plan: _Plan,
+    limit: int,
+    overwrite: bool,
+    verify: str,
+    allow_lossy: bool,
+    check_finite: bool,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    checkpoint = plan.checkpoint
+    losses: dict[str, casting.Loss] = {}
+    with files.atomic_directory(plan.target, overwrite=overwrite, replaces=REPLACED) as temporary:
+        stream = _ahead(_cast(plan, allow_lossy, check_finite, losses))
+        told = _told(stream, plan.report.bytes, progress)
+        description = write_checkpoint(temporary, plan.format, plan.outline, told, limit=limit, hashes=verify != "off")
+        plan.report.losses |= {name: str(loss) for name, loss in losses.items()}
+        if verify == "logits":
+            plan.report.logits = _same_logits(plan, temporary)
+        description |= {
+            "config": _config(plan).to_dict(),
+            "checkpoint": {"format": plan.format, "architecture": plan.outline.architecture},
+            "source": _source(checkpoint, hashes=verify != "off"),
+            "losses": plan.report.losses,
+        }
+        if plan.report.logits is not None:
+            description["logits"] = plan.report.logits
+        checkpoint.check_unchanged()
+        manifest.store(temporary, description)
+
+
+REPLACED = (
+    *files.WEIGHT_FILES,
+    *(name.partition("/")[0] for row in formats.FORMATS.values() for name in row.files),
+    *("flax_model-*.msgpack", "tf_model-*.h5", "model_*.weights.h5", "consolidated.*.pth", "pytorch_model-*.bin"),
+    *("config.json", "params.json", "metadata.json", "task.json", "preprocessor.json", "assets"),
+    *TEXT_FILES,
+)
+"""What a converted checkpoint never keeps from the directory that it replaces; everything else stays."""
+
+
+def _cast(
+    plan: _Plan, allow_lossy: bool, check_finite: bool, losses: dict[str, casting.Loss]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors in the order of the source's files."""
+    checkpoint = plan.checkpoint
+    for name, source in sorted(plan.sources.items(), key=lambda pair: checkpoint.place(pair[1])):
+        array = checkpoint.read(source, cached=False)
+        if check_finite and not casting.is_finite(array):
+            first = [int(i) for i in np.unravel_index(int(np.isfinite(array).argmin()), array.shape)]
+            raise NonFiniteWeightsError(
+                f"{checkpoint.path}: NaN or infinity in {name}, first at {first}; pass check_finite=False "
+                "(--allow-nonfinite) to convert it as it is."
+            )
+        array, loss = casting.cast(array, DTYPES[plan.outline.dtypes[name]])
+        if loss.changed:
+            losses[name] = loss
+            if not allow_lossy:
+                raise LossyConversionError(
+                    f"{name} as {plan.outline.dtypes[name]}: {loss}; pass allow_lossy (--allow-lossy) if that is meant."
+                )
+        yield name, array
+        del array  # before the next one comes
+
+
+def _ahead(stream: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """The same stream, its next item being made while the last one is used."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, stream, None)
+        while (item := coming.result()) is not None:
+            coming = reader.submit(next, stream, None)
+            yield item
+            del item
+
+
+def _told(
+    stream: Iterator[tuple[str, np.ndarray]], total: int, progress: Callable[[int, int], None] | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    done = 0
+    for name, array in stream:
+        done += array.nbytes
+        yield name, array
+        del array
+        if progress is not None:
+            progress(done, total)
+
+
+def _config(plan: _Plan) -> MistralConfig:
+    codes = [code for code in plan.outline.dtypes.values() if code in DTYPES]
+    dtype = DTYPES[codes[0]].name if codes else None
+    return plan.outline.config.replace(architectures=(plan.outline.architecture,), dtype=dtype)
+
+
+def _source(checkpoint: Checkpoint, *, hashes: bool) -> dict[str, Any]:
+    """Where a checkpoint came from: the commit, if it is a hub snapshot, and its files."""
+    known: dict[str, Any] = {}
+    if (checkpoint.directory / manifest.NAME).exists():
+        known = manifest.read(checkpoint.directory)["files"]
+    entries = {}
+    for path, shard in checkpoint.shards.items():
+        digest = known.get(path.name, {}).get("sha256") or (manifest.file_digest(path) if hashes else None)
+        entries[path.name] = {"size": shard.stamp[2], "sha256": digest}
+    snapshot = checkpoint.directory.name if checkpoint.directory.parent.name == "snapshots" else None
+    return {"format": checkpoint.format, "files": entries, "commit": snapshot}
+
+
+def _same_logits(plan: _Plan, directory: Path) -> dict[str, Any]:
+    """The fingerprint of source and result; raises CorruptCheckpointError where they should be equal and are not."""
+    before = fingerprint.of(plan.checkpoint, plan.outline.architecture)
+    after = fingerprint.of(
+        formats.module_of(plan.format).open(directory, plan.outline.config), plan.outline.architecture
+    )
+    difference = fingerprint.difference(before, after)
+    if difference and not plan.report.losses:
+        raise CorruptCheckpointError(
+            f"{plan.target}: its logits differ from the source's by {difference:.3g}; report this as a bug."
+        )
+    return {**after, "max_abs_difference_from_source": difference}

@@ -1,0 +1,98 @@
+"""Two checkpoints of any formats, compared tensor by tensor, and layer by layer where they are run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from ..errors import ConfigError
+from . import fingerprint
+from .matching import canonical_names
+from .opened import Checkpoint
+
+
+class TensorDifference(NamedTuple):
+    """One tensor of two checkpoints."""
+
+    name: str
+    same_bits: bool
+    what: str
+    """Empty, or what keeps their numbers from being compared: a tensor that one lacks, other shapes."""
+    dtypes: tuple[str, str]
+    max_abs: float = 0.0
+    max_ulp: float = 0.0
+    """In units of the last place of the narrower dtype, at the number."""
+    changed: int = 0
+    """How many numbers differ; a NaN differs from everything but a NaN."""
+
+
+class LayerDifference(NamedTuple):
+    """The hidden states of two checkpoints after one layer."""
+
+    layer: str
+    max_abs: float
+    relative: float
+    """To the largest hidden state."""
+
+
+def tensors(first: Checkpoint, second: Checkpoint) -> Iterator[TensorDifference]:
+    """Yield a difference for every tensor of either, in the order of the first one's files; one pair in memory."""
+    a, b = canonical_names(first.tensors), canonical_names(second.tensors)
+    for name in sorted(a, key=lambda name: first.place(a[name])):
+        if name not in b:
+            yield TensorDifference(name, False, f"only in {first.path}", (first.tensors[a[name]].dtype, ""))
+        else:
+            yield _compared(name, first.read(a[name]), second.read(b[name]))
+    for name in sorted(set(b) - set(a)):
+        yield TensorDifference(name, False, f"only in {second.path}", ("", second.tensors[b[name]].dtype))
+
+
+def _compared(name: str, a: np.ndarray, b: np.ndarray) -> TensorDifference:
+    dtypes = (a.dtype.name, b.dtype.name)
+    if a.shape != b.shape:
+        return TensorDifference(name, False, f"shapes {a.shape} and {b.shape}", dtypes)
+    if a.dtype == b.dtype and np.array_equal(_bits(a), _bits(b)):
+        return TensorDifference(name, True, "", dtypes)
+    narrow = min(a.dtype, b.dtype, key=lambda dtype: ml_dtypes.finfo(dtype).nmant)
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    changed = (x != y) & ~(np.isnan(x) & np.isnan(y))
+    with np.errstate(invalid="ignore"):
+        distance = np.where(changed, np.abs(x - y), 0.0)
+    if not changed.any():
+        return TensorDifference(name, False, "", dtypes)
+    info = ml_dtypes.finfo(narrow)
+    with np.errstate(invalid="ignore", over="ignore"):
+        exponent = np.maximum(np.frexp(np.maximum(np.abs(x), np.abs(y)))[1] - 1, info.minexp)
+        ulp = distance * np.ldexp(1.0, info.nmant - exponent)
+    largest = float(np.nan_to_num(distance, nan=np.inf).max())
+    return TensorDifference(
+        name, False, "", dtypes, largest, float(np.nan_to_num(ulp, nan=np.inf).max()), int(changed.sum())
+    )
+
+
+def layers(first: Checkpoint, second: Checkpoint, ids: np.ndarray) -> Iterator[LayerDifference]:
+    """Yield how far the hidden states of ids [B, T] part, after the embeddings, each layer and the last norm.
+
+    Both run in the float64 reference. Raises ConfigError where the two have not the same layers.
+    """
+    if first.config.num_hidden_layers != second.config.num_hidden_layers:
+        raise ConfigError(
+            f"{first.path} has {first.config.num_hidden_layers} layers, {second.path} "
+            f"{second.config.num_hidden_layers}; compare models of one depth."
+        )
+    names = ["embeddings", *(f"layer {i}" for i in range(first.config.num_hidden_layers)), "norm"]
+    pairs = zip(
+        fingerprint.layer_states(first.config, fingerprint.Lazy(first), ids),
+        fingerprint.layer_states(second.config, fingerprint.Lazy(second), ids),
+        strict=True,
+    )
+    for name, (x, y) in zip(names, pairs, strict=True):
+        distance = float(np.abs(x - y).max())
+        yield LayerDifference(name, distance, distance / max(float(np.abs(x).max()), 1e-300))
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)

@@ -1,0 +1,69 @@
+"""A to B to A gives back every bit, for every ordered pair of lossless formats."""
+
+import itertools
+
+import pytest
+from samples import CAUSAL, CONFIGS, any_bits, assert_same, read, write
+
+from mistral_core import TINY, convert, errors
+from mistral_core.parameters import HEADS
+from mistral_core.weights import formats
+from mistral_core.weights.opened import Checkpoint
+
+FORMATS = tuple(name for name, row in formats.FORMATS.items() if row.written and row.lossless)
+ANY_CLASS = tuple(name for name in FORMATS if name not in ("raw", "gguf", "keras-hub", "maxtext"))
+# a window of GGUF's is told by a warning, MaxText divides queries by sqrt(head_dim), KerasHub has no yarn
+CANNOT = {
+    "tied": ("keras-hub",),
+    "windows by layer": ("keras-hub", "gguf"),
+    "yarn": ("keras-hub",),
+}
+pytestmark = pytest.mark.filterwarnings("ignore:.*sliding_window")
+
+
+def same_config(path, config):
+    found = Checkpoint.open(path).config
+    assert found.replace(dtype=None) == config.replace(architectures=found.architectures)
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(FORMATS, 2)))
+def test_there_and_back(tmp_path, first, second):
+    config = TINY.replace(head_dim=16, use_cache=False)  # a power of four: MaxText's scale is exact
+    arrays = any_bits(config, "float32" if "maxtext" in (first, second) else "bfloat16")
+    if "maxtext" in (first, second):
+        arrays = {name: array * 0 + 0.5 for name, array in arrays.items()}
+    write(tmp_path / "a", first, arrays, config)
+    convert(tmp_path / "a", tmp_path / "b", to=second, check_finite=False)
+    convert(tmp_path / "b", tmp_path / "c", to=first, check_finite=False)
+    assert formats.detect(tmp_path / "b") == [second]
+    assert_same(read(tmp_path / "c"), arrays)
+    same_config(tmp_path / "c", config)
+
+
+@pytest.mark.parametrize("format", [name for name in FORMATS if name != "maxtext"])
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_config_in_every_format(tmp_path, name, format, dtype):
+    config = CONFIGS[name]
+    source = write(tmp_path / "hf", "hf", any_bits(config, dtype), config)
+    if format in CANNOT.get(name, ()):
+        with pytest.raises(errors.UnsupportedFeatureError):
+            convert(source, tmp_path / "there", to=format, check_finite=False)
+        assert not (tmp_path / "there").exists()
+        return
+    convert(source, tmp_path / "there", to=format, check_finite=False, max_shard_size="20KB")
+    convert(tmp_path / "there", tmp_path / "back", to="hf", check_finite=False)
+    assert_same(read(tmp_path / "back"), any_bits(config, dtype))
+    same_config(tmp_path / "back", config)
+
+
+@pytest.mark.parametrize("format", ANY_CLASS)
+@pytest.mark.parametrize("architecture", [name for name in HEADS if name != CAUSAL])
+def test_every_class_where_it_can_be_held(tmp_path, format, architecture):
+    config = TINY.replace(num_labels=5)
+    arrays = any_bits(config, "float16", architecture)
+    source = write(tmp_path / "hf", "hf", arrays, config, architecture=architecture)
+    convert(source, tmp_path / "there", to=format, check_finite=False)
+    convert(tmp_path / "there", tmp_path / "back", to="hf", check_finite=False)
+    assert_same(read(tmp_path / "back"), read(source))
+    assert Checkpoint.open(tmp_path / "back").config.architectures == (architecture,)
