@@ -269,6 +269,9 @@ def _create_lock(lock: Path) -> bool:
     owner = {"pid": os.getpid(), "host": socket.gethostname(), "start": _start_time(os.getpid())}
     try:
         write_at(descriptor, json.dumps(owner).encode(), 0)
+    except BaseException:  # a full disk, say: an empty lock would seem to be someone's
+        lock.unlink(missing_ok=True)
+        raise
     finally:
         os.close(descriptor)
     return True

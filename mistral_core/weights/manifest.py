@@ -109,7 +109,8 @@ def verify(directory: files.PathLike, mode: str = "full") -> None:
 
 
 def _is_entry(entry: Any) -> bool:
-    return isinstance(entry, dict) and type(entry.get("size")) is int and isinstance(entry.get("sha256"), str | None)
+    typed = isinstance(entry, dict) and {"size", "sha256"} <= set(entry)
+    return typed and type(entry["size"]) is int and isinstance(entry["sha256"], str | None)
 
 
 def _check_size(path: Path, expected: int) -> None:

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import numpy as np
 
 from ..config import MistralConfig
+from ..errors import ShapeMismatchError
 from ..parameters import Parameter
 from . import files, layouts
 from .layouts import Layout
-from .tensor_file import DTYPES, TensorFile, TensorInfo
+from .tensor_file import DTYPES, TensorFile, TensorInfo, quoted
 
 
 class StoredTensor(NamedTuple):
@@ -148,8 +149,11 @@ def stored_in_layout(
 
 
 def _moved(shard: TensorFile, info: TensorInfo, row: Parameter, config: MistralConfig, layout: Layout) -> StoredTensor:
+    wanted = layouts.stored_shape(row, config, layout)
+
     def load(cached: bool) -> np.ndarray:
+        if info.shape != wanted:
+            raise ShapeMismatchError(f"{info.file}: {quoted(info.name)} is {info.shape}, the config says {wanted}.")
         return layouts.to_canonical(shard.read(info.name, cached=cached), row, config, layout)
 
-    wanted = layouts.stored_shape(row, config, layout)
     return _tensor(shard, info)._replace(wanted=wanted, load=load, moves=layout.moves)
