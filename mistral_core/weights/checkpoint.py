@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from ..parameters import HEADS, initial_value, parameters
 from . import files, hub, manifest
 from .formats.base import Outline
 from .matching import EMBEDDING, match
-from .opened import Checkpoint
+from .opened import Checkpoint, fits_in_cache
 from .shards import shard_bytes
 from .tensor_file import CODES, DTYPES, quoted
 from .writing import write_checkpoint
@@ -79,16 +78,10 @@ def _stream(
         if sources[name] is None:
             yield name, cast(initial_value(name, row, config, seed=seed), like, name)
     stored = [(source, name) for name, source in sources.items() if source is not None]
-    # the system's copy of the file is good for the next load, where there is room for both
-    cached = sum(checkpoint.tensors[source].nbytes for source, _ in stored) <= _memory() / 2
+    cached = fits_in_cache(sum(checkpoint.tensors[source].nbytes for source, _ in stored))
     for source, name in sorted(stored, key=lambda pair: checkpoint.place(pair[0])):
         # no name for the array: it would keep one tensor too many alive
         yield name, cast(checkpoint.read(source, cached=cached), target or checkpoint.dtype(source), name)
-
-
-def _memory() -> int:
-    """The machine's memory in bytes."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _check_architecture(name: str) -> None:

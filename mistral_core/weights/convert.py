@@ -27,7 +27,7 @@ from . import casting, files, fingerprint, formats, hub, manifest
 from .formats.base import TEXT_FILES, Outline
 from .layouts import Layout
 from .matching import canonical_names, match, own_class
-from .opened import Checkpoint
+from .opened import Checkpoint, fits_in_cache
 from .shards import shard_bytes
 from .tensor_file import DTYPES
 from .writing import write_checkpoint
@@ -263,7 +263,11 @@ def _write(
 ) -> None:
     checkpoint = plan.checkpoint
     losses: dict[str, casting.Loss] = {}
-    with files.atomic_directory(plan.target, overwrite=overwrite, replaces=REPLACED) as temporary:
+    with (
+        files.atomic_directory(plan.target, overwrite=overwrite, replaces=REPLACED) as temporary,
+        ThreadPoolExecutor(1) as beside,
+    ):
+        source = beside.submit(_source, checkpoint, hashes=verify != "off")
         stream = _ahead(_cast(plan, allow_lossy, check_finite, losses))
         told = _told(stream, plan.report.bytes, progress)
         description = write_checkpoint(temporary, plan.format, plan.outline, told, limit=limit, hashes=verify != "off")
@@ -273,7 +277,7 @@ def _write(
         description |= {
             "config": _config(plan).to_dict(),
             "checkpoint": {"format": plan.format, "architecture": plan.outline.architecture},
-            "source": _source(checkpoint, hashes=verify != "off"),
+            "source": source.result(),
             "losses": plan.report.losses,
         }
         if plan.report.logits is not None:
@@ -297,8 +301,9 @@ def _cast(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors in the order of the source's files."""
     checkpoint = plan.checkpoint
+    cached = fits_in_cache(plan.report.bytes)
     for name, source in sorted(plan.sources.items(), key=lambda pair: checkpoint.place(pair[1])):
-        array = checkpoint.read(source, cached=False)
+        array = checkpoint.read(source, cached=cached)
         if check_finite and not casting.is_finite(array):
             first = [int(i) for i in np.unravel_index(int(np.isfinite(array).argmin()), array.shape)]
             raise NonFiniteWeightsError(

@@ -141,7 +141,7 @@ def atomic_directory(
                 if path.exists():
                     _carry(path, temporary, replaces)
                     temporary.chmod(stat.S_IMODE(path.stat().st_mode))
-                _sync_tree(temporary)
+                sync_tree(temporary)
                 _swap(temporary, path)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -199,7 +199,8 @@ def _link(source: str, destination: PathLike) -> None:
         shutil.copy2(source, os.fsdecode(destination), follow_symlinks=False)
 
 
-def _sync_tree(directory: Path) -> None:
+def sync_tree(directory: Path) -> None:
+    """Let every file and directory below a directory reach the disk."""
     for root, _, names in os.walk(directory):
         for name in names:
             if stat.S_ISREG(os.lstat(os.path.join(root, name)).st_mode):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,15 @@ from .tensor_file import (
     opened,
     quoted,
     refuse_pointer,
-    reserve,
     stamp_of,
     supported,
 )
 
 MAX_DEPTH = 16
 MAX_NAME = 256
-CHUNK_BYTES = 1 << 30
 CHUNKED = "__msgpack_chunked_array__"
 
-_ARRAY = 1  # the extension type
+ARRAY = 1  # the extension type
 _BY_NAME = {dtype.name: code for code, dtype in DTYPES.items()}
 _BUFFER = 4096
 
@@ -46,7 +43,7 @@ _SIZED = {
     0xD9: ("str", 1), 0xDA: ("str", 2), 0xDB: ("str", 4),
     0xDC: ("array", 2), 0xDD: ("array", 4), 0xDE: ("map", 2), 0xDF: ("map", 4),
 }  # fmt: skip
-_FIXED_EXT = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
+FIXED_EXT = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
 _INTEGERS = {0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q"}
 
 
@@ -218,8 +215,8 @@ class _Walk:
                 return kind, first - low
         if first == 0xC3:
             return "true", 0
-        if first in _FIXED_EXT:
-            return self._extension(_FIXED_EXT[first])
+        if first in FIXED_EXT:
+            return self._extension(FIXED_EXT[first])
         if first not in _SIZED:
             raise self._bad(f"byte {first:#x}, which Flax does not write")
         kind, size = _SIZED[first]
@@ -228,8 +225,8 @@ class _Walk:
 
     def _extension(self, length: int) -> tuple[str, int]:
         number = self._take(1)[0]
-        if number != _ARRAY:
-            raise self._bad(f"extension {number}, an array ({_ARRAY}) was expected")
+        if number != ARRAY:
+            raise self._bad(f"extension {number}, an array ({ARRAY}) was expected")
         return "ext", length
 
     def _take(self, count: int) -> bytes:
@@ -251,102 +248,3 @@ class _Walk:
 
     def _bad(self, what: str) -> CorruptCheckpointError:
         return CorruptCheckpointError(f"{self.path}: before byte {self.at}: {what}; copy the file again.")
-
-
-# Writing
-
-
-def create(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, TensorInfo]:
-    """Write the tree of a file for path joined by slashes -> (dtype, shape); `tensor_file.write` then fills it."""
-    tree: dict[str, Any] = {}
-    for name, spec in tensors.items():
-        *parents, leaf = name.split("/")
-        node = tree
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[leaf] = (name, *spec)
-    infos: dict[str, TensorInfo] = {}
-    written = _Writer(path, infos)
-    reserve(path, b"", 0)
-    with path.open("r+b") as written.file:
-        written.tree(tree)
-        written.file.truncate(written.at)
-    return {name: infos[name] for name in tensors}
-
-
-class _Writer:
-    """A tree as bytes, with holes where the numbers go."""
-
-    file: Any
-
-    def __init__(self, path: Path, infos: dict[str, TensorInfo]) -> None:
-        self.path, self.infos, self.at = path, infos, 0
-
-    def tree(self, node: Mapping[str, Any]) -> None:
-        self._put(_map(len(node)))
-        for key, value in sorted(node.items()):  # as Flax does, whose bytes these are
-            self._put(_str(key))
-            if isinstance(value, dict):
-                self.tree(value)
-            else:
-                self._leaf(*value)
-
-    def _leaf(self, name: str, code: str, shape: tuple[int, ...]) -> None:
-        itemsize = DTYPES[code].itemsize
-        count = math.prod(shape)
-        if count * itemsize <= CHUNK_BYTES:
-            extents = [self._array(code, shape)]
-        else:
-            self._put(_map(3) + _str(CHUNKED) + b"\xc3" + _str("shape") + _map(len(shape)))
-            for axis, size in enumerate(shape):
-                self._put(_str(str(axis)) + _int(size))
-            step = CHUNK_BYTES // itemsize
-            starts = range(0, count, step)
-            self._put(_str("chunks") + _map(len(starts)))
-            extents = []
-            for number, start in enumerate(starts):
-                self._put(_str(str(number)))
-                extents.append(self._array(code, (min(step, count - start),)))
-        (start, end), *more = extents
-        self.infos[name] = TensorInfo(name, code, shape, self.path, start, end, tuple(more))
-
-    def _array(self, code: str, shape: tuple[int, ...]) -> tuple[int, int]:
-        size = math.prod(shape) * DTYPES[code].itemsize
-        head = b"\x93" + bytes([0x90 + len(shape)]) + b"".join(map(_int, shape)) + _str(DTYPES[code].name)
-        head += _sized(size, {0xC4: 1, 0xC5: 2, 0xC6: 4})
-        self._put(_extension(len(head) + size) + head)
-        start = self.at
-        self.at += size
-        return start, self.at
-
-    def _put(self, data: bytes) -> None:
-        self.file.seek(self.at)
-        self.file.write(data)
-        self.at += len(data)
-
-
-def _sized(length: int, widths: Mapping[int, int]) -> bytes:
-    """The shortest of several headers, as the msgpack library takes it."""
-    for first, width in widths.items():
-        if length < 1 << (8 * width):
-            return bytes([first]) + length.to_bytes(width, "big")
-    raise ValueError(f"{length} bytes are beyond msgpack")
-
-
-def _map(count: int) -> bytes:
-    return bytes([0x80 + count]) if count < 16 else _sized(count, {0xDE: 2, 0xDF: 4})
-
-
-def _str(text: str) -> bytes:
-    data = text.encode()
-    return (bytes([0xA0 + len(data)]) if len(data) < 32 else _sized(len(data), {0xD9: 1, 0xDA: 2, 0xDB: 4})) + data
-
-
-def _int(value: int) -> bytes:
-    return bytes([value]) if value < 128 else _sized(value, {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8})
-
-
-def _extension(length: int) -> bytes:
-    fixed = {size: first for first, size in _FIXED_EXT.items()}
-    head = bytes([fixed[length]]) if length in fixed else _sized(length, {0xC7: 1, 0xC8: 2, 0xC9: 4})
-    return head + bytes([_ARRAY])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -113,6 +114,16 @@ class Checkpoint:
         """Raise CorruptCheckpointError if a file changed since its header was read."""
         for shard in self.shards.values():
             shard.check_unchanged()
+
+
+def fits_in_cache(size: int) -> bool:
+    """Whether the system may keep a copy of so many bytes that are read: good for the next time, if there is room."""
+    return size <= memory() / 2
+
+
+def memory() -> int:
+    """The machine's memory in bytes."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def stored_as_it_is(shards: Iterable[TensorFile]) -> dict[str, StoredTensor]:

@@ -18,7 +18,7 @@ from ..errors import (
     UnexpectedTensorsError,
 )
 from ..parameters import shapes
-from . import formats, manifest
+from . import files, formats, manifest
 from .formats.base import Outline, Target
 from .matching import EMBEDDING, LM_HEAD
 from .tensor_file import CODES, digest, quoted
@@ -46,8 +46,10 @@ def write_checkpoint(
         for name, array in tensors:
             written.take(name, np.asarray(array), targets.get(name), second)
             del array  # before the next one comes
-    digests = written.complete()
-    description = manifest.describe(directory, module.open(directory, None), hashes=hashes)
+        digests = written.complete()
+        syncing = second.submit(files.sync_tree, directory)  # while what is still in memory is read back
+        description = manifest.describe(directory, module.open(directory, None), hashes=hashes)
+        syncing.result()
     for name, expected in digests.items():
         if hashes and description["tensors"].get(name, {}).get("sha256") != expected:
             raise CorruptCheckpointError(f"{directory}: {name} reads back differently; check the disk.")

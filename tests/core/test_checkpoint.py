@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from mistral_core import TINY, errors
 from mistral_core.parameters import BASE_PREFIX, HEADS, initial_value, parameters
-from mistral_core.weights import checkpoint, manifest, shards
+from mistral_core.weights import manifest, opened, shards
 from mistral_core.weights.checkpoint import Checkpoint, cast, load, save
 from mistral_core.weights.safetensors_file import SafetensorsFile
 
@@ -61,7 +61,7 @@ def test_arrays_begin_where_frameworks_take_them_over(tmp_path):
 def test_the_system_keeps_no_copy_for_which_there_is_no_room(tmp_path, monkeypatch, room):
     save(tmp_path, TINY, weights().items())
     size = sum(array.nbytes for array in weights().values())
-    monkeypatch.setattr(checkpoint, "_memory", lambda: 2 * size if room else 2 * size - 2)
+    monkeypatch.setattr(opened, "memory", lambda: 2 * size if room else 2 * size - 2)
     forgotten = []
     monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: forgotten.append(arguments[1:]))
     assert_same(load(tmp_path)[1], weights())

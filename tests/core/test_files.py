@@ -153,7 +153,7 @@ def test_failure_in_the_body_changes_nothing(tmp_path, error):
     assert tree(tmp_path) == {"out/a": b"old"}
 
 
-@pytest.mark.parametrize("step", ["_carry", "_sync_tree", "_swap"])
+@pytest.mark.parametrize("step", ["_carry", "sync_tree", "_swap"])
 def test_failure_of_any_step_changes_nothing(tmp_path, monkeypatch, step):
     put(tmp_path / "out", a=b"old")
     monkeypatch.setattr(files, step, lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))

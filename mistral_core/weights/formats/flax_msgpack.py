@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ...config import MistralConfig
 from ...parameters import BASE_PREFIX
-from .. import layouts, msgpack_file
+from .. import layouts, msgpack_writing
+from ..msgpack_file import MsgpackFile
 from ..opened import Checkpoint, stored_in_layout
 from ..shards import Family, create_shards, open_files
 from . import base
@@ -17,8 +18,8 @@ FAMILY = Family(
     "flax_model.msgpack",
     "flax_model-{:05d}-of-{:05d}.msgpack",
     "flax_model.msgpack.index.json",
-    msgpack_file.MsgpackFile,
-    msgpack_file.create,
+    MsgpackFile,
+    msgpack_writing.create,
 )
 _PREFIX = BASE_PREFIX.replace(".", "/")
 LAYOUT = layouts.kernel
