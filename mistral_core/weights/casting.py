@@ -18,7 +18,7 @@ class Loss(NamedTuple):
     changed: int = 0
     max_abs: float = 0.0
     max_ulp: float = 0.0
-    """In units of the narrower dtype's last place at the number."""
+    """In units of the last place at the number, of the narrower dtype."""
     overflow: int = 0
     """Finite numbers that became infinite."""
     underflow: int = 0
@@ -57,8 +57,14 @@ def cast(array: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, Loss]:
         nan = np.isnan(array)
         if nan.any():
             _bits(result)[nan] = _nan_bits(_bits(array)[nan], array.dtype, dtype)
-        loss = Loss() if widens(array.dtype, dtype) else _loss(array, result)
+        loss = Loss() if widens(array.dtype, dtype) else _loss(array, result, ml_dtypes.finfo(dtype))
     return result, loss
+
+
+def between(before: np.ndarray, after: np.ndarray) -> Loss:
+    """What became of numbers that come back as others, in units of the last place of the first ones' dtype."""
+    with np.errstate(all="ignore"):
+        return _loss(before, after, ml_dtypes.finfo(before.dtype))
 
 
 def is_finite(array: np.ndarray) -> bool:
@@ -70,9 +76,8 @@ def is_finite(array: np.ndarray) -> bool:
     return all(int((block & magnitude).max()) < infinite for block in _blocks(bits))
 
 
-def _loss(array: np.ndarray, result: np.ndarray) -> Loss:
+def _loss(array: np.ndarray, result: np.ndarray, info: Any) -> Loss:
     """The losses of all blocks together."""
-    info = ml_dtypes.finfo(result.dtype)
     pairs = zip(_blocks(array), _blocks(result), strict=True)
     losses = [_loss_of_block(*_as_wide(before, after), info) for before, after in pairs]
     return functools.reduce(Loss.plus, losses, Loss())

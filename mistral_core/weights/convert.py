@@ -47,7 +47,7 @@ class Report:
     architecture: str
     tensors: int
     bytes: int
-    """Of the numbers that are written."""
+    """Of the numbers, before a format quantises them."""
     dtypes: dict[str, int]
     """Dtype code -> how many tensors have it."""
     moves: dict[str, int]
@@ -270,8 +270,13 @@ def _write(
         source = beside.submit(_source, checkpoint, hashes=verify != "off")
         stream = _ahead(_cast(plan, allow_lossy, check_finite, losses))
         told = _told(stream, plan.report.bytes, progress)
-        description = write_checkpoint(temporary, plan.format, plan.outline, told, limit=limit, hashes=verify != "off")
-        plan.report.losses |= {name: str(loss) for name, loss in losses.items()}
+        by_format: dict[str, casting.Loss] = {}
+        description = write_checkpoint(
+            temporary, plan.format, plan.outline, told, limit=limit, hashes=verify != "off", losses=by_format
+        )
+        for name, loss in (*losses.items(), *by_format.items()):
+            known = plan.report.losses.get(name)
+            plan.report.losses[name] = f"{known}: {loss}" if known else str(loss)
         if verify == "logits":
             plan.report.logits = _same_logits(plan, temporary)
         description |= {

@@ -19,6 +19,7 @@ from ..errors import (
 )
 from ..parameters import shapes
 from . import files, formats, manifest
+from .casting import Loss, between
 from .formats.base import Outline, Target
 from .matching import EMBEDDING, LM_HEAD
 from .tensor_file import CODES, digest, quoted
@@ -32,16 +33,18 @@ def write_checkpoint(
     *,
     limit: int,
     hashes: bool = True,
+    losses: dict[str, Loss] | None = None,
 ) -> dict[str, Any]:
     """Write a stream of (canonical name, array), in any order, and return what a manifest says of it.
 
-    With `hashes` the format's reader must give back every bit. Raises TensorMismatchError and its kinds,
+    With `hashes` the format's reader must give back every bit. `losses` is filled with what the format itself loses of
+    each tensor. Raises TensorMismatchError and its kinds,
     CorruptCheckpointError, and what the format raises for what it cannot express.
     """
     module = formats.module_of(format)
     module.check(outline)
     targets = module.create(directory, outline, limit)
-    written = _Written(outline, hashes)
+    written = _Written(outline, hashes, {} if losses is None else losses)
     with ThreadPoolExecutor(1) as second:  # hashing releases the GIL: it runs beside writing
         for name, array in tensors:
             written.take(name, np.asarray(array), targets.get(name), second)
@@ -59,9 +62,9 @@ def write_checkpoint(
 class _Written:
     """What has come of an outline's tensors, each at most once."""
 
-    def __init__(self, outline: Outline, hashes: bool) -> None:
+    def __init__(self, outline: Outline, hashes: bool, losses: dict[str, Loss]) -> None:
         self.shapes = shapes(outline.config, outline.architecture)
-        self.dtypes, self.hashes = outline.dtypes, hashes
+        self.dtypes, self.hashes, self.losses = outline.dtypes, hashes, losses
         self.tied = outline.config.tie_word_embeddings
         self.digests: dict[str, str] = {}
         self.unexpected: list[str] = []
@@ -71,13 +74,21 @@ class _Written:
             raise TensorMismatchError(f"save: {quoted(name)} comes twice.")
         if target is not None:
             self._check(name, array)
-            running = second.submit(digest, target.comes_back(array)) if self.hashes else None
+            running = second.submit(self._digest, name, array, target) if self.hashes else None
             target.write(array)
             self.digests[name] = running.result() if running else ""
         elif name == LM_HEAD and self.tied:
             self.digests[name] = digest(array)
         else:
             self.unexpected.append(quoted(name))
+
+    def _digest(self, name: str, array: np.ndarray, target: Target) -> str:
+        back = target.comes_back(array)
+        if back is not array:
+            loss = between(array, back)
+            if loss.changed:
+                self.losses[name] = loss
+        return digest(back)
 
     def _check(self, name: str, array: np.ndarray) -> None:
         if array.shape != self.shapes[name]:
