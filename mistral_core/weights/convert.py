@@ -116,7 +116,7 @@ def convert(
     _check_apart(path, target)
     checkpoint = open_source(path, source_format, config)
     manifest.verify(checkpoint.directory, "sizes")
-    plan = _plan(checkpoint, target, to, dtype, options)
+    plan = _plan(checkpoint, target, to, dtype, options, allow_lossy)
     _check_lossless(plan, allow_lossy, check=not dry_run)
     if dry_run:
         return plan.report
@@ -151,13 +151,20 @@ class _Plan:
     """What is lost whatever the numbers are."""
 
 
-def _plan(checkpoint: Checkpoint, target: Path, to: str, dtype: str | None, options: Mapping[str, str] | None) -> _Plan:
+def _plan(
+    checkpoint: Checkpoint,
+    target: Path,
+    to: str,
+    dtype: str | None,
+    options: Mapping[str, str] | None,
+    allow_lossy: bool,
+) -> _Plan:
     config = checkpoint.config
     names = canonical_names(checkpoint.tensors)
     architecture = own_class(config, names)
     matched = match(checkpoint.tensors, config, architecture, read=checkpoint.read, where=str(checkpoint.path))
     sources = {name: source for name, source in matched.items() if source is not None}
-    code, chosen = _code_of(dtype, to), dict(options or {})
+    code, chosen = _code_of(dtype, to), {**(options or {}), "allow_lossy": "yes" if allow_lossy else "no"}
     if dtype is not None and dtype.upper() in GGUF_TYPES:
         chosen["gguf_type"] = dtype.upper()
     dtypes = {name: code or checkpoint.tensors[source].dtype for name, source in sources.items()}

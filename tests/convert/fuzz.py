@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from samples import any_bits, bits, write
+from samples import bits, ordinary, write
 
 from mistral_core import TINY, MistralConfig
 from mistral_core.errors import MistralError
@@ -111,7 +111,7 @@ def run(format: str, *, stride: int = 1, dtype: str = "float32") -> tuple[int, l
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         directory = Path(folder) / "checkpoint"
-        arrays = {name: (array * 0 + 0.5).astype(dtype) for name, array in any_bits(SMALL, dtype).items()}
+        arrays = ordinary(SMALL, dtype)
         write(directory, format, arrays, SMALL)
         expected = tensors(directory, SMALL, True)
         todo = list(changes(directory, stride))

@@ -59,6 +59,16 @@ def any_bits(
     return found
 
 
+def ordinary(config: MistralConfig = TINY, dtype: str = "float32") -> dict[str, np.ndarray]:
+    """Canonical name -> normal numbers, none of them NaN, infinite or denormal, all of them bfloat16s."""
+    generator = np.random.Generator(np.random.PCG64(0))
+    found = {}
+    for name, row in parameters(config, CAUSAL):
+        upper = generator.integers(0, 1 << 16, shape_of(row, config), np.uint32) & 0x83FF | 0x3C00
+        found[name] = (upper << 16).view(np.float32).astype(dtype_of(dtype))
+    return found
+
+
 def bits(array: np.ndarray) -> bytes:
     return np.ascontiguousarray(array).tobytes()
 
