@@ -11,6 +11,7 @@ import os
 import random
 import resource
 import select
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -20,7 +21,7 @@ from typing import NamedTuple
 
 from samples import bits, ordinary, write
 
-from mistral_core import TINY, MistralConfig
+from mistral_core import TINY
 from mistral_core.errors import MistralError
 from mistral_core.weights import formats, manifest
 from mistral_core.weights.opened import Checkpoint
@@ -31,7 +32,9 @@ SMALL = TINY.replace(
 )  # fmt: skip
 KINDS = ("one bit", "all bits", "cut", "put")
 SECONDS = 2.0
+STARTING = 30.0
 MEMORY = 256 << 20
+BOMB = 8 << 30
 FORMATS = tuple(name for name, row in formats.FORMATS.items() if row.written)
 
 
@@ -66,7 +69,7 @@ def changes(directory: Path, stride: int) -> Iterator[Change]:
                     yield Change(file, position, kind, verified)
 
 
-def tensors(directory: Path, config: MistralConfig, verified: bool) -> dict[str, bytes]:
+def tensors(directory: Path, verified: bool) -> dict[str, bytes]:
     """What a reader gives of a checkpoint."""
     if verified:
         manifest.verify(directory, "full")
@@ -75,7 +78,7 @@ def tensors(directory: Path, config: MistralConfig, verified: bool) -> dict[str,
     return {name: bits(checkpoint.read(name)) for name in checkpoint.tensors}
 
 
-def attempt(directory: Path, config: MistralConfig, change: Change, expected: dict[str, bytes]) -> str:
+def attempt(directory: Path, change: Change, expected: dict[str, bytes]) -> str:
     """Empty, or what went wrong after a change, which is undone."""
     data = change.file.read_bytes()
     change.file.write_bytes(changed(data, change))
@@ -83,7 +86,7 @@ def attempt(directory: Path, config: MistralConfig, change: Change, expected: di
     if not change.verified:
         (directory / manifest.NAME).rename(hidden)
     try:
-        found = tensors(directory, config, change.verified)
+        found = tensors(directory, change.verified)
         return "other tensors" if change.verified and found != expected else ""
     except MistralError:
         return ""
@@ -95,59 +98,63 @@ def attempt(directory: Path, config: MistralConfig, change: Change, expected: di
             hidden.rename(directory / manifest.NAME)
 
 
-def worker(pipe: int, directory: Path, config: MistralConfig, todo: list[Change], expected: dict[str, bytes]) -> None:
-    """Make the attempts in a process of their own, telling of each in a line."""
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    with warnings.catch_warnings(), os.fdopen(pipe, "w", buffering=1) as out:
+def worker(directory: Path, stride: int, first: int) -> None:
+    """Make the attempts from one of them on, telling of each in a line."""
+    resource.setrlimit(resource.RLIMIT_AS, (BOMB, BOMB))
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for change in todo:
-            out.write(attempt(directory, config, change, expected).replace("\n", " ")[:300] + "\n")
+        expected = tensors(directory, True)
+        before = peak()
+        for change in list(changes(directory, stride))[first:]:
+            wrong = attempt(directory, change, expected)
+            if peak() > before + MEMORY:
+                wrong, before = f"{peak() - before} bytes of memory", peak()
+            print(wrong.replace("\n", " ")[:300], flush=True)
 
 
-def run(format: str, *, stride: int = 1, dtype: str = "float32") -> tuple[int, list[str]]:
-    """How many changes of a format's checkpoint were tried, and what went wrong."""
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+def peak() -> int:
+    """The most bytes that this process has had in memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def run(format: str, *, most: int | None = None) -> tuple[int, list[str]]:
+    """How many changes of a format's checkpoint were tried, about `most` if that is given, and what went wrong."""
+    with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "checkpoint"
-        arrays = ordinary(SMALL, dtype)
-        write(directory, format, arrays, SMALL)
-        expected = tensors(directory, SMALL, True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            write(directory, format, ordinary(SMALL), SMALL)
+        stride = 1 if most is None else max(1, len(list(changes(directory, 1))) // most)
         todo = list(changes(directory, stride))
-        wrong, done = [], 0
+        saved = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+        wrong: list[str] = []
+        done = 0
         while done < len(todo):
-            reading, writing = os.pipe()
-            child = os.fork()
-            if child == 0:
-                os.close(reading)
-                worker(writing, directory, SMALL, todo[done:], expected)
-                os._exit(0)
-            os.close(writing)
-            saved = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
-            for line in lines(reading):
-                if line:
-                    wrong.append(f"{todo[done]}: {line}")
-                done += 1
-            os.kill(child, 9)
-            _, status = os.waitpid(child, 0)
-            os.close(reading)
+            command = [sys.executable, __file__, "--worker", str(directory), str(stride), str(done)]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+                for line in lines(child.stdout.fileno()):
+                    if line:
+                        wrong.append(f"{todo[done]}: {line}")
+                    done += 1
+                child.kill()
             if done < len(todo):
-                wrong.append(f"{todo[done]}: hung or crashed (status {status})")
+                wrong.append(f"{todo[done]}: hung or crashed ({child.returncode})")
                 done += 1
                 restore(directory, saved)
         return len(todo), wrong
 
 
 def lines(reading: int) -> Iterator[str]:
-    """The lines of a pipe, until it ends or is silent for too long."""
-    rest = b""
-    while select.select([reading], [], [], SECONDS)[0]:
+    """The lines of a pipe, until it ends or is silent for too long; the first one may take a start's time."""
+    rest, patience = b"", STARTING
+    while select.select([reading], [], [], patience)[0]:
         data = os.read(reading, 1 << 16)
         if not data:
             return
         *whole, rest = (rest + data).split(b"\n")
         yield from (line.decode() for line in whole)
+        patience = SECONDS
 
 
 def restore(directory: Path, saved: dict[Path, bytes]) -> None:
@@ -163,11 +170,15 @@ def main() -> int:
     """Print what went wrong; 0 where nothing did."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("formats", nargs="*", default=list(FORMATS))
-    parser.add_argument("--stride", type=int, default=1)
+    parser.add_argument("--most", type=int, help="changes for each format; default: all")
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.worker:
+        worker(Path(options.worker[0]), int(options.worker[1]), int(options.worker[2]))
+        return 0
     failed = False
     for format in options.formats:
-        count, wrong = run(format, stride=options.stride)
+        count, wrong = run(format, most=options.most)
         print(f"{format}: {count} changes, {len(wrong)} wrong", *wrong[:20], sep="\n  ", flush=True)
         failed |= bool(wrong)
     return int(failed)
