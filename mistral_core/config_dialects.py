@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from . import rope
+from . import llama_names, quantization, rope
 from .config_checks import field_names, is_int
 from .errors import ConfigError, UnsupportedFeatureError
 
@@ -46,7 +46,7 @@ _RAW_WRITTEN = (
 PARAMS = "params.json"
 RAW_REQUIRED = ("dim", "n_layers", "hidden_dim", "n_heads", "norm_eps", "vocab_size")
 RAW_POSITIONS = ("max_position_embeddings", "max_seq_len")
-RAW_IGNORED = frozenset({"max_batch_size", "model_type", *RAW_POSITIONS})
+RAW_IGNORED = frozenset({"max_batch_size", "model_type", "quantization", *RAW_POSITIONS})
 # not a dense Mistral, with what it is
 RAW_REFUSED = {
     "moe": "a mixture of experts (Mixtral)",
@@ -57,7 +57,6 @@ RAW_REFUSED = {
     "kv_lora_rank": "multi-head latent attention (Mistral 4)",
     "qk_nope_head_dim": "multi-head latent attention (Mistral 4)",
     "llama_4_scaling": "Ministral 3 (position-dependent query scale)",
-    "quantization": "quantised weights; dequantise them first",
 }
 
 # what raw files leave out, as Mistral's own and Hugging Face's converters fill it
@@ -78,6 +77,8 @@ def read(data: Mapping[str, Any], *, where: str) -> tuple[dict[str, Any], dict[s
 
 
 def _read_hugging_face(data: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    if data.get("model_type") == "llama":
+        data = llama_names.as_mistral(data, where)
     _refuse_other_models(data, where)
     known = field_names() - {"extra"}
     fields = {key: value for key, value in data.items() if key in known}
@@ -94,7 +95,7 @@ def _read_hugging_face(data: Mapping[str, Any], where: str) -> tuple[dict[str, A
     if fields.get("num_key_value_heads", 0) is None:
         fields["num_key_value_heads"] = fields.get("num_attention_heads", 32)
     extra = {key: value for key, value in data.items() if key not in known}
-    for key in ("torch_dtype", "rope_parameters", "model_type"):
+    for key in ("torch_dtype", "rope_parameters", "model_type", "quantization_config"):
         extra.pop(key, None)
     unknown = {key: value for key, value in extra.items() if key not in CARRIED}
     fields["extra"] = extra
@@ -104,15 +105,16 @@ def _read_hugging_face(data: Mapping[str, Any], where: str) -> tuple[dict[str, A
 def _refuse_other_models(data: Mapping[str, Any], where: str) -> None:
     kind = data.get("model_type", "mistral")
     if kind != "mistral":
-        raise UnsupportedFeatureError(f"{where}: model_type is {kind!r}; only 'mistral' is a dense Mistral.")
+        raise UnsupportedFeatureError(
+            f"{where}: model_type is {kind!r}; only 'mistral' and 'llama' are dense Mistrals."
+        )
     for key in ("attention_bias", "mlp_bias"):
         if data.get(key):
             raise UnsupportedFeatureError(f"{where}: {key} is true; no Mistral has biases in its layers.")
-    if data.get("quantization_config") is not None:
-        method = data["quantization_config"]
-        method = method.get("quant_method", "unnamed") if isinstance(method, Mapping) else method
-        raise UnsupportedFeatureError(f"{where}: quantised weights ({method!r}); dequantise the checkpoint first.")
-    if data.get("partial_rotary_factor", 1) != 1:
+    if data.get("quantization_config") is not None:  # its tensors are dequantised as they are read
+        quantization.read(data["quantization_config"], where=where)
+    told = [each for each in (data, data.get("rope_parameters")) if isinstance(each, Mapping)]
+    if any(each.get("partial_rotary_factor", 1) != 1 for each in told):
         raise UnsupportedFeatureError(f"{where}: partial_rotary_factor is not 1; a Mistral rotates whole heads.")
     if "vision_config" in data or "num_local_experts" in data:
         raise UnsupportedFeatureError(f"{where}: a vision model or a mixture of experts, not a dense Mistral.")
@@ -122,7 +124,7 @@ def _read_rope_parameters(fields: dict[str, Any], given: Any, where: str) -> Non
     """The dialect of transformers 5: theta and scaling in one object; both dialects at once must agree."""
     if not isinstance(given, Mapping):
         raise ConfigError(f"{where}: rope_parameters is {type(given).__name__}, an object was expected.")
-    given = dict(given)
+    given = {key: value for key, value in given.items() if key != "partial_rotary_factor"}
     if "rope_theta" in given:
         _agree(fields, "rope_theta", given.pop("rope_theta"), where, "rope_parameters.rope_theta")
     given.setdefault("rope_type", given.pop("type", "default"))
@@ -186,6 +188,8 @@ def _read_raw(data: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict
             raise UnsupportedFeatureError(f"{where}: {key} says this is {what}.")
     if data.get("model_type", "transformer") != "transformer":
         raise UnsupportedFeatureError(f"{where}: model_type is {data['model_type']!r}; only 'transformer' is read.")
+    if data.get("quantization") is not None:
+        quantization.read_raw(data["quantization"], where=where)
     missing = [key for key in RAW_REQUIRED if key not in data]
     if missing:
         raise ConfigError(f"{where}: params.json lacks {missing}.")

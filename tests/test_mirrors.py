@@ -65,6 +65,7 @@ OWN_FILES = {
     "compat.py": "transformers' Flax and TF classes had names of their own; its torch classes have ours",
     "scan.py": "JAX compiles every layer anew unless it scans",
     "fit.py": "Keras models train themselves",
+    "pickles.py": "PyTorch's own files, which only torch may read; a format of checkpoints, no part of the backend",
     "traces.py": "TensorFlow: what it traced stays as it was; torch guards it, JAX finds it by its graph",
 }
 

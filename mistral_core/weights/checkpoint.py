@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ def load(
     config = config or checkpoint.config
     manifest.verify(checkpoint.directory, verify)
     where = str(checkpoint.path)
+    if checkpoint.losses:
+        warnings.warn(f"{where}: {'; '.join(checkpoint.losses)}.", stacklevel=2)
     sources = match(checkpoint.tensors, config, architecture, read=checkpoint.read, where=where)
     if check_finite:
         _check_finite(checkpoint, sources.values())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ... import quantization
 from ...config import MistralConfig
 from ...parameters import BASE_PREFIX
+from .. import quantized
 from ..opened import Checkpoint, stored_as_it_is
 from ..shards import create_shards, open_files
 from ..tensor_file import TensorFile
@@ -21,11 +23,12 @@ def open(path: Path, config: MistralConfig | None) -> Checkpoint:
 def from_shards(path: Path, format: str, shards: list[TensorFile], config: MistralConfig | None) -> Checkpoint:
     """The checkpoint of opened files with Hugging Face's names."""
     directory = path if path.is_dir() else path.parent
+    views = quantized.dequantised(shards, directory / "config.json", "quantization_config", quantization.read, config)
     return Checkpoint(
         path,
         format,
         {shard.path: shard for shard in shards},
-        stored_as_it_is(shards),
+        quantized.labelled(stored_as_it_is(views), views),
         base.opened_config(path, config),
         base.texts_in(directory),
     )

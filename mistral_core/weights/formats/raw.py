@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ... import config_dialects, strict_json
+from ... import config_dialects, quantization, strict_json
 from ...config import MistralConfig
 from ...errors import ConfigError
 from ...parameters import layer_of, parameters
-from .. import carried, files, layouts
+from .. import carried, files, layouts, quantized
 from ..opened import Checkpoint, stored_in_layout
 from ..shards import create_shards, open_files, safetensors_family
 from ..tensor_file import TensorFile
@@ -31,7 +31,8 @@ def from_shards(path: Path, format: str, shards: list[TensorFile], config: Mistr
     directory = path if path.is_dir() else path.parent
     config = config or read_config(directory)
     rows = {row.raw.format(layer_of(name)): (name, row) for name, row in parameters(config) if row.raw}
-    tensors = stored_in_layout(shards, config, rows, LAYOUT)
+    views = quantized.dequantised(shards, directory / PARAMS, "quantization", quantization.read_raw, config)
+    tensors = quantized.labelled(stored_in_layout(views, config, rows, LAYOUT), views)
     if config.tie_word_embeddings and "output.weight" in tensors:  # a copy of the embedding, which matching compares
         tensors["lm_head.weight"] = tensors.pop("output.weight")
     return Checkpoint(
