@@ -20,7 +20,7 @@ from ...errors import (
     MissingExtraError,
     UnsupportedFeatureError,
 )
-from .. import tensor_file
+from .. import hdf5_file, tensor_file, zarr_tree
 from ..opened import Checkpoint
 from ..safetensors_file import SafetensorsFile
 from ..shards import weight_map_of
@@ -142,6 +142,8 @@ def _told_apart(directory: Path, row: Row, name: str) -> str:
         return found if found.endswith("-safetensors") else "hf"  # raw names under this name are a mistake to explain
     if name == "model.weights.h5":
         return _of_hdf5(directory / name)
+    if row.name == "orbax":
+        return zarr_tree.format_of((directory / name).parent)
     return row.name
 
 
@@ -185,13 +187,8 @@ def _of_names(names: Collection[str]) -> str:
 
 
 def _of_hdf5(path: Path) -> str:
-    try:
-        from ..hdf5_file import root_names
-    except ImportError as cause:
-        raise MissingExtraError(
-            f"{path}: reading HDF5 needs {cause.name}; pip install 'mistral-frameworks[convert]'."
-        ) from cause
-    names = root_names(path)
+    """The format of an HDF5 file, by its groups."""
+    names = hdf5_file.root_names(path)
     if "layers/reversible_embedding" in names:
         return "keras-hub"
     return "tf-h5" if "layer_names" in names else "keras"

@@ -15,9 +15,9 @@ def flax_name(name: str, row: Parameter) -> str:
 
 
 def tf_name(name: str, row: Parameter) -> str:
-    """The variable without the model's own name: model/layers_._0/mlp/up_proj/kernel:0."""
+    """The variable without the model's own name: model/layers.0/mlp/up_proj/kernel:0."""
     *path, leaf = name.split(".")
-    return "/".join([*path, _leaf(row, leaf, "embeddings") + ":0"]).replace("/layers/", "/layers_._")
+    return "/".join([*path, _leaf(row, leaf, "embeddings") + ":0"]).replace("/layers/", "/layers.")
 
 
 def _leaf(row: Parameter, leaf: str, embedding: str) -> str:
