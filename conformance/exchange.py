@@ -90,7 +90,7 @@ def compare(path: Path, config: MistralConfig, weights: Mapping[str, np.ndarray]
         given = {name.removeprefix("tensor:"): found[name] for name in found.files if name.startswith("tensor:")}
     equal = [np.array_equal(array.view(np.uint32), weights[name].view(np.uint32)) for name, array in given.items()]
     text = f"logits {distance / np.finfo(np.float32).eps:.1f} ulp, {sum(equal)} of {len(weights)} tensors bit-equal"
-    return text, distance < BOUND and all(equal) and bool(equal)
+    return text, bool(distance < BOUND) and all(equal) and bool(equal)
 
 
 def read_back(path: Path, format: str, weights: Mapping[str, np.ndarray]) -> tuple[str, bool]:

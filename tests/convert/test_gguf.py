@@ -21,11 +21,12 @@ from mistral_core.errors import (
     UnsupportedFeatureError,
 )
 from mistral_core.parameters import parameters, shapes
-from mistral_core.weights import formats, gguf_file
+from mistral_core.weights import formats
 from mistral_core.weights.formats import gguf as our_format
 from mistral_core.weights.formats.base import Outline
-from mistral_core.weights.gguf_file import GgufFile
-from mistral_core.weights.gguf_kinds import KINDS, QUANTISED, narrowed, nbytes, widened
+from mistral_core.weights.gguf import file as gguf_file
+from mistral_core.weights.gguf.file import GgufFile
+from mistral_core.weights.gguf.kinds import KINDS, QUANTISED, narrowed, nbytes, widened
 from mistral_core.weights.opened import Checkpoint
 from mistral_core.weights.tensor_file import CODES, DTYPES, write_bytes
 

@@ -14,11 +14,13 @@ from tokenizers import Tokenizer
 
 from mistral_core import TINY
 from mistral_core.errors import CorruptCheckpointError, TokenizerError
-from mistral_core.weights import gguf_file
-from mistral_core.weights.formats import gguf_texts, gguf_tokenizer, sentencepiece
 from mistral_core.weights.formats.base import TEXT_FILES, Outline
-from mistral_core.weights.formats.gguf_vocabulary import TEKKEN, byte_characters
-from mistral_core.weights.gguf_file import GgufFile
+from mistral_core.weights.gguf import file as gguf_file
+from mistral_core.weights.gguf import sentencepiece
+from mistral_core.weights.gguf import texts as gguf_texts
+from mistral_core.weights.gguf import tokenizer as gguf_tokenizer
+from mistral_core.weights.gguf.file import GgufFile
+from mistral_core.weights.gguf.vocabulary import TEKKEN, byte_characters
 from mistral_core.weights.opened import Checkpoint
 
 EMBEDDED = Path(__file__).parents[2] / "mistral_core" / "data" / "tiny"

@@ -20,7 +20,8 @@ from ...errors import (
     MissingExtraError,
     UnsupportedFeatureError,
 )
-from .. import hdf5_file, tensor_file, zarr_tree
+from ...weights import tensor_file, zarr_tree
+from ..hdf5 import file as hdf5_file
 from ..opened import Checkpoint
 from ..safetensors_file import SafetensorsFile
 from ..shards import weight_map_of

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from ...config import MistralConfig
 from ...parameters import BASE_PREFIX
-from .. import layouts, msgpack_writing
-from ..msgpack_file import MsgpackFile
+from ...weights import layouts
+from ..msgpack import writing as msgpack_writing
+from ..msgpack.file import MsgpackFile
 from ..opened import Checkpoint, stored_in_layout
 from ..shards import Family, create_shards, open_files
 from . import base

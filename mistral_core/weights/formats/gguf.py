@@ -18,15 +18,19 @@ from ...errors import (
     UnsupportedFeatureError,
 )
 from ...parameters import Parameter, layer_of, parameters, shape_of
-from .. import carried, files, gguf_file, layouts, tensor_file
-from ..gguf_file import GgufFile
-from ..gguf_kinds import KINDS, LARGEST, QUANTISED, dequantised, narrowed, nbytes, quantised, widened
-from ..gguf_scan import ALIGNMENT, DEFAULT_ALIGNMENT, Value
+from ...weights import carried, files, layouts, tensor_file
+from ..gguf import config as gguf_config
+from ..gguf import file as gguf_file
+from ..gguf import texts as gguf_texts
+from ..gguf import tokenizer as gguf_tokenizer
+from ..gguf.file import GgufFile
+from ..gguf.kinds import KINDS, LARGEST, QUANTISED, dequantised, narrowed, nbytes, quantised, widened
+from ..gguf.scan import ALIGNMENT, DEFAULT_ALIGNMENT, Value
+from ..gguf.vocabulary import has_tokenizer
 from ..opened import Checkpoint, StoredTensor, stored_in_layout
 from ..tensor_file import TensorInfo, quoted
-from . import base, gguf_config, gguf_texts, gguf_tokenizer
+from . import base
 from .base import Outline, Target
-from .gguf_vocabulary import has_tokenizer
 
 SINGLE = "model.gguf"
 LAYOUT = layouts.rotary_pairs

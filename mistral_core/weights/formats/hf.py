@@ -7,8 +7,8 @@ from pathlib import Path
 from ... import quantization
 from ...config import MistralConfig
 from ...parameters import BASE_PREFIX
-from .. import quantized
 from ..opened import Checkpoint, stored_as_it_is
+from ..quantized import checkpoint as quantized
 from ..shards import create_shards, open_files
 from ..tensor_file import TensorFile
 from . import base

@@ -17,8 +17,9 @@ from ... import strict_json
 from ...config import MistralConfig
 from ...errors import ConfigError, CorruptCheckpointError, UnsupportedFeatureError
 from ...parameters import BASE_PREFIX, HEADS, Parameter, layer_of, parameters
-from .. import files, hdf5_file, layouts
-from ..hdf5_file import Hdf5File
+from ...weights import files, layouts
+from ..hdf5 import file as hdf5_file
+from ..hdf5.file import Hdf5File
 from ..opened import Checkpoint, stored_in_layout
 from ..stored_zip import StoredZip
 from ..tensor_file import DTYPES, opened, quoted

@@ -22,8 +22,9 @@ from ...errors import (
     UnsupportedFeatureError,
 )
 from ...parameters import Parameter, layer_of, parameter_count, parameters
-from .. import carried, files, hdf5_file, layouts, shards
-from ..hdf5_file import Hdf5File
+from ...weights import carried, files, layouts, shards
+from ..hdf5 import file as hdf5_file
+from ..hdf5.file import Hdf5File
 from ..opened import Checkpoint, stored_in_layout
 from ..tensor_file import DTYPES, TensorInfo, quoted
 from . import base

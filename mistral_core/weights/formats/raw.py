@@ -9,8 +9,9 @@ from ... import config_dialects, quantization, strict_json
 from ...config import MistralConfig
 from ...errors import ConfigError
 from ...parameters import layer_of, parameters
-from .. import carried, files, layouts, quantized
+from ...weights import carried, files, layouts
 from ..opened import Checkpoint, stored_in_layout
+from ..quantized import checkpoint as quantized
 from ..shards import create_shards, open_files, safetensors_family
 from ..tensor_file import TensorFile
 from . import base

@@ -14,8 +14,9 @@ import numpy as np
 from ...config import MistralConfig
 from ...errors import CorruptCheckpointError
 from ...parameters import Parameter
-from .. import hdf5_file, layouts
-from ..hdf5_file import Hdf5File
+from ...weights import layouts
+from ..hdf5 import file as hdf5_file
+from ..hdf5.file import Hdf5File
 from ..opened import Checkpoint, StoredTensor, stored_in_layout
 from ..shards import Family, Specs, create_shards, open_files, weight_map_of
 from ..tensor_file import DTYPES, TensorInfo, as_bytes, quoted, write_bytes

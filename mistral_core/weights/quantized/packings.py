@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import CorruptCheckpointError, DtypeMismatchError, MissingTensorsError, ShapeMismatchError
-from ..quantization import Scheme
-from .tensor_file import PACKED, TensorInfo, quoted
+from ...errors import CorruptCheckpointError, DtypeMismatchError, MissingTensorsError, ShapeMismatchError
+from ...quantization import Scheme
+from ..tensor_file import PACKED, TensorInfo, quoted
 
 ROWS = 128
 """Rows are asked for in so many at once, from a multiple of it: whole words of every packing."""

@@ -7,8 +7,8 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from ..errors import CorruptCheckpointError, LimitExceededError, UnsafeFileError, UnsupportedFeatureError
-from .tensor_file import MAX_RANK
+from ...errors import CorruptCheckpointError, LimitExceededError, UnsafeFileError, UnsupportedFeatureError
+from ..tensor_file import MAX_RANK
 
 SPACE, TYPE, LINK, EXTERNAL, LAYOUT, FILTERS = 0x01, 0x03, 0x06, 0x07, 0x08, 0x0B
 ATTRIBUTE, CONTINUATION, SYMBOL_TABLE = 0x0C, 0x10, 0x11

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from ..errors import LossyConversionError, MissingExtraError, NonFiniteWeightsError, UnsupportedFeatureError
-from .tensor_file import TensorInfo, quoted
+from ...errors import LossyConversionError, MissingExtraError, NonFiniteWeightsError, UnsupportedFeatureError
+from ..tensor_file import TensorInfo, quoted
 
 _STRIP_BYTES = 1 << 20  # of quantised numbers at once: unpacking takes several times as much
 

@@ -15,20 +15,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import (
+from ...errors import (
     CorruptCheckpointError,
     DtypeMismatchError,
     LimitExceededError,
     TruncatedFileError,
     UnsupportedFeatureError,
 )
-from .gguf_kinds import BY_NUMBER, KINDS, nbytes
-from .tensor_file import (
+from ..tensor_file import (
     MAX_RANK,
     MAX_TENSORS,
     TensorInfo,
     quoted,
 )
+from .kinds import BY_NUMBER, KINDS, nbytes
 
 MAX_HEADER_BYTES = 64 << 20
 MAX_KEYS = 10_000

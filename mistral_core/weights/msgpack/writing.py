@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .msgpack_file import ARRAY, CHUNKED, FIXED_EXT
-from .tensor_file import DTYPES, TensorInfo, reserve
+from ..tensor_file import DTYPES, TensorInfo, reserve
+from .file import ARRAY, CHUNKED, FIXED_EXT
 
 CHUNK_BYTES = 1 << 30
 """The largest array that is not cut into chunks."""

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from . import files
-from .gguf_kinds import KINDS, QUANTISED, dequantised, nbytes
-from .gguf_scan import ARRAY, BOOL, CODES, DEFAULT_ALIGNMENT, MAGIC, STRING, Scan, Strings, Value
-from .tensor_file import TensorFile, TensorInfo, opened, refuse_pointer, reserve, stamp_of
+from ...weights import files
+from ..tensor_file import TensorFile, TensorInfo, opened, refuse_pointer, reserve, stamp_of
+from .kinds import KINDS, QUANTISED, dequantised, nbytes
+from .scan import ARRAY, BOOL, CODES, DEFAULT_ALIGNMENT, MAGIC, STRING, Scan, Strings, Value
 
 
 class GgufFile(TensorFile):

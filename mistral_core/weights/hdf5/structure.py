@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import (
+from ...errors import (
     CheckpointError,
     CorruptCheckpointError,
     LimitExceededError,
@@ -21,9 +21,9 @@ from ..errors import (
     UnsafeFileError,
     UnsupportedFeatureError,
 )
-from . import hdf5_messages as messages
-from .hdf5_messages import Dataset
-from .tensor_file import MAX_TENSORS, quoted, read_at, refuse_pointer
+from ..tensor_file import MAX_TENSORS, quoted, read_at, refuse_pointer
+from . import messages
+from .messages import Dataset
 
 MAX_OBJECTS = MAX_TENSORS
 MAX_DEPTH = 16

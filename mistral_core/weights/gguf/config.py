@@ -13,9 +13,9 @@ import numpy as np
 from ... import rope
 from ...config import MistralConfig
 from ...errors import CorruptCheckpointError, UnsupportedFeatureError
-from ..gguf_file import GgufFile
-from ..gguf_scan import Value
 from ..tensor_file import quoted
+from .file import GgufFile
+from .scan import Value
 
 ARCHITECTURE = "general.architecture"
 EOS_IDS = "mistral.eos_token_ids"

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import CorruptCheckpointError, MissingExtraError
-from . import files
-from .hdf5_structure import Found, Structure
-from .tensor_file import DTYPES, TensorFile, TensorInfo, opened, quoted, stamp_of
+from ...errors import CorruptCheckpointError, MissingExtraError
+from ...weights import files
+from ..tensor_file import DTYPES, TensorFile, TensorInfo, opened, quoted, stamp_of
+from .structure import Found, Structure
 
 Attributes = Mapping[str, Mapping[str, str | Sequence[str]]]
 """Path of a group ("" is the root) -> name -> a text or a list of texts."""

@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 
-from .. import strict_json
-from ..config_checks import is_int, is_number
-from ..errors import CorruptCheckpointError
-from ..quantization import Scheme
+from ... import strict_json
+from ...config_checks import is_int, is_number
+from ...errors import CorruptCheckpointError
+from ...quantization import Scheme
 from .packings import Packing, Parts, Rows
 
 _SMALL = 4096

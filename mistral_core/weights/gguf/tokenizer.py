@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from ...errors import TokenizerError
-from ..gguf_scan import Value
+from ..formats.base import Outline
 from . import sentencepiece
-from .base import Outline
-from .gguf_vocabulary import TEKKEN, Vocabulary, has_tokenizer, of_tekken
+from .scan import Value
 from .sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from .vocabulary import TEKKEN, Vocabulary, has_tokenizer, of_tekken
 
 PREFIX = "tokenizer.ggml."
 TEMPLATE = "tokenizer.chat_template"

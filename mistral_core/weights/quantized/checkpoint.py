@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from .. import strict_json
-from ..config import MistralConfig
-from ..errors import ConfigError, CorruptCheckpointError, LossyConversionError
-from ..quantization import Scheme
-from .opened import StoredTensor
-from .packed_ints import AWQ, GPTQ
-from .packed_nf4 import NF4
+from ... import strict_json
+from ...config import MistralConfig
+from ...errors import ConfigError, CorruptCheckpointError, LossyConversionError
+from ...quantization import Scheme
+from ..opened import StoredTensor
+from ..tensor_file import CODES, DTYPES, TensorFile, TensorInfo, quoted
+from .ints import AWQ, GPTQ
+from .nf4 import NF4
 from .packings import PACKED_WORDS, ROWS, Packing, Parts, scaled
-from .tensor_file import CODES, DTYPES, TensorFile, TensorInfo, quoted
 
 PACKINGS: dict[str, Packing] = {"awq": AWQ, "gptq": GPTQ, "nf4": NF4, "packed": PACKED_WORDS}
 

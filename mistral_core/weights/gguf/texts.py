@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...errors import CorruptCheckpointError
-from ..gguf_file import GgufFile
-from ..gguf_scan import Strings
-from .gguf_tokenizer import PATTERNS, PREFIX, TEMPLATE
-from .gguf_vocabulary import merges_by_rank
+from .file import GgufFile
+from .scan import Strings
 from .sentencepiece import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from .tokenizer import PATTERNS, PREFIX, TEMPLATE
+from .vocabulary import merges_by_rank
 
 _SPACE = "▁"
 _LONGEST = 1024  # every place in a token is looked at

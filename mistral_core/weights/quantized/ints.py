@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from ..errors import CorruptCheckpointError, UnsupportedFeatureError
-from ..quantization import Scheme
+from ...errors import CorruptCheckpointError, UnsupportedFeatureError
+from ...quantization import Scheme
 from .packings import FLOATS, Packing, Parts, Rows, blocks, by_column, grouped, spread, unpacked
 
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)

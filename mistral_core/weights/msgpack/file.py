@@ -13,9 +13,9 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from ..errors import CorruptCheckpointError, DtypeMismatchError, LimitExceededError, TruncatedFileError
-from . import files
-from .tensor_file import (
+from ...errors import CorruptCheckpointError, DtypeMismatchError, LimitExceededError, TruncatedFileError
+from ...weights import files
+from ..tensor_file import (
     DTYPES,
     MAX_RANK,
     MAX_TENSORS,

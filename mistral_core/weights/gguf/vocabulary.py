@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ...errors import TokenizerError
-from .base import MAX_TEXT_BYTES
+from ..formats.base import MAX_TEXT_BYTES
 from .sentencepiece import CONTROL, NORMAL, UNKNOWN
 
 TEKKEN = (

@@ -1,0 +1,1 @@
+"""HDF5 files of weights, understood without the HDF5 library."""

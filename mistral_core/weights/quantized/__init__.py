@@ -1,0 +1,1 @@
+"""Packed matrices of quantised checkpoints, given as floats."""
