@@ -1,0 +1,249 @@
+"""Orbax directories: a tree of zarr arrays that _METADATA describes, read by tensorstore, without jax."""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import strict_json
+from ..errors import (
+    CheckpointError,
+    CorruptCheckpointError,
+    LimitExceededError,
+    MissingExtraError,
+    ShapeMismatchError,
+    UnexpectedTensorsError,
+    UnsafeFileError,
+)
+from . import files
+from .opened import StoredTensor
+from .tensor_file import CODES, DTYPES, MAX_TENSORS, TensorFile, TensorInfo, quoted
+
+METADATA = "_METADATA"
+UNFINISHED = ".orbax-checkpoint-tmp"
+MAX_METADATA_BYTES = 10 << 20
+MAX_FILES = 200_000
+
+_OCDBT = "manifest.ocdbt"
+_NOTHING = {"None", "Dict", "List", "Tuple", "NamedTuple"}
+
+
+class Tree(NamedTuple):
+    """What _METADATA says."""
+
+    names: list[str]
+    """Of the arrays: their paths joined by dots."""
+    ocdbt: bool
+    """The arrays lie in a database of its own, not in directories."""
+    driver: str
+    """tensorstore's, for the version of zarr."""
+    complete: bool
+    """Chunks of nothing but the fill value are stored too: one that is absent is lost."""
+
+
+def describe(directory: Path) -> Tree:
+    """Read _METADATA; raises CheckpointNotFoundError, CorruptCheckpointError, LimitExceededError, UnsafeFileError."""
+    path = directory / METADATA
+    if any(UNFINISHED in part for part in path.parts):
+        raise CorruptCheckpointError(f"{directory}: Orbax never finished writing it; save it again.")
+    data = strict_json.read_object(path, error=CorruptCheckpointError, max_bytes=MAX_METADATA_BYTES)
+    try:
+        entries = [
+            (".".join(str(part["key"]) for part in entry["key_metadata"]), entry["value_metadata"]["value_type"])
+            for entry in data["tree_metadata"].values()
+        ]
+    except (KeyError, TypeError, AttributeError) as cause:
+        raise CorruptCheckpointError(f"{path}: tree_metadata, keys and types, was expected; save it again.") from cause
+    names = [name for name, kind in entries if kind not in _NOTHING]
+    if len(names) > MAX_TENSORS:
+        raise LimitExceededError(f"{path}: {len(names)} arrays; at most {MAX_TENSORS} are read.")
+    for name in names:
+        files.check_bare_name(name, str(path))
+    if len(set(names)) < len(names):
+        raise CorruptCheckpointError(f"{path}: names an array twice; save it again.")
+    ocdbt = (directory / _OCDBT).exists()
+    if data.get("use_ocdbt") is True and not ocdbt:
+        raise CorruptCheckpointError(
+            f"{directory}: {_OCDBT} is not there; the checkpoint was not finished or not copied whole, save it again."
+        )
+    complete = data.get("store_array_data_equal_to_fill_value") is True
+    return Tree(names, ocdbt, "zarr3" if data.get("use_zarr3") is True else "zarr", complete)
+
+
+def format_of(directory: Path) -> str:
+    """`maxtext` or `orbax`, by the names of the arrays."""
+    return "maxtext" if any(".token_embedder." in f".{name}." for name in describe(directory).names) else "orbax"
+
+
+class ZarrTree(TensorFile):
+    """The arrays of an Orbax directory whose names are kept; read whole, or layer by layer where they are stacks."""
+
+    def __init__(self, directory: Path, keep: Callable[[str], object] = lambda name: True) -> None:
+        self.path, self.metadata = directory, {}
+        self.tree = describe(directory)
+        self._stamps = _stamps(directory)
+        self.stamp = self._stamps[directory / METADATA]
+        self._stack: tuple[str, Any] = ("", None)
+        futures = {name: self._open(name) for name in self.tree.names if keep(name)}
+        self._stores = {name: self._result(name, future) for name, future in futures.items()}
+        self.tensors = {name: self._info(name, store) for name, store in self._stores.items()}
+
+    def read(self, name: str, *, cached: bool = True) -> np.ndarray:
+        """A fresh array with the stored bits; raises CorruptCheckpointError, also if a file changed."""
+        return self._read(name, self._stores[name])
+
+    def read_layer(self, name: str, axis: int, index: int) -> np.ndarray:
+        """One layer of a stack, without that axis; raises what `read` raises."""
+        if self._stack[0] != name:
+            self._stack = name, self._open_stack(name, axis)
+        return self._read(name, self._stack[1][(*(slice(None),) * axis, index)])
+
+    @property
+    def files(self) -> dict[Path, TensorFile]:
+        """Every file of the directory, for `Checkpoint.shards`."""
+        return {path: _Part(path, stamp) for path, stamp in self._stamps.items()}
+
+    def check_unchanged(self) -> None:
+        """Raise CorruptCheckpointError if a file of the directory changed since it was opened."""
+        if _stamps(self.path) != self._stamps:
+            raise CorruptCheckpointError(f"{self.path}: changed while it was read; load it again.")
+
+    def _read(self, name: str, view: Any) -> np.ndarray:
+        array: np.ndarray = self._result(name, view.read(order="C"))
+        self.check_unchanged()
+        return array
+
+    def _open(self, name: str, cache: int = 0) -> Any:
+        """A future of an opened array."""
+        base = {"driver": "file", "path": f"{self.path.absolute()}/"}
+        store = {"driver": "ocdbt", "base": base, "path": f"{name}/"} if self.tree.ocdbt else base
+        spec = {
+            "driver": self.tree.driver,
+            "kvstore": store if self.tree.ocdbt else {**base, "path": f"{base['path']}{name}/"},
+            "fill_missing_data_reads": not self.tree.complete,
+            "context": {"cache_pool": {"total_bytes_limit": cache}},
+        }
+        with self._typed(name):
+            return library().open(spec, open=True, read=True)
+
+    def _open_stack(self, name: str, axis: int) -> Any:
+        """A stack whose chunks in memory serve the next layers too, if they hold several."""
+        store = self._stores[name]
+        chunk = store.chunk_layout.read_chunk.shape
+        if chunk[axis] == 1:
+            return store
+        padded = math.prod(-(-size // part) * part for size, part in zip(store.shape, chunk, strict=True))
+        layers = -(-store.shape[axis] // chunk[axis]) * chunk[axis]
+        cache = padded // layers * chunk[axis] * store.dtype.numpy_dtype.itemsize
+        return self._result(name, self._open(name, cache + (1 << 20)))
+
+    def _info(self, name: str, store: Any) -> TensorInfo:
+        code = CODES.get(np.dtype(store.dtype.numpy_dtype), store.dtype.name)
+        for layout in (store.chunk_layout.read_chunk.shape, store.chunk_layout.write_chunk.shape):
+            if any(part > max(size, 1) for part, size in zip(layout, store.shape, strict=True)):
+                raise CorruptCheckpointError(
+                    f"{self.path}: the chunks of {quoted(name)} are {list(layout)}, larger than its shape "
+                    f"{list(store.shape)}; save it again."
+                )
+        size = math.prod(store.shape) * DTYPES[code].itemsize if code in DTYPES else 0
+        return TensorInfo(name, code, tuple(store.shape), self.path / name, 0, size)
+
+    def _result(self, name: str, future: Any) -> Any:
+        with self._typed(name):
+            return future.result()
+
+    @contextmanager
+    def _typed(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError, RuntimeError, NotImplementedError, OverflowError, KeyError, TypeError) as cause:
+            reason = ascii(str(cause).partition(" [")[0])[1:-1][:300]
+            raise CorruptCheckpointError(
+                f"{self.path}: {quoted(name)} cannot be read ({reason}); copy or download it again."
+            ) from cause
+
+
+class _Part(TensorFile):
+    """A file of the directory, which holds no tensor by itself."""
+
+    def __init__(self, path: Path, stamp: tuple[int, int, int, int]) -> None:
+        self.path, self.stamp, self.tensors, self.metadata = path, stamp, {}, {}
+
+
+def library() -> Any:
+    """The module tensorstore; raises MissingExtraError."""
+    try:
+        import tensorstore
+    except ImportError as cause:
+        raise MissingExtraError(
+            f"Orbax checkpoints need {cause.name}; pip install 'mistral-frameworks[orbax]'."
+        ) from cause
+    return tensorstore
+
+
+def _stamps(directory: Path) -> dict[Path, tuple[int, int, int, int]]:
+    """What changes when a file does, of every file; raises UnsafeFileError for anything but files and directories."""
+    found: dict[Path, tuple[int, int, int, int]] = {}
+    pending = [directory]
+    while pending:
+        try:
+            with os.scandir(pending.pop()) as scanned:
+                entries = [(Path(entry.path), entry.is_symlink(), entry.stat()) for entry in scanned]
+        except OSError as cause:
+            raise CheckpointError(cause.errno, f"{directory}: cannot be read ({cause.strerror}).") from cause
+        for path, linked, status in entries:
+            if stat.S_ISDIR(status.st_mode) and not linked:
+                pending.append(path)
+            elif stat.S_ISREG(status.st_mode):
+                found[path] = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+            else:
+                raise UnsafeFileError(f"{quoted(str(path))}: neither a file nor a directory; refused.")
+        if len(found) + len(pending) > MAX_FILES:
+            raise LimitExceededError(f"{directory}: more than {MAX_FILES} files.")
+    return found
+
+
+# To and from the table's tensors
+
+
+def stored(
+    tree: ZarrTree,
+    name: str,
+    wanted: tuple[int, ...] | None = None,
+    *,
+    layer: tuple[int, int] | None = None,
+    then: Callable[[np.ndarray], np.ndarray] = lambda array: array,
+) -> StoredTensor:
+    """An array, or of a stack the layer (axis, index); `then` makes the table's tensor of it.
+
+    `wanted` is the shape it must have before it is read; None is for an array that the model has no place for.
+    """
+    info = tree.tensors[name]
+    shape = info.shape if layer is None else (*info.shape[: layer[0]], *info.shape[layer[0] + 1 :])
+
+    def load(cached: bool) -> np.ndarray:
+        if wanted is None:
+            raise UnexpectedTensorsError(f"{tree.path}: the model has no place for {quoted(name)}; check the config.")
+        if shape != wanted:
+            raise ShapeMismatchError(f"{tree.path}: {quoted(name)} is {shape}, the config says {wanted}.")
+        return then(tree.read(name) if layer is None else tree.read_layer(name, *layer))
+
+    return StoredTensor(name, info.dtype, shape, info.file, layer[1] if layer else 0, load, wanted)
+
+
+def layers_in(tree: ZarrTree, name: str, axis: int) -> Iterator[tuple[int, tuple[int, int]]]:
+    """(index, (axis, index)) of the layers of a stack; raises ShapeMismatchError, LimitExceededError."""
+    shape = tree.tensors[name].shape
+    if len(shape) <= axis:
+        raise ShapeMismatchError(f"{tree.path}: {quoted(name)} is {list(shape)}, a stack of layers was expected.")
+    if shape[axis] > MAX_TENSORS:
+        raise LimitExceededError(f"{tree.path}: {quoted(name)} has {shape[axis]} layers; at most {MAX_TENSORS}.")
+    for index in range(shape[axis]):
+        yield index, (axis, index)
