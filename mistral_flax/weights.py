@@ -17,7 +17,7 @@ from jax import Array
 from mistral_core import GenerationConfig, MistralConfig
 from mistral_core.errors import ConfigError
 from mistral_core.parameters import BASE_PREFIX, HEADS, parameters, shapes
-from mistral_core.weights import pretrained
+from mistral_core.weights import pretrained, push
 from mistral_core.weights.hf_arguments import check_saving, translated
 from mistral_core.weights.resizing import VOCABULARY, resized_config, resized_rows
 
@@ -123,6 +123,31 @@ class PreTrainedModel(nnx.Module):
             generation_config=self.generation_config,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        commit_message: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        max_shard_size: str | int = "5GB",
+    ) -> str:
+        """Upload what save_pretrained writes in one commit, and return its address.
+
+        The repository, and the branch `revision`, are made if they are not there. Raises HubError and its kinds.
+        """
+        return push.save_and_push(
+            lambda directory: self.save_pretrained(directory, max_shard_size=max_shard_size),
+            repo_id,
+            private=private,
+            commit_message=commit_message,
+            revision=revision,
+            token=token,
+            create_pr=create_pr,
         )
 
     def named_arrays(self) -> Iterator[tuple[str, np.ndarray]]:

@@ -36,6 +36,7 @@ CORE = {
     "TextIteratorStreamer",
     "TextStreamer",
     "__version__",
+    "convert",
 }
 
 

@@ -24,6 +24,7 @@ NAMES = (
     "Linen",
     "fit",
     "functional",
+    "converting",
     "weights",
 )
 SHARED, GENERATING = EXAMPLES[:2]

@@ -18,6 +18,7 @@ COMMANDS = {
     "check": "whether the installed backends agree with the reference on a checkpoint",
     "convert": "write a checkpoint as another format, bit for bit",
     "verify": "compare a checkpoint with the SHA-256 sums of its manifest",
+    "push": "upload a checkpoint to the hub in one commit",
     "diff": "compare two checkpoints of any formats tensor by tensor",
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from ..config import MistralConfig
@@ -42,13 +41,14 @@ def describe(path: str) -> dict[str, Any]:
     from ..weights.checkpoint import Checkpoint
 
     root = hub.resolve(path)
-    directory = root if root.is_dir() else root.parent
     checkpoint = Checkpoint.open(root)
+    directory = checkpoint.directory
     dtypes = sorted({info.dtype for info in checkpoint.tensors.values()})
-    files = {str(shard.name): shard.stat().st_size for shard in sorted(map(Path, checkpoint.shards))}
+    files = {checkpoint.name_of(shard): shard.stat().st_size for shard in sorted(checkpoint.shards)}
     return {
         "path": str(root),
-        **facts_of(MistralConfig.from_pretrained(directory)),
+        "format": checkpoint.format,
+        **facts_of(checkpoint.config),
         "stored_as": dtypes,
         "tensors": len(checkpoint.tensors),
         "files": files,

@@ -112,7 +112,7 @@ def convert(
         raise ConversionError(f"to: {to!r} is not written; one of {writable} was expected.")
     limit = shard_bytes(max_shard_size)
     _check_target(target, overwrite)
-    path = hub.resolve(source, **hub_arguments)
+    path = hub.resolve(source, format=source_format, one_format=source_format is None, **hub_arguments)
     _check_apart(path, target)
     checkpoint = open_source(path, source_format, config)
     manifest.verify(checkpoint.directory, "sizes")
@@ -317,7 +317,8 @@ def _cast(
     for name, source in sorted(plan.sources.items(), key=lambda pair: checkpoint.place(pair[1])):
         array = checkpoint.read(source, cached=cached)
         if check_finite and not casting.is_finite(array):
-            first = [int(i) for i in np.unravel_index(int(np.isfinite(array).argmin()), array.shape)]
+            with np.errstate(invalid="ignore"):
+                first = [int(i) for i in np.unravel_index(int(np.isfinite(array).argmin()), array.shape)]
             raise NonFiniteWeightsError(
                 f"{checkpoint.path}: NaN or infinity in {name}, first at {first}; pass check_finite=False "
                 "(--allow-nonfinite) to convert it as it is."
@@ -368,8 +369,9 @@ def _source(checkpoint: Checkpoint, *, hashes: bool) -> dict[str, Any]:
         known = manifest.read(checkpoint.directory)["files"]
     entries = {}
     for path, shard in checkpoint.shards.items():
-        digest = known.get(path.name, {}).get("sha256") or (manifest.file_digest(path) if hashes else None)
-        entries[path.name] = {"size": shard.stamp[2], "sha256": digest}
+        name = checkpoint.name_of(path)
+        digest = known.get(name, {}).get("sha256") or (manifest.file_digest(path) if hashes else None)
+        entries[name] = {"size": shard.stamp[2], "sha256": digest}
     snapshot = checkpoint.directory.name if checkpoint.directory.parent.name == "snapshots" else None
     return {"format": checkpoint.format, "files": entries, "commit": snapshot}
 

@@ -6,16 +6,13 @@ import contextlib
 import hashlib
 import os
 import re
-import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import (
-    AuthRequiredError,
-    CheckpointError,
     CheckpointNotFoundError,
     DownloadCorruptError,
     FileNotOnHubError,
@@ -23,49 +20,29 @@ from ..errors import (
     HubTimeoutError,
     MistralError,
     OfflineError,
-    RepoNotFoundError,
 )
 from . import files as safe_files
-from .shards import INDEX, SINGLE, weight_map_of
+from .hub_errors import Repository, translated
+from .hub_files import CONFIGS, HEADS, heads, small_files, weight_files
 
 ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only")
-
-CONFIGS = ("config.json", "params.json")
-SMALL_FILES = (
-    *CONFIGS,
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "tokenizer.model.v3",
-    "tekken.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "mistral_manifest.json",
-    INDEX,
-)
 
 _DOWNLOADS_AT_ONCE = 4
 
 
-@dataclass(frozen=True)
-class _Repository:
-    """What is asked of the hub; the token is kept out of its text."""
+class _Announced(NamedTuple):
+    """What the hub says of a file."""
 
-    id: str
-    revision: str | None
-    cache_dir: str | None
-    token: str | bool | None = field(repr=False)
-
-    def __str__(self) -> str:
-        return f"{self.id}@{self.revision or 'main'}"
+    size: int | None
+    sha256: str | None
 
 
 def resolve(
     path_or_id: safe_files.PathLike,
     *,
     files: Iterable[str] | None = None,
+    format: str | None = None,
+    one_format: bool = False,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
@@ -73,10 +50,10 @@ def resolve(
 ) -> Path:
     """The local path of a path, or of a hub id whose `files` are downloaded, all at one commit.
 
-    Of `files` those the repository has, at least one; by default configs, tokenizers and safetensors weights,
-    never another format. Where the hub does not answer, a complete copy in the cache is used, with a warning
-    unless offline is what was asked for.
-    Raises CheckpointNotFoundError (for a path), HubError and its kinds.
+    Of `files` those the repository has, at least one; by default configs, tokenizers and the weights of one format:
+    `format`, else the one that is there, `hf` of several unless there should be `one_format`. Where the hub does not
+    answer, a complete copy in the cache is used, with a warning unless offline is what was asked for.
+    Raises CheckpointNotFoundError (for a path), ConversionError (several formats), HubError and its kinds.
     """
     path = safe_files.as_path(path_or_id)
     if path_or_id and os.path.exists(path):
@@ -84,22 +61,24 @@ def resolve(
     if not isinstance(path_or_id, str) or _looks_like_path(path_or_id, path):
         raise CheckpointNotFoundError(f"{path}: no such file or directory; check the path.")
     cache = os.path.expanduser(cache_dir) if cache_dir is not None else None
-    repository = _Repository(path_or_id, revision, cache, token)
+    repository = Repository(path_or_id, revision, cache, token)
     wanted = tuple(files) if files is not None else None
+    for part in (part for name in wanted or () for part in name.split("/")):
+        safe_files.check_bare_name(part, path_or_id)
     from huggingface_hub import constants
 
     try:
         if local_files_only or constants.HF_HUB_OFFLINE:
-            return _cached(repository, wanted)
-        return _download(repository, wanted)
+            return _cached(repository, wanted, format, one_format)
+        return _download(repository, wanted, format, one_format)
     except Exception as error:
-        failure = _translated(error, repository)
+        failure = translated(error, repository)
         if failure is error:
             raise
         snapshot = None
         if type(failure) in (HubError, HubTimeoutError, OfflineError):
             with contextlib.suppress(OfflineError):
-                snapshot = _cached(repository, wanted)
+                snapshot = _cached(repository, wanted, format, one_format)
         if snapshot is None:
             raise failure from error
         warnings.warn(f"{failure} Its copy in the cache, commit {snapshot.name}, is used.", stacklevel=2)
@@ -114,7 +93,7 @@ def _looks_like_path(text: str, path: Path) -> bool:
     return len(path.parts) > 1 and os.path.exists(path.parent)
 
 
-def _download(repository: _Repository, wanted: Sequence[str] | None) -> Path:
+def _download(repository: Repository, wanted: Sequence[str] | None, format: str | None, one: bool) -> Path:
     """Resolve the commit once and fetch what is wanted of it."""
     from huggingface_hub import HfApi, constants
 
@@ -127,56 +106,64 @@ def _download(repository: _Repository, wanted: Sequence[str] | None) -> Path:
     commit = info.sha
     if not commit or not re.fullmatch("[0-9a-f]{40}", commit):
         raise HubError(f"{repository}: the hub named no commit; try again.")
-    digests = {file.rfilename: file.lfs.sha256 if file.lfs else None for file in info.siblings or ()}
-    names = [name for name in (SMALL_FILES if wanted is None else wanted) if name in digests]
-    if not names:
-        looked_for = ", ".join(CONFIGS if wanted is None else wanted)
-        raise FileNotOnHubError(f"{repository}: the repository has none of {looked_for}; check the id.")
-    snapshot = _fetch(repository, commit, names, digests)
+    announced = {
+        file.rfilename: _Announced(file.lfs.size, file.lfs.sha256) if file.lfs else _Announced(file.size, None)
+        for file in info.siblings or ()
+    }
     if wanted is None:
-        weights = _weight_files(snapshot)
-        absent = [name for name in weights if name not in digests]
+        first = heads(announced, format, str(repository), one=one)
+        names = small_files(announced, first)
+    else:
+        names = [name for name in wanted if name in announced]
+    if not names and wanted is not None:
+        raise FileNotOnHubError(f"{repository}: the repository has none of {', '.join(wanted)}; check the id.")
+    snapshot = _fetch(repository, commit, names, announced) if names else None
+    if wanted is None:
+        weights = weight_files(snapshot, announced, first)
+        absent = [name for name in weights if name not in announced]
         if absent:
-            others = ", ".join(sorted(n for n in digests if n.endswith((".bin", ".pth", ".h5", ".safetensors"))))
-            raise FileNotOnHubError(
-                f"{repository}: the repository lacks {', '.join(absent)} (it has: {others or 'no weights'}); "
-                "only Hugging Face safetensors is read so far."
-            )
-        _fetch(repository, commit, weights, digests)
+            raise FileNotOnHubError(f"{repository}: the repository lacks {', '.join(absent)}, which {first[0]} names.")
+        snapshot = _fetch(repository, commit, weights, announced)
+    assert snapshot is not None  # one of the two fetched something
     _remember(repository, snapshot)
     return snapshot
 
 
-def _fetch(repository: _Repository, commit: str, names: Sequence[str], digests: Mapping[str, str | None]) -> Path:
-    """Download files of one commit and compare the new ones with the SHA-256 that the hub announced."""
+def _fetch(repository: Repository, commit: str, names: Sequence[str], announced: Mapping[str, _Announced]) -> Path:
+    """Download files of one commit and compare the new ones with the size and SHA-256 that the hub announced."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     def fetch(name: str) -> Path:
         cache = repository.cache_dir
         fresh = not isinstance(try_to_load_from_cache(repository.id, name, cache, commit), str)
         path = Path(hf_hub_download(repository.id, name, revision=commit, cache_dir=cache, token=repository.token))
-        if fresh and digests[name]:
-            _check_digest(path, digests[name], repository)
+        if not path.is_file():
+            raise HubError(f"{repository}: in the cache {path} is no file; remove it and load again.")
+        if fresh:
+            _check(path, announced[name], repository)
         return path
 
     with ThreadPoolExecutor(_DOWNLOADS_AT_ONCE) as pool:
         paths = list(pool.map(fetch, names))
-    return paths[0].parent
+    return paths[0].parents[names[0].count("/")]
 
 
-def _check_digest(path: Path, expected: str | None, repository: _Repository) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
+def _check(path: Path, expected: _Announced, repository: Repository) -> None:
+    """Remove a file that is not what was announced, and raise DownloadCorruptError."""
+    size, sha256 = path.stat().st_size, expected.sha256
+    if sha256 is not None:
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 != expected.sha256 or size != (size if expected.size is None else expected.size):
         path.resolve().unlink()
         path.unlink(missing_ok=True)
         raise DownloadCorruptError(
-            f"{repository}: {path.name} arrived with SHA-256 {found}, the hub announced {expected}; "
-            "it was removed, load again."
+            f"{repository}: {path.name} arrived with {size} bytes and SHA-256 {sha256}, the hub announced "
+            f"{expected.size} and {expected.sha256}; it was removed, load again."
         )
 
 
-def _remember(repository: _Repository, snapshot: Path) -> None:
+def _remember(repository: Repository, snapshot: Path) -> None:
     """Note which commit a branch or tag meant, as the hub's own cache does, for the next time offline."""
     name = repository.revision or "main"
     if name != snapshot.name and re.fullmatch(r"[\w.-]+(/[\w.-]+)*", name) and ".." not in name:
@@ -184,107 +171,51 @@ def _remember(repository: _Repository, snapshot: Path) -> None:
             safe_files.write_file(snapshot.parent.parent / "refs" / name, snapshot.name.encode())
 
 
-def _cached(repository: _Repository, wanted: Sequence[str] | None) -> Path:
+def _cached(repository: Repository, wanted: Sequence[str] | None, format: str | None, one: bool) -> Path:
     """The snapshot in the cache, or OfflineError with what it lacks."""
-    from huggingface_hub import try_to_load_from_cache
-
-    names = CONFIGS if wanted is None else tuple(wanted)
-    for name in names:
-        found = try_to_load_from_cache(
-            repository.id, name, cache_dir=repository.cache_dir, revision=repository.revision
-        )
-        if isinstance(found, str):
-            break
-    else:
+    names = (*CONFIGS, *HEADS) if wanted is None else tuple(wanted)
+    found = next(((path, name) for name in names if (path := _in_cache(repository, name))), None)
+    if found is None:
+        tried = CONFIGS if wanted is None else names
         raise OfflineError(
-            f"{repository}: offline, and the cache has none of {', '.join(names)}; "
+            f"{repository}: offline, and the cache has none of {', '.join(tried)}; "
             "load it once online or check cache_dir."
         )
-    snapshot = Path(found).parent
-    weights = _weight_files(snapshot) if wanted is None else []
-    missing = [name for name in weights if not (snapshot / name).exists()]
-    if missing:
-        raise OfflineError(
-            f"{repository}: offline, and the cache lacks {', '.join(missing)} of commit {snapshot.name}; "
-            "load it once online."
-        )
+    snapshot = found[0].parents[found[1].count("/")]
+    if wanted is None:
+        present = {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()}
+        weights = weight_files(snapshot, present, _heads_in_cache(repository, snapshot, present, format, one))
+        missing = [name for name in weights if name not in present]
+        if missing:
+            raise _incomplete(repository, snapshot, ", ".join(missing))
     return snapshot
 
 
-def _weight_files(snapshot: Path) -> list[str]:
-    """The safetensors files of a snapshot that has its small files."""
-    index = snapshot / INDEX
-    return sorted(set(weight_map_of(index)[0].values())) if index.exists() else [SINGLE]
+def _heads_in_cache(
+    repository: Repository, snapshot: Path, present: Collection[str], format: str | None, one: bool
+) -> list[str]:
+    try:
+        return heads(present, format, str(repository), one=one)
+    except FileNotOnHubError as cause:
+        lacking = "weights" if format is None else f"weights of the format {format}"
+        raise _incomplete(repository, snapshot, lacking) from cause
 
 
-# Errors
+def _incomplete(repository: Repository, snapshot: Path, missing: str) -> OfflineError:
+    return OfflineError(
+        f"{repository}: offline, and the cache lacks {missing} of commit {snapshot.name}; load it once online."
+    )
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+def _in_cache(repository: Repository, name: str) -> Path | None:
+    """A file of the revision in the cache; raises OfflineError for a cache that is not in order."""
+    from huggingface_hub import try_to_load_from_cache
 
-
-def _translated(error: Exception, repository: _Repository) -> Exception:
-    """The error of this project for one of huggingface_hub, its HTTP library or the system; else itself.
-
-    No text of the server goes into the message: it could repeat the token.
-    """
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    if isinstance(error, MistralError):
-        return error
-    for cause in _chain(error):
-        if isinstance(cause, LocalEntryNotFoundError):
-            continue  # it only wraps the cause that follows
-        for kind, ours, text in _kinds():
-            if isinstance(cause, kind):
-                return ours(f"{repository}: {text}.")
-        if isinstance(cause, HfHubHTTPError):
-            return _of_status(cause.response, repository)
-    return _of_system(error, repository)
-
-
-def _kinds() -> list[tuple[type, type[HubError], str]]:
-    """Their error, ours, and what to do; subclasses first."""
-    from huggingface_hub import errors as hf
-
-    http = sys.modules[hf.HfHubHTTPError.__mro__[1].__module__.partition(".")[0]]  # httpx or httpx2
-    log_in = "log in with `hf auth login` or pass token="
-    unknown = f"no such repository, nor such a path here; check the id, or, if it is private, {log_in}"
-    gated = f"gated; accept its licence on its page, then {log_in}"
-    unreachable = "the hub cannot be reached; check the network, proxy and HF_ENDPOINT"
-    return [
-        (hf.HFValidationError, RepoNotFoundError, "neither a path here nor a hub id; check it"),
-        (hf.LocalTokenNotFoundError, AuthRequiredError, f"there is no token; {log_in}"),
-        (hf.GatedRepoError, AuthRequiredError, gated),
-        (hf.RepositoryNotFoundError, RepoNotFoundError, unknown),
-        (hf.RevisionNotFoundError, RepoNotFoundError, "no such revision; check the branch, tag or commit"),
-        (hf.DisabledRepoError, HubError, "the repository is disabled; see its page"),
-        (hf.EntryNotFoundError, FileNotOnHubError, "a file is not in the repository; check the revision"),
-        (http.TimeoutException, HubTimeoutError, "the hub did not answer in time; try again"),
-        (http.RemoteProtocolError, DownloadCorruptError, "the connection broke off; load again to resume"),
-        (http.RequestError, OfflineError, unreachable),
-        (hf.OfflineModeIsEnabled, OfflineError, "offline mode is on; unset HF_HUB_OFFLINE"),
-    ]
-
-
-def _of_status(response: object, repository: _Repository) -> HubError:
-    status, headers = response.status_code, response.headers  # type: ignore[attr-defined]
-    if status in (401, 403):
-        return AuthRequiredError(f"{repository}: refused with {status}; log in with `hf auth login` or pass token=.")
-    wait = headers.get("Retry-After", "")
-    later = f"after {wait} s" if wait.isdigit() else "later"
-    return HubError(f"{repository}: the hub answered with status {status}; try again {later}.")
-
-
-def _of_system(error: Exception, repository: _Repository) -> Exception:
-    if "Consistency check failed" in str(error):
-        return DownloadCorruptError(f"{repository}: a download has the wrong size; load again.")
-    if isinstance(error, OSError) and not isinstance(error, CheckpointError):
-        text = error.strerror or type(error).__name__
-        return HubError(error.errno or 0, f"{repository}: {text}; check the cache directory and its free space.")
-    if isinstance(error, (ValueError, LookupError)):
-        return HubError(f"{repository}: the hub's answer cannot be read; check HF_ENDPOINT.")
-    return error
+    try:
+        found = try_to_load_from_cache(repository.id, name, repository.cache_dir, repository.revision)
+    except (UnicodeError, OSError) as cause:
+        raise OfflineError(
+            f"{repository}: offline, and the cache cannot be read ({type(cause).__name__}); remove the repository's "
+            "directory there and load it once online."
+        ) from cause
+    return Path(found) if isinstance(found, str) else None

@@ -146,7 +146,7 @@ def _entry(checkpoint: Checkpoint, source: str, hashes: bool) -> dict[str, Any]:
     return {
         "dtype": tensor.dtype,
         "shape": list(tensor.shape),
-        "file": tensor.file.name,
+        "file": checkpoint.name_of(tensor.file),
         "sha256": digest(checkpoint.read(source)) if hashes else None,
     }
 

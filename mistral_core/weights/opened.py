@@ -79,6 +79,10 @@ class Checkpoint:
         """Where the config and the manifest lie."""
         return self.folder or (self.path if self.path.is_dir() else self.path.parent)
 
+    def name_of(self, path: Path) -> str:
+        """The name of one of its files below its directory."""
+        return Path(os.path.abspath(path)).relative_to(os.path.abspath(self.directory)).as_posix()
+
     @cached_property
     def config(self) -> MistralConfig:
         """What the checkpoint says of itself; raises what reading a config raises."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from ..config import MistralConfig
 from ..generation import GenerationConfig
 from . import checkpoint, hub
-from .files import PathLike
+from .files import PathLike, check_bare_name
 from .matching import EMBEDDING, canonical_names
 from .opened import Checkpoint
 from .tensor_file import DTYPES
@@ -39,12 +40,12 @@ def load(
     verify: str = "sizes",
     **options: Any,
 ) -> Pretrained:
-    """Open a checkpoint for a class; `options` are hub arguments and fields of the config to replace.
+    """Open a checkpoint for a class; `options` are hub arguments, `gguf_file` and fields of the config to replace.
 
     All tensors come in `dtype`, or in the embedding's own. Raises what `checkpoint.load` raises, and UnknownFieldError.
     """
     hub_arguments = {key: options.pop(key) for key in hub.ARGUMENTS if key in options}
-    root = hub.resolve(path, **hub_arguments)
+    root = _one_file(path, options.pop("gguf_file", None), hub_arguments)
     opened = Checkpoint.open(root, config=config)
     directory, config = opened.directory, (config or opened.config).replace(**options)
     embedding = canonical_names(opened.tensors).get(EMBEDDING)
@@ -55,6 +56,14 @@ def load(
     if (directory / GENERATION_FILE).exists():
         generation = GenerationConfig.from_pretrained(directory)
     return Pretrained(config.replace(dtype=dtype), generation, tensors)
+
+
+def _one_file(path: PathLike, name: str | None, hub_arguments: dict[str, Any]) -> Path:
+    """The directory of a checkpoint, or one file of it: a repository may hold a GGUF of each size."""
+    if name is None:
+        return hub.resolve(path, **hub_arguments)
+    check_bare_name(name, "gguf_file")
+    return hub.resolve(path, files=(name,), **hub_arguments) / name
 
 
 def save(

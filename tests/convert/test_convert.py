@@ -8,11 +8,12 @@ import warnings
 
 import numpy as np
 import pytest
-from samples import any_bits, assert_same, read, write
+from samples import any_bits, assert_same, ordinary, read, write
 
 from mistral_core import TINY, convert, errors
+from mistral_core.cli import main
 from mistral_core.data import TINY_CHECKPOINT
-from mistral_core.weights import casting, formats, manifest
+from mistral_core.weights import casting, difference, formats, manifest, pretrained
 from mistral_core.weights.checkpoint import load
 from mistral_core.weights.opened import Checkpoint
 
@@ -356,3 +357,75 @@ def test_quiet(source, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         convert(source, tmp_path / "out", to="raw", check_finite=False)
+
+
+@pytest.mark.parametrize("format", [row.name for row in formats.FORMATS.values() if row.written])
+def test_from_pretrained_reads_every_format(tmp_path, format):
+    config = TINY.replace(head_dim=16)  # a power of four: MaxText's scale of the queries is exact
+    source = write(tmp_path / "hf", "hf", ordinary(config), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        convert(source, tmp_path / "model", to=format)
+        loaded = pretrained.load(tmp_path / "model", "MistralForCausalLM", verify="full")
+    assert loaded.config.layer_windows == config.layer_windows
+    assert_same(dict(loaded.tensors), ordinary(config))
+
+
+# The command line
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def test_command_converts_verifies_compares(source, tmp_path, capsys):
+    assert run("convert", source, tmp_path / "raw", "--to", "raw", "--allow-nonfinite", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["format"], report["tensors"]) == ("raw", 30)
+    assert run("verify", tmp_path / "raw") == 0
+    assert "30 tensors: as written" in capsys.readouterr().out
+    assert run("diff", source, tmp_path / "raw") == 0
+    assert "30 of 30 tensors have the same bits" in capsys.readouterr().out
+    assert run("info", tmp_path / "raw") == 0
+    assert "raw" in capsys.readouterr().out
+
+
+def test_command_tells_the_plan_and_writes_nothing(source, tmp_path, capsys):
+    assert run("convert", source, tmp_path / "gone", "--to", "flax-msgpack", "--dry-run") == 0
+    assert "22 now transposed" in capsys.readouterr().out
+    assert not (tmp_path / "gone").exists()
+
+
+def test_command_says_in_one_line_what_is_wrong(source, tmp_path, capsys):
+    assert run("convert", source, tmp_path / "out", "--to", "raw") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mistral: ")
+    assert "NaN or infinity" in error
+    assert "--allow-nonfinite" in error
+
+
+def test_command_finds_one_flipped_bit(source, tmp_path, capsys):
+    convert(source, tmp_path / "raw", to="raw", check_finite=False)
+    file = tmp_path / "raw" / "consolidated.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 4
+    file.write_bytes(data)
+    assert run("verify", tmp_path / "raw") == 2
+    assert "consolidated.safetensors (tensors 'model" in capsys.readouterr().err
+
+
+def test_diff_tells_what_differs_and_where_layers_part(tmp_path, capsys):
+    arrays = dict(load(TINY_CHECKPOINT, dtype="float32")[1])
+    arrays["model.layers.2.mlp.up_proj.weight"][0, 0] += 1
+    config = Checkpoint.open(TINY_CHECKPOINT).config
+    write(tmp_path / "other", "hf", arrays, config, texts={"tokenizer.json": b"{}"})
+    convert(TINY_CHECKPOINT, tmp_path / "same", to="flax-msgpack", dtype="float32")
+    assert run("diff", tmp_path / "same", tmp_path / "other", "--layers", "Emma was") == 1
+    out = capsys.readouterr().out
+    assert "46 of 47 tensors have the same bits" in out
+    assert "model.layers.2.mlp.up_proj.weight: 1 numbers differ, by at most 1 " in out
+    assert "they part at layer 2" in out
+    found = list(difference.tensors(Checkpoint.open(tmp_path / "same"), Checkpoint.open(TINY_CHECKPOINT)))
+    assert all(item.changed == 0 and not item.same_bits for item in found)
+    assert run("diff", TINY_CHECKPOINT, tmp_path / "same") == 1
+    assert "the same numbers in other bits (bfloat16 and float32)" in capsys.readouterr().out

@@ -1,22 +1,28 @@
 """The hub against a server on this machine: what is asked for, at which commit, and every way to fail."""
 
 import errno
+import gzip
 import hashlib
 import json
 import os
+import shutil
+import subprocess
+import sys
 import threading
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
 import ml_dtypes
 import pytest
 from huggingface_hub import constants
-from local_hub import COMMIT, ENTRY_NOT_FOUND, serving
+from local_hub import COMMIT, ENTRY_NOT_FOUND, RESET, serving
 
-from mistral_core import TINY, MistralConfig, errors
+from mistral_core import TINY, MistralConfig, convert, errors
 from mistral_core.config import CONFIG_FILES
+from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.parameters import initial_value, parameters
-from mistral_core.weights import hub, manifest
+from mistral_core.weights import hub, manifest, pretrained
 from mistral_core.weights.checkpoint import load, save
 
 REPO, TOKEN = "someone/tiny-mistral", "hf_SecretSecretSecret"
@@ -157,12 +163,70 @@ def test_second_time_costs_one_request(server, get):
     assert [command for command, _, _ in server.requests if command == "GET"] == ["GET"]
 
 
-@pytest.mark.parametrize("others", [{"pytorch_model.bin": b""}, {"consolidated.safetensors": b""}, {}])
-def test_repository_without_safetensors(server, get, others):
+@pytest.mark.parametrize("others", [{"weights.bin": b""}, {"a.gguf": b"", "b.gguf": b""}, {}])
+def test_repository_without_weights_that_are_known(server, get, others):
     server.files = {"config.json": b"{}", **others}
-    with raises(errors.FileNotOnHubError, "model.safetensors", *others or ["no weights"]):
+    with raises(errors.FileNotOnHubError, *others or ["no weights"]):
         get()
-    assert downloaded(server) == {"config.json"}
+    assert downloaded(server) == set()
+
+
+@pytest.mark.parametrize(
+    ("format", "files"),
+    [
+        ("raw", {"params.json", "consolidated.safetensors", "tekken.json"}),
+        ("flax-msgpack", {"config.json", "flax_model.msgpack"}),
+        ("tf-h5", {"config.json", "tf_model.h5"}),
+        ("keras-hub", {"config.json", "metadata.json", "model.weights.h5", "assets/tokenizer/vocabulary.spm"}),
+        ("orbax", {"config.json", "params/_METADATA", "params/a/.zarray", "params/a/0"}),
+        ("maxtext", {"config.json", "0/items/_METADATA", "0/items/a/0"}),
+        ("gguf", {"model.gguf"}),
+        ("hf-bin", {"config.json", "pytorch_model.bin"}),
+        ("raw-pth", {"params.json", "consolidated.00.pth"}),
+    ],
+)
+def test_every_format_is_fetched_and_nothing_beside_it(server, get, format, files):
+    server.files = {**dict.fromkeys(files, b"{}"), "notes.txt": b"", "onnx/model.onnx": b"", "some.gguf": b""}
+    snapshot = get()
+    assert {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()} == files
+    assert get(format=format) == snapshot
+    assert get(local_files_only=True) == snapshot
+
+
+def test_several_formats(server, get):
+    server.files = dict.fromkeys(("config.json", "model.safetensors", "params.json", "consolidated.safetensors"), b"{}")
+    get()
+    assert downloaded(server) == {"config.json", "model.safetensors", "params.json"}
+    get(format="raw")
+    assert "consolidated.safetensors" in downloaded(server)
+    with raises(errors.ConversionError, "holds hf, raw"):
+        get(one_format=True)
+    with raises(errors.FileNotOnHubError, "has nothing of the format tf-h5", "consolidated.safetensors"):
+        get(format="tf-h5")
+    del server.files["model.safetensors"]
+    server.files["tf_model.h5"] = b""
+    with raises(errors.ConversionError, "holds raw, tf-h5"):
+        get()
+
+
+def test_pickles_are_the_last_choice(server, get):
+    server.files = dict.fromkeys(("config.json", "pytorch_model.bin", "flax_model.msgpack"), b"{}")
+    get(one_format=True)
+    assert downloaded(server) == {"config.json", "flax_model.msgpack"}
+
+
+def test_one_gguf_of_many(server, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        convert(TINY_CHECKPOINT, tmp_path / "gguf", to="gguf")
+    data = (tmp_path / "gguf" / "model.gguf").read_bytes()
+    server.files = {"m.Q4.gguf": b"not this", "m.BF16.gguf": data}
+    arguments = {"cache_dir": tmp_path / "cache"}
+    loaded = pretrained.load(REPO, "MistralForCausalLM", gguf_file="m.BF16.gguf", **arguments)
+    assert loaded.config.sliding_window == 80
+    assert downloaded(server) == {"m.BF16.gguf"}
+    with pytest.raises(errors.UnsafeFileError):
+        pretrained.load(REPO, "MistralForCausalLM", gguf_file="../m.gguf", **arguments)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +268,227 @@ def test_connection_that_breaks_off(server, get, contents):
     server.fault = failing(200, size, b"short", only=name)
     with raises(errors.DownloadCorruptError, "broke off"):
         get()
+
+
+@pytest.mark.parametrize("name", ["model-00002-of-00002.safetensors", "config.json"])
+def test_127_a_body_that_is_compressed_unasked(server, get, contents, name):
+    body = gzip.compress(contents[name])
+    headers = {"Content-Encoding": "gzip", "ETag": '"e"', "X-Repo-Commit": COMMIT}
+    server.fault = failing(200, headers, body, only=name)
+    try:
+        snapshot = get()
+    except errors.DownloadCorruptError:
+        server.fault = lambda path: None
+        snapshot = get()
+    assert (snapshot / name).read_bytes() == contents[name]
+
+
+@pytest.mark.parametrize("name", ["model-00002-of-00002.safetensors", "config.json"])
+@pytest.mark.parametrize("change", [-1, 1])
+def test_127_a_wrong_content_length(server, get, contents, name, change):
+    data = contents[name]
+    headers = {"Content-Length": str(len(data) + change), "ETag": '"e"', "X-Repo-Commit": COMMIT}
+    server.fault = failing(200, headers, data, only=name)
+    with raises(errors.DownloadCorruptError):
+        get()
+    server.fault = lambda path: None
+    assert (get() / name).read_bytes() == data
+
+
+def test_127_a_connection_that_is_reset(server, get, contents):
+    server.fault = lambda path: RESET if "model-00002" in path else None
+    with pytest.raises((errors.OfflineError, errors.DownloadCorruptError), match=REPO):
+        get()
+    server.fault = lambda path: None
+    get()
+
+
+def cached_blob(snapshot: Path, name: str) -> Path:
+    return (snapshot / name).resolve()
+
+
+def test_127_the_whole_file_in_answer_to_a_range(server, get, contents):
+    """The server never heeds Range: what is left of an earlier download must not stay in front of it."""
+    name = "model-00002-of-00002.safetensors"
+    blob = cached_blob(get(), name)
+    (blob.parents[1] / "snapshots" / COMMIT / name).unlink()
+    blob.unlink()
+    blob.with_name(blob.name + ".incomplete").write_bytes(b"left by another process")
+    assert (get() / name).read_bytes() == contents[name]
+
+
+def test_128_a_tampered_cache_is_found_by_the_manifest(server, tmp_path, contents):
+    save(tmp_path / "model", TINY, WEIGHTS.items())
+    server.files = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    snapshot = hub.resolve(REPO, cache_dir=tmp_path / "cache")
+    blob = cached_blob(snapshot, "model.safetensors")
+    data = bytearray(blob.read_bytes())
+    data[-1] ^= 1
+    blob.write_bytes(data)
+    list(load(REPO, cache_dir=tmp_path / "cache")[1])
+    with pytest.raises(errors.ChecksumMismatchError, match="model.norm.weight"):
+        load(REPO, cache_dir=tmp_path / "cache", verify="full")
+
+
+def test_128_a_manifest_that_does_not_fit_what_came(server, tmp_path):
+    save(tmp_path / "model", TINY, WEIGHTS.items())
+    server.files = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    save(tmp_path / "model", TINY, ((name, array * 2) for name, array in WEIGHTS.items()))
+    server.files["model.safetensors"] = (tmp_path / "model" / "model.safetensors").read_bytes()
+    with pytest.raises(errors.ChecksumMismatchError):
+        load(REPO, cache_dir=tmp_path / "cache", verify="full")
+
+
+# 129: a cache that is not in order
+
+
+def damaged(snapshot: Path, kind: str) -> None:
+    name = "model-00002-of-00002.safetensors"
+    blob, locks = cached_blob(snapshot, name), snapshot.parents[2] / ".locks" / snapshot.parents[1].name
+    if kind == "dangling link":
+        blob.unlink()
+    elif kind == "empty snapshot":
+        shutil.rmtree(snapshot)
+        snapshot.mkdir()
+    elif kind == "no snapshots":
+        shutil.rmtree(snapshot.parent)
+    elif kind == "no blobs":
+        shutil.rmtree(blob.parent)
+    elif kind == "ref to a missing commit":
+        (snapshot.parents[1] / "refs" / "main").write_text(NEXT)
+    elif kind == "ref of garbage":
+        (snapshot.parents[1] / "refs" / "main").write_bytes(b"../../..\xff")
+    elif kind == "left lock":
+        locks.mkdir(parents=True, exist_ok=True)
+        (locks / f"{blob.name}.lock").write_bytes(b"4194304")
+        blob.unlink()
+    elif kind == "left incomplete":
+        blob.rename(blob.with_name(blob.name + ".incomplete"))
+
+
+KINDS = ["dangling link", "empty snapshot", "no snapshots", "no blobs", "ref to a missing commit", "ref of garbage",
+         "left lock", "left incomplete"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_129_the_cache_heals_itself(server, get, contents, kind):
+    first = get()
+    damaged(first, kind)
+    again = get()
+    assert again == first
+    assert all((again / path.name).read_bytes() == contents[path.name] for path in again.iterdir())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_129_offline_a_damaged_cache_is_whole_or_an_error(server, get, contents, kind):
+    damaged(get(), kind)
+    try:
+        snapshot = get(local_files_only=True)
+    except errors.OfflineError:
+        return
+    assert all((snapshot / path.name).read_bytes() == contents[path.name] for path in snapshot.iterdir())
+
+
+@pytest.mark.parametrize("what", ["blob", "file"])
+def test_129_a_directory_where_a_file_should_be(server, get, what):
+    name = "model-00002-of-00002.safetensors"
+    snapshot = get()
+    path = cached_blob(snapshot, name) if what == "blob" else snapshot / name
+    path.unlink()
+    if what == "blob":
+        (snapshot / name).unlink()
+    path.mkdir()
+    with pytest.raises((errors.HubError, errors.CheckpointError)) as caught:
+        load(REPO, cache_dir=snapshot.parents[2])
+    assert "cache" in str(caught.value)
+
+
+# 131: names out of the listing
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../evil.safetensors", "/evil.safetensors", "C:\\evil.safetensors", "a\0.safetensors", "x" * 300 + ".safetensors",
+     "CONFIG.JSON", "config.json/evil", "evil\u202e.safetensors", "\x1b[2J.safetensors"],
+)  # fmt: skip
+def test_131_the_listing_chooses_no_file(server, get, tmp_path, contents, name):
+    server.files = {**contents, name: b"evil"}
+    snapshot = get()
+    assert {path.name for path in snapshot.iterdir()} <= set(contents)
+    assert not [path for path in tmp_path.rglob("*") if "evil" in path.name]
+    server.files = {"config.json": b"{}", name: b"evil"}
+    with pytest.raises(errors.FileNotOnHubError) as caught:
+        get(revision="other")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["../evil", "/evil", "a/../../evil"])
+def test_131_a_listed_file_cannot_be_asked_for_outside(server, get, tmp_path, name):
+    server.files = {name: b"evil"}
+    for offline in (False, True):
+        with pytest.raises(errors.UnsafeFileError, match=REPO):
+            get(files=[name], local_files_only=offline)
+    assert not [path for path in tmp_path.rglob("*") if path.name == "evil" and path.is_file()]
+
+
+# 132, 134: where the cache is, and who else uses it
+
+
+def test_132_no_symbolic_links(server, get, contents, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.file_download.are_symlinks_supported", lambda cache_dir=None: False)
+    snapshot = get()
+    assert not any(path.is_symlink() for path in snapshot.iterdir())
+    assert all(path.read_bytes() == contents[path.name] for path in snapshot.iterdir())
+
+
+DOWNLOAD = """
+import resource, signal, sys, warnings
+from mistral_core import errors
+from mistral_core.weights import hub
+limit = int(sys.argv[3])
+if limit:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+try:
+    print(hub.resolve(sys.argv[1], cache_dir=sys.argv[2]))
+except errors.MistralError as error:
+    print(type(error).__name__, error.errno, error)
+"""
+
+
+def in_another_process(server, cache: Path, *, limit: int = 0) -> subprocess.Popen:
+    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "0"}
+    words = [sys.executable, "-c", DOWNLOAD, REPO, str(cache), str(limit)]
+    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_132_a_full_disk(server, tmp_path, contents):
+    told, errors_told = in_another_process(server, tmp_path / "cache", limit=30_000).communicate()
+    assert told.startswith("HubError"), (told, errors_told)
+    assert f"{errno.EFBIG}" in told
+    assert "free space" in told
+    snapshot = hub.resolve(REPO, cache_dir=tmp_path / "cache")
+    assert all(path.read_bytes() == contents[path.name] for path in snapshot.iterdir())
+
+
+def test_132_a_read_only_cache(server, tmp_path, monkeypatch):
+    def refused(path, *_, **__):
+        raise PermissionError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr("os.makedirs", refused)
+    with raises(errors.HubError, "cache directory") as caught:
+        hub.resolve(REPO, cache_dir=tmp_path / "cache")
+    assert caught.value.errno == errno.EROFS
+
+
+def test_134_four_processes_download_the_same(server, tmp_path, contents):
+    processes = [in_another_process(server, tmp_path / "cache") for _ in range(4)]
+    told = [process.communicate() for process in processes]
+    snapshot = hub.resolve(REPO, cache_dir=tmp_path / "cache", local_files_only=True)
+    assert {out.strip() for out, _ in told} == {str(snapshot)}, told
+    assert all(path.read_bytes() == contents[path.name] for path in snapshot.iterdir())
+    assert not list((tmp_path / "cache").rglob("*.incomplete"))
 
 
 # Refusals
@@ -347,7 +632,7 @@ def test_offline_with_a_partial_snapshot_lists_what_is_missing(server, get, offl
 
 def test_offline_with_the_config_only(server, get, offline):
     get(files=CONFIG_FILES)
-    with raises(errors.OfflineError, "model.safetensors"):
+    with raises(errors.OfflineError, "the cache lacks weights"):
         get(**offline())
 
 

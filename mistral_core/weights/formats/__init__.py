@@ -20,12 +20,13 @@ from ...errors import (
     MissingExtraError,
     UnsupportedFeatureError,
 )
-from ...weights import tensor_file, zarr_tree
+from ...weights import tensor_file
 from ..hdf5 import file as hdf5_file
 from ..opened import Checkpoint
 from ..safetensors_file import SafetensorsFile
 from ..shards import weight_map_of
 from ..tensor_file import quoted
+from ..zarr import tree as zarr_tree
 from .base import Format
 
 GROUP = "mistral.formats"

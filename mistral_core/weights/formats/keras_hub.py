@@ -114,7 +114,7 @@ def _open_files(path: Path) -> list[Hdf5File]:
         path = path / SINGLE if (path / SINGLE).exists() or not (path / INDEX).exists() else path / INDEX
     if path.suffix != ".json":
         return [Hdf5File(path)]
-    mapped = _weight_map(path)
+    mapped = weight_map(path)
     names = sorted({name for places in mapped.values() for name in places})
     absent = [quoted(name) for name in names if not (path.parent / name).exists()]
     if absent:
@@ -131,7 +131,7 @@ def _open_files(path: Path) -> list[Hdf5File]:
     return opened
 
 
-def _weight_map(index: Path) -> dict[str, list[str]]:
+def weight_map(index: Path) -> dict[str, list[str]]:
     """Group of variables -> the names of the shards with some of them."""
     data = strict_json.read_object(index, error=CheckpointIndexError, max_bytes=shards.MAX_INDEX_BYTES)
     weight_map = data.get("weight_map")

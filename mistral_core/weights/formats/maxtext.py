@@ -14,11 +14,13 @@ import numpy as np
 from ...config import MistralConfig
 from ...errors import CheckpointNotFoundError, ConversionError, CorruptCheckpointError, LossyConversionError
 from ...parameters import Parameter, layer_of, parameters
-from .. import layouts, tensor_file, zarr_tree, zarr_writing
+from ...weights import layouts, tensor_file
 from ..opened import Checkpoint, StoredTensor
 from ..tensor_file import DTYPES, TensorInfo
-from ..zarr_tree import ZarrTree
-from ..zarr_writing import Array
+from ..zarr import tree as zarr_tree
+from ..zarr import writing as zarr_writing
+from ..zarr.tree import ZarrTree
+from ..zarr.writing import Array
 from . import base
 from .base import Outline, Target
 

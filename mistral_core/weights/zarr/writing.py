@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import files, tensor_file
-from .tensor_file import DTYPES, TensorInfo
-from .zarr_tree import METADATA
+from ...weights import files, tensor_file
+from ..tensor_file import DTYPES, TensorInfo
+from .tree import METADATA
 
 _ZARR_NAMES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "bfloat16"}
 

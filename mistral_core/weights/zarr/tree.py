@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import strict_json
-from ..errors import (
+from ... import strict_json
+from ...errors import (
     CheckpointError,
     CorruptCheckpointError,
     LimitExceededError,
@@ -22,9 +22,9 @@ from ..errors import (
     UnexpectedTensorsError,
     UnsafeFileError,
 )
-from . import files
-from .opened import StoredTensor
-from .tensor_file import CODES, DTYPES, MAX_TENSORS, TensorFile, TensorInfo, quoted
+from ...weights import files
+from ..opened import StoredTensor
+from ..tensor_file import CODES, DTYPES, MAX_TENSORS, TensorFile, TensorInfo, quoted
 
 METADATA = "_METADATA"
 UNFINISHED = ".orbax-checkpoint-tmp"

@@ -1,0 +1,164 @@
+"""A checkpoint to the hub: its own files and no others, in one commit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, HubError, MistralError
+from . import files, formats, manifest
+from .formats.base import TEXT_FILES
+from .hub_errors import Repository, translated
+from .hub_files import CONFIGS, PRESET_FILES
+from .opened import Checkpoint
+from .shards import weight_map_of
+
+SILENCE_SECONDS = 300.0
+"""How long the hub may say nothing; making a commit takes it a while."""
+
+COMPANIONS = (*CONFIGS, *TEXT_FILES, "README.md")
+"""What goes along with weights where it is there."""
+
+_KERAS_HUB = (*PRESET_FILES, "model.weights.json")
+_ZARR = (".zarray", ".zattrs", ".zgroup")
+
+
+def push_to_hub(
+    directory: files.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload the checkpoint in a directory, and return the address of the commit.
+
+    The repository and the branch `revision` are made if they are not there; `private` (None: as the account has it)
+    is for a new one. Only the checkpoint's own files are sent: weights, configs, tokenizer, manifest, README, licence.
+    Raises what opening a checkpoint raises, ChecksumMismatchError or TruncatedFileError where it is not what its
+    manifest says, HubError and its kinds.
+    """
+    if create_pr and revision not in (None, "main"):
+        raise HubError(f"{repo_id}: a pull request is made to main, not to {revision!r}; leave one of the two out.")
+    checkpoint = Checkpoint.open(files.as_path(directory))
+    manifest.verify(checkpoint.directory, "sizes")
+    message = commit_message or f"Upload {_class(checkpoint)} as {checkpoint.format}"
+    contents = _contents(checkpoint)
+    repository = Repository(repo_id, revision, None, token)
+    try:
+        with _in_time():
+            return _commit(repository, contents, message, private=private, create_pr=create_pr)
+    except Exception as error:
+        failure = _failure(error, repository)
+        if failure is error:
+            raise
+        raise failure from error
+
+
+def save_and_push(save: Callable[[Path], object], repo_id: str, **options: Any) -> str:
+    """Let `save` write a checkpoint into a directory that is pushed and removed; `options` are `push_to_hub`'s."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder) / "model")
+        return push_to_hub(Path(folder) / "model", repo_id, **options)
+
+
+def files_of(checkpoint: Checkpoint) -> list[str]:
+    """The names of a checkpoint's files, below its directory: what is pushed."""
+    folder = checkpoint.directory
+    weights = {Path(path).absolute().relative_to(folder.absolute()).as_posix() for path in checkpoint.shards}
+    found = {name for name in weights if not _is_debris(name)}
+    found |= {name for name in (*COMPANIONS, manifest.NAME) if (folder / name).is_file()}
+    found |= set(_indexes(folder, weights))
+    if checkpoint.format == "keras-hub":
+        assets = (path for path in (folder / "assets").rglob("*") if path.is_file())
+        found |= {name for path in assets if not _is_debris(name := path.relative_to(folder).as_posix())}
+        found |= {name for name in _KERAS_HUB if (folder / name).is_file()}
+    return sorted(found)
+
+
+def _is_debris(name: str) -> bool:
+    """Whether a file is hidden or a lock; zarr's own are neither."""
+    parts = name.split("/")
+    return name.endswith(".lock") or any(part.startswith(".") and part not in _ZARR for part in parts)
+
+
+def _indexes(folder: Path, weights: set[str]) -> Iterator[str]:
+    """The indexes that name exactly these weights."""
+    for name in {name for row in formats.FORMATS.values() for name in row.files if name.endswith(".index.json")}:
+        with contextlib.suppress(CheckpointError):  # another format's, and not in order
+            if (folder / name).is_file() and set(weight_map_of(folder / name, "")[0].values()) == weights:
+                yield name
+
+
+def _contents(checkpoint: Checkpoint) -> dict[str, Path | bytes]:
+    """Name in the repository -> file, or its content; the manifest lists what is there and nothing else."""
+    folder = checkpoint.directory
+    names = files_of(checkpoint)
+    contents: dict[str, Path | bytes] = {name: folder / name for name in names}
+    if manifest.NAME in contents:
+        described = manifest.read(folder)
+        kept = {name: entry for name, entry in described["files"].items() if name in contents}
+        if kept != described["files"]:
+            contents[manifest.NAME] = json.dumps({**described, "files": kept}, indent=1, sort_keys=True).encode()
+    return contents
+
+
+def _class(checkpoint: Checkpoint) -> str:
+    return (checkpoint.config.architectures or ("a Mistral",))[0]
+
+
+def _commit(
+    repository: Repository,
+    contents: dict[str, Path | bytes],
+    message: str,
+    *,
+    private: bool | None,
+    create_pr: bool,
+) -> str:
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi(token=repository.token)
+    full_id = api.create_repo(repository.id, private=private, exist_ok=True).repo_id
+    if repository.revision not in (None, "main") and not create_pr:
+        api.create_branch(full_id, branch=str(repository.revision), exist_ok=True)
+    return str(
+        api.create_commit(
+            full_id,
+            [CommitOperationAdd(name, content) for name, content in contents.items()],
+            commit_message=message,
+            revision=repository.revision,
+            create_pr=create_pr,
+        ).commit_url
+    )
+
+
+@contextlib.contextmanager
+def _in_time() -> Iterator[None]:
+    """Bound the waiting for each answer, which huggingface_hub leaves open."""
+    from huggingface_hub import get_session
+
+    session = get_session()
+    before = session.timeout
+    session.timeout = SILENCE_SECONDS
+    try:
+        yield
+    finally:
+        session.timeout = before
+
+
+def _failure(error: Exception, repository: Repository) -> Exception:
+    """The error of this project for what stopped an upload; no text of the server goes into it."""
+    if isinstance(error, OSError) and error.filename is not None and not isinstance(error, MistralError):
+        return CheckpointError(error.errno, f"{error.filename}: cannot be read ({error.strerror}); push again.")
+    if isinstance(error, ValueError) and "README.md" in str(error):
+        return HubError(f"{repository}: the hub refuses the metadata at the top of README.md; correct it.")
+    failure = translated(error, repository)
+    if failure is error and not isinstance(error, MistralError):
+        return HubError(f"{repository}: the upload failed ({type(error).__name__}); push again.")
+    return failure
