@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from .casting import Loss, between
 from .formats.base import Outline, Target
 from .matching import EMBEDDING, LM_HEAD
 from .tensor_file import CODES, digest, quoted
+
+_SYNC_BYTES = 64 << 20
 
 
 def write_checkpoint(
@@ -45,18 +47,45 @@ def write_checkpoint(
     module.check(outline)
     targets = module.create(directory, outline, limit)
     written = _Written(outline, hashes, {} if losses is None else losses)
-    with ThreadPoolExecutor(1) as second:  # hashing releases the GIL: it runs beside writing
+    # hashing and syncing release the GIL: they run beside writing, and syncing beside reading back
+    with ThreadPoolExecutor(1) as second, _Syncing(directory) as syncing:
         for name, array in tensors:
             written.take(name, np.asarray(array), targets.get(name), second)
+            syncing.written(array.nbytes)
             del array  # before the next one comes
         digests = written.complete()
-        syncing = second.submit(files.sync_tree, directory)  # while what is still in memory is read back
+        syncing.written(_SYNC_BYTES)
         description = manifest.describe(directory, module.open(directory, None), hashes=hashes)
-        syncing.result()
     for name, expected in digests.items():
         if hashes and description["tensors"].get(name, {}).get("sha256") != expected:
             raise CorruptCheckpointError(f"{directory}: {name} reads back differently; check the disk.")
     return description
+
+
+class _Syncing:
+    """Lets what is written reach the disk by and by, so that in the end there is little to wait for."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory, self._bytes = directory, 0
+        self._pool = ThreadPoolExecutor(1)
+        self._running: Future[None] | None = None
+
+    def written(self, size: int) -> None:
+        """Begin to sync where enough has come since, and nothing is being synced; raises what went wrong before."""
+        self._bytes += size
+        if self._bytes >= _SYNC_BYTES and (self._running is None or self._running.done()):
+            if self._running is not None:
+                self._running.result()  # the system tells of a full disk once
+            self._bytes = 0
+            self._running = self._pool.submit(files.sync_tree, self._directory)
+
+    def __enter__(self) -> _Syncing:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._pool.shutdown()
+        if kind is None and self._running is not None:
+            self._running.result()
 
 
 class _Written:

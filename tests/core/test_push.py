@@ -14,6 +14,7 @@ from local_hub import COMMITTED, RESET, serving
 
 from mistral_core import TINY, MistralConfig, errors
 from mistral_core.cli import push as command
+from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.parameters import initial_value, parameters
 from mistral_core.weights import hub, manifest, push
 from mistral_core.weights.checkpoint import load, save
@@ -332,3 +333,10 @@ def test_a_model_is_saved_pushed_and_gone(server):
     assert set(server.files) == {"config.json", "model.safetensors", "mistral_manifest.json"}
     assert server.commits[0]["message"] == "Mine"
     assert not kept[0].parent.exists()
+
+
+def test_models_of_every_framework_push_what_they_save(backend, server):
+    model = backend.MistralForCausalLM.from_pretrained(TINY_CHECKPOINT)
+    assert COMMITTED in model.push_to_hub(REPO, private=True, commit_message="Mine", token=TOKEN, max_shard_size="1MB")
+    assert {"config.json", "generation_config.json", "model.safetensors.index.json"} <= set(server.files)
+    assert server.commits[0]["message"] == "Mine"
