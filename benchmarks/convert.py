@@ -114,11 +114,12 @@ def main() -> int:
         lines.append(f"| {format} | {' | '.join(cells)} | {peak / 1e6:.0f} | {(3 * largest + 200e6) / 1e6:.0f} |")
         print(lines[-1], flush=True)
     shutil.rmtree(target, ignore_errors=True)
+    about = (__doc__ or "").splitlines()[4:7]
     text = "\n".join(
         [
             "# Conversion against cp",
             "",
-            *(__doc__ or "").splitlines()[5:],
+            *about,
             f"cp and sync: {size / statistics.median(synced) / 1e6:.0f} MB/s, cp alone into the page cache: "
             f"{size / statistics.median(plain) / 1e6:.0f} MB/s; {size / 1e6:.0f} MB, medians of {options.runs} runs, "
             f"{os.cpu_count()} CPU cores. Demanded: {WANTED['off']} of cp with verification off, "

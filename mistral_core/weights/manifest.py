@@ -23,6 +23,7 @@ from .carried import MAX_MANIFEST_BYTES as MAX_BYTES
 from .matching import canonical_names
 from .opened import Checkpoint
 from .tensor_file import digest, quoted
+from .workers import Workers
 
 MODES = ("off", "sizes", "full")
 EDITED = (".json", ".jinja", ".md", ".txt", "LICENSE", "NOTICE")
@@ -138,16 +139,25 @@ def _differences(directory: Path, changed: list[str], tensors: Any) -> str:
 def _tensor_entries(checkpoint: Checkpoint, *, hashes: bool = True) -> dict[str, dict[str, Any]]:
     """Canonical name -> entry, in the order of the files."""
     names = sorted(canonical_names(checkpoint.tensors).items(), key=lambda pair: checkpoint.place(pair[1]))
-    return {name: _entry(checkpoint, source, hashes) for name, source in names}
+    entries = {name: _entry(checkpoint, source) for name, source in names}
+
+    def add_digest(name: str, source: str) -> None:
+        entries[name]["sha256"] = digest(checkpoint.read(source))
+
+    if hashes:
+        with Workers(max(tensor.nbytes for tensor in checkpoint.tensors.values())) as workers:
+            for name, source in names:
+                workers.submit(checkpoint.tensors[source].nbytes, add_digest, name, source)
+    return entries
 
 
-def _entry(checkpoint: Checkpoint, source: str, hashes: bool) -> dict[str, Any]:
+def _entry(checkpoint: Checkpoint, source: str) -> dict[str, Any]:
     tensor = checkpoint.tensors[source]
     return {
         "dtype": tensor.dtype,
         "shape": list(tensor.shape),
         "file": checkpoint.name_of(tensor.file),
-        "sha256": digest(checkpoint.read(source)) if hashes else None,
+        "sha256": None,
     }
 
 

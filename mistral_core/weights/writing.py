@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +23,8 @@ from . import files, formats, manifest
 from .casting import Loss, between
 from .formats.base import Outline, Target
 from .matching import EMBEDDING, LM_HEAD
-from .tensor_file import CODES, digest, quoted
+from .tensor_file import CODES, DTYPES, digest, quoted
+from .workers import Workers
 
 _SYNC_BYTES = 64 << 20
 
@@ -47,12 +49,12 @@ def write_checkpoint(
     module.check(outline)
     targets = module.create(directory, outline, limit)
     written = _Written(outline, hashes, {} if losses is None else losses)
-    # hashing and syncing release the GIL: they run beside writing, and syncing beside reading back
-    with ThreadPoolExecutor(1) as second, _Syncing(directory) as syncing:
-        for name, array in tensors:
-            written.take(name, np.asarray(array), targets.get(name), second)
-            syncing.written(array.nbytes)
-            del array  # before the next one comes
+    with _Syncing(directory) as syncing:
+        with Workers(written.largest) as workers:
+            for name, array in tensors:
+                written.take(name, np.asarray(array), targets.get(name), workers)
+                syncing.written(array.nbytes)
+                del array  # before the next one comes
         digests = written.complete()
         syncing.written(_SYNC_BYTES)
         description = manifest.describe(directory, module.open(directory, None), hashes=hashes)
@@ -95,21 +97,26 @@ class _Written:
         self.shapes = shapes(outline.config, outline.architecture)
         self.dtypes, self.hashes, self.losses = outline.dtypes, hashes, losses
         self.tied = outline.config.tie_word_embeddings
+        self.largest = max(math.prod(shape) * DTYPES[self.dtypes[name]].itemsize for name, shape in self.shapes.items())
         self.digests: dict[str, str] = {}
         self.unexpected: list[str] = []
 
-    def take(self, name: str, array: np.ndarray, target: Target | None, second: ThreadPoolExecutor) -> None:
+    def take(self, name: str, array: np.ndarray, target: Target | None, workers: Workers) -> None:
         if name in self.digests:
             raise TensorMismatchError(f"save: {quoted(name)} comes twice.")
         if target is not None:
             self._check(name, array)
-            running = second.submit(self._digest, name, array, target) if self.hashes else None
-            target.write(array)
-            self.digests[name] = running.result() if running else ""
+            self.digests[name] = ""
+            workers.submit(array.nbytes, self._write, name, array, target)
         elif name == LM_HEAD and self.tied:
             self.digests[name] = digest(array)
         else:
             self.unexpected.append(quoted(name))
+
+    def _write(self, name: str, array: np.ndarray, target: Target) -> None:
+        target.write(array)
+        if self.hashes:
+            self.digests[name] = self._digest(name, array, target)
 
     def _digest(self, name: str, array: np.ndarray, target: Target) -> str:
         back = target.comes_back(array)

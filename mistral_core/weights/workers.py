@@ -1,0 +1,44 @@
+"""Two threads for work on tensors that NumPy, hashing and the system do without Python, bounded in bytes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Self
+
+COUNT = 2
+
+
+class Workers:
+    """Runs calls beside each other as long as the tensors they hold are together no larger than the largest one.
+
+    The first error of a call is raised by the next `submit`, or on leaving.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self._budget = budget
+        self._pool = ThreadPoolExecutor(COUNT)
+        self._running: deque[tuple[Future[Any], int]] = deque()
+
+    def submit(self, size: int, call: Callable[..., Any], *arguments: Any) -> None:
+        """Begin a call that holds a tensor of so many bytes, once there is room for it."""
+        while self._running and (len(self._running) == COUNT or self._held() + size > self._budget):
+            self._finish_first()
+        self._running.append((self._pool.submit(call, *arguments), size))
+
+    def _held(self) -> int:
+        return sum(size for future, size in self._running if not future.done())
+
+    def _finish_first(self) -> None:
+        self._running.popleft()[0].result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            while self._running and kind is None:
+                self._finish_first()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
