@@ -48,17 +48,36 @@ def widens(source: np.dtype, target: np.dtype) -> bool:
 
 
 def cast(array: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, Loss]:
+    """`rounded`, and what that did to the numbers."""
+    result = rounded(array, dtype)
+    if widens(array.dtype, dtype):
+        return result, Loss()
+    with np.errstate(all="ignore"):
+        return result, _loss(np.ascontiguousarray(array), result, ml_dtypes.finfo(dtype))
+
+
+def rounded(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Each number rounded to the nearest of a dtype, ties to even; a NaN keeps its sign and the payload that fits."""
     if array.dtype == dtype:
-        return array, Loss()
+        return array
     array = np.ascontiguousarray(array)
-    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+    with np.errstate(all="ignore"):
         result = array.astype(dtype)
         nan = np.isnan(array)
         if nan.any():
             _bits(result)[nan] = _nan_bits(_bits(array)[nan], array.dtype, dtype)
-        loss = Loss() if widens(array.dtype, dtype) else _loss(array, result, ml_dtypes.finfo(dtype))
-    return result, loss
+    return result
+
+
+def widened(array: np.ndarray) -> np.ndarray:
+    """The float32 array of the same values, NaN payloads included."""
+    return rounded(array, np.dtype(np.float32))
+
+
+def narrowed(array: np.ndarray, dtype: np.dtype) -> np.ndarray | None:
+    """The inverse of `widened`; None where a bit would be lost."""
+    result = rounded(array, dtype)
+    return result if np.array_equal(_bits(widened(result)), _bits(array)) else None
 
 
 def between(before: np.ndarray, after: np.ndarray) -> Loss:

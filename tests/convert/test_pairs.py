@@ -10,7 +10,7 @@ from mistral_core.parameters import HEADS
 from mistral_core.weights import formats
 from mistral_core.weights.opened import Checkpoint
 
-FORMATS = tuple(name for name, row in formats.FORMATS.items() if row.written and row.lossless)
+FORMATS = tuple(name for name, row in formats.FORMATS.items() if row.written)
 ANY_CLASS = tuple(name for name in FORMATS if name not in ("raw", "gguf", "keras-hub", "maxtext"))
 # a window of GGUF's is told by a warning, MaxText divides queries by sqrt(head_dim), KerasHub has no yarn
 CANNOT = {

@@ -41,7 +41,6 @@ class Row(NamedTuple):
     module: str
     extra: str | None = None
     written: bool = True
-    lossless: bool = True
 
 
 def _with_index(*names: str) -> tuple[str, ...]:

@@ -19,16 +19,17 @@ from ...errors import (
 )
 from ...parameters import Parameter, layer_of, parameters, shape_of
 from ...weights import carried, files, layouts, tensor_file
+from ..casting import narrowed, widened
 from ..gguf import config as gguf_config
 from ..gguf import file as gguf_file
 from ..gguf import texts as gguf_texts
 from ..gguf import tokenizer as gguf_tokenizer
 from ..gguf.file import GgufFile
-from ..gguf.kinds import KINDS, LARGEST, QUANTISED, dequantised, narrowed, nbytes, quantised, widened
+from ..gguf.kinds import KINDS, LARGEST, QUANTISED, dequantised, nbytes, quantised
 from ..gguf.scan import ALIGNMENT, DEFAULT_ALIGNMENT, Value
 from ..gguf.vocabulary import has_tokenizer
 from ..opened import Checkpoint, StoredTensor, stored_in_layout
-from ..tensor_file import TensorInfo, quoted
+from ..tensor_file import DTYPES, TensorInfo, quoted
 from . import base
 from .base import Outline, Target
 
@@ -97,14 +98,14 @@ def _narrowed(file: GgufFile, tensors: Mapping[str, StoredTensor]) -> dict[str, 
         tensor = tensors.get(name)
         if code not in ("BF16", "F16") or tensor is None or tensor.dtype != "F32" or len(tensor.shape) != 1:
             raise CorruptCheckpointError(f"{where}: {quoted(name)} is no vector of F32, or {code!a} no narrower type.")
-        if narrowed(file.read(tensor.name), code) is not None:
+        if narrowed(file.read(tensor.name), DTYPES[code]) is not None:
             found[name] = tensor._replace(dtype=code, load=_narrow(tensor, code))
     return found
 
 
 def _narrow(tensor: StoredTensor, code: str) -> Callable[[bool], np.ndarray]:
     def load(cached: bool) -> np.ndarray:
-        array = narrowed(tensor.load(cached), code)
+        array = narrowed(tensor.load(cached), DTYPES[code])
         if array is None:
             raise CorruptCheckpointError(f"{tensor.file}: {quoted(tensor.name)} changed while it was read.")
         return array

@@ -15,11 +15,12 @@ from ...config import MistralConfig
 from ...errors import CorruptCheckpointError
 from ...parameters import Parameter
 from ...weights import layouts
+from ..casting import narrowed, widened
 from ..hdf5 import file as hdf5_file
 from ..hdf5.file import Hdf5File
 from ..opened import Checkpoint, StoredTensor, stored_in_layout
 from ..shards import Family, Specs, create_shards, open_files, weight_map_of
-from ..tensor_file import DTYPES, TensorInfo, as_bytes, quoted, write_bytes
+from ..tensor_file import DTYPES, TensorInfo, quoted, write
 from . import base
 from .base import Outline, Target
 from .transformers_names import rows_by, tf_name
@@ -106,12 +107,12 @@ def _narrow(tensor: StoredTensor) -> StoredTensor:
     """The bfloat16 tensor that was stored as float32."""
 
     def load(cached: bool) -> np.ndarray:
-        halves = tensor.load(cached).view(np.uint16)
-        if halves[..., ::2].any():
+        array = narrowed(tensor.load(cached), DTYPES["BF16"])
+        if array is None:
             raise CorruptCheckpointError(
                 f"{tensor.file}: {quoted(tensor.name)} was bfloat16 and is no more; remove its attribute {WIDENED}."
             )
-        return np.ascontiguousarray(halves[..., 1::2]).view(DTYPES["BF16"])
+        return array
 
     return tensor._replace(dtype="BF16", load=load)
 
@@ -141,13 +142,11 @@ def create(directory: Path, outline: Outline, limit: int) -> dict[str, Target]:
 
 
 def _target(info: TensorInfo, row: Parameter, outline: Outline) -> Target:
-    def write(array: np.ndarray) -> None:
+    def put(array: np.ndarray) -> None:
         stored = layouts.to_stored(array, row, outline.config, layouts.kernel(row))
-        if array.dtype == DTYPES["BF16"]:
-            stored = np.left_shift(stored.view(np.uint16), 16, dtype=np.uint32)
-        write_bytes(info, as_bytes(stored))
+        write(info, widened(stored) if info.dtype == "F32" else stored)
 
-    return Target(write)
+    return Target(put)
 
 
 def _snake_case(name: str) -> str:

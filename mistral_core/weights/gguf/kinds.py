@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from ...errors import LossyConversionError, MissingExtraError, NonFiniteWeightsError, UnsupportedFeatureError
@@ -98,30 +97,3 @@ def _quants(name: str, code: str) -> tuple[ModuleType, Any]:
     if code not in GGMLQuantizationType.__members__:
         raise UnsupportedFeatureError(f"{quoted(name)}: the installed gguf does not know {code}; upgrade it.")
     return quants, GGMLQuantizationType[code]
-
-
-# Wider and narrower
-
-
-def widened(array: np.ndarray) -> np.ndarray:
-    """The float32 array of the same values, NaN payloads included."""
-    if array.dtype == np.float32:
-        return array
-    bits = np.ascontiguousarray(array).view(np.uint16).astype(np.uint32)
-    if array.dtype == ml_dtypes.bfloat16:
-        return (bits << 16).view(np.float32)
-    payloads = (bits & 0x8000) << 16 | 0x7F800000 | (bits & 0x3FF) << 13  # a cast makes signalling NaNs quiet
-    return np.where(np.isnan(array), payloads, array.astype(np.float32).view(np.uint32)).view(np.float32)
-
-
-def narrowed(array: np.ndarray, code: str) -> np.ndarray | None:
-    """The inverse of `widened` for BF16 or F16; None where a bit would be lost."""
-    bits = array.view(np.uint32)
-    if code == "BF16":
-        result = (bits >> 16).astype(np.uint16).view(ml_dtypes.bfloat16)
-    else:
-        payloads = (bits >> 16 & 0x8000 | 0x7C00 | bits >> 13 & 0x3FF).astype(np.uint16)
-        with np.errstate(over="ignore", under="ignore"):
-            values = np.where(np.isnan(array), np.float32(0), array).astype(np.float16)
-        result = np.where(np.isnan(array), payloads, values.view(np.uint16)).view(np.float16)
-    return result if np.array_equal(widened(result).view(np.uint32), bits) else None
