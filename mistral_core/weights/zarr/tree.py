@@ -22,7 +22,7 @@ from ...errors import (
     UnexpectedTensorsError,
     UnsafeFileError,
 )
-from ...weights import files
+from .. import files
 from ..opened import StoredTensor
 from ..tensor_file import CODES, DTYPES, MAX_TENSORS, TensorFile, TensorInfo, quoted
 
@@ -101,9 +101,10 @@ class ZarrTree(TensorFile):
 
     def read_layer(self, name: str, axis: int, index: int) -> np.ndarray:
         """One layer of a stack, without that axis; raises what `read` raises."""
-        if self._stack[0] != name:
-            self._stack = name, self._open_stack(name, axis)
-        return self._read(name, self._stack[1][(*(slice(None),) * axis, index)])
+        stack = self._stack  # several threads may read
+        if stack[0] != name:
+            stack = self._stack = name, self._open_stack(name, axis)
+        return self._read(name, stack[1][(*(slice(None),) * axis, index)])
 
     @property
     def files(self) -> dict[Path, TensorFile]:

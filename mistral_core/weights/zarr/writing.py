@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...weights import files, tensor_file
+from .. import files, tensor_file
 from ..tensor_file import DTYPES, TensorInfo
 from .tree import METADATA
 
