@@ -20,7 +20,7 @@ from ...errors import (
     MissingExtraError,
     UnsupportedFeatureError,
 )
-from ...weights import tensor_file
+from .. import tensor_file
 from ..hdf5 import file as hdf5_file
 from ..opened import Checkpoint
 from ..safetensors_file import SafetensorsFile

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ...config import MistralConfig
 from ...parameters import BASE_PREFIX
-from ...weights import layouts
+from .. import layouts
 from ..msgpack import writing as msgpack_writing
 from ..msgpack.file import MsgpackFile
 from ..opened import Checkpoint, stored_in_layout

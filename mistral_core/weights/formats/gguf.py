@@ -18,7 +18,7 @@ from ...errors import (
     UnsupportedFeatureError,
 )
 from ...parameters import Parameter, layer_of, parameters, shape_of
-from ...weights import carried, files, layouts, tensor_file
+from .. import carried, files, layouts, tensor_file
 from ..casting import narrowed, widened
 from ..gguf import config as gguf_config
 from ..gguf import file as gguf_file

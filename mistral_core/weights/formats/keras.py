@@ -17,7 +17,7 @@ from ... import strict_json
 from ...config import MistralConfig
 from ...errors import ConfigError, CorruptCheckpointError, UnsupportedFeatureError
 from ...parameters import BASE_PREFIX, HEADS, Parameter, layer_of, parameters
-from ...weights import files, layouts
+from .. import files, layouts
 from ..hdf5 import file as hdf5_file
 from ..hdf5.file import Hdf5File
 from ..opened import Checkpoint, stored_in_layout

@@ -22,7 +22,7 @@ from ...errors import (
     UnsupportedFeatureError,
 )
 from ...parameters import Parameter, layer_of, parameter_count, parameters
-from ...weights import carried, files, layouts, shards
+from .. import carried, files, layouts, shards
 from ..hdf5 import file as hdf5_file
 from ..hdf5.file import Hdf5File
 from ..opened import Checkpoint, stored_in_layout

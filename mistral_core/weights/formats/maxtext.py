@@ -14,7 +14,7 @@ import numpy as np
 from ...config import MistralConfig
 from ...errors import CheckpointNotFoundError, ConversionError, CorruptCheckpointError, LossyConversionError
 from ...parameters import Parameter, layer_of, parameters
-from ...weights import layouts, tensor_file
+from .. import layouts, tensor_file
 from ..opened import Checkpoint, StoredTensor
 from ..tensor_file import DTYPES, TensorInfo
 from ..zarr import tree as zarr_tree

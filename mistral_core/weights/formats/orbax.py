@@ -12,7 +12,7 @@ from pathlib import Path
 from ...config import MistralConfig
 from ...errors import CheckpointNotFoundError, CorruptCheckpointError
 from ...parameters import BASE_PREFIX, HEADS, parameters, shape_of
-from ...weights import tensor_file
+from .. import tensor_file
 from ..opened import Checkpoint, StoredTensor
 from ..zarr import tree as zarr_tree
 from ..zarr import writing as zarr_writing

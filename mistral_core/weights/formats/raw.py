@@ -9,7 +9,7 @@ from ... import config_dialects, quantization, strict_json
 from ...config import MistralConfig
 from ...errors import ConfigError
 from ...parameters import layer_of, parameters
-from ...weights import carried, files, layouts
+from .. import carried, files, layouts
 from ..opened import Checkpoint, stored_in_layout
 from ..quantized import checkpoint as quantized
 from ..shards import create_shards, open_files, safetensors_family

@@ -14,7 +14,7 @@ import numpy as np
 from ...config import MistralConfig
 from ...errors import CorruptCheckpointError
 from ...parameters import Parameter
-from ...weights import layouts
+from .. import layouts
 from ..casting import narrowed, widened
 from ..hdf5 import file as hdf5_file
 from ..hdf5.file import Hdf5File

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import CorruptCheckpointError, MissingExtraError
-from ...weights import files
+from .. import files
 from ..tensor_file import DTYPES, TensorFile, TensorInfo, opened, quoted, stamp_of
 from .structure import Found, Structure
 

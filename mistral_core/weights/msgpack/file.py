@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CorruptCheckpointError, DtypeMismatchError, LimitExceededError, TruncatedFileError
-from ...weights import files
+from .. import files
 from ..tensor_file import (
     DTYPES,
     MAX_RANK,
