@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -429,3 +430,19 @@ def test_diff_tells_what_differs_and_where_layers_part(tmp_path, capsys):
     assert all(item.changed == 0 and not item.same_bits for item in found)
     assert run("diff", TINY_CHECKPOINT, tmp_path / "same") == 1
     assert "the same numbers in other bits (bfloat16 and float32)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("to", ["hf", "raw", "flax-msgpack", "keras-hub", "orbax", "gguf"])
+def test_77_memory_is_that_of_the_largest_tensors(tmp_path, to):
+    config = TINY.replace(vocab_size=40_000, num_hidden_layers=8)
+    source = write(tmp_path / "source", "hf", ordinary(config), config)
+    largest = 4 * config.vocab_size * config.hidden_size
+    assert sum(path.stat().st_size for path in source.iterdir()) > 2 * largest
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        convert(source, tmp_path / "first", to=to)  # what is imported for it
+        tracemalloc.start()
+        convert(source, tmp_path / "out", to=to)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * largest + 8_000_000

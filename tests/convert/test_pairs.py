@@ -27,7 +27,7 @@ def same_config(path, config):
 
 
 @pytest.mark.parametrize(("first", "second"), list(itertools.permutations(FORMATS, 2)))
-def test_there_and_back(tmp_path, first, second):
+def test_82_and_83_there_and_back(tmp_path, first, second):
     config = TINY.replace(head_dim=16, use_cache=False)  # a power of four: MaxText's scale is exact
     arrays = ordinary(config) if "maxtext" in (first, second) else any_bits(config)
     write(tmp_path / "a", first, arrays, config)

@@ -169,7 +169,7 @@ def test_wrong_total_size_is_a_warning_and_missing_metadata_nothing(sharded):
     Checkpoint.open(sharded)
 
 
-def test_single_file_beside_an_index(tmp_path, sharded):
+def test_51_single_file_beside_an_index(tmp_path, sharded):
     foreign(sharded, weights())
     assert Checkpoint.open(sharded).tensors[EMBEDDING].file.name == shards.SINGLE
     foreign(sharded, weights(SEQUENCE))
@@ -217,14 +217,14 @@ def test_missing_are_all_listed(tmp_path):
     assert "2 missing: model.layers.1.mlp.up_proj.weight, model.norm.weight" in text
 
 
-def test_unexpected_are_all_listed_and_escaped(tmp_path):
+def test_38_and_41_unexpected_are_all_listed_and_escaped(tmp_path):
     tensors = {**weights(), "z\x1b": np.ones(1, BF16), "model.y": np.ones(1, BF16)}
     kind, text = mismatch(foreign(tmp_path / "a", tensors))
     assert kind is errors.UnexpectedTensorsError
     assert "2 unexpected: 'model.y', 'z\\x1b'" in text
 
 
-def test_misshapen_are_all_listed(tmp_path):
+def test_36_misshapen_are_all_listed(tmp_path):
     name = "model.layers.0.self_attn.o_proj.weight"
     tensors = {**weights(), name: weights()[name].T.copy(), "model.norm.weight": np.ones(1, BF16)}
     kind, text = mismatch(foreign(tmp_path / "a", tensors))
@@ -327,7 +327,7 @@ def test_unknown_class_and_dtype(tmp_path):
         load(tmp_path, dtype="int8")
 
 
-def test_config_of_another_size_is_a_shape_mismatch_before_anything_is_read(tmp_path, monkeypatch):
+def test_22_config_of_another_size_is_a_shape_mismatch_before_anything_is_read(tmp_path, monkeypatch):
     directory = foreign(tmp_path / "a", weights())
     monkeypatch.setattr(SafetensorsFile, "read", None)
     with pytest.raises(errors.TensorMismatchError):

@@ -59,7 +59,7 @@ def test_write_file_replaces_and_leaves_nothing_beside(tmp_path):
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o000])
-def test_write_file_mode_is_that_of_the_umask(tmp_path, umask):
+def test_84_write_file_mode_is_that_of_the_umask(tmp_path, umask):
     before = os.umask(umask)
     try:
         files.write_file(tmp_path / "a", b"")
@@ -104,7 +104,7 @@ def test_write_file_below_a_file_is_a_conversion_error(tmp_path):
 # atomic_directory
 
 
-def test_directory_appears_whole(tmp_path):
+def test_76_directory_appears_whole(tmp_path):
     target = tmp_path / "made" / "on the way"
     with files.atomic_directory(target) as temporary:
         assert temporary.parent == target.parent

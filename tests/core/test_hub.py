@@ -138,7 +138,7 @@ def test_only_the_files_asked_for_and_one_missing_is_fine(tmp_path, server, get)
         get(files=["absent.json"])
 
 
-def test_commit_is_resolved_once(server, get):
+def test_135_commit_is_resolved_once(server, get):
     class MovesOn(dict):
         def __iter__(self):  # listed: from now on the branch is elsewhere, the commit is not
             server.fault = lambda path: failing(500)(path) if path.startswith("/api") else None

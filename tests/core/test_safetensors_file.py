@@ -67,7 +67,7 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("case", HEADERS)
-def test_bad_headers(tmp_path, case):
+def test_29_to_34_bad_headers(tmp_path, case):
     header, data, error, message = HEADERS[case]
     with pytest.raises(error, match=message) as caught:
         SafetensorsFile(raw(tmp_path / "f.safetensors", header, data))
@@ -75,7 +75,7 @@ def test_bad_headers(tmp_path, case):
 
 
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 100_000_001, 25_000_001])
-def test_header_length_bombs(tmp_path, length):
+def test_28_header_length_bombs(tmp_path, length):
     with pytest.raises(errors.LimitExceededError):
         SafetensorsFile(raw(tmp_path / "f", {"a": entry()}, bytes(8), length))
 

@@ -104,7 +104,7 @@ def test_bad_shard_sizes(tmp_path, size):
     assert not (tmp_path / "a").exists()
 
 
-def test_any_strides_and_any_order(tmp_path):
+def test_79_any_strides_and_any_order(tmp_path):
     expected = weights()
     strided = {
         n: np.asfortranarray(a) if i % 2 else np.repeat(a, 2, 0)[::2] for i, (n, a) in enumerate(expected.items())
@@ -119,7 +119,7 @@ def test_bare_model_has_bare_names(tmp_path):
     assert "embed_tokens.weight" in safetensors.numpy.load_file(tmp_path / "a" / shards.SINGLE)
 
 
-def test_tied_head_is_never_written_and_must_be_the_embedding(tmp_path):
+def test_80_tied_head_is_never_written_and_must_be_the_embedding(tmp_path):
     tensors = weights(config=TIED)
     save(tmp_path / "a", TIED, [(HEAD, tensors[EMBEDDING]), *tensors.items()])
     assert HEAD not in Checkpoint.open(tmp_path / "a").tensors
@@ -239,7 +239,7 @@ def test_manifest_names_files_tensors_and_the_tool(saved):
     assert manifest.write(saved) == description
 
 
-def test_flipped_bit_is_found_and_its_tensor_named(saved):
+def test_43_flipped_bit_is_found_and_its_tensor_named(saved):
     shard = saved / "model-00001-of-00002.safetensors"
     assert shard.exists()
     last = max(SafetensorsFile(shard).tensors.values(), key=lambda info: info.end).name
