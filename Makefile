@@ -12,7 +12,7 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -m "not sweep"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not sweep" -n 2 --dist loadfile
 
 sweep: $(STAMP)
 	$(BIN)/python -m pytest -q -m sweep

@@ -98,6 +98,7 @@ def test_what_keras_saved_is_read(tmp_path, mistral_tf, architecture, suffix):
         assert b"max_new_tokens" in Checkpoint.open(path).texts["generation_config.json"]()
 
 
+@pytest.mark.sweep
 def test_an_optimizer_in_the_archive_is_left_out(tmp_path, mistral_tf):
     model = mistral_tf.MistralForCausalLM(TINY)
     model.compile("adam")

@@ -302,6 +302,7 @@ def test_without_the_library(once, tmp_path, monkeypatch):
     assert not list((tmp_path / "model").iterdir())
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", WRITTEN_BY_ORBAX)
 def test_a_changed_byte_gives_the_same_numbers_or_an_error_of_ours(foreign, name):
     path = foreign(name)

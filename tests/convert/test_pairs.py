@@ -38,6 +38,7 @@ def test_82_and_83_there_and_back(tmp_path, first, second):
     same_config(tmp_path / "c", config)
 
 
+@pytest.mark.sweep  # each format's own tests write and read every config
 @pytest.mark.parametrize("format", [name for name in FORMATS if name != "maxtext"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_in_every_format(tmp_path, name, format):
