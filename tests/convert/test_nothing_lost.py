@@ -11,11 +11,12 @@ import time
 
 import pytest
 from fuzz import FORMATS, run
-from samples import any_bits, assert_same, read, write
+from samples import any_bits, assert_same, ordinary, read, write
 
 from mistral_core import TINY, convert, errors
 from mistral_core.weights import manifest
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*sliding_window")  # GGUF
 OLD = TINY.replace(rope_theta=7.0)
 CONVERT = """
     import sys
@@ -27,7 +28,7 @@ CONVERT = """
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     config = TINY.replace(vocab_size=2000)  # files of some hundred kilobytes: room for limits in the middle
-    return write(tmp_path_factory.mktemp("source") / "model", "hf", any_bits(config), config)
+    return write(tmp_path_factory.mktemp("source") / "model", "hf", ordinary(config), config)
 
 
 def tree(directory):
