@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import keras
 import pytest
 
 import mistral_core.decoding
@@ -21,6 +22,7 @@ def copy_of(tmp_path, monkeypatch):
     """A function that copies a backend's package under another name, with an edit."""
     monkeypatch.syspath_prepend(str(tmp_path))
     made = []
+    registered = dict(keras.saving.get_custom_objects())
 
     def copy(backend, name, edit=None):
         package = f"mutant_{backend}_" + "".join(c if c.isalnum() else "_" for c in name)
@@ -35,6 +37,9 @@ def copy_of(tmp_path, monkeypatch):
     yield copy
     for name in [m for m in sys.modules if m.partition(".")[0] in made]:
         del sys.modules[name]
+    # Keras finds classes by registered name: without this, a later test loads the mutant's
+    keras.saving.get_custom_objects().clear()
+    keras.saving.get_custom_objects().update(registered)
 
 
 def edited(text, edit):
