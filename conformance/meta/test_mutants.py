@@ -7,7 +7,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import keras
 import pytest
 
 import mistral_core.decoding
@@ -22,7 +21,6 @@ def copy_of(tmp_path, monkeypatch):
     """A function that copies a backend's package under another name, with an edit."""
     monkeypatch.syspath_prepend(str(tmp_path))
     made = []
-    registered = dict(keras.saving.get_custom_objects())
 
     def copy(backend, name, edit=None):
         package = f"mutant_{backend}_" + "".join(c if c.isalnum() else "_" for c in name)
@@ -37,9 +35,20 @@ def copy_of(tmp_path, monkeypatch):
     yield copy
     for name in [m for m in sys.modules if m.partition(".")[0] in made]:
         del sys.modules[name]
-    # Keras finds classes by registered name: without this, a later test loads the mutant's
-    keras.saving.get_custom_objects().clear()
-    keras.saving.get_custom_objects().update(registered)
+    _restore_names_of_keras(made)
+
+
+def _restore_names_of_keras(packages):
+    """Keras finds classes by the name they are registered by: without this, a later test loads the mutant's."""
+    keras = sys.modules.get("keras")
+    registered = keras.saving.get_custom_objects() if keras else {}
+    for name, found in list(registered.items()):
+        package, _, module = found.__module__.partition(".")
+        if package in packages:
+            original = getattr(sys.modules.get(f"mistral_tf.{module}"), found.__name__, None)
+            registered.pop(name)
+            if original is not None:
+                registered[name] = original
 
 
 def edited(text, edit):
