@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import MistralConfig as MistralConfig
+    from .conversation import Conversation as Conversation
     from .generation import GenerationConfig as GenerationConfig
+    from .pictures import AttentionMaskVisualizer as AttentionMaskVisualizer
+    from .pictures import AttentionVisualizer as AttentionVisualizer
+    from .pipelines import pipeline as pipeline
+    from .text.mistral_common import MistralCommonTokenizer as MistralCommonTokenizer
     from .text.stream import TextIteratorStreamer as TextIteratorStreamer
     from .text.stream import TextStreamer as TextStreamer
     from .text.tokenizer import MistralTokenizer as MistralTokenizer
@@ -23,12 +28,17 @@ _PUBLIC = {
     "MistralConfig": (".config", "MistralConfig"),
     "GenerationConfig": (".generation", "GenerationConfig"),
     "MistralTokenizer": (".text.tokenizer", "MistralTokenizer"),
+    "MistralCommonTokenizer": (".text.mistral_common", "MistralCommonTokenizer"),
     "TextStreamer": (".text.stream", "TextStreamer"),
     "TextIteratorStreamer": (".text.stream", "TextIteratorStreamer"),
     "AutoConfig": (".config", "MistralConfig"),
     "AutoTokenizer": (".text.tokenizer", "MistralTokenizer"),
     "PRESETS": (".presets", "PRESETS"),
     "TINY": (".presets", "TINY"),
+    "Conversation": (".conversation", "Conversation"),
+    "pipeline": (".pipelines", "pipeline"),
+    "AttentionMaskVisualizer": (".pictures", "AttentionMaskVisualizer"),
+    "AttentionVisualizer": (".pictures", "AttentionVisualizer"),
     "convert": (".weights.convert", "convert"),
     "MistralError": (".errors", "MistralError"),
 }

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from .errors import MissingNameError
 
 _QUANTIZED = "weights are not quantized here; load them with dtype='bfloat16'"
-_TOKENIZER = "AutoTokenizer (MistralTokenizer) reads the tokenizer.json of every Mistral"
+_TOKENIZER = "AutoTokenizer (MistralTokenizer) reads every tokenizer file of Mistral's"
 _CACHE = "KVCache.allocate(config, batch_size, capacity) makes every kind of cache"
 _TRAINER = "models of mistral_torch can be trained by transformers' own Trainer; those of mistral_tf have fit"
 
 ADVICE: Mapping[str, str] = {
-    "pipeline": "call AutoTokenizer, AutoModelForCausalLM.from_pretrained and model.generate",
+    "pipeline": 'it is in mistral_core and takes backend="torch", "flax" or "tf"',
     "BitsAndBytesConfig": _QUANTIZED,
     "GPTQConfig": _QUANTIZED,
     "AwqConfig": _QUANTIZED,
@@ -20,7 +20,7 @@ ADVICE: Mapping[str, str] = {
     "TorchAoConfig": _QUANTIZED,
     "LlamaTokenizer": _TOKENIZER,
     "LlamaTokenizerFast": _TOKENIZER,
-    "MistralCommonTokenizer": _TOKENIZER,
+    "MistralCommonTokenizer": "it is in mistral_core",
     "PreTrainedTokenizerFast": _TOKENIZER,
     "Cache": _CACHE,
     "DynamicCache": _CACHE,
@@ -30,7 +30,7 @@ ADVICE: Mapping[str, str] = {
     "Trainer": _TRAINER,
     "TrainingArguments": _TRAINER,
     "DataCollatorForLanguageModeling": "tokenizer(texts, padding=True) makes a batch; give its ids as labels too",
-    "AttentionMaskVisualizer": "attention_mask in this package's attention.py is the mask, as an array",
+    "AttentionMaskVisualizer": "it is in mistral_core and takes backend=",
     "MistralPreTrainedModel": "each class has its methods",
     "AutoModelForMultipleChoice": "a Mistral answers by AutoModelForCausalLM or AutoModelForSequenceClassification",
     "set_seed": "generate takes seed=...; otherwise torch.manual_seed or keras.utils.set_random_seed decides",

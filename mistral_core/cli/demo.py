@@ -103,8 +103,9 @@ def _reference(path: Any, ids: np.ndarray, new: int, tokenizer: MistralTokenizer
     logits = heads.causal_lm(loaded.config, parameters, tokens).logits
     assert logits is not None
     cached_is_one_pass = bool((logits[:, ids.shape[1] - 1 : -1].argmax(-1) == written).all())
+    text = tokenizer.decode(tokens[0], skip_special_tokens=True)
     row = Row(
-        f"numpy {np.__version__}", tokenizer.decode(tokens[0]), 0.0, 0.0, 1.0, cached_is_one_pass, new / seconds,
+        f"numpy {np.__version__}", text, 0.0, 0.0, 1.0, cached_is_one_pass, new / seconds,
         loaded_at - started, cached_is_one_pass,
     )  # fmt: skip
     return row, Expected(tokens, logits, ids.shape[1])
@@ -126,8 +127,9 @@ def _framework(backend: backends.Backend, path: Any, expected: Expected, tokeniz
     one_pass = logits[:, expected.prompt - 1 : -1].argmax(-1)
     cached_is_one_pass = bool((one_pass == written[:, expected.prompt :]).all())
     agrees = bool((written == expected.tokens).all()) and argmax == 1 and ulp <= BOUND and cached_is_one_pass
+    text = tokenizer.decode(written[0], skip_special_tokens=True)
     return Row(
-        backends.version(backend), tokenizer.decode(written[0]), difference, ulp, argmax, cached_is_one_pass,
+        backends.version(backend), text, difference, ulp, argmax, cached_is_one_pass,
         new / seconds, load_seconds, agrees,
     )  # fmt: skip
 

@@ -38,13 +38,38 @@ EVERY = 5.0
 def arguments(command: argparse.ArgumentParser) -> None:
     """What the command takes."""
     command.add_argument("path", help="a checkpoint directory or a hub id")
-    command.add_argument("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's own")
     command.add_argument("prompt", nargs="?", default="-", help="the text to continue; - or nothing reads stdin")
+    model_arguments(command)
+
+
+def model_arguments(command: argparse.ArgumentParser) -> None:
+    """What every command takes that loads a model and writes text with it."""
     command.add_argument("--backend", help="torch, flax or tf; default: the first that is installed")
+    command.add_argument("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's own")
     for name, kind in OPTIONS.items():
         sampling = "; turns sampling on" if name in SAMPLING else ""
         command.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"{kind.__name__}{sampling}")
     command.add_argument("--stop", action="append", dest="stop_strings", help="a text that ends it; may be repeated")
+
+
+def generation_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What was given of the options of `generate`, with sampling on where one of them means it."""
+    given = {name: getattr(options, name) for name in (*OPTIONS, "stop_strings")}
+    given = {name: value for name, value in given.items() if value is not None}
+    return {**given, "do_sample": True} if any(name in given for name in SAMPLING) else given
+
+
+def load(options: argparse.Namespace) -> tuple[backends.Backend, MistralTokenizer, Any]:
+    """Backend, tokenizer and model that were asked for, with progress told; raises MissingExtraError."""
+    name = options.backend or next(backends.installed(), None)
+    if name is None:
+        raise MissingExtraError("no framework is installed; pip install 'mistral-frameworks[torch]' (or flax, or tf).")
+    backend = backends.get(name)
+    tokenizer = MistralTokenizer.from_pretrained(options.path)
+    progress(f"loading {options.path} in {backends.version(backend)}")
+    model = backend.model_class("MistralForCausalLM").from_pretrained(options.path, dtype=options.dtype)
+    _tell_what_takes_long()
+    return backend, tokenizer, model
 
 
 def run(options: argparse.Namespace) -> int:
@@ -54,18 +79,8 @@ def run(options: argparse.Namespace) -> int:
         if sys.stdin is None or sys.stdin.isatty():
             raise EmptyInputError("prompt: nothing to continue; give it as an argument or through a pipe.")
         prompt = sys.stdin.read().rstrip("\n")
-    name = options.backend or next(backends.installed(), None)
-    if name is None:
-        raise MissingExtraError("no framework is installed; pip install 'mistral-frameworks[torch]' (or flax, or tf).")
-    backend = backends.get(name)
-    tokenizer = MistralTokenizer.from_pretrained(options.path)
-    progress(f"loading {options.path} in {backends.version(backend)}")
-    model = backend.model_class("MistralForCausalLM").from_pretrained(options.path, dtype=options.dtype)
-    given = {name: getattr(options, name) for name in (*OPTIONS, "stop_strings")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if any(name in given for name in SAMPLING):
-        given["do_sample"] = True
-    _tell_what_takes_long()
+    backend, tokenizer, model = load(options)
+    given = generation_options(options)
     ids = np.array([tokenizer.encode(prompt)])
     started = time.perf_counter()
     beams = options.num_beams not in (None, 1)
@@ -77,9 +92,18 @@ def run(options: argparse.Namespace) -> int:
     new = len(row) - ids.shape[1]
     progress(f"{new} tokens in {seconds:.1f} s, compilation included")
     if options.json:
-        print(json.dumps({"text": tokenizer.decode(row), "ids": row.tolist(), "new_tokens": new, "seconds": seconds}))
+        print(
+            json.dumps(
+                {
+                    "text": tokenizer.decode(row, skip_special_tokens=True),
+                    "ids": row.tolist(),
+                    "new_tokens": new,
+                    "seconds": seconds,
+                }
+            )
+        )
     elif not shown:
-        print(tokenizer.decode(row))
+        print(tokenizer.decode(row, skip_special_tokens=True))
     return 0
 
 

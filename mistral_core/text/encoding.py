@@ -13,6 +13,10 @@ FRAMEWORKS = {"pt": "torch", "jax": "flax", "tf": "tf"}
 """`return_tensors` as transformers spells it -> the backend whose arrays it means."""
 
 
+OVERFLOWING = "overflowing_tokens"
+"""An output whose rows have lengths of their own."""
+
+
 class Encoding(dict[str, Any]):
     """`input_ids` and `attention_mask` by key and by attribute; `model(**encoding)` takes them."""
 
@@ -27,22 +31,28 @@ class Encoding(dict[str, Any]):
         return Encoding({key: value.to(device) if hasattr(value, "to") else value for key, value in self.items()})
 
 
-def as_arrays(rows: Mapping[str, list[list[int]]], return_tensors: str) -> Encoding:
-    """Rows of equal lengths as arrays [B, T] of a framework: "np", "pt", "jax" or "tf".
+def as_arrays(columns: Mapping[str, list[Any]], return_tensors: str) -> Encoding:
+    """Rows of equal lengths as arrays [B, T] of a framework: "np", "pt", "jax" or "tf"; overflowing tokens stay lists.
 
     Raises TokenizerError for rows of several lengths or another name, MissingExtraError without the framework.
     """
-    lengths = sorted({len(row) for row in next(iter(rows.values()))})
-    if len(lengths) > 1:
-        raise TokenizerError(f"texts of {lengths[0]} to {lengths[-1]} tokens make no array; pass padding=True.")
-    arrays = {key: np.array(value, np.int64).reshape(len(value), *lengths or [0]) for key, value in rows.items()}
-    if return_tensors == "np":
-        return Encoding(arrays)
-    if return_tensors not in FRAMEWORKS:
+    if return_tensors != "np" and return_tensors not in FRAMEWORKS:
         names = ", ".join(("np", *FRAMEWORKS))
         raise TokenizerError(f"return_tensors: {return_tensors!r}; None or one of {names} was expected.")
+    lengths = sorted({len(row) for row in columns["input_ids"]})
+    if len(lengths) > 1:
+        raise TokenizerError(f"texts of {lengths[0]} to {lengths[-1]} tokens make no array; pass padding=True.")
+    empty = (len(columns["input_ids"]), *(lengths or [0]))
+    arrays = {
+        name: np.array(rows, np.int64) if np.size(rows) else np.zeros(empty, np.int64)
+        for name, rows in columns.items()
+        if name != OVERFLOWING
+    }
+    lists = {name: rows for name, rows in columns.items() if name == OVERFLOWING}
+    if return_tensors == "np":
+        return Encoding({**arrays, **lists})
     from ..backend import get
 
     backend = get(FRAMEWORKS[return_tensors])
     kind = np.int64 if return_tensors == "pt" else np.int32  # ids of JAX and TensorFlow are int32
-    return Encoding({key: backend.from_numpy(value.astype(kind)) for key, value in arrays.items()})
+    return Encoding({**{name: backend.from_numpy(each.astype(kind)) for name, each in arrays.items()}, **lists})

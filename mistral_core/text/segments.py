@@ -11,5 +11,11 @@ class Control(NamedTuple):
     name: str
 
 
-Segment = str | Control
+class Infill(NamedTuple):
+    """A text that goes on after another: its ids are those of "\u263a" + text less the first two."""
+
+    text: str
+
+
+Segment = str | Control | Infill
 """Texts are encoded one by one: what SentencePiece puts before a text stands before each of them."""

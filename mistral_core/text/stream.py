@@ -14,7 +14,7 @@ LONGEST_CHARACTER = 4
 class Decoder(Protocol):
     """What a stream needs of a tokenizer."""
 
-    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+    def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
         """The text of ids."""
 
 

@@ -1,217 +1,258 @@
-"""MistralTokenizer: text to token ids and back, from the `tokenizer.json` of a checkpoint."""
+"""MistralTokenizer: text to token ids and back, from whichever tokenizer file a checkpoint has."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-import numpy as np
+from ..errors import TemplateError, TokenizerError
+from . import sources, template_files
+from .inputs import refuse
+from .interface import Tokenizer
+from .rows import Columns, Frame
+from .segments import Segment
+from .versions import VERSIONS
 
-from .. import strict_json
-from ..errors import TokenizerError, UnsupportedFeatureError
-from .encoding import Encoding, as_arrays
+SETTINGS = ("model_max_length", "padding_side", "truncation_side")
+"""What a tokenizer_config.json says beside special tokens, and what is written into it."""
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-OTHER_FILES = ("tekken.json", *("tokenizer.model" + version for version in ("", ".v1", ".v2", ".v3")))
+OWN = "own"
+"""As `chat_template`: the checkpoint's."""
 
 
-class MistralTokenizer:
-    """A tokenizer.json with the special tokens of its tokenizer_config.json.
+class MistralTokenizer(Tokenizer):
+    """The tokenizer of a tokenizer.json, a SentencePiece tokenizer.model (v1, v2, v3, v7) or a tekken.json.
 
-    What a user wrote never becomes a control token: `</s>` in a text is encoded as those four characters
-    unless `parse_special=True` is passed. `bos_token_id`, `eos_token_id`, `unk_token_id` and `pad_token_id`
-    are ids or None. Raises TokenizerError (a ValueError) for a malformed file.
+    What a user wrote never becomes a control token: `</s>` in a text is encoded as those four characters unless
+    `parse_special=True` is passed. A text is encoded and decoded exactly as the library of the file does it.
+    `mode` is "test", where a conversation waits for an answer, or "finetuning", where it ends with one.
+    Raises TokenizerError (a ValueError) for a malformed file.
     """
 
-    def __init__(self, text: str, config: dict[str, Any] | None = None, *, where: str = "tokenizer.json"):
-        self._json, self._config, self._where = text, dict(config or {}), where
-        self._plain = self._build(encode_special=True)
-        self.bos_token_id = self._control_id("bos_token", "<s>")
-        self.eos_token_id = self._control_id("eos_token", "</s>")
-        self.unk_token_id = self._control_id("unk_token", "<unk>")
-        self.pad_token_id = self._control_id("pad_token", None)
+    def __init__(
+        self,
+        source: str | sources.Source,
+        config: dict[str, Any] | None = None,
+        *,
+        where: str = sources.JSON,
+        mode: Literal["test", "finetuning"] = "test",
+        sentencepiece_compat: bool = False,
+        version: str | None = None,
+    ) -> None:
+        if isinstance(source, str):
+            source = sources.of_text(source, dict(config or {}), where)
+        if mode not in ("test", "finetuning"):
+            raise TokenizerError(f"mode: {mode!r}; 'test' or 'finetuning' was expected.")
+        if version is not None and version not in VERSIONS:
+            raise TokenizerError(f"version: {version!r}; one of {', '.join(VERSIONS)} was expected.")
+        self._source, self._coder, self._where, self.mode = source, source.coder, where, mode
+        self._prefix = "always" if sentencepiece_compat else None
+        self.version = version or source.version
+        """How conversations are written, such as "v3"; None where the files do not tell."""
+        self.bos_token, self.eos_token, self.unk_token, self.pad_token = (
+            source.tokens[name] for name in sources.TOKENS
+        )
+        for name in SETTINGS:
+            if name in source.config:
+                setattr(self, name, source.config[name])
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], **hub_arguments: Any) -> MistralTokenizer:
-        """Read tokenizer.json and, if there, tokenizer_config.json from a directory, a file or a hub id.
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        mode: Literal["test", "finetuning"] = "test",
+        sentencepiece_compat: bool = False,
+        version: str | None = None,
+        fix_mistral_regex: bool = False,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        **settings: Any,
+    ) -> MistralTokenizer:
+        """Read the tokenizer of a directory, a file, a GGUF or KerasHub checkpoint, or a hub id.
 
-        `revision`, `cache_dir`, `token` and `local_files_only` go to the hub.
+        Of several files tekken.json is read, else tokenizer.json, else tokenizer.model; the path of one reads that.
+        `sentencepiece_compat` encodes by a tokenizer.json as SentencePiece does, where it drops a text's first space;
+        `version` says how conversations are written, `fix_mistral_regex` puts Tekken's own pattern where a
+        tokenizer.json has Llama's. `revision`, `cache_dir`, `token` and `local_files_only` go to the hub; `settings`
+        are `padding_side`, `truncation_side`, `model_max_length`, `pad_token`.
         """
         from ..weights import hub
 
-        root = Path(hub.resolve(path, files=TOKENIZER_FILES, **hub_arguments))
-        file = root if root.is_file() else root / "tokenizer.json"
-        config_file = file.parent / "tokenizer_config.json"
-        others = [name for name in OTHER_FILES if (root / name).exists()]
-        if not file.exists() and others:
-            raise TokenizerError(f"{root}: {others[0]} is not read yet; put a tokenizer.json beside it.")
-        if not file.exists():
-            raise TokenizerError(f"{root}: no tokenizer.json; copy the one of the checkpoint there.")
-        config = strict_json.read_object(config_file, error=TokenizerError) if config_file.exists() else {}
-        try:
-            text = file.read_bytes().decode()
-        except (UnicodeDecodeError, PermissionError) as cause:
-            raise TokenizerError(f"{file}: not UTF-8 text ({cause}); fetch it again.") from cause
-        return cls(text, config, where=str(file))
+        refuse(
+            "from_pretrained",
+            {name: value for name, value in settings.items() if name not in (*SETTINGS, *sources.TOKENS)},
+        )
+        names = (*sources.NAMES, sources.CONFIG, *sources.TEMPLATES)
+        path = Path(hub.resolve(
+            pretrained_model_name_or_path, files=names, revision=revision, cache_dir=cache_dir, token=token,
+            local_files_only=local_files_only,
+        ))  # fmt: skip
+        source = sources.read(path, fix_mistral_regex=fix_mistral_regex)
+        tokenizer = cls(source, where=str(path), mode=mode, sentencepiece_compat=sentencepiece_compat, version=version)
+        for name, value in settings.items():
+            setattr(tokenizer, name, value)
+        return tokenizer
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write tokenizer.json, byte for byte as it was read, and tokenizer_config.json into a directory."""
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> tuple[str, ...]:
+        """Write tokenizer.json, tokenizer_config.json, a chat template and the file that was read; return the paths.
+
+        transformers loads them and gives the same ids. A tokenizer.json that was read is written byte for byte.
+        """
         from ..weights import files
 
-        config = json.dumps(self._config, indent=2, ensure_ascii=False) + "\n"
-        for name, text in zip(TOKENIZER_FILES, (self._json, config), strict=True):
-            files.write_file(Path(directory) / name, text.encode())
+        directory = Path(save_directory)
+        name, content = self._source.file
+        written = {name: content, **self._templates()}
+        if name != sources.JSON:
+            written[sources.JSON] = self._coder.to_json().encode()
+        written[sources.CONFIG] = (json.dumps(self._config(), indent=2, ensure_ascii=False) + "\n").encode()
+        for name, data in written.items():
+            files.write_file(directory / name, data)
+        return tuple(str(directory / name) for name in written)
+
+    # What a Tokenizer must know
 
     @property
     def vocab_size(self) -> int:
         """Number of tokens, special ones included."""
-        return self._plain.get_vocab_size(with_added_tokens=True)
-
-    def __len__(self) -> int:
-        return self.vocab_size
-
-    def encode(
-        self, text: str, text_pair: str | None = None, *, add_special_tokens: bool = True, parse_special: bool = False
-    ) -> list[int]:
-        """The ids of a text, or of two as the file joins them; `add_special_tokens` begins each as the file says."""
-        for name, value in (("text", text), ("text_pair", text_pair)):
-            if name == "text" or value is not None:
-                _check_text(name, value)
-        tokenizer = self._parsing if parse_special else self._plain
-        return list(tokenizer.encode(text, text_pair, add_special_tokens=add_special_tokens).ids)
-
-    def decode(self, ids: int | Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of one sequence of ids: a list, an array, or a single id.
-
-        Raises TokenizerError for what is not an integer in [0, vocab_size).
-        """
-        return self._plain.decode(self._checked(ids), skip_special_tokens=skip_special_tokens)
-
-    def batch_decode(
-        self,
-        rows: Iterable[Iterable[int]],
-        *,
-        skip_special_tokens: bool = True,
-        clean_up_tokenization_spaces: bool = False,
-    ) -> list[str]:
-        """The text of each row of ids: lists, or an array [B, T] of any framework; raises TokenizerError.
-
-        The text is what the ids say: `clean_up_tokenization_spaces` can only be false.
-        """
-        if clean_up_tokenization_spaces:
-            raise UnsupportedFeatureError("clean_up_tokenization_spaces: it would change the text; leave it out.")
-        return [self.decode(row, skip_special_tokens=skip_special_tokens) for row in rows]
-
-    def __call__(
-        self, text: str | Sequence[str], text_pair: str | Sequence[str] | None = None, *,
-        padding: bool = False, padding_side: str = "left",
-        return_tensors: str | None = None, add_special_tokens: bool = True, parse_special: bool = False,
-    ) -> Encoding:  # fmt: skip
-        """`input_ids` and `attention_mask` of a text or a list of texts: lists, or arrays [B, T] of a framework.
-
-        `return_tensors` is "np", "pt", "jax" or "tf"; a single text is then a batch of one. Padding is masked, so
-        any token would do: `pad_token_id`, and where there is none, `eos_token_id`. Raises TokenizerError.
-        """
-        if padding_side not in ("left", "right"):
-            raise TokenizerError(f"padding_side: {padding_side!r}; 'left' or 'right' was expected.")
-        texts = [text] if isinstance(text, str) else list(text)
-        options = {"add_special_tokens": add_special_tokens, "parse_special": parse_special}
-        pairs = [text_pair] * len(texts) if text_pair is None or isinstance(text_pair, str) else list(text_pair)
-        if len(pairs) != len(texts):
-            raise TokenizerError(f"text_pair: {len(pairs)} texts, {len(texts)} were expected: one beside each text.")
-        rows = [self.encode(each, pair, **options) for each, pair in zip(texts, pairs, strict=True)]
-        masks = [[1] * len(row) for row in rows]
-        if padding:
-            longest = max(map(len, rows), default=0)
-            rows = [_pad(row, longest, self._padding_id, padding_side) for row in rows]
-            masks = [_pad(row, longest, 0, padding_side) for row in masks]
-        if return_tensors is not None:
-            return as_arrays({"input_ids": rows, "attention_mask": masks}, return_tensors)
-        if isinstance(text, str):
-            return Encoding(input_ids=rows[0], attention_mask=masks[0])
-        return Encoding(input_ids=rows, attention_mask=masks)
-
-    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
-        """Raises UnsupportedFeatureError: a conversation is not turned into ids here."""
-        raise UnsupportedFeatureError(
-            "apply_chat_template: chat templates are not read; write the instruction format into the text yourself, "
-            "control tokens by `encode(text, parse_special=True)`."
-        )
-
-    def token_to_id(self, token: str) -> int | None:
-        """The id of a token as it stands in the vocabulary, or None."""
-        return self._plain.token_to_id(token)
-
-    def id_to_token(self, token_id: int) -> str:
-        """The token of an id as it stands in the vocabulary."""
-        return str(self._plain.id_to_token(self._checked(token_id)[0]))
-
-    def __repr__(self) -> str:
-        return f"MistralTokenizer({self._where!r}, vocab_size={self.vocab_size})"
-
-    @cached_property
-    def _parsing(self) -> Tokenizer:
-        # A second tokenizer, not a switch on the first: threads may ask for both at once.
-        return self._build(encode_special=False)
+        return self._coder.vocab_size
 
     @property
-    def _padding_id(self) -> int:
-        return self.eos_token_id or 0 if self.pad_token_id is None else self.pad_token_id
+    def frame(self) -> Frame:
+        """The special tokens that the file puts around a text; while finetuning, the end of an answer is one."""
+        frame, end = self._coder.frame, self.eos_token_id
+        if self.mode == "test" or frame.after or end is None:
+            return frame
+        return frame._replace(after=[end])
 
-    def _build(self, *, encode_special: bool) -> Tokenizer:
-        from tokenizers import Tokenizer
+    @cached_property
+    def all_special_ids(self) -> frozenset[int]:
+        """The ids of control tokens."""
+        return frozenset(self._coder.special)
 
-        try:
-            tokenizer = Tokenizer.from_str(self._json)
-        except Exception as cause:  # tokenizers raises bare Exception
-            raise TokenizerError(f"{self._where}: not a tokenizer.json ({cause}); fetch it again.") from cause
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        tokenizer.encode_special_tokens = encode_special
-        return tokenizer
+    @property
+    def padding_id(self) -> int:
+        """The padding token, else the end of an answer, else 0: the attention mask hides it."""
+        first = self.pad_token_id if self.pad_token is not None else self.eos_token_id
+        return first or 0
 
-    def _control_id(self, key: str, default: str | None) -> int | None:
-        token = self._config.get(key, default)
-        if isinstance(token, dict):  # a serialized AddedToken
-            token = token.get("content")
-        if token is None:
-            return None
-        found = self.token_to_id(token) if isinstance(token, str) else None
-        if found is None and key in self._config:
-            raise TokenizerError(f"{self._where}: {key} {token!r} is no token of it; correct tokenizer_config.json.")
-        return found
+    def _encode_texts(self, texts: list[str], parse_special: bool) -> list[list[int]]:
+        return self._coder.parsed(texts) if parse_special else self._coder.encode(texts, prefix=self._prefix)
 
-    def _checked(self, ids: int | Iterable[int]) -> list[int]:
-        given: Any = ids.numpy() if hasattr(ids, "numpy") and not hasattr(ids, "tolist") else ids  # TensorFlow
-        given = given.tolist() if hasattr(given, "tolist") else given
-        sequence, size = [given] if isinstance(given, int) else list(given), self.vocab_size
-        for at, each in enumerate(sequence):
-            if isinstance(each, bool) or not isinstance(each, (int, np.integer)):
-                raise TokenizerError(f"ids[{at}]: {each!r}; an integer was expected: decode row by row.")
-            if not 0 <= each < size:
-                raise TokenizerError(f"ids[{at}]: {each} is not in [0, {size}); take the tokenizer of the model.")
-        return [int(each) for each in sequence]
+    def _with_offsets(self, text: str, parse_special: bool) -> Columns:
+        return self._coder.with_offsets(text, parse_special=parse_special)
 
+    def _decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return self._coder.decode(ids, skip_special_tokens=skip_special_tokens)
 
-def _check_text(name: str, text: Any) -> None:
-    if not isinstance(text, str):
-        raise TokenizerError(f"{name}: {type(text).__name__}, a str was expected; decode bytes first.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as cause:
-        raise TokenizerError(
-            f"{name}: half a surrogate pair at {cause.start}, which is no character; "
-            "read the text with errors='replace'."
-        ) from cause
+    def _token(self, token_id: int) -> str:
+        return self._coder.token(token_id)
 
+    def _token_id(self, token: str) -> int | None:
+        return self._coder.token_id(token)
 
-def _pad(row: list[int], length: int, value: int, side: str) -> list[int]:
-    fill = [value] * (length - len(row))
-    return fill + row if side == "left" else row + fill
+    def get_vocab(self) -> dict[str, int]:
+        """Token -> id, by id."""
+        return self._coder.vocabulary()
+
+    # Conversations
+
+    @property
+    def chat_templates(self) -> dict[str, str]:
+        """The checkpoint's own jinja templates, by name; "default" is the one that is used."""
+        return self._source.templates
+
+    def _chat(
+        self, conversation: Any, tools: Any, *, chat_template: str | None = None, **options: Any
+    ) -> tuple[list[int], str]:
+        """By the built-in format of the version, or by a jinja template."""
+        version = self._built_in(chat_template)
+        if version is not None:
+            segments = self._segments(conversation, tools, version, **options)
+        else:
+            segments = self._rendered(conversation, tools, chat_template, **options)
+        apart = version is not None
+        return self._coder.prompt(segments, apart=apart), self._coder.shown(segments, apart=apart)
+
+    def _built_in(self, chat_template: str | None) -> str | None:
+        """The version whose built-in format is to be written, or None for a jinja template."""
+        if chat_template is not None:
+            return chat_template if chat_template in VERSIONS else None
+        own = self.chat_templates
+        if self.version is not None and (not own or any("[INST]" in text for text in own.values())):
+            return self.version  # a template that knows nothing of [INST] is of another format than Mistral's
+        if not own:
+            raise TemplateError(
+                f"{self._where}: neither a chat template nor a version of Mistral's; pass version= to from_pretrained, "
+                f"one of {', '.join(VERSIONS)}, or chat_template=."
+            )
+        return None
+
+    def _segments(
+        self, conversation: Any, tools: Any, version: str, *, add_generation_prompt: bool = False, **options: Any
+    ) -> list[Segment]:
+        from . import chat
+
+        known = ("continue_final_message", "reasoning_effort", "response_format")
+        refuse("Mistral's format", {name: value for name, value in options.items() if name not in known})
+        if add_generation_prompt and options.get("continue_final_message"):
+            raise TemplateError("add_generation_prompt and continue_final_message contradict each other; pass one.")
+        settings = self._source.settings
+        return chat.segments(conversation, tools, version=version, mode=self.mode, model_settings=settings, **options)
+
+    def _rendered(self, conversation: Any, tools: Any, chat_template: str | None, **options: Any) -> list[Segment]:
+        from . import template
+
+        name = None if chat_template in (None, OWN) else chat_template
+        if name is None or name in self.chat_templates:
+            text = template_files.choose(self.chat_templates, name=name, tools=bool(tools))
+        else:
+            text = name
+        tokens = {name: getattr(self, name) or "" for name in sources.TOKENS}
+        controls = list(self._coder.special.values())
+        return template.segments(text, controls=controls, messages=conversation, tools=tools, **tokens, **options)
+
+    def encode_fim(self, prompt: str, suffix: str | None = None) -> list[int]:
+        """The ids that ask for what stands between two texts of code.
+
+        Raises TemplateError for v1, TokenizerError where the vocabulary has no tokens for it.
+        """
+        from . import chat
+
+        return self._coder.prompt(chat.fim_segments(prompt, suffix, version=self.version or "v1"), apart=True)
+
+    # How
+
+    def _templates(self) -> dict[str, bytes]:
+        """The files of the chat templates: the checkpoint's own, else one that writes the built-in format."""
+        from . import saved_template
+
+        templates = self.chat_templates
+        if not templates and self.version is not None:
+            made = saved_template.made(
+                self.version, prefix=self._coder.prefix, model_settings=self._source.settings
+            )
+            templates = {template_files.DEFAULT: made}
+        names = {name: f"{template_files.DIRECTORY}/{name}.jinja" for name in templates}
+        names |= {template_files.DEFAULT: template_files.FILE}
+        return {names[name]: text.encode() for name, text in templates.items()}
+
+    def _config(self) -> dict[str, Any]:
+        """A tokenizer_config.json that says what this tokenizer does."""
+        made = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config = {name: value for name, value in self._source.config.items() if name != "chat_template"} or made
+        for name in sources.TOKENS:
+            token = getattr(self, name)
+            if token != self._source.tokens[name] or (name not in config and token is not None):
+                config[name] = token
+        changed = [name for name in SETTINGS if getattr(self, name) != getattr(type(self), name)]
+        return config | {name: getattr(self, name) for name in changed}
+
+    def __repr__(self) -> str:
+        return f"MistralTokenizer({self._where!r}, vocab_size={self.vocab_size}, version={self.version!r})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,26 @@ def push_to_hub(
     Raises what opening a checkpoint raises, ChecksumMismatchError or TruncatedFileError where it is not what its
     manifest says, HubError and its kinds.
     """
-    if create_pr and revision not in (None, "main"):
-        raise HubError(f"{repo_id}: a pull request is made to main, not to {revision!r}; leave one of the two out.")
     checkpoint = Checkpoint.open(files.as_path(directory))
     manifest.verify(checkpoint.directory, "sizes")
     message = commit_message or f"Upload {_class(checkpoint)} as {checkpoint.format}"
-    contents = _contents(checkpoint)
+    options: dict[str, Any] = {"private": private, "revision": revision, "token": token, "create_pr": create_pr}
+    return push_files(_contents(checkpoint), repo_id, message, **options)
+
+
+def push_files(
+    contents: Mapping[str, Path | bytes],
+    repo_id: str,
+    message: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload files, by their names in the repository, in one commit; as `push_to_hub` does."""
+    if create_pr and revision not in (None, "main"):
+        raise HubError(f"{repo_id}: a pull request is made to main, not to {revision!r}; leave one of the two out.")
     repository = Repository(repo_id, revision, None, token)
     try:
         with _in_time():
@@ -115,7 +129,7 @@ def _class(checkpoint: Checkpoint) -> str:
 
 def _commit(
     repository: Repository,
-    contents: dict[str, Path | bytes],
+    contents: Mapping[str, Path | bytes],
     message: str,
     *,
     private: bool | None,

@@ -310,7 +310,7 @@ def test_a_first_script(options):
     model = model.to(torch.float32)
     inputs = tokenizer("Emma was", return_tensors="pt").to(model.device)
     tokens = model.generate(**inputs, max_new_tokens=5)
-    assert tokenizer.decode(tokens[0]).startswith("Emma was")
+    assert tokenizer.decode(tokens[0], skip_special_tokens=True).startswith("Emma was")
     assert tokens.shape[1] == inputs["input_ids"].shape[1] + 5
     assert torch.equal(tokens[:, :-5], inputs["input_ids"])
 

@@ -14,13 +14,14 @@ from tokenizers import Tokenizer
 
 from mistral_core import TINY
 from mistral_core.errors import CorruptCheckpointError, TokenizerError
+from mistral_core.text import sentencepiece
+from mistral_core.text.bpe import byte_characters
+from mistral_core.text.tekken import PATTERN as TEKKEN
 from mistral_core.weights.formats.base import TEXT_FILES, Outline
 from mistral_core.weights.gguf import file as gguf_file
-from mistral_core.weights.gguf import sentencepiece
 from mistral_core.weights.gguf import texts as gguf_texts
 from mistral_core.weights.gguf import tokenizer as gguf_tokenizer
 from mistral_core.weights.gguf.file import GgufFile
-from mistral_core.weights.gguf.vocabulary import TEKKEN, byte_characters
 from mistral_core.weights.opened import Checkpoint
 
 EMBEDDED = Path(__file__).parents[2] / "mistral_core" / "data" / "tiny"
@@ -77,8 +78,8 @@ PIECES = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), ("<0x0A>", 0.0, 
 
 def test_a_sentencepiece_model_is_read():
     model = sentencepiece.parse(model_of(PIECES), "tokenizer.model")
-    assert model == (PIECES, True, True)
-    assert sentencepiece.parse(model_of(PIECES, 1, 0), "x")[1:] == (False, False)
+    assert model == (PIECES, True, False, True, False)
+    assert sentencepiece.parse(model_of(PIECES, 1, 0), "x")[1:] == (False, False, False, False)
     assert sentencepiece.parse(wire(1, wire(1, b"a")) + b"\x79" + bytes(8), "x").pieces == [("a", 0.0, 1)]
 
 

@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...errors import CorruptCheckpointError
+from ...text.bpe import merges_by_score
+from ...text.sentencepiece import CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
 from .file import GgufFile
 from .scan import Strings
-from .sentencepiece import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from .tokenizer import PATTERNS, PREFIX, TEMPLATE
-from .vocabulary import merges_by_rank
 
-_SPACE = "▁"
 _LONGEST = 1024  # every place in a token is looked at
 
 
@@ -96,16 +95,16 @@ def _tokenizer(file: GgufFile) -> dict[str, Any]:
 
 def _by_scores(file: GgufFile, tokens: _Tokens) -> dict[str, Any]:
     prefix = file.values.get(f"{PREFIX}add_space_prefix", True) is True
-    ranks = {
-        word: -score
+    scores = {
+        word: score
         for word, kind, score in zip(tokens.words, tokens.kinds, tokens.scores, strict=True)
         if kind == NORMAL
     }
     unknown = tokens.words[tokens.kinds.index(UNKNOWN)] if UNKNOWN in tokens.kinds else None
-    space = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-    steps = [{"type": "Prepend", "prepend": _SPACE}, space] if prefix else [space]
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    steps = [{"type": "Prepend", "prepend": SPACE}, space] if prefix else [space]
     back: list[dict[str, Any]] = [
-        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
@@ -115,7 +114,7 @@ def _by_scores(file: GgufFile, tokens: _Tokens) -> dict[str, Any]:
         "normalizer": {"type": "Sequence", "normalizers": steps},
         "pre_tokenizer": None,
         "decoder": {"type": "Sequence", "decoders": back},
-        "model": _bpe(tokens, merges_by_rank(ranks), unk_token=unknown, fuse_unk=True, byte_fallback=True),
+        "model": _bpe(tokens, merges_by_score(scores), unk_token=unknown, fuse_unk=True, byte_fallback=True),
     }
 
 

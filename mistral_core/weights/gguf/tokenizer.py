@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 
 from ...errors import TokenizerError
+from ...text import sentencepiece, tekken
+from ...text.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from ..formats.base import Outline
-from . import sentencepiece
 from .scan import Value
-from .sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
-from .vocabulary import TEKKEN, Vocabulary, has_tokenizer, of_tekken
+from .vocabulary import Vocabulary, has_tokenizer, of_tekken
 
 PREFIX = "tokenizer.ggml."
 TEMPLATE = "tokenizer.chat_template"
-PATTERNS = {"tekken": TEKKEN}
+PATTERNS = {"tekken": tekken.PATTERN}
 """GGUF's name of a way to cut text into words -> the pattern."""
 
 _MODELS = tuple(f"tokenizer.model{version}" for version in ("", ".v7m1", ".v7", ".v3", ".v2", ".v1"))
@@ -74,7 +74,7 @@ def _vocabulary(texts: Mapping[str, bytes], whole: dict[str, Any] | None) -> Voc
     elif found is not None and whole is not None:  # tokens that were added after SentencePiece's own
         found.tokens.update({each: token for each, token in _special(whole).items() if each not in found.tokens})
     if found is None and "tekken.json" in texts:
-        found = of_tekken(_json(texts, "tekken.json") or {})
+        found = of_tekken(tekken.parse(texts["tekken.json"]))
     return found
 
 

@@ -1,0 +1,259 @@
+"""A `tokenizers.Tokenizer` as the tokenizers here use it: exact for any text and any ids, and fast on many texts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from ..errors import TokenizerError
+from . import decoder
+from .decoder import BYTE_TOKENS
+from .rows import Columns, Frame
+from .segments import Control, Infill, Segment
+from .sentencepiece import SPACE
+from .words import Words
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+ALWAYS, FIRST, NEVER = "always", "first", "never"
+"""Where a space is put before a text: anywhere, at its beginning unless one is there, nowhere."""
+
+_PREPEND = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": SPACE},
+        {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+    ],
+}
+_METASPACE = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
+_PIECES = ["Replace", "ByteFallback", "Fuse"]
+_EXTRAS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+_INFILL = "\u263a"
+
+
+class Coder:
+    """Text to ids and back by a vocabulary; control tokens are found in a text only by `parsed`.
+
+    `unknown` is what the unknown token reads like where special tokens are skipped.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, unknown: str = "") -> None:
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.encode_special_tokens = True
+        self._tokenizer, self._unknown = tokenizer, unknown
+        added = tokenizer.get_added_tokens_decoder()
+        self.special = {each: token.content for each, token in added.items() if token.special}
+        self._added = {each: token.content for each, token in added.items() if not token.special}
+        self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+        self._take_out_user_defined()
+
+    def _take_out_user_defined(self) -> None:
+        """Find pieces that stand in a text here, not in `tokenizers`: for them it would have to ignore merges.
+
+        Then a control token would be found where nothing else stands between two such pieces.
+        """
+        self._split, self._user_defined = None, dict[str, int]()
+        if _state(self._tokenizer.normalizer) == _PREPEND:
+            pieces = _isolated(_state(self._tokenizer.pre_tokenizer))
+            found = {piece: each for piece in pieces if (each := self.token_id(piece)) is not None}
+            if pieces and len(found) == len(pieces):
+                self._split, self._user_defined = self._tokenizer.pre_tokenizer, found
+                self._tokenizer.pre_tokenizer, self._tokenizer.model.ignore_merges = None, False
+        self._cut = re.compile("({})".format("|".join(map(re.escape, self._user_defined)))).split
+
+    @cached_property
+    def prefix(self) -> str | None:
+        """Where a text gets a space as SentencePiece writes it; None where that is not known."""
+        normalizer, pre_tokenizer = _state(self._tokenizer.normalizer), _state(self._tokenizer.pre_tokenizer)
+        if normalizer == _PREPEND and pre_tokenizer is None:
+            return ALWAYS
+        return FIRST if normalizer is None and pre_tokenizer == _METASPACE else None
+
+    @cached_property
+    def frame(self) -> Frame:
+        """The special tokens that the file puts around a text, and between two."""
+        one, two = self._tokenizer.encode("a"), self._tokenizer.encode("a", "a")
+        first = _leading(one.special_tokens_mask)
+        last = len(one.ids) - _leading(one.special_tokens_mask[::-1]) if first < len(one.ids) else first
+        middle = two.special_tokens_mask[first : len(two.ids) - (len(one.ids) - last)]
+        between = [each for each, own in zip(two.ids[first:], middle, strict=False) if own]
+        return Frame(one.ids[:first], one.ids[last:], between)
+
+    def encode(self, texts: Sequence[str], *, prefix: str | None = None) -> list[list[int]]:
+        """The ids of each text, nothing added; `prefix` in place of the file's own rule, where that is known."""
+        if self._words is not None:
+            spaced = [_spaced(text, prefix or self.prefix) for text in texts]
+            if not self._user_defined or not any(len(self._cut(text)) > 1 for text in spaced):
+                return self._words.encode(spaced)
+            return [self._with_user_defined(text)["input_ids"] for text in spaced]
+        if len(texts) == 1:
+            return [self._tokenizer.encode(texts[0], add_special_tokens=False).ids]
+        return [each.ids for each in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def parsed(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, in which control tokens are found."""
+        return [each.ids for each in self._parsing.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def with_offsets(self, text: str, *, parse_special: bool) -> Columns:
+        """The ids of a text and where each token begins and ends in it, in characters."""
+        if self._user_defined and not parse_special:
+            columns = self._with_user_defined(_spaced(text, ALWAYS))
+            shifted = [(max(first - 1, 0), last - 1) for first, last in columns["offset_mapping"]]
+            return {**columns, "offset_mapping": shifted}
+        tokenizer = self._parsing if parse_special else self._tokenizer
+        found = tokenizer.encode(text, add_special_tokens=False)
+        return {"input_ids": found.ids, "offset_mapping": found.offsets}
+
+    def prompt(self, segments: Sequence[Segment], *, apart: bool) -> list[int]:
+        """The ids of a prompt: its texts are encoded each for itself, as if `apart`, or as parts of one text.
+
+        Raises TokenizerError for a control token that the vocabulary has not.
+        """
+        ids: list[int] = []
+        for place, segment in enumerate(segments):
+            if isinstance(segment, Control):
+                ids.append(self.control(segment.name))
+            elif isinstance(segment, Infill):
+                ids += self.encode([_INFILL + segment.text], prefix=ALWAYS)[0][2:]
+            else:
+                inside = self.prefix == FIRST and place > 0
+                ids += self.encode([segment], prefix=ALWAYS if apart else NEVER if inside else None)[0]
+        return ids
+
+    def shown(self, segments: Sequence[Segment], *, apart: bool) -> str:
+        """A prompt as one text, with the space that stands before each text that is encoded for itself."""
+        space = " " if apart and self.prefix is not None else ""
+        return "".join(each.name if isinstance(each, Control) else space + str(each) for each in segments)
+
+    def control(self, name: str) -> int:
+        """The id of a control token; raises TokenizerError where there is none of this name."""
+        found = self.token_id(name)
+        if found is None or found not in self.special:
+            raise TokenizerError(f"the vocabulary has no control token {name}; take the tokenizer of the model.")
+        return found
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
+        """The text of ids in [0, vocab_size)."""
+        if self._decoder is not None:
+            return self._decoder.decode(ids, skip_special_tokens=skip_special_tokens)
+        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def token(self, token_id: int) -> str:
+        """The token of an id as it stands in the vocabulary; nothing where the id is one of none."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token as it stands in the vocabulary, or None."""
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
+
+    def vocabulary(self) -> dict[str, int]:
+        """Token -> id, by id."""
+        return dict(sorted(self._tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]))
+
+    def to_json(self) -> str:
+        """The tokenizer as a tokenizer.json."""
+        return str(self._as_in_file().to_str(pretty=True))
+
+    def _as_in_file(self) -> Tokenizer:
+        """A copy that `tokenizers` encodes by alone."""
+        from tokenizers import Tokenizer
+
+        copy = Tokenizer.from_str(self._tokenizer.to_str())
+        if self._split is not None:
+            copy.pre_tokenizer, copy.model.ignore_merges = self._split, True
+        return copy
+
+    def _with_user_defined(self, text: str) -> Columns:
+        """The ids of a text whose spaces are written as U+2581, user-defined pieces cut out, and where they stand."""
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        start = 0
+        for place, part in enumerate(self._cut(text)):
+            if place % 2:
+                ids.append(self._user_defined[part])
+                offsets.append((start, start + len(part)))
+            else:
+                found = self._bare.encode(part, add_special_tokens=False)
+                ids += found.ids
+                offsets += [(start + first, start + last) for first, last in found.offsets]
+            start += len(part)
+        return {"input_ids": ids, "offset_mapping": offsets}
+
+    @cached_property
+    def _parsing(self) -> Tokenizer:
+        # A second tokenizer, not a switch on the first: threads may ask for both at once.
+        tokenizer = self._as_in_file()
+        tokenizer.encode_special_tokens = False
+        return tokenizer
+
+    @cached_property
+    def _bare(self) -> Tokenizer:
+        """The model alone, for texts whose spaces are written as U+2581."""
+        from tokenizers import Tokenizer
+
+        return Tokenizer(self._tokenizer.model)
+
+    @cached_property
+    def _words(self) -> Words | None:
+        """The parts of texts, for a BPE that leaves no character out and looks for no token in a whole text."""
+        model = self._tokenizer.model
+        bytes_too = getattr(model, "byte_fallback", False) and all(map(self.token_id, BYTE_TOKENS))
+        plain = not any(getattr(model, name, None) for name in _EXTRAS)
+        if self.prefix is None or self._added or not (bytes_too and plain):
+            return None
+        return Words(
+            self._tokens, lambda new: [each.ids for each in self._bare.encode_batch_fast(new, add_special_tokens=False)]
+        )
+
+    @cached_property
+    def _tokens(self) -> list[str]:
+        return [self.token(each) for each in range(self.vocab_size)]
+
+    @cached_property
+    def _decoder(self) -> decoder.Decoder | None:
+        """The exact decoder of the two kinds that Mistral's files are of."""
+        steps = _state(self._tokenizer.decoder) or {}
+        names = [step["type"] for step in steps.get("decoders", [steps]) if step]
+        if names[:3] == _PIECES and names[3:] in ([], ["Strip"]):
+            name = getattr(self._tokenizer.model, "unk_token", None)
+            unknown = {each: self._unknown for each, token in self.special.items() if token == name and self._unknown}
+            return decoder.of_pieces(self._tokens, self.special, unknown=unknown, strips=len(names) == 4)
+        if names != ["ByteLevel"]:
+            return None
+        try:
+            return decoder.of_bytes(self._tokens, self.special, added=self._added)
+        except KeyError:  # a token that is not written in bytes
+            return None
+
+
+def _state(part: Any) -> Any:
+    """A part of a tokenizer as tokenizer.json has it."""
+    return None if part is None else json.loads(part.__getstate__())
+
+
+def _isolated(part: dict[str, Any] | None) -> list[str]:
+    """The pieces that a pre-tokenizer cuts out of a text, if it does no more than that."""
+    if part is None or part["type"] != "Split" or part.get("behavior") != "Isolated" or part.get("invert"):
+        return []
+    pattern = part["pattern"].get("Regex", "")
+    pieces = [re.sub(r"\\(.)", r"\1", each) for each in re.split(r"(?<!\\)\|", pattern)]
+    return pieces if "|".join(map(re.escape, pieces)) == pattern and "" not in pieces else []
+
+
+def _leading(mask: Sequence[int]) -> int:
+    """How many special tokens stand at the beginning."""
+    return next((place for place, own in enumerate(mask) if not own), len(mask))
+
+
+def _spaced(text: str, prefix: str | None) -> str:
+    """A text with spaces as SentencePiece writes them."""
+    text = text.replace(" ", SPACE)
+    if not text or prefix == NEVER or (prefix == FIRST and text.startswith(SPACE)):
+        return text
+    return SPACE + text

@@ -1,0 +1,126 @@
+"""What a user may pass to a tokenizer, checked: texts, ids, lengths."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..errors import TokenizerError
+from .rows import PADDINGS, TRUNCATIONS, Limits, Options
+
+UNBOUNDED = 10**18
+"""A `model_max_length` above this says nothing; transformers writes 1e30."""
+
+
+class TokenIndexError(TokenizerError, IndexError):
+    """An id that the vocabulary has not."""
+
+
+class Defaults(Protocol):
+    """What a tokenizer says where options do not."""
+
+    model_max_length: int
+    padding_side: str
+
+
+def limits_of(defaults: Defaults, options: Options) -> Limits:
+    """The lengths that options ask for; raises TokenizerError for what makes no sense."""
+    padding = choice("padding", options.get("padding", False), PADDINGS)
+    truncation = choice("truncation", options.get("truncation"), TRUNCATIONS)
+    limit, multiple = options.get("max_length"), options.get("pad_to_multiple_of")
+    multiple = 1 if multiple is None else check_integer("pad_to_multiple_of", multiple, 1)
+    if limit is not None:
+        check_integer("max_length", limit, 0)
+        if padding is None and options.get("truncation") is None:
+            truncation = "longest_first"
+            if options.get("verbose", True):
+                warnings.warn("max_length cuts texts; say truncation=True, or leave it out.", stacklevel=5)
+    elif defaults.model_max_length < UNBOUNDED:
+        limit = int(defaults.model_max_length)
+    elif padding == "max_length" or truncation is not None:
+        raise TokenizerError("max_length: None, and the tokenizer's files name none; pass the length that is meant.")
+    if padding and truncation and limit is not None and limit % multiple:
+        raise TokenizerError(f"max_length: {limit}, no multiple of pad_to_multiple_of, {multiple}; choose one that is.")
+    side = options.get("padding_side")
+    side = check_side("padding_side", defaults.padding_side if side is None else side)
+    return Limits(padding, truncation, limit, check_integer("stride", options.get("stride", 0), 0), multiple, side)
+
+
+def choice(name: str, value: Any, known: dict[Any, Any]) -> Any:
+    """What an argument's value stands for; raises TokenizerError naming the values there are."""
+    value = getattr(value, "value", value)  # an enum of transformers
+    if (value is None or isinstance(value, bool | str)) and value in known:
+        return known[value]
+    raise TokenizerError(f"{name}: {value!r}; one of {', '.join(map(repr, known))} was expected.")
+
+
+def check_side(name: str, side: Any) -> str:
+    """The side; raises TokenizerError for another."""
+    if side not in ("left", "right"):
+        raise TokenizerError(f"{name}: {side!r}; 'left' or 'right' was expected.")
+    return str(side)
+
+
+def check_integer(name: str, value: Any, least: int) -> int:
+    """An integer; raises TokenizerError for less than `least` and for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise TokenizerError(f"{name}: {value!r}; an integer of at least {least} was expected.")
+    return value
+
+
+def refuse(where: str, arguments: Mapping[str, Any]) -> None:
+    """Raise TokenizerError naming arguments that mean nothing here."""
+    if arguments:
+        raise TokenizerError(f"{where} does not take {', '.join(arguments)}; leave it out.")
+
+
+def given(**arguments: Any) -> dict[str, Any]:
+    """The arguments that are not None."""
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def is_ids(text: Any) -> bool:
+    """Whether this is one sequence of ids; no ids at all are a batch of no texts."""
+    return isinstance(text, list | tuple) and bool(text) and isinstance(text[0], int | np.integer)
+
+
+def several(name: str, texts: Any) -> list[Any]:
+    """The texts of a batch."""
+    if isinstance(texts, bytes) or not isinstance(texts, Iterable):
+        raise TokenizerError(
+            f"{name}: {type(texts).__name__}, a str or a list of them was expected; decode bytes first."
+        )
+    return list(texts)
+
+
+def listed(value: Any) -> Any:
+    """A list of what may be an array of any framework."""
+    given = value.numpy() if hasattr(value, "numpy") and not hasattr(value, "tolist") else value  # TensorFlow
+    return given.tolist() if hasattr(given, "tolist") else list(given)
+
+
+def check_text(name: str, text: Any) -> str:
+    """A text that can be written in UTF-8; raises TokenizerError for anything else."""
+    if not isinstance(text, str):
+        raise TokenizerError(f"{name}: {type(text).__name__}, a str was expected; decode bytes first.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as cause:
+        where = f"{name}: half a surrogate pair at {cause.start}, which is no character"
+        raise TokenizerError(f"{where}; read the text with errors='replace'.") from cause
+    return text
+
+
+def check_ids(ids: int | Iterable[int], size: int) -> list[int]:
+    """Ids in [0, size), of a single id, a list or an array; raises TokenizerError, which is an IndexError if beyond."""
+    sequence = [ids] if isinstance(ids, int) else listed(ids)
+    sequence = sequence if isinstance(sequence, list) else [sequence]  # an array of one
+    for at, each in enumerate(sequence):
+        if isinstance(each, bool) or not isinstance(each, int | np.integer):
+            raise TokenizerError(f"ids[{at}]: {each!r}; an integer was expected: decode row by row.")
+        if not 0 <= each < size:
+            raise TokenIndexError(f"ids[{at}]: {each} is not in [0, {size}); take the tokenizer of the model.")
+    return [int(each) for each in sequence]

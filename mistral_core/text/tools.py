@@ -1,0 +1,59 @@
+"""Definitions of tools, as the models read them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from .checks import Problem, as_json, collected, field, mapping, sequence, text, told
+from .functions import function_schema
+from .json_schema import schema_problems
+from .messages import NAME
+
+
+def definitions(tools: Any) -> str:
+    """The JSON text of tools, "" of none: dicts as OpenAI writes them, or Python functions with hints and docstring.
+
+    Other keys than type, name, description and parameters are left out. Raises one TemplateError with every tool
+    that is malformed or whose parameters are no JSON Schema (Draft 7).
+    """
+    if tools is None:
+        return ""
+    with told():
+        given = sequence(tools, "tools", "a list of definitions or functions")
+        found = collected(partial(_definition, each, f"tools[{index}]") for index, each in enumerate(given))
+        return as_json(found, "tools") if found else ""
+
+
+def _definition(given: Any, where: str) -> dict[str, Any]:
+    fields = function_schema(given, where) if callable(given) else mapping(given, where)
+    if fields.get("type", "function") != "function":
+        raise Problem(f"{where}.type: {fields['type']!r}; 'function' was expected")
+    where = f"{where}.function"
+    function = mapping(field(fields, "function", where), where)
+    name = text(field(function, "name", where), f"{where}.name")
+    if not NAME.match(name):
+        raise Problem(f"{where}.name: {name!r}; 1 to 64 of a-z, A-Z, 0-9, _ and - were expected")
+    if not isinstance(function.get("strict"), bool | None):
+        raise Problem(f"{where}.strict: {function['strict']!r}; true or false was expected")
+    described, parameters = function.get("description"), function.get("parameters")
+    return {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": "" if described is None else text(described, f"{where}.description"),
+            "parameters": {} if parameters is None else checked_schema(parameters, f"{where}.parameters"),
+        },
+    }
+
+
+def checked_schema(given: Any, where: str) -> dict[str, Any]:
+    """The value if it is a JSON Schema by name."""
+    schema = dict(mapping(given, where))
+    try:
+        problems = "; ".join(schema_problems(schema, where))
+    except RecursionError as cause:
+        raise Problem(f"{where}: nested without end; pass a plain schema") from cause
+    if problems:
+        raise Problem(problems)
+    return schema
