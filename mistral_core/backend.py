@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from .errors import MissingExtraError
@@ -22,6 +23,8 @@ class Backend(Protocol):
     framework: str
     """The package whose version is reported."""
     attention_implementations: tuple[str, ...]
+    fixed_shapes: bool
+    """Whether each shape of a call costs a compilation: then rows are padded to few."""
 
     def model_class(self, architecture: str) -> Any:
         """The class of this name: MistralModel, MistralForCausalLM, ..."""
@@ -31,6 +34,20 @@ class Backend(Protocol):
 
     def from_numpy(self, array: Any) -> Any:
         """A NumPy array as the framework's own."""
+
+    def token_order(self, attention_mask_BT: Any, past_length_B: Any) -> Any:
+        """[B, T]: the number of real tokens before each token of its row, -1 for padding."""
+
+    def attention_mask(
+        self, query_order_BT: Any, key_order_BS: Any, window: int | None, *, document_ids_BT: Any = None
+    ) -> Any:
+        """[B, T, S] bool: which keys each query sees; the function that attention itself calls."""
+
+    def inference(self, model: Any) -> AbstractContextManager[None]:
+        """What a call that nothing is learned from runs in: no gradients, no dropout."""
+
+    def forward(self, model: Any, **arrays: Any) -> Any:
+        """What such a call with NumPy arrays that are right returns, compiled where the framework would for each op."""
 
 
 def names() -> list[str]:

@@ -36,8 +36,8 @@ class Step(NamedTuple):
     scores: list[list[Array]]
 
 
-Decode = Generator[Step, None, Any]
-"""Steps, and at their end the cache."""
+Decode = Generator[Step, bool | None, Any]
+"""Steps, and at their end the cache; what is sent back after a step says whether it was the last."""
 
 
 class Guess(NamedTuple):
@@ -78,7 +78,7 @@ def generate(
     """Continue every row: NumPy sequences [B, T + new], the prompt as given, ended rows padded.
 
     `past` is a cache of the first tokens of every row, or what an earlier call returned, of which every row's common
-    beginning is used. `streamer` is told the prompt and each column of new tokens.
+    beginning is used. `streamer` is told the prompt and each column of new tokens, and may return True to end all rows.
     """
     generation = prompt.generation
     if generation.num_beams > 1:
@@ -87,22 +87,23 @@ def generate(
     made: list[list[int]] = [[] for _ in range(len(prompt.ids) * copies)]
     scores: list[list[Array]] = [[] for _ in made]
     put = 0
+    stop: bool | None = None
     if streamer is not None:
         streamer.put(prompt.ids)
     try:
         running = decode(engine, prompt, past=past, assistant=assistant, tokenizer=tokenizer)
         while True:
             try:
-                step = next(running)
-            except StopIteration as stop:
-                cache = stop.value
+                step = running.send(stop)
+            except StopIteration as end:
+                cache = end.value
                 break
             for row, (tokens, distributions) in enumerate(zip(*step, strict=True)):
                 made[row] += tokens
                 scores[row] += distributions
             going = [len(row) for row, tokens in zip(made, step.tokens, strict=True) if tokens]
             while streamer is not None and put < min(going, default=0):
-                streamer.put(_column(made, put, generation.padding))
+                stop = streamer.put(_column(made, put, generation.padding)) or stop
                 put += 1
         new = max(len(row) for row in made)
         while streamer is not None and put < new:
@@ -166,9 +167,9 @@ def decode(
         ]
         widths = [columns] if columns > 1 else piece_widths(engine, max(map(len, fed)), generation)
         chosen, cache = feed(engine, cache, fed, rule._replace(every=columns > 1), values, widths)
-        yield _take(chosen, rows, drafts, ended, ending)
+        stop = yield _take(chosen, rows, drafts, ended, ending)
         cache, held = _forget_rest(engine, cache, rows, held, fed)
-        if all(ended) or time.monotonic() > deadline:
+        if stop or all(ended) or time.monotonic() > deadline:
             return cache
         if generation.on_device_loop:
             return (yield from _on_device(engine, cache, rows, ended, rule, values, ending))

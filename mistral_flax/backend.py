@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
+
+import jax
+from flax import nnx
 
 import mistral_flax
 from mistral_core.parameters import HEADS
 
 from .arrays import from_numpy, to_numpy
-from .attention import available
+from .attention import attention_mask, available
+from .layers import token_order
 
 
 class _Backend:
     name = "flax"
     framework = "flax"
+    fixed_shapes = True
     to_numpy = staticmethod(to_numpy)
     from_numpy = staticmethod(from_numpy)
+    token_order = staticmethod(token_order)
+    attention_mask = staticmethod(attention_mask)
 
     @property
     def attention_implementations(self) -> tuple[str, ...]:
@@ -25,6 +34,20 @@ class _Backend:
     def model_class(self, architecture: str) -> Any:
         """The class of this name."""
         return {name: getattr(mistral_flax, name) for name in HEADS}[architecture]
+
+    def inference(self, model: Any) -> AbstractContextManager[None]:
+        """Nothing to be done: gradients and dropout are asked for by name."""
+        return nullcontext()
+
+    def forward(self, model: Any, **arrays: Any) -> Any:
+        """What such a call returns, compiled once for all models of a kind and arrays of a shape."""
+        graph, state = nnx.split(model)
+        return _forward(graph, state, arrays)
+
+
+@partial(jax.jit, static_argnums=0)
+def _forward(graph: Any, state: Any, arrays: dict[str, Any]) -> Any:
+    return nnx.merge(graph, state)(**arrays, use_cache=False, return_dict=True)
 
 
 BACKEND = _Backend()

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import mistral_tf
 from mistral_core.parameters import HEADS
 
 from .arrays import from_numpy, to_numpy
-from .attention import available
+from .attention import attention_mask, available
+from .layers import token_order
 
 
 class _Backend:
     name = "tf"
     framework = "tensorflow"
     attention_implementations = available()
+    fixed_shapes = False
     to_numpy = staticmethod(to_numpy)
     from_numpy = staticmethod(from_numpy)
+    token_order = staticmethod(token_order)
+    attention_mask = staticmethod(attention_mask)
 
     def model_class(self, architecture: str) -> Any:
         """The class of this name."""
         return {name: getattr(mistral_tf, name) for name in HEADS}[architecture]
+
+    def inference(self, model: Any) -> AbstractContextManager[None]:
+        """Nothing to be done: gradients and dropout are asked for by name."""
+        return nullcontext()
+
+    def forward(self, model: Any, **arrays: Any) -> Any:
+        """What such a call returns."""
+        return model(**arrays, use_cache=False, return_dict=True)
 
 
 BACKEND = _Backend()

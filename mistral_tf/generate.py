@@ -48,11 +48,11 @@ def generate(
 ) -> Tensor | GenerateOutput:
     """Continue ids [B, T]: [B, T + new] int32, the prompt as given, ended rows padded, or a GenerateOutput.
 
-    Rows may be padded on either side. `options` are fields of GenerationConfig and come before
-    `generation_config`, which comes before the checkpoint's own. `past_key_values` is a cache of the rows' first
-    tokens, or what an earlier call returned, and is not changed. `streamer.put` is told the prompt and each column of
-    new tokens. `tokenizer` is needed for `stop_strings`. The step is traced once for each of few shapes, whatever
-    `compile` says but "off".
+    Rows may be padded on either side. `options` are fields of GenerationConfig and come before `generation_config`,
+    which comes before the checkpoint's own. `past_key_values` is a cache of the rows' first tokens, or what an earlier
+    call returned, and is not changed. `streamer.put` is told the prompt and each column of new tokens, and may return
+    True to end all rows. `tokenizer` is needed for `stop_strings`. The step is traced once for each of few shapes,
+    whatever `compile` says but "off".
     Raises GenerationConfigError, EmptyInputError, SequenceTooLongError, TokenIdError, MaskError, NonFiniteInputError.
     """
     prompt = _prompt(model, input_ids, attention_mask, generation_config, options)

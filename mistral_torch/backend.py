@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 import mistral_torch
 from mistral_core.parameters import HEADS
 
 from .arrays import from_numpy, to_numpy
-from .attention import available
+from .attention import attention_mask, available
+from .layers import token_order
 
 
 class _Backend:
     name = "torch"
     framework = "torch"
     attention_implementations = available()
+    fixed_shapes = False
     to_numpy = staticmethod(to_numpy)
     from_numpy = staticmethod(from_numpy)
+    token_order = staticmethod(token_order)
+    attention_mask = staticmethod(attention_mask)
 
     def model_class(self, architecture: str) -> Any:
         """The class of this name."""
         return {name: getattr(mistral_torch, name) for name in HEADS}[architecture]
+
+    @contextmanager
+    def inference(self, model: Any) -> Iterator[None]:
+        """Without gradients, and in evaluation mode; a model that was training goes on training afterwards."""
+        was_training = model.training
+        model.train(False)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            model.train(was_training)
+
+    def forward(self, model: Any, **arrays: Any) -> Any:
+        """What such a call returns."""
+        with self.inference(model):
+            return model(**arrays, use_cache=False, return_dict=True)
 
 
 BACKEND = _Backend()

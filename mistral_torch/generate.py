@@ -41,12 +41,12 @@ def generate(
 ) -> Tensor | GenerateOutput:
     """Continue ids [B, T]: [B, T + new] int64, the prompt as given, ended rows padded, or a GenerateOutput.
 
-    Rows may be padded on either side. `options` are fields of GenerationConfig and come before
-    `generation_config`, which comes before the checkpoint's own. `past_key_values` is a cache of the rows' first
-    tokens, or what an earlier call returned, and is not changed. `streamer.put` is told the prompt and each column of
-    new tokens. `tokenizer` is needed for `stop_strings`. `compile="on"` compiles each shape once, in some ten seconds,
-    and "auto" does so where there is an accelerator; "max" packs a second copy of the weights for the decode step, in a
-    minute or two, and makes it anew when they change: for a model that stays as it is.
+    Rows may be padded on either side. `options` are fields of GenerationConfig and come before `generation_config`,
+    which comes before the checkpoint's own. `past_key_values` is a cache of the rows' first tokens, or what an earlier
+    call returned, and is not changed. `streamer.put` is told the prompt and each column of new tokens, and may return
+    True to end all rows. `tokenizer` is needed for `stop_strings`. `compile="on"` compiles each shape once, in some ten
+    seconds, and "auto" does so where there is an accelerator; "max" packs a second copy of the weights for the decode
+    step, in a minute or two, and makes it anew when they change: for a model that stays as it is.
     Raises GenerationConfigError, EmptyInputError, SequenceTooLongError, TokenIdError, MaskError, NonFiniteInputError.
     """
     prompt = _prompt(model, input_ids, attention_mask, generation_config, options)

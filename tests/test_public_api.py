@@ -25,6 +25,11 @@ BACKEND = {
     "TextStreamer",
 }
 CORE = {
+    "AttentionMaskVisualizer",
+    "AttentionVisualizer",
+    "Conversation",
+    "MistralCommonTokenizer",
+    "pipeline",
     "PRESETS",
     "TINY",
     "AutoConfig",

@@ -36,19 +36,7 @@ POLITE = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0 is success, 1 a failed check, 2 an error, 130 Ctrl-C, 141 a closed pipe, 143 SIGTERM."""
-    from .._version import __version__
-
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="mistral", description="One Mistral for PyTorch, JAX and Keras.")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, summary in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary)
-        command.add_argument("-v", "--verbose", action="store_true", help="show the traceback of an error")
-        command.add_argument("--json", action="store_true", help="print JSON")
-        if name in argv:  # the others need not be imported
-            importlib.import_module(f".{name}", __name__).arguments(command)
-    options = parser.parse_args(argv)
+    options = _options(sys.argv[1:] if argv is None else argv)
     for variable, value in POLITE.items():
         os.environ.setdefault(variable, value)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is removed
@@ -68,6 +56,23 @@ def main(argv: list[str] | None = None) -> int:
         return 141
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _options(argv: list[str]) -> argparse.Namespace:
+    """The command and its arguments, options before, between and after the others."""
+    from .._version import __version__
+
+    parser = argparse.ArgumentParser(prog="mistral", description="One Mistral for PyTorch, JAX and Keras.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, summary in COMMANDS.items():
+        commands.add_parser(name, help=summary, add_help=False)
+    name = parser.parse_known_args(argv[:1])[0].command
+    command = argparse.ArgumentParser(prog=f"mistral {name}", description=COMMANDS[name])
+    command.add_argument("-v", "--verbose", action="store_true", help="show the traceback of an error")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    importlib.import_module(f".{name}", __name__).arguments(command)  # the others need not be imported
+    return command.parse_intermixed_args(argv[1:], argparse.Namespace(command=name))
 
 
 def backend_argument(command: argparse.ArgumentParser) -> None:

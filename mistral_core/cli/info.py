@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from ..config import MistralConfig
-from ..errors import UnsupportedFeatureError
+from ..errors import MistralError, UnsupportedFeatureError
 from ..parameters import HEADS, parameter_count
 from ..presets import PRESETS
-from ..text.tokenizer import OTHER_FILES
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-TOKENIZERS = ("tokenizer.json", *OTHER_FILES)
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
@@ -53,8 +52,22 @@ def describe(path: str) -> dict[str, Any]:
         "tensors": len(checkpoint.tensors),
         "files": files,
         "manifest": (directory / "mistral_manifest.json").exists(),
-        "tokenizer": next((name for name in TOKENIZERS if (directory / name).exists()), None),
+        **_tokenizer(root),
     }
+
+
+def _tokenizer(root: Path) -> dict[str, Any]:
+    """What its tokenizer is read from, and how conversations are written; or why it cannot be read."""
+    from ..text import sources
+    from ..text.tokenizer import MistralTokenizer
+
+    try:
+        name = next(name for name in sources.NAMES if name in sources.found_in(root))
+        tokenizer = MistralTokenizer.from_pretrained(root)
+    except MistralError as error:
+        return {"tokenizer": None, "tokenizer_problem": str(error)}
+    own, built_in = ", ".join(tokenizer.chat_templates) or None, tokenizer.version
+    return {"tokenizer": name, "tokens": len(tokenizer), "instruct_version": built_in, "chat_templates": own}
 
 
 def facts_of(config: MistralConfig) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -82,7 +84,9 @@ def test_demo_wants_the_same_argmax_at_every_position(nudged, agrees):
     kind = type("Model", (), {"generate": model.generate, "__call__": lambda *_: SimpleNamespace(logits=found)})
     kind.from_pretrained = classmethod(lambda cls, *_, **__: cls())
     backend = SimpleNamespace(framework="numpy", model_class=lambda _: kind, to_numpy=np.asarray)
-    row = demo._framework(backend, PATH, demo.Expected(tokens, logits, 2), SimpleNamespace(decode=str))
+    row = demo._framework(
+        backend, PATH, demo.Expected(tokens, logits, 2), SimpleNamespace(decode=lambda ids, **_: str(ids))
+    )
     assert row.ulp < 2
     assert row.cached_is_one_pass
     assert row.agrees is agrees
@@ -117,11 +121,17 @@ def test_info_refuses_an_architecture_it_does_not_know(tmp_path, capsys):
     assert "LlamaForCausalLM" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["tekken.json", "tokenizer.model.v2"])
-def test_info_names_the_tokenizer_file(name, tmp_path):
+def test_info_of_the_tokenizer(tmp_path):
     path = random_checkpoint(tmp_path)
-    (tmp_path / name).write_bytes(b"")
-    assert info.describe(path)["tokenizer"] == name
+    assert info.describe(path)["tokenizer"] is None
+    assert "tokenizer.json" in info.describe(path)["tokenizer_problem"]
+    shutil.copy(TINY_CHECKPOINT / "tokenizer.json", tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    found = info.describe(path)
+    assert (found["tokenizer"], found["tokens"]) == ("tokenizer.json", 2048)
+    assert (found["instruct_version"], found["chat_templates"]) == ("v1", "default")
+    (tmp_path / "tekken.json").write_bytes(b"")
+    assert "tekken.json" in info.describe(path)["tokenizer_problem"]
 
 
 def test_info_loads_no_framework():
@@ -223,3 +233,33 @@ def test_a_missing_framework_names_its_extra(monkeypatch):
     with pytest.raises(MissingExtraError, match=r"mistral-frameworks\[torch\]"):
         registry.get("torch")
     assert list(registry.installed()) == []
+
+
+# tokenize
+
+
+def test_tokenize(capsys, monkeypatch):
+    assert main(["tokenize", PATH, "Emma was\n</s>"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:4] == ["  1  <s>", "790  ▁Emma", "386  ▁was", " 13  \\n"]
+    assert "</s>" not in "".join(lines)  # it is text
+    assert main(["tokenize", PATH, "Emma</s>", "--json", "--parse-special"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"ids": [1, 790, 2], "tokens": ["<s>", "▁Emma", "</s>"], "text": "Emma"}
+    monkeypatch.setattr("sys.stdin", io.StringIO("[1, 790]\n"))
+    assert main(["tokenize", PATH, "--decode"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["  1  <s>", "790  ▁Emma", "Emma"]
+    assert main(["tokenize", PATH, "--decode", "one"]) == 2
+    assert "ids were expected" in capsys.readouterr().err
+
+
+def test_tokenize_in_colour(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert main(["tokenize", PATH, "a \x1b[31m"]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b[97;48;5;18m<s>\x1b[0m" in out
+    assert "\x1b[31m" not in out  # what a text says moves no cursor
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert main(["tokenize", PATH, "a"]) == 0
+    assert "\x1b" not in capsys.readouterr().out

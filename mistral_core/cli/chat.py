@@ -1,0 +1,91 @@
+"""`mistral chat PATH`: talk with a model in the terminal; a text through a pipe is answered once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from ..conversation import Conversation, Turn
+from ..errors import EmptyInputError, InputError
+from ..text.tokenizer import MistralTokenizer
+from . import generate, progress, repl
+
+
+def arguments(command: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    command.add_argument("path", help="a checkpoint directory or a hub id")
+    command.add_argument("--system", help="the system prompt")
+    command.add_argument(
+        "--template",
+        default="auto",
+        help="auto: as the checkpoint's files say; own: its jinja template; or a built-in version such as v3",
+    )
+    command.add_argument("--raw", action="store_true", help="no chat format: plain text that the model continues")
+    command.add_argument("--forget", action="store_true", help="drop the oldest turns when the context is full")
+    generate.model_arguments(command)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Hold a conversation, or answer what comes through a pipe."""
+    interactive = sys.stdin is not None and sys.stdin.isatty()
+    if interactive:
+        if options.json:
+            raise InputError('--json: it answers a pipe, as in echo "Hello" | mistral chat PATH --json; leave it out.')
+        repl.require()
+    text = "" if interactive else _piped()
+    _, tokenizer, model = generate.load(options)
+    raw = options.raw or (options.template == "auto" and not has_chat_format(tokenizer))
+    conversation = Conversation(
+        model,
+        tokenizer,
+        plain=raw,
+        template=None if options.template == "auto" else options.template,
+        forget=options.forget,
+        **generate.generation_options(options),
+    )
+    if raw and not options.raw:
+        progress("no chat format in the files of this checkpoint: it continues plain text; --template v1 asks for one")
+    if options.system is not None:
+        conversation.system = options.system
+    return repl.Repl(conversation).run() if interactive else _answer(conversation, text, as_json=options.json)
+
+
+def has_chat_format(tokenizer: MistralTokenizer) -> bool:
+    """Whether the files tell how a chat is written.
+
+    They do by a template, or by the control tokens of v2 and later; the text of v1 is in no file, nor in base models.
+    """
+    return bool(tokenizer.chat_templates) or tokenizer.version not in (None, "v1")
+
+
+def summary(turn: Turn) -> str:
+    """One line of what an answer took."""
+    why = {"stopped": ", stopped", "length": ", cut at its greatest length"}.get(turn.ended, "")
+    return f"{turn.new_tokens} tokens, {turn.new_tokens / max(turn.seconds, 1e-9):.1f} tokens/s{why}"
+
+
+def _piped() -> str:
+    try:
+        text = "" if sys.stdin is None else sys.stdin.read().rstrip("\n")
+    except UnicodeDecodeError as cause:
+        raise InputError(f"stdin: not UTF-8 at byte {cause.start}; convert the text first.") from cause
+    if not text:
+        raise EmptyInputError("stdin: nothing to answer; send a text through the pipe.")
+    return text
+
+
+def _answer(conversation: Conversation, text: str, *, as_json: bool) -> int:
+    to_terminal = sys.stdout.isatty()
+
+    def show(piece: str) -> None:
+        print(repl.visible(piece) if to_terminal else piece, end="", flush=True)
+
+    answer = conversation.say(text, on_text=None if as_json else show)
+    assert conversation.last is not None
+    if as_json:
+        print(json.dumps({"text": answer, **conversation.last._asdict(), "messages": conversation.messages}))
+    else:
+        print()
+    progress(summary(conversation.last))
+    return 0

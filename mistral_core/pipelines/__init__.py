@@ -1,0 +1,117 @@
+"""From text to results in one call: `pipeline("text-generation", model=PATH)("Emma was")`, as in transformers."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from .. import backend as backends
+from ..errors import InputError, MissingExtraError
+from .base import Pipeline
+
+TASKS: Mapping[str, tuple[str, str]] = {
+    "text-generation": ("MistralForCausalLM", "text_generation.TextGenerationPipeline"),
+    "text-classification": ("MistralForSequenceClassification", "text_classification.TextClassificationPipeline"),
+    "token-classification": ("MistralForTokenClassification", "token_classification.TokenClassificationPipeline"),
+    "question-answering": ("MistralForQuestionAnswering", "question_answering.QuestionAnsweringPipeline"),
+}
+"""Task -> the class of its model, and its pipeline."""
+ALIASES = {"sentiment-analysis": "text-classification", "ner": "token-classification"}
+HUB = ("revision", "token", "cache_dir", "local_files_only")
+LOADING = (
+    *HUB, "config", "dtype", "torch_dtype", "device", "device_map", "attn_implementation", "trust_remote_code",
+)  # fmt: skip
+"""Arguments that go to `from_pretrained`."""
+
+
+def pipeline(
+    task: str | None = None,
+    model: Any = None,
+    *,
+    tokenizer: Any = None,
+    backend: str | None = None,
+    batch_size: int = 1,
+    model_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Pipeline:
+    """What turns texts into results: a task, and a model by its path, hub id or as an object.
+
+    Without `task`, it is the one that the model was saved for. `backend` is "torch", "flax" or "tf", by default the
+    first that is installed; an object has its own. A path brings its tokenizer; to an object, give one or its path.
+    `revision`, `token`, `cache_dir`, `local_files_only`, `config`, `dtype`, `device`, `attn_implementation` and
+    `model_kwargs` go to `from_pretrained`; all other options are those of a call: see help(type(pipeline(...))).
+    Raises InputError for what does not exist, and what `from_pretrained` raises.
+    """
+    loading = {name: options.pop(name) for name in LOADING if name in options}
+    if model is None:
+        raise InputError("model: none given, and there is no default; give the path or hub id of a checkpoint.")
+    if isinstance(model, str | os.PathLike):
+        hub = {name: loading[name] for name in HUB if name in loading}
+        task = _task(task or _task_of(_own_architecture(model, loading.get("config"), hub)))
+        tokenizer = model if tokenizer is None else tokenizer
+        found = backends.get(backend or _first())
+        model = found.model_class(TASKS[task][0]).from_pretrained(model, **{**loading, **(model_kwargs or {})})
+    else:
+        hub = {}
+        task = _task(task or _task_of(getattr(model, "architecture", None)))
+        found = backends.get(backend or _name_of(model))
+        _check_object(model, task, [*loading, *(model_kwargs or {})])
+    if isinstance(tokenizer, str | os.PathLike):
+        from ..text.tokenizer import MistralTokenizer
+
+        tokenizer = MistralTokenizer.from_pretrained(tokenizer, **hub)
+    if tokenizer is None:
+        raise InputError("tokenizer: a model object brings none; give a tokenizer, or its path.")
+    module, _, name = TASKS[task][1].partition(".")
+    made: Pipeline = getattr(importlib.import_module(f".{module}", __name__), name)(
+        model, tokenizer, found, batch_size=batch_size, **options
+    )
+    return made
+
+
+def _task(name: str) -> str:
+    task = ALIASES.get(name, name)
+    if task not in TASKS:
+        raise InputError(f"task: {name!r}, one of {', '.join((*TASKS, *ALIASES))} was expected.")
+    return task
+
+
+def _task_of(architecture: str | None) -> str:
+    tasks = {own: task for task, (own, _) in TASKS.items()}
+    if architecture not in tasks:
+        raise InputError(f"task: a model of {architecture} has none; give one of {', '.join(TASKS)}.")
+    return tasks[architecture]
+
+
+def _own_architecture(path: Any, config: Any, hub: Mapping[str, Any]) -> str | None:
+    from ..config import MistralConfig
+
+    config = MistralConfig.from_pretrained(path, **hub) if config is None else config
+    return (config.architectures or ("MistralForCausalLM",))[0]
+
+
+def _first() -> str:
+    name = next(backends.installed(), None)
+    if name is None:
+        raise MissingExtraError("no framework is installed; pip install 'mistral-frameworks[torch]' (or flax, or tf).")
+    return name
+
+
+def _name_of(model: Any) -> str:
+    """The backend that a model's class comes from, or extends."""
+    packages = {kind.__module__.partition(".")[0] for kind in type(model).__mro__}
+    for point in importlib.metadata.entry_points(group=backends.GROUP):
+        if point.module.partition(".")[0] in packages:
+            return point.name
+    raise InputError(f"model: {type(model).__name__}; a path, or a model of a backend was expected, or give backend=.")
+
+
+def _check_object(model: Any, task: str, loading: list[str]) -> None:
+    expected, own = TASKS[task][0], getattr(model, "architecture", None)
+    if own != expected:
+        raise InputError(f"model: a {own or type(model).__name__}, for {task} a {expected} was expected.")
+    if loading:
+        raise InputError(f"{', '.join(loading)}: for a model that is to be loaded; leave out what this one is already.")
