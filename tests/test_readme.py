@@ -24,6 +24,9 @@ NAMES = (
     "Linen",
     "fit",
     "functional",
+    "conversations",
+    "pipeline",
+    "pictures",
     "converting",
     "weights",
 )

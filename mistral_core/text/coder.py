@@ -14,7 +14,7 @@ from .decoder import BYTE_TOKENS
 from .rows import Columns, Frame
 from .segments import Control, Infill, Segment
 from .sentencepiece import SPACE
-from .words import Words
+from .words import Words, can_be_split
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -205,7 +205,7 @@ class Coder:
         model = self._tokenizer.model
         bytes_too = getattr(model, "byte_fallback", False) and all(map(self.token_id, BYTE_TOKENS))
         plain = not any(getattr(model, name, None) for name in _EXTRAS)
-        if self.prefix is None or self._added or not (bytes_too and plain):
+        if self.prefix is None or self._added or not (bytes_too and plain and can_be_split(self._tokens)):
             return None
         return Words(
             self._tokens, lambda new: [each.ids for each in self._bare.encode_batch_fast(new, add_special_tokens=False)]

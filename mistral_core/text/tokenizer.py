@@ -235,9 +235,7 @@ class MistralTokenizer(Tokenizer):
 
         templates = self.chat_templates
         if not templates and self.version is not None:
-            made = saved_template.made(
-                self.version, prefix=self._coder.prefix, model_settings=self._source.settings
-            )
+            made = saved_template.made(self.version, prefix=self._coder.prefix, model_settings=self._source.settings)
             templates = {template_files.DEFAULT: made}
         names = {name: f"{template_files.DIRECTORY}/{name}.jinja" for name in templates}
         names |= {template_files.DEFAULT: template_files.FILE}

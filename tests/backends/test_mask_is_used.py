@@ -115,6 +115,7 @@ def test_reference(path, layer, case):
     assert_drawn_is_seen(AttentionMaskVisualizer(path), states_of_the_reference(layer), layer, case)
 
 
+@pytest.mark.feature("The attention mask as a picture")
 def test_backend(path, backend):
     adapter = adapters.get(backend.__name__.removeprefix("mistral_"))
     visualizer = AttentionMaskVisualizer(path, backend=adapter.name)
