@@ -31,6 +31,9 @@ _PREPEND = {
 }
 _METASPACE = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
 _PIECES = ["Replace", "ByteFallback", "Fuse"]
+FEW = 4096
+"""Characters that are encoded without learning their words."""
+
 _EXTRAS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
 _INFILL = "\u263a"
 
@@ -86,14 +89,14 @@ class Coder:
 
     def encode(self, texts: Sequence[str], *, prefix: str | None = None) -> list[list[int]]:
         """The ids of each text, nothing added; `prefix` in place of the file's own rule, where that is known."""
-        if self._words is not None:
-            spaced = [_spaced(text, prefix or self.prefix) for text in texts]
-            if not self._user_defined or not any(len(self._cut(text)) > 1 for text in spaced):
-                return self._words.encode(spaced)
+        if self.prefix is None or self._added:
+            return [each.ids for each in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        spaced = [_spaced(text, prefix or self.prefix) for text in texts]
+        if self._user_defined and any(len(self._cut(text)) > 1 for text in spaced):
             return [self._with_user_defined(text)["input_ids"] for text in spaced]
-        if len(texts) == 1:
-            return [self._tokenizer.encode(texts[0], add_special_tokens=False).ids]
-        return [each.ids for each in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        if sum(map(len, spaced)) < FEW or self._words is None:  # what learns words takes a moment to be made
+            return [each.ids for each in self._bare.encode_batch_fast(spaced, add_special_tokens=False)]
+        return self._words.encode(spaced)
 
     def parsed(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, in which control tokens are found."""
@@ -201,11 +204,11 @@ class Coder:
 
     @cached_property
     def _words(self) -> Words | None:
-        """The parts of texts, for a BPE that leaves no character out and looks for no token in a whole text."""
+        """The words of texts, for a BPE that leaves no character out and whose tokens start them by a space."""
         model = self._tokenizer.model
         bytes_too = getattr(model, "byte_fallback", False) and all(map(self.token_id, BYTE_TOKENS))
         plain = not any(getattr(model, name, None) for name in _EXTRAS)
-        if self.prefix is None or self._added or not (bytes_too and plain and can_be_split(self._tokens)):
+        if not (bytes_too and plain and can_be_split(self._tokens)):
             return None
         return Words(
             self._tokens, lambda new: [each.ids for each in self._bare.encode_batch_fast(new, add_special_tokens=False)]

@@ -1,8 +1,9 @@
 """A chat template in jinja that writes a built-in format, for libraries that know no other way.
 
-A template writes one text and that is encoded in one go, so that it cannot do all that the built-in formats do: in
-transformers a control token that a user spells is one (unless told to sanitize), JSON in a text stands as it was
-written, v15 has the settings that the model begins with, and malformed messages are told less of.
+A template writes one text, which is then encoded in one go, so that it cannot do all that the built-in formats do. In
+transformers a control token that a message spells is one, unless `sanitize_control_tokens=True` says no; JSON in a
+string stands as it was written; an answer to be continued loses line breaks at its end; a text after an open thought
+is encoded together with it; v15 has the settings that the model begins with. Fewer malformed messages are refused.
 """
 
 from __future__ import annotations
