@@ -13,7 +13,7 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from mistral_core.errors import TemplateError
-from mistral_core.text.chat import segments
+from mistral_core.text.chat.prompt import segments
 from mistral_core.text.segments import Control, Infill, Segment
 
 DATA = Path(mistral_common.__file__).parent / "data"

@@ -196,9 +196,9 @@ class MistralCommonTokenizer(Tokenizer):
         from mistral_common.protocol.instruct.request import ChatCompletionRequest
         from pydantic import ValidationError
 
-        from . import messages
-        from .checks import Problem
-        from .functions import function_schema
+        from .chat import messages
+        from .chat.checks import Problem
+        from .chat.functions import function_schema
 
         refuse("apply_chat_template", options)
         if add_generation_prompt and continue_final_message:

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from .. import strict_json
 from ..errors import TokenizerError
-from . import bpe, sentencepiece, tekken, template_files
+from . import bpe, sentencepiece, tekken
+from .chat.versions import VERSIONS
 from .coder import Coder
-from .versions import VERSIONS
+from .templates import files as template_files
 
 JSON, CONFIG, TEKKEN, MODEL = "tokenizer.json", "tokenizer_config.json", "tekken.json", "tokenizer.model"
 MODELS = (*(f"{MODEL}.{version}" for version in ("v7m1", "v7", "v3", "v2", "v1")), MODEL)

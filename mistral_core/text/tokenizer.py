@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import TemplateError, TokenizerError
-from . import sources, template_files
+from . import sources
+from .chat.versions import VERSIONS
 from .inputs import refuse
 from .interface import Tokenizer
 from .rows import Columns, Frame
 from .segments import Segment
-from .versions import VERSIONS
+from .templates import files as template_files
 
 SETTINGS = ("model_max_length", "padding_side", "truncation_side")
 """What a tokenizer_config.json says beside special tokens, and what is written into it."""
@@ -197,7 +198,7 @@ class MistralTokenizer(Tokenizer):
     def _segments(
         self, conversation: Any, tools: Any, version: str, *, add_generation_prompt: bool = False, **options: Any
     ) -> list[Segment]:
-        from . import chat
+        from .chat import prompt as chat
 
         known = ("continue_final_message", "reasoning_effort", "response_format")
         refuse("Mistral's format", {name: value for name, value in options.items() if name not in known})
@@ -207,7 +208,7 @@ class MistralTokenizer(Tokenizer):
         return chat.segments(conversation, tools, version=version, mode=self.mode, model_settings=settings, **options)
 
     def _rendered(self, conversation: Any, tools: Any, chat_template: str | None, **options: Any) -> list[Segment]:
-        from . import template
+        from .templates import prompt as template
 
         name = None if chat_template in (None, OWN) else chat_template
         if name is None or name in self.chat_templates:
@@ -223,7 +224,7 @@ class MistralTokenizer(Tokenizer):
 
         Raises TemplateError for v1, TokenizerError where the vocabulary has no tokens for it.
         """
-        from . import chat
+        from .chat import prompt as chat
 
         return self._coder.prompt(chat.fim_segments(prompt, suffix, version=self.version or "v1"), apart=True)
 
@@ -231,11 +232,11 @@ class MistralTokenizer(Tokenizer):
 
     def _templates(self) -> dict[str, bytes]:
         """The files of the chat templates: the checkpoint's own, else one that writes the built-in format."""
-        from . import saved_template
+        from .templates import saved
 
         templates = self.chat_templates
         if not templates and self.version is not None:
-            made = saved_template.made(self.version, prefix=self._coder.prefix, model_settings=self._source.settings)
+            made = saved.made(self.version, prefix=self._coder.prefix, model_settings=self._source.settings)
             templates = {template_files.DEFAULT: made}
         names = {name: f"{template_files.DIRECTORY}/{name}.jinja" for name in templates}
         names |= {template_files.DEFAULT: template_files.FILE}

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from mistral_core.errors import TemplateError, TokenizerError
-from mistral_core.text.chat import fim_segments, segments
+from mistral_core.text.chat.prompt import fim_segments, segments
+from mistral_core.text.chat.versions import VERSIONS
 from mistral_core.text.segments import Control
-from mistral_core.text.versions import VERSIONS
 
 pytest.importorskip("mistral_common")
 

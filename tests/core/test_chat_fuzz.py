@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from mistral_core.errors import TemplateError
-from mistral_core.text.chat import segments
-from mistral_core.text.json_schema import schema_problems
-from mistral_core.text.versions import VERSIONS
+from mistral_core.text.chat.json_schema import schema_problems
+from mistral_core.text.chat.prompt import segments
+from mistral_core.text.chat.versions import VERSIONS
 
 pytest.importorskip("mistral_common")
 

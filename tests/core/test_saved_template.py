@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from mistral_core.errors import TemplateError
-from mistral_core.text.saved_template import made
-from mistral_core.text.template import render
+from mistral_core.text.chat.versions import VERSIONS
+from mistral_core.text.templates.prompt import render
+from mistral_core.text.templates.saved import made
 from mistral_core.text.tokenizer import MistralTokenizer
-from mistral_core.text.versions import VERSIONS
 
 pytest.importorskip("mistral_common")
 pytest.importorskip("transformers")

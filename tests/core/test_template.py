@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mistral_core.errors import TemplateError
-from mistral_core.text import template_process
-from mistral_core.text.marks import Marks, unused_characters
 from mistral_core.text.segments import Control
-from mistral_core.text.template import MAX_DEPTH, Prompt, render, segments
+from mistral_core.text.templates import process as template_process
+from mistral_core.text.templates.marks import Marks, unused_characters
+from mistral_core.text.templates.prompt import MAX_DEPTH, Prompt, render, segments
 
 DATA = Path(__file__).parents[1] / "data" / "templates"
 TEMPLATES = {path.stem: path.read_text() for path in sorted(DATA.glob("*.jinja"))}

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from mistral_core.errors import CheckpointError, LimitExceededError, TemplateError, UnsafeFileError
-from mistral_core.text.template_files import choose, read
+from mistral_core.text.templates.files import choose, read
 
 
 def put(directory, name, text):

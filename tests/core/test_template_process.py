@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from mistral_core.errors import MissingExtraError, TemplateError, TemplateSecurityError, TemplateTimeoutError
-from mistral_core.text import template_process, template_worker
-from mistral_core.text.template import render, segments
-from mistral_core.text.template_process import PROCESS, TemplateProcess
+from mistral_core.text.templates import process as template_process
+from mistral_core.text.templates import worker as template_worker
+from mistral_core.text.templates.process import PROCESS, TemplateProcess
+from mistral_core.text.templates.prompt import render, segments
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
@@ -264,8 +265,8 @@ def test_threads_share_the_process():
 
 FORK = """
 import os
-from mistral_core.text.template import render
-from mistral_core.text.template_process import PROCESS
+from mistral_core.text.templates.prompt import render
+from mistral_core.text.templates.process import PROCESS
 
 def shown(text):
     return render("{{ messages[0].content }}", messages=[{"role": "user", "content": text}])

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import pytest
 
 from mistral_core.errors import TemplateError
-from mistral_core.text.json_schema import KEYWORDS, schema_problems
-from mistral_core.text.tools import definitions
+from mistral_core.text.chat.json_schema import KEYWORDS, schema_problems
+from mistral_core.text.chat.tools import definitions
 
 
 def test_every_keyword_of_draft_7_has_its_rule():

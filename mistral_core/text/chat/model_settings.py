@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import TokenizerError
+from ...errors import TokenizerError
 from .checks import Problem, as_json, field, mapping, text
 from .tools import checked_schema
 

@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from ..errors import TemplateError, TemplateSecurityError, TemplateTimeoutError
+from ...errors import TemplateError, TemplateSecurityError, TemplateTimeoutError
+from ..segments import Segment
 from .marks import Marks, unused_characters
-from .segments import Segment
-from .template_process import PROCESS
-from .template_worker import MAX_MEMORY, MAX_TEMPLATE_BYTES
+from .process import PROCESS
+from .worker import MAX_MEMORY, MAX_TEMPLATE_BYTES
 
 MAX_DEPTH = 64
 """Of lists and dicts in each other."""

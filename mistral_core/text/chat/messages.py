@@ -10,7 +10,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
-from ..errors import TemplateError
+from ...errors import TemplateError
 from .checks import Problem, collected, field, from_json, mapping, raise_all, sequence, text, told
 from .versions import Version
 

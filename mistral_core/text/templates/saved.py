@@ -13,10 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import data
-from .coder import ALWAYS, FIRST
-from .model_settings import settings_text
-from .versions import version_named
+from ... import data
+from ..chat.model_settings import settings_text
+from ..chat.versions import version_named
+from ..coder import ALWAYS, FIRST
 
 if TYPE_CHECKING:
     from jinja2 import Template

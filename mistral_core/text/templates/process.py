@@ -15,15 +15,15 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from ..errors import MissingExtraError, TemplateError, TemplateTimeoutError
-from . import template_worker
+from ...errors import MissingExtraError, TemplateError, TemplateTimeoutError
+from . import worker
 
 SECONDS = 2.0
 """For one rendering."""
 START_SECONDS = 60.0
 """For the interpreter and jinja2; a machine may be busy."""
 
-MAX_ANSWER_BYTES = 8 * template_worker.MAX_PROMPT_BYTES  # JSON writes a byte as at most six
+MAX_ANSWER_BYTES = 8 * worker.MAX_PROMPT_BYTES  # JSON writes a byte as at most six
 CHUNK = 1 << 16
 KEPT_VARIABLES = ("LD_LIBRARY_PATH", "TZ")
 """Of the environment: an interpreter may not start without the one, `strftime_now` needs the other."""
@@ -37,13 +37,13 @@ class TemplateProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a request of `template_worker`.
+        """The answer to a request of `worker`.
 
         Raises TemplateTimeoutError after SECONDS, TemplateError where the process dies.
         """
         line = json.dumps(request | {"seconds": SECONDS + 1}).encode() + b"\n"
-        if len(line) > template_worker.MAX_ARGUMENT_BYTES:
-            most = template_worker.MAX_ARGUMENT_BYTES >> 20
+        if len(line) > worker.MAX_ARGUMENT_BYTES:
+            most = worker.MAX_ARGUMENT_BYTES >> 20
             raise TemplateError(f"chat template: {len(line)} bytes of messages, at most {most} MB; shorten them.")
         with self._lock:
             try:
@@ -97,7 +97,7 @@ _INSTALL = "pip install 'jinja2>=3.1.6'"
 
 def _start() -> subprocess.Popen[bytes]:
     # isolated (-I) and without site (-S): no path, no hook and no variable of the user's has a say in it
-    command = [sys.executable, "-I", "-S", "-X", "utf8", template_worker.__file__, *_paths()]
+    command = [sys.executable, "-I", "-S", "-X", "utf8", worker.__file__, *_paths()]
     try:
         process = subprocess.Popen(
             command,

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import strict_json
-from ..errors import TemplateError, UnsafeFileError
-from ..weights.files import check_bare_name
-from ..weights.tensor_file import opened
-from .template_worker import MAX_TEMPLATE_BYTES
+from ... import strict_json
+from ...errors import TemplateError, UnsafeFileError
+from ...weights.files import check_bare_name
+from ...weights.tensor_file import opened
+from .worker import MAX_TEMPLATE_BYTES
 
 FILE = "chat_template.jinja"
 OLD_FILE = "chat_template.json"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from ..errors import TemplateError
+from ...errors import TemplateError
 
 Style = Literal["none", "list", "list+id", "object+id", "marks+id", "marks"]
 

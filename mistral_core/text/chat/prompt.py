@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..errors import TemplateError
+from ...errors import TemplateError
+from ..segments import Control, Infill, Segment
 from . import messages as conversations
 from .checks import Problem, as_json, from_json, text, told
 from .messages import NO_ID, Call, Message, Mode, Thought
 from .model_settings import settings_text
-from .segments import Control, Infill, Segment
 from .tools import definitions
 from .turns import only_text, system_prompt, turns
 from .versions import Version, version_named
