@@ -52,11 +52,11 @@ def describe(path: str) -> dict[str, Any]:
         "tensors": len(checkpoint.tensors),
         "files": files,
         "manifest": (directory / "mistral_manifest.json").exists(),
-        **_tokenizer(root),
+        **_tokenizer(root, checkpoint.config.vocab_size),
     }
 
 
-def _tokenizer(root: Path) -> dict[str, Any]:
+def _tokenizer(root: Path, vocab_size: int) -> dict[str, Any]:
     """What its tokenizer is read from, and how conversations are written; or why it cannot be read."""
     from ..text import sources
     from ..text.tokenizer import MistralTokenizer
@@ -67,7 +67,11 @@ def _tokenizer(root: Path) -> dict[str, Any]:
     except MistralError as error:
         return {"tokenizer": None, "tokenizer_problem": str(error)}
     own, built_in = ", ".join(tokenizer.chat_templates) or None, tokenizer.version
-    return {"tokenizer": name, "tokens": len(tokenizer), "instruct_version": built_in, "chat_templates": own}
+    found = {"tokenizer": name, "tokens": len(tokenizer), "instruct_version": built_in, "chat_templates": own}
+    if len(tokenizer) > vocab_size:
+        problem = f"{len(tokenizer)} tokens, the model has {vocab_size}: take its own, or resize_token_embeddings"
+        return {**found, "tokenizer_problem": problem}
+    return found
 
 
 def facts_of(config: MistralConfig) -> dict[str, Any]:

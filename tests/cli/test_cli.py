@@ -130,6 +130,7 @@ def test_info_of_the_tokenizer(tmp_path):
     found = info.describe(path)
     assert (found["tokenizer"], found["tokens"]) == ("tokenizer.json", 2048)
     assert (found["instruct_version"], found["chat_templates"]) == ("v1", "default")
+    assert "2048 tokens, the model has" in found["tokenizer_problem"]  # fault 114
     (tmp_path / "tekken.json").write_bytes(b"")
     assert "tekken.json" in info.describe(path)["tokenizer_problem"]
 

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mistral_core
-from mistral_core.errors import TokenizerError
+from mistral_core.errors import ChecksumMismatchError, TokenizerError
 from mistral_core.text.stream import REPLACEMENT, TextStream
 from mistral_core.text.tokenizer import MistralTokenizer
+from mistral_core.weights import manifest
 
 TINY = Path(mistral_core.__file__).parent / "data" / "tiny"
 TOKENIZER = MistralTokenizer.from_pretrained(TINY)
@@ -166,6 +167,23 @@ def test_a_special_token_must_exist(tmp_path, token):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
     with pytest.raises(TokenizerError, match="eos_token"):
         MistralTokenizer.from_pretrained(tmp_path)
+
+
+def test_116_a_tokenizer_whose_ids_were_swapped_is_found_by_the_manifest(tmp_path):
+    mistral_core.convert(TINY, tmp_path / "copy", to="hf")
+    path = tmp_path / "copy" / "tokenizer.json"
+    tokens = json.loads(path.read_text())["model"]["vocab"]
+    yes, no = (f"{json.dumps(token, ensure_ascii=False)}: {tokens[token]}" for token in ("\u2581good", "\u2581poor"))
+    text = path.read_text()
+    assert text.count(yes) == text.count(no) == 1
+    swapped = {yes: yes.replace(str(tokens["\u2581good"]), str(tokens["\u2581poor"])),
+               no: no.replace(str(tokens["\u2581poor"]), str(tokens["\u2581good"]))}  # fmt: skip
+    for old, new in swapped.items():
+        text = text.replace(old, new)
+    path.write_text(text)
+    assert MistralTokenizer.from_pretrained(tmp_path / "copy").encode("good") == TOKENIZER.encode("poor")
+    with pytest.raises(ChecksumMismatchError, match=r"tokenizer\.json"):
+        manifest.verify(tmp_path / "copy", "full")
 
 
 # Streams
