@@ -85,10 +85,8 @@ class MistralTokenizer(Tokenizer):
         """
         from ..weights import hub
 
-        refuse(
-            "from_pretrained",
-            {name: value for name, value in settings.items() if name not in (*SETTINGS, *sources.TOKENS)},
-        )
+        known = (*SETTINGS, *sources.TOKENS)
+        refuse("from_pretrained", {name: value for name, value in settings.items() if name not in known})
         names = (*sources.NAMES, sources.CONFIG, *sources.TEMPLATES)
         path = Path(hub.resolve(
             pretrained_model_name_or_path, files=names, revision=revision, cache_dir=cache_dir, token=token,
@@ -231,11 +229,15 @@ class MistralTokenizer(Tokenizer):
     # How
 
     def _templates(self) -> dict[str, bytes]:
-        """The files of the chat templates: the checkpoint's own, else one that writes the built-in format."""
+        """The files of the chat templates: the checkpoint's own, else one that writes the built-in format.
+
+        None for a tokenizer.json of v1 without one: that of a base model is the same.
+        """
         from .templates import saved
 
         templates = self.chat_templates
-        if not templates and self.version is not None:
+        is_base = self.version == "v1" and self._source.file[0] == sources.JSON
+        if not templates and self.version is not None and not is_base:
             made = saved.made(self.version, prefix=self._coder.prefix, model_settings=self._source.settings)
             templates = {template_files.DEFAULT: made}
         names = {name: f"{template_files.DIRECTORY}/{name}.jinja" for name in templates}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.errors import TemplateError
 from mistral_core.text.chat.versions import VERSIONS
 from mistral_core.text.templates.prompt import render
@@ -154,6 +155,9 @@ def saved(tmp_path_factory):
         source, directory = tmp_path_factory.mktemp(name), tmp_path_factory.mktemp(f"{name}-saved")
         if name in published_files.PUBLISHED:
             (source / "tokenizer.json").write_bytes(published_files.published(name))
+            if name != "v0.3":  # base models of v1 have the same file: it is not known that it is for conversations
+                prefix = "always" if name.endswith("2023") else "first"
+                (source / "chat_template.jinja").write_text(made("v1", prefix=prefix))
         elif name in TEKKENS:
             (source / "tekken.json").write_text(json.dumps(small_tekken(name.removeprefix("tekken-"))))
         ours = MistralTokenizer.from_pretrained(FILES[name] if name in PIECES else source)
@@ -298,6 +302,11 @@ def test_a_template_of_the_checkpoint_stays(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("its own")
     MistralTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "chat_template.jinja").read_text() == "its own"
+
+
+def test_a_base_model_gets_no_template(tmp_path):
+    MistralTokenizer.from_pretrained(TINY_CHECKPOINT).save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
 
 
 def test_versions_that_are_none():
