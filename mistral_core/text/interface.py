@@ -109,8 +109,12 @@ class Tokenizer(ABC):
 
     @property
     def pad_token_id(self) -> int | None:
-        """The id of the padding token, or None."""
+        """The id of the padding token, or None; settable."""
         return self._special_id("pad_token")
+
+    @pad_token_id.setter
+    def pad_token_id(self, token_id: int | None) -> None:
+        self.pad_token = None if token_id is None else self._token(self._checked(token_id)[0])
 
     @cached_property
     def all_special_tokens(self) -> list[str]:

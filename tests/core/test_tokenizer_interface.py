@@ -256,6 +256,10 @@ def test_the_padding_token_can_be_chosen(ours):
     ours.pad_token = ours.unk_token
     assert ours.pad_token_id == 0
     assert ours(["a", "a b c d"], padding=True)["input_ids"][0][0] == 0
+    ours.pad_token_id = ours.bos_token_id
+    assert ours.pad_token == "<s>"
+    with pytest.raises(IndexError):
+        ours.pad_token_id = 2048
     ours.pad_token = "<nothing>"
     with pytest.raises(TokenizerError, match="pad_token: '<nothing>'"):
         ours(["a", "b"], padding=True)
