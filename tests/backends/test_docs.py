@@ -183,12 +183,16 @@ model = AutoModelForCausalLM.from_pretrained("mistralai/Mistral-7B-Instruct-v0.2
 tokenizer = AutoTokenizer.from_pretrained("mistralai/Mistral-7B-Instruct-v0.2")
 messages = [{"role": "user", "content": "What is your favourite condiment?"}]
 model_inputs = tokenizer.apply_chat_template(messages, return_tensors="pt").to("cuda")
+generated_ids = model.generate(model_inputs, max_new_tokens=4, do_sample=True)
+text = tokenizer.batch_decode(generated_ids)[0]
 """
 
 
-def test_chat_templates_say_what_to_do(run, backend):
-    with pytest.raises(UnsupportedFeatureError, match="apply_chat_template"):
-        run(CHAT, backend.__name__)
+def test_a_chat(run, backend):
+    # arrays of JAX and TensorFlow are where they are
+    source = CHAT if backend.__name__ == "mistral_torch" else CHAT.replace('.to("cuda")', "")
+    names = run(source, backend.__name__)
+    assert names["text"].startswith("<s> [INST] What is your favourite condiment? [/INST]")
 
 
 QUANTIZED = """
