@@ -20,6 +20,17 @@ from .templates import files as template_files
 SETTINGS = ("model_max_length", "padding_side", "truncation_side")
 """What a tokenizer_config.json says beside special tokens, and what is written into it."""
 
+NO_EFFECT: dict[str, tuple[Any, ...]] = {
+    "use_fast": (True, None),
+    "legacy": (True, False, None),
+    "trust_remote_code": (False, None),
+    "force_download": (False,),
+    "resume_download": (True, False, None),
+    "subfolder": ("", None),
+    "clean_up_tokenization_spaces": (False, None),
+}
+"""Arguments of transformers -> the values that change nothing here."""
+
 OWN = "own"
 """As `chat_template`: the checkpoint's."""
 
@@ -85,6 +96,7 @@ class MistralTokenizer(Tokenizer):
         """
         from ..weights import hub
 
+        settings = {name: value for name, value in settings.items() if value not in NO_EFFECT.get(name, ())}
         known = (*SETTINGS, *sources.TOKENS)
         refuse("from_pretrained", {name: value for name, value in settings.items() if name not in known})
         names = (*sources.NAMES, sources.CONFIG, *sources.TEMPLATES)

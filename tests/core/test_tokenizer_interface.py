@@ -276,8 +276,9 @@ def test_settings_are_saved(ours, tmp_path):
         64,
     )
     assert MistralTokenizer.from_pretrained(tmp_path, padding_side="left").padding_side == "left"
-    with pytest.raises(TokenizerError, match="use_slow"):
-        MistralTokenizer.from_pretrained(tmp_path, use_slow=True)
+    assert MistralTokenizer.from_pretrained(tmp_path, use_fast=True, legacy=False).pad_token == "<unk>"
+    with pytest.raises(TokenizerError, match="use_fast"):
+        MistralTokenizer.from_pretrained(tmp_path, use_fast=False)
 
 
 def test_finetuning_ends_a_text():
