@@ -80,7 +80,7 @@ def generate(*, options="", placed="", sampling=""):
 @pytest.mark.feature("AutoModelFor*, AutoTokenizer, AutoConfig")
 def test_generate(run, backend):
     text = run(generate(), backend.__name__)["text"]
-    assert text.startswith("My favourite condiment is")
+    assert text.startswith("<s> My favourite condiment is")
     assert len(text) > len("My favourite condiment is")
 
 
@@ -108,7 +108,7 @@ def test_generate_on_a_device(run):
 @pytest.mark.parametrize("sampling", ["do_sample=True, temperature=0.7, top_p=0.9", "do_sample=False, num_beams=1"])
 def test_decoding_strategies(run, backend, sampling):
     text = run(generate(sampling=", " + sampling), backend.__name__)["text"]
-    assert text.startswith("My favourite condiment is")
+    assert text.startswith("<s> My favourite condiment is")
 
 
 STREAM = """
