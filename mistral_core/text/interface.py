@@ -400,11 +400,13 @@ class Tokenizer(ABC):
         if not self.takes_pairs and (seconds is not None or limits.truncation in ("only_first", "only_second")):
             raise TokenizerError(f"{type(self).__name__} does not take pairs of texts; MistralTokenizer does.")
         frame = self.frame if options.get("add_special_tokens", True) else NO_FRAME
+        if options.get("return_special_tokens_mask"):
+            for text in (*firsts, *(seconds or ())):
+                text["special_tokens_mask"] = [0] * len(text["input_ids"])
         others: Sequence[Columns | None] = [None] * len(firsts) if seconds is None else seconds
         side = check_side("truncation_side", self.truncation_side)
         rows = [framed(first, second, frame, limits, side) for first, second in zip(firsts, others, strict=True)]
-        names = ["input_ids"] + ["offset_mapping"] * any("offset_mapping" in row for row in rows)
-        names += ["special_tokens_mask"] * options.get("return_special_tokens_mask", False)
+        names = list(firsts[0]) if firsts else ["input_ids"]
         if options.get("return_overflowing_tokens"):
             names += ["overflowing_tokens", "num_truncated_tokens"]
         columns = {name: [row[name] for row in rows] for name in names}

@@ -12,7 +12,7 @@ TRUNCATIONS = {
     "only_first": "only_first", "only_second": "only_second",
 }  # fmt: skip
 FILLS: dict[str, Any] = {"attention_mask": 0, "special_tokens_mask": 1, "offset_mapping": (0, 0)}
-"""What stands beside a padding token, by the name of the output."""
+"""What stands beside a padding token, and but for the attention mask beside those around a text, by the output."""
 
 
 class Options(TypedDict, total=False):
@@ -65,13 +65,13 @@ class Frame(NamedTuple):
 NO_FRAME = Frame([], [], [])
 
 Columns = dict[str, list[Any]]
-"""Lists of one length: `input_ids`, and `offset_mapping` where it is asked for."""
+"""Lists of one length: `input_ids`, and `offset_mapping` and `special_tokens_mask` where they are asked for."""
 
 
 def framed(first: Columns, second: Columns | None, frame: Frame, limits: Limits, side: str) -> dict[str, Any]:
     """One or two sequences with special tokens around them, together at most `max_length` if they are to be cut.
 
-    The row's columns, `special_tokens_mask`, `overflowing_tokens` and `num_truncated_tokens`.
+    The row's columns, `overflowing_tokens` and `num_truncated_tokens`.
     Raises TokenizerError where there is no room.
     """
     sequences = [first] if second is None else [first, second]
@@ -89,12 +89,13 @@ def framed(first: Columns, second: Columns | None, frame: Frame, limits: Limits,
         row[name] = _alternating(borders, [kept for kept, _ in parts])
         if name == "input_ids":
             row["overflowing_tokens"] = [each for _, over in parts for each in over]
-            row["special_tokens_mask"] = _alternating([[1] * len(b) for b in inside], [[0] * len(k) for k, _ in parts])
     return row
 
 
 def _alternating(borders: list[list[Any]], parts: list[list[Any]]) -> list[Any]:
     """border, part, border, ..., border as one list."""
+    if len(parts) == 1 and not any(borders):
+        return parts[0]  # most rows of a corpus
     row = list(borders[0])
     for part, border in zip(parts, borders[1:], strict=True):
         row += part
