@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from mistral_core.errors import MistralError, TemplateError, TokenizerError, UnsupportedFeatureError
 from mistral_core.text import tekken
 from mistral_core.text.mistral_common import MistralCommonTokenizer
+from mistral_core.text.stream import TextStream
 from mistral_core.text.tokenizer import MistralTokenizer
 
 pytest.importorskip("mistral_common")
@@ -183,6 +184,19 @@ def test_any_ids(made, name, data):
     size = made(name)[0].vocab_size
     low = st.integers(0, 1030) | st.integers(0, size - 1)  # control tokens and bytes are the first
     agree_on_ids(made(name), data.draw(st.lists(low)))
+
+
+@pytest.mark.parametrize("name", FILES)
+@settings(max_examples=30, deadline=None)
+@given(prompt=TEXTS, text=TEXTS)
+def test_any_text_as_it_comes(made, name, prompt, text):
+    ours = made(name)[0]
+    before, ids = ours.encode(prompt), ours.encode(text, add_special_tokens=False)
+    stream = TextStream(ours, after=before)
+    pieces = [*(stream.push(each) for each in ids), stream.end()]
+    whole = ours.decode(before + ids, skip_special_tokens=True)
+    assert ours.decode(before, skip_special_tokens=True) + "".join(pieces) == whole
+    assert "\ufffd" not in "".join(pieces) or "\ufffd" in text  # half a character is never shown
 
 
 @pytest.mark.sweep
