@@ -56,19 +56,24 @@ def found_in(path: Path) -> Files:
     """
     from ..weights.formats import base
 
-    if path.is_dir() and not (path / "assets" / "tokenizer").is_dir():
-        files = {name: base.reader(path / name) for name in (*NAMES, CONFIG) if (path / name).is_file()}
-    elif path.is_dir() or path.suffix == ".gguf":
+    if path.is_file() and path.suffix != ".gguf":
+        beside = path.parent / CONFIG
+        files = {CONFIG: base.reader(beside)} if beside.is_file() else {}
+        files[_name_of(path)] = base.reader(path)
+    elif path.is_file() or (path / "assets" / "tokenizer").is_dir() or _is_gguf_alone(path):
         from ..weights.opened import Checkpoint
 
         files = dict(Checkpoint.open(path).texts)
     else:
-        beside = path.parent / CONFIG
-        files = {CONFIG: base.reader(beside)} if beside.is_file() else {}
-        files[_name_of(path)] = base.reader(path)
+        files = {name: base.reader(path / name) for name in (*NAMES, CONFIG) if (path / name).is_file()}
     if not any(name in files for name in NAMES):
         raise TokenizerError(f"{path}: no {JSON}, {MODEL} or {TEKKEN}; copy those of the checkpoint there.")
     return files
+
+
+def _is_gguf_alone(directory: Path) -> bool:
+    """Whether the only tokenizer of a directory is within a GGUF file."""
+    return not any((directory / name).is_file() for name in NAMES) and any(directory.glob("*.gguf"))
 
 
 def _name_of(path: Path) -> str:

@@ -12,7 +12,7 @@ import pytest
 from samples import any_bits, write
 from tokenizers import Tokenizer
 
-from mistral_core import TINY
+from mistral_core import TINY, MistralTokenizer, convert
 from mistral_core.errors import CorruptCheckpointError, TokenizerError
 from mistral_core.text import sentencepiece
 from mistral_core.text.bpe import byte_characters
@@ -346,3 +346,17 @@ def test_files_beside_go_before(tmp_path):
     assert sorted(found) == sorted(texts)
     assert ids(found["tokenizer.json"]) == ids(texts["tokenizer.json"])
     assert found["tokenizer_config.json"] == texts["tokenizer_config.json"]
+
+
+@pytest.mark.filterwarnings("ignore:gguf. llama.cpp ignores sliding_window")
+def test_a_tokenizer_in_a_gguf_file_is_read(tmp_path):
+    path = tmp_path / "gguf"
+    convert(EMBEDDED, path, to="gguf")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (path / name).unlink()
+    text = "Emma was not </s> rich"
+    expected = MistralTokenizer.from_pretrained(EMBEDDED).encode(text)
+    for place in (path, path / "model.gguf"):
+        tokenizer = MistralTokenizer.from_pretrained(place)
+        assert tokenizer.encode(text) == expected
+        assert tokenizer.decode(expected, skip_special_tokens=True) == text
