@@ -8,6 +8,7 @@ import json
 from typing import Any, NamedTuple
 
 from ..errors import TokenizerError
+from .chat.versions import VERSIONS
 
 PATTERN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
@@ -22,7 +23,6 @@ LLAMA_PATTERN = (
 )
 """What some published tokenizer.json of Tekken have in its place by mistake (huggingface/transformers#42299)."""
 
-VERSIONS = ("v1", "v2", "v3", "v7", "v11", "v13", "v15")
 MAX_TOKENS = 1 << 20
 
 _OLD_SPECIALS = (
@@ -37,7 +37,7 @@ class Tekken(NamedTuple):
     """What a file says."""
 
     version: str
-    """Of the instruct format; one of VERSIONS."""
+    """Of the instruct format; a key of VERSIONS."""
     pattern: str
     special: list[str]
     """Special tokens, which have the first ids."""
