@@ -402,3 +402,11 @@ def test_transformers_loads_what_is_saved(both, tmp_path):
     assert theirs("[INST] x</s>", split_special_tokens=True)["input_ids"] == ours.encode("[INST] x</s>")
     assert theirs("[INST] x</s>")["input_ids"] == ours.encode("[INST] x</s>", parse_special=True)
     assert (theirs.bos_token, theirs.eos_token, theirs.unk_token) == ("<s>", "</s>", "<unk>")
+
+
+def test_the_vocabulary_of_a_keras_hub_preset(made, tmp_path):
+    shutil.copytree(DATA / "foreign" / "keras_hub" / "single", tmp_path / "preset")
+    shutil.copy(FILES["v1"], tmp_path / "preset" / "assets" / "tokenizer" / "vocabulary.spm")
+    ours = MistralTokenizer.from_pretrained(tmp_path / "preset")
+    assert ours.version == "v1"
+    assert ours.encode("Emma was </s> 日本") == made("v1")[0].encode("Emma was </s> 日本")
