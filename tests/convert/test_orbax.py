@@ -96,6 +96,16 @@ def test_no_jax_is_needed(once):
     assert not run.stdout.strip()
 
 
+def test_plain_chunks_are_read_without_tensorstore_and_give_the_same_bits(written, monkeypatch):
+    opened = Checkpoint.open(written)
+    found = {name: bits(opened.read(name)) for name in opened.tensors}
+    with monkeypatch.context() as patched:
+        patched.setattr(zarr_tree.ZarrTree, "_result", None)  # where tensorstore is waited for
+        assert {name: bits(opened.read(name)) for name in opened.tensors} == found
+    monkeypatch.setattr(zarr_tree.ZarrTree, "_plain", lambda *_: None)
+    assert {name: bits(opened.read(name)) for name in opened.tensors} == found
+
+
 # The library's own
 
 

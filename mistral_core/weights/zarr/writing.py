@@ -13,9 +13,7 @@ from typing import Any, NamedTuple
 
 from .. import files, tensor_file
 from ..tensor_file import DTYPES, TensorInfo
-from .tree import METADATA
-
-_ZARR_NAMES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "bfloat16"}
+from .tree import METADATA, ZARR_NAMES
 
 
 class Array(NamedTuple):
@@ -65,7 +63,7 @@ def _zarray(dtype: str, shape: list[int], chunk: list[int]) -> dict[str, Any]:
         "chunks": chunk,
         "compressor": None,
         "dimension_separator": ".",
-        "dtype": _ZARR_NAMES[dtype],
+        "dtype": ZARR_NAMES[dtype],
         "fill_value": None,
         "filters": None,
         "order": "C",
