@@ -7,9 +7,9 @@ import json
 import sys
 
 from ..conversation import Conversation, Turn
-from ..errors import EmptyInputError, InputError
+from ..errors import InputError
 from ..text.tokenizer import MistralTokenizer
-from . import generate, progress, repl
+from . import generate, progress, repl, stdin
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
         if options.json:
             raise InputError('--json: it answers a pipe, as in echo "Hello" | mistral chat PATH --json; leave it out.')
         repl.require()
-    text = "" if interactive else _piped()
+    text = "" if interactive else stdin.read("text", "answer")
     _, tokenizer, model = generate.load(options)
     raw = options.raw or (options.template == "auto" and not has_chat_format(tokenizer))
     conversation = Conversation(
@@ -63,16 +63,6 @@ def summary(turn: Turn) -> str:
     """One line of what an answer took."""
     why = {"stopped": ", stopped", "length": ", cut at its greatest length"}.get(turn.ended, "")
     return f"{turn.new_tokens} tokens, {turn.new_tokens / max(turn.seconds, 1e-9):.1f} tokens/s{why}"
-
-
-def _piped() -> str:
-    try:
-        text = "" if sys.stdin is None else sys.stdin.read().rstrip("\n")
-    except UnicodeDecodeError as cause:
-        raise InputError(f"stdin: not UTF-8 at byte {cause.start}; convert the text first.") from cause
-    if not text:
-        raise EmptyInputError("stdin: nothing to answer; send a text through the pipe.")
-    return text
 
 
 def _answer(conversation: Conversation, text: str, *, as_json: bool) -> int:

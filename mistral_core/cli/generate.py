@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import sys
 import time
 from typing import Any
 
 import numpy as np
 
 from .. import backend as backends
-from ..errors import EmptyInputError, MissingExtraError
+from ..errors import MissingExtraError
 from ..text.stream import TextStreamer
 from ..text.tokenizer import MistralTokenizer
-from . import progress
+from . import progress, stdin
 
 OPTIONS = {
     "max_new_tokens": int,
@@ -74,11 +73,7 @@ def load(options: argparse.Namespace) -> tuple[backends.Backend, MistralTokenize
 
 def run(options: argparse.Namespace) -> int:
     """Print the prompt and its continuation."""
-    prompt = options.prompt
-    if prompt == "-":
-        if sys.stdin is None or sys.stdin.isatty():
-            raise EmptyInputError("prompt: nothing to continue; give it as an argument or through a pipe.")
-        prompt = sys.stdin.read().rstrip("\n")
+    prompt = stdin.read("prompt", "continue") if options.prompt == "-" else options.prompt
     backend, tokenizer, model = load(options)
     given = generation_options(options)
     ids = np.array([tokenizer.encode(prompt)])

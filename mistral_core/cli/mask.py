@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import Any
 
-from ..errors import EmptyInputError, InputError
+from ..errors import InputError
 from ..pictures import AttentionMaskVisualizer
 from ..pictures.inputs import is_chat
 from ..pictures.picture import Picture
-from . import progress
+from . import progress, stdin
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
@@ -49,9 +48,7 @@ def source(options: argparse.Namespace) -> Any:
     """A text, a list of texts, or chats, from the arguments or from stdin. Raises EmptyInputError, InputError."""
     texts = options.text
     if texts == ["-"] or (not texts and not options.chat):
-        if sys.stdin is None or sys.stdin.isatty():
-            raise EmptyInputError("text: nothing to look at; give it as an argument or through a pipe.")
-        texts = [sys.stdin.read().rstrip("\n")]
+        texts = [stdin.read("text", "look at")]
     found = [*texts, *map(_chat, options.chat)]
     return found[0] if len(found) == 1 else found
 

@@ -12,6 +12,7 @@ from ..errors import EmptyInputError
 from ..pictures.labels import labels
 from ..text.mistral_common import MistralCommonTokenizer
 from ..text.tokenizer import MistralTokenizer
+from . import stdin
 
 COLOURS = (18, 22, 52, 54, 94, 23)
 """Backgrounds of neighbouring tokens, of the terminal's 256 colours: dark, so that white is read on each."""
@@ -29,11 +30,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print tokens, one a line; coloured in a terminal."""
-    text = options.text
-    if text == "-":
-        if sys.stdin is None or sys.stdin.isatty():
-            raise EmptyInputError("text: nothing to tokenize; give it as an argument or through a pipe.")
-        text = sys.stdin.read().removesuffix("\n")
+    text = stdin.read("text", "tokenize") if options.text == "-" else options.text
     kind: Any = MistralCommonTokenizer if options.mistral_common else MistralTokenizer
     tokenizer = kind.from_pretrained(options.path)
     if options.decode:

@@ -117,10 +117,14 @@ def test_mistakes_are_errors_of_one_line(monkeypatch, capsys, text, arguments, s
     assert says in err
 
 
-def test_a_pipe_that_is_no_text_is_an_error(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8"))
-    assert main(["chat", PATH]) == 2
-    assert "not UTF-8 at byte 1" in capsys.readouterr().err
+@pytest.mark.parametrize("command", ["chat", "generate", "mask", "tokenize"])
+@pytest.mark.parametrize(
+    ("sent", "says"), [(b"a\xff", "not UTF-8 at byte 1"), (b"", "nothing to"), (b"\n", "nothing to")]
+)
+def test_a_pipe_that_is_no_text_is_an_error(monkeypatch, capsys, command, sent, says):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(sent), encoding="utf-8"))
+    assert main([command, PATH]) == 2
+    assert says in capsys.readouterr().err
 
 
 # What the terminal needs
