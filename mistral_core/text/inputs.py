@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import TokenizerError
+from . import utf8
 from .rows import PADDINGS, TRUNCATIONS, Limits, Options
 
 UNBOUNDED = 10**18
@@ -106,11 +107,8 @@ def check_text(name: str, text: Any) -> str:
     """A text that can be written in UTF-8; raises TokenizerError for anything else."""
     if not isinstance(text, str):
         raise TokenizerError(f"{name}: {type(text).__name__}, a str was expected; decode bytes first.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as cause:
-        where = f"{name}: half a surrogate pair at {cause.start}, which is no character"
-        raise TokenizerError(f"{where}; read the text with errors='replace'.") from cause
+    if wrong := utf8.problem(text):
+        raise TokenizerError(f"{name}: {wrong}.")
     return text
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from ...errors import TemplateError
+from .. import utf8
 
 T = TypeVar("T")
 
@@ -69,13 +70,8 @@ def text(value: Any, where: str) -> str:
     """The value if it is a text that has a UTF-8 form."""
     if not isinstance(value, str):
         raise Problem(f"{where}: {type(value).__name__}, a str was expected")
-    try:
-        value.encode()
-    except UnicodeEncodeError as cause:
-        raise Problem(
-            f"{where}: half a surrogate pair at {cause.start}, which is no character; "
-            "read the text with errors='replace'"
-        ) from cause
+    if wrong := utf8.problem(value):
+        raise Problem(f"{where}: {wrong}")
     return value
 
 

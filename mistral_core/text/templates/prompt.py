@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from ...errors import TemplateError, TemplateSecurityError, TemplateTimeoutError
+from .. import utf8
 from ..segments import Segment
 from .marks import Marks, unused_characters
 from .process import PROCESS
@@ -169,12 +170,9 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
 
 
 def _encoded(text: str, where: str) -> bytes:
-    try:
-        return text.encode()
-    except UnicodeEncodeError as cause:
-        raise TemplateError(
-            f"{where}: half a surrogate pair at {cause.start}, which is no character; read it with errors='replace'."
-        ) from cause
+    if wrong := utf8.problem(text):
+        raise TemplateError(f"{where}: {wrong}.")
+    return text.encode()
 
 
 def _shown(value: Any) -> str:
