@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from mistral_core.errors import MistralError, TemplateError, TokenizerError, UnsupportedFeatureError
 from mistral_core.text import tekken
+from mistral_core.text.coder import Coder
 from mistral_core.text.mistral_common import MistralCommonTokenizer
 from mistral_core.text.stream import TextStream
 from mistral_core.text.tokenizer import MistralTokenizer
@@ -390,6 +391,14 @@ def test_what_is_saved_is_read_again(both, tmp_path):
         assert again.get_vocab() == tokenizer.get_vocab()
         assert again.convert_tokens_to_ids("[INST]") == tokenizer.convert_tokens_to_ids("[INST]")
     assert MistralTokenizer.from_pretrained(tmp_path / "MistralTokenizer").version == ours.version
+
+
+@pytest.mark.parametrize(("token", "written"), [("b\u2581", "b \u2581"), ("b ", ["b", " "])])
+def test_merges_are_saved_as_every_version_reads_them_where_no_token_holds_a_space(token, written):
+    vocabulary = {text: number for number, text in enumerate(["<unk>", "b", token[1], token])}
+    saved = Coder(tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [("b", token[1])]))).to_json()
+    assert json.loads(saved)["model"]["merges"] == [written]
+    assert tokenizers.Tokenizer.from_str(saved).encode(token).ids == [3]
 
 
 def test_transformers_loads_what_is_saved(both, tmp_path):
