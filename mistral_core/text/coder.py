@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TokenizerError
-from . import decoder
+from . import decoder, fast
 from .rows import Columns, Frame
 from .segments import Control, Infill, Segment
 from .sentencepiece import SPACE
@@ -47,6 +47,7 @@ class Coder:
         self.special = {each: token.content for each, token in added.items() if token.special}
         self._added = {each: token.content for each, token in added.items() if not token.special}
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+        self._encoded = 0
         self._take_out_user_defined()
 
     def _take_out_user_defined(self) -> None:
@@ -88,6 +89,9 @@ class Coder:
         spaced = [_spaced(text, prefix or self.prefix) for text in texts]
         if self._user_defined and any(len(self._cut(text)) > 1 for text in spaced):
             return [self._with_user_defined(text)["input_ids"] for text in spaced]
+        self._encoded += sum(map(len, spaced))
+        if self._encoded > fast.MUCH and self._fast is not None:
+            return self._fast(spaced)
         # by the model alone, which knows nothing of a normalizer's offsets: twice as fast
         return [each.ids for each in self._bare.encode_batch_fast(spaced, add_special_tokens=False)]
 
@@ -198,6 +202,10 @@ class Coder:
         from tokenizers import Tokenizer
 
         return Tokenizer(self._tokenizer.model)
+
+    @cached_property
+    def _fast(self) -> fast.Encode | None:
+        return fast.encoder(self._bare, {*self.special.values(), *self._user_defined})
 
     @cached_property
     def _tokens(self) -> list[str]:

@@ -1,0 +1,157 @@
+"""The fast encoder gives the ids of `tokenizers` for any text, and is not made where it would not."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+
+import pytest
+
+from mistral_core.text import fast
+from mistral_core.text.bpe import merges_by_score
+from mistral_core.text.decoder import BYTE_TOKENS
+from mistral_core.text.tokenizer import MistralTokenizer
+
+pytest.importorskip("kitoken")
+pytest.importorskip("mistral_common")
+
+import published_files
+from mistral_common_files import FILES
+from tokenizers import Tokenizer, models
+
+NAMES = [name for name in FILES if name != "tekken"]
+ODD = [
+    *("</s>", "<s>", "<unk>", "[INST]", "[/INST]", "[TOOL_CALLS]", "<0x0A>", "[control_9]"),
+    *(" ", "  ", "   ", "\n", "\t", "\u2581", "\u2581\u2581", "\u00a0", "\ufeff", "\0", "\u0301", "ก็", "你好"),
+]  # fmt: skip
+LETTERS = [chr(code) for code in (*range(0xD800), *range(0xE000, 0x110000))]
+
+
+def random_texts(tokens, count, seed=0):
+    """Odd things, whole tokens, letters of all of Unicode and of English, mixed in all proportions."""
+    rng = random.Random(seed)
+    kinds = (ODD, tokens, LETTERS, "etaoin shrdlu.,()[]0123456789ABC_")
+    for _ in range(count):
+        shares = [rng.random() for _ in kinds]
+        yield "".join(rng.choice(kind) for kind in rng.choices(kinds, shares, k=rng.randrange(40)))
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def both(request):
+    """One tokenizer that never encodes fast and one that always does."""
+    slow, quick = (MistralTokenizer.from_pretrained(FILES[request.param]) for _ in range(2))
+    assert quick._coder._fast is not None
+    quick._coder._encoded = fast.MUCH + 1
+    return slow, quick
+
+
+def agree(both, texts):
+    slow, quick = ([each._coder.encode(texts, prefix=prefix) for prefix in (None, "never")] for each in both)
+    assert slow == quick
+
+
+def test_any_text_has_the_ids_of_tokenizers(both):
+    agree(both, list(random_texts(list(both[0].get_vocab()), 2000)))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("seed", range(1, 11))
+def test_many_texts_have_the_ids_of_tokenizers(both, seed):
+    agree(both, list(random_texts(list(both[0].get_vocab()), 20000, seed)))
+
+
+def test_single_tokens_long_words_and_nothing(both):
+    agree(both, list(both[0].get_vocab()))
+    agree(both, ["a" * 100_000, " " * 100_000, "\U0001f9ff" * 20_000, "ab" * 50_000, "", " "])
+    agree(both, [])
+
+
+def test_no_text_becomes_a_control_token(both):
+    special = both[1]._coder.special
+    for row in both[1]._coder.encode([*special.values(), "".join(special.values())], prefix="never"):
+        assert not special.keys() & set(row)
+
+
+def test_threads_keep_the_order(both, monkeypatch):
+    texts = list(random_texts(ODD, 300)) + [""] * 5 + ["a b" * 5000]
+    monkeypatch.setattr(fast.os, "cpu_count", lambda: 4)
+    for alone in (1, 1000, 10_000):
+        monkeypatch.setattr(fast, "ALONE", alone)
+        agree(both, texts)
+    agree(both, ["", ""])
+
+
+# When it is made
+
+
+def test_it_is_made_after_much_text(monkeypatch):
+    monkeypatch.setattr(fast, "MUCH", 100)
+    tokenizer = MistralTokenizer.from_pretrained(FILES["v3"])
+    tokenizer("a" * 90)
+    assert "_fast" not in vars(tokenizer._coder)
+    found = tokenizer(["a" * 20, "[INST] b"])["input_ids"]
+    assert vars(tokenizer._coder)["_fast"] is not None
+    assert found == MistralTokenizer.from_pretrained(FILES["v3"])(["a" * 20, "[INST] b"])["input_ids"]
+
+
+def test_without_its_library_there_is_none(monkeypatch):
+    monkeypatch.setitem(sys.modules, "kitoken", None)
+    monkeypatch.setattr(fast, "MUCH", 0)
+    tokenizer = MistralTokenizer.from_pretrained(FILES["v1"])
+    assert tokenizer.encode("Hello world", add_special_tokens=False) == [22557, 1526]
+    assert vars(tokenizer._coder)["_fast"] is None
+
+
+@pytest.mark.parametrize("name", published_files.PUBLISHED)
+def test_the_published_files_have_one(tmp_path, name):
+    (tmp_path / "tokenizer.json").write_bytes(published_files.published(name))
+    assert MistralTokenizer.from_pretrained(tmp_path)._coder._fast is not None
+
+
+# Where it is not made: other ids would come
+
+
+def bpe(tokens, letters="ab\u2581", **changes):
+    """A BPE with every merge there can be, changed."""
+    vocabulary = {text: number for number, text in enumerate(["<unk>", *BYTE_TOKENS, *tokens, *letters])}
+    scores = {text: -float(number) for text, number in vocabulary.items() if number > 256}
+    description = json.loads(
+        Tokenizer(models.BPE(vocabulary, merges_by_score(scores), unk_token="<unk>", byte_fallback=True)).to_str()
+    )
+    changes = {name: change(description["model"][name]) for name, change in changes.items()}
+    description["model"].update(changes)
+    return Tokenizer.from_str(json.dumps(description))
+
+
+NOT_MADE = {
+    "a merge is missing": (lambda: bpe(["ab", "ba", "aba"], merges=lambda all: [["b", "a"], ["a", "ba"]]), "ab"),
+    "merges of one token apart": (
+        lambda: bpe(["ab", "ba", "aba"], merges=lambda all: [["ab", "a"], ["a", "b"], ["b", "a"], ["a", "ba"]]),
+        None,
+    ),
+    "a token that no merge makes": (lambda: bpe(["abba"]), "abba"),
+    "a token over two words": (lambda: bpe(["a\u2581", "a\u2581b"]), "a\u2581b"),
+    "no token for a byte": (lambda: bpe([], vocab=lambda all: {t: n for t, n in all.items() if t != "<0xFF>"}), None),
+    "no bytes": (lambda: bpe([], byte_fallback=lambda _: False), None),
+    "words are taken whole": (lambda: bpe(["abba"], ignore_merges=lambda _: True), None),
+    "merges are dropped at random": (lambda: bpe(["ab"], dropout=lambda _: 0.5), None),
+}
+
+
+@pytest.mark.parametrize("name", NOT_MADE)
+def test_other_models_have_none(name):
+    assert fast.encoder(NOT_MADE[name][0](), ["<unk>"]) is None
+
+
+def test_the_model_that_those_are_changed_from_has_one():
+    assert fast.encoder(bpe(["ab", "ba", "aba", "\u2581\u2581", "\u2581a"]), ["<unk>"]) is not None
+
+
+@pytest.mark.parametrize("name", [name for name, (_, text) in NOT_MADE.items() if text])
+def test_for_those_it_would_give_other_ids(name, monkeypatch):
+    make, text = NOT_MADE[name]
+    tokenizer = make()
+    monkeypatch.setattr(fast, "_is_sentencepiece", lambda *_: True)
+    monkeypatch.setattr(fast, "_makes_all", lambda *_: True)
+    assert fast.encoder(tokenizer, ["<unk>"])([text]) != [tokenizer.encode(text).ids]
