@@ -62,7 +62,7 @@ class Coder:
             if pieces and len(found) == len(pieces):
                 self._split, self._user_defined = self._tokenizer.pre_tokenizer, found
                 self._tokenizer.pre_tokenizer, self._tokenizer.model.ignore_merges = None, False
-        self._cut = re.compile("({})".format("|".join(map(re.escape, self._user_defined)))).split
+        self._cut = re.compile("({})".format("|".join(map(re.escape, self._user_defined))))
 
     @cached_property
     def prefix(self) -> str | None:
@@ -87,7 +87,7 @@ class Coder:
         if self.prefix is None or self._added:
             return [each.ids for each in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         spaced = [_spaced(text, prefix or self.prefix) for text in texts]
-        if self._user_defined and any(len(self._cut(text)) > 1 for text in spaced):
+        if self._user_defined and any(map(self._cut.search, spaced)):
             return [self._with_user_defined(text)["input_ids"] for text in spaced]
         self._encoded += sum(map(len, spaced))
         if self._encoded > fast.MUCH and self._fast is not None:
@@ -178,7 +178,7 @@ class Coder:
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         start = 0
-        for place, part in enumerate(self._cut(text)):
+        for place, part in enumerate(self._cut.split(text)):
             if place % 2:
                 ids.append(self._user_defined[part])
                 offsets.append((start, start + len(part)))
