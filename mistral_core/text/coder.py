@@ -50,6 +50,9 @@ class Coder:
         self._encoded = 0
         self._take_out_user_defined()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_fast"}  # it is made again
+
     def _take_out_user_defined(self) -> None:
         """Find pieces that stand in a text here, not in `tokenizers`: for them it would have to ignore merges.
 

@@ -25,7 +25,7 @@ MUCH = 1 << 22
 """Characters after which an encoder is made: making it takes as long as they took."""
 
 ALONE = 1 << 16
-"""Characters that one thread encodes."""
+"""Characters that are worth a thread of their own."""
 
 Encode = Callable[[Sequence[str]], list[list[int]]]
 
@@ -44,6 +44,8 @@ def encoder(tokenizer: Tokenizer, apart: Collection[str]) -> Encode | None:
         return None
     description = json.loads(tokenizer.to_str())
     model = description["model"]
+    if model["type"] != "BPE":
+        return None
     vocabulary = {text: number for text, number in model["vocab"].items() if text not in {*apart, model["unk_token"]}}
     if not _is_sentencepiece(model, vocabulary) or not _makes_all(tokenizer, vocabulary):
         return None
@@ -70,7 +72,7 @@ def _place(lengths: list[int], share: float) -> int:
 
 def _is_sentencepiece(model: dict[str, Any], vocabulary: dict[str, int]) -> bool:
     """Whether a BPE has every merge there can be, ranked by the token it makes, and tokens of all bytes."""
-    if model["type"] != "BPE" or any(model.get(name) not in (value, "") for name, value in _PLAIN.items()):
+    if any(model.get(name) not in (value, "") for name, value in _PLAIN.items()):
         return False
     if not model["byte_fallback"] or not vocabulary.keys() >= set(BYTE_TOKENS):
         return False

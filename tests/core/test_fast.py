@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import random
 import sys
 
@@ -95,6 +97,16 @@ def test_it_is_made_after_much_text(monkeypatch):
     assert found == MistralTokenizer.from_pretrained(FILES["v3"])(["a" * 20, "[INST] b"])["input_ids"]
 
 
+def test_a_tokenizer_that_has_one_is_copied_and_pickled(monkeypatch):
+    monkeypatch.setattr(fast, "MUCH", 0)
+    tokenizer = MistralTokenizer.from_pretrained(FILES["v1"])
+    ids = tokenizer.encode("Hello world")
+    for copied in (copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))):
+        assert "_fast" not in vars(copied._coder)
+        assert copied.encode("Hello world") == ids
+        assert vars(copied._coder)["_fast"] is not None
+
+
 def test_without_its_library_there_is_none(monkeypatch):
     monkeypatch.setitem(sys.modules, "kitoken", None)
     monkeypatch.setattr(fast, "MUCH", 0)
@@ -137,6 +149,11 @@ NOT_MADE = {
     "words are taken whole": (lambda: bpe(["abba"], ignore_merges=lambda _: True), None),
     "merges are dropped at random": (lambda: bpe(["ab"], dropout=lambda _: 0.5), None),
 }
+
+
+@pytest.mark.parametrize("model", [models.Unigram([("a", 0.0)]), models.WordLevel({"a": 0}, unk_token="a")])
+def test_what_is_no_bpe_has_none(model):
+    assert fast.encoder(Tokenizer(model), []) is None
 
 
 @pytest.mark.parametrize("name", NOT_MADE)
