@@ -2,7 +2,7 @@
 
 kitoken merges any two tokens that together are a token, the best one first, and takes a whole word that is a token.
 That is what a BPE does whose merges are all there are, by a rank of the token that they make, and whose tokens are all
-made by merges: SentencePiece's. For others, and for those that go on from word to word, `encoder` gives nothing.
+made by merges: those of SentencePiece and Tekken. For others there is no encoder.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, Any
 
-from .bpe import merges_by_score
+from . import tekken
+from .bpe import byte_characters, merges_by_score
 from .decoder import BYTE_TOKENS
 from .sentencepiece import SPACE
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-MUCH = 1 << 22
-"""Characters after which an encoder is made: making it takes as long as they took."""
+MUCH = 128
+"""Characters for each token of a vocabulary after which an encoder is made: that takes as long as they took."""
 
 ALONE = 1 << 16
 """Characters that are worth a thread of their own."""
@@ -34,9 +35,10 @@ _WORDS = [{"Pattern": {"pattern": {"Regex": f"{SPACE}+"}, "behavior": "MergeRigh
 
 
 def encoder(tokenizer: Tokenizer, apart: Collection[str]) -> Encode | None:
-    """What encodes texts as a tokenizer does that has a BPE and nothing else; None where kitoken is not to be had.
+    """What encodes texts as a tokenizer does; None where kitoken is not to be had, or would give other ids.
 
-    Spaces are written as U+2581 in the texts. The tokens `apart` are never found in them: it does not know them.
+    The tokenizer is Tekken's, or SentencePiece's BPE and nothing else: spaces are written as U+2581 in its texts.
+    The tokens `apart` are never found in them: the encoder does not know them.
     """
     try:
         from kitoken import Kitoken
@@ -44,14 +46,16 @@ def encoder(tokenizer: Tokenizer, apart: Collection[str]) -> Encode | None:
         return None
     description = json.loads(tokenizer.to_str())
     model = description["model"]
-    if model["type"] != "BPE":
+    kind = _kind(description)
+    if kind is None:
         return None
     vocabulary = {text: number for text, number in model["vocab"].items() if text not in {*apart, model["unk_token"]}}
-    if not _is_sentencepiece(model, vocabulary) or not _makes_all(tokenizer, vocabulary):
+    if not _has_all_merges(model, vocabulary) or not _makes_all(tokenizer, vocabulary, kind):
         return None
     model.update(vocab=vocabulary, unk_token=None)  # bytes stand for what is unknown
-    kitoken = Kitoken.from_tokenizers(json.dumps(description).encode())
-    kitoken.set_config(kitoken.config() | {"split": _WORDS})
+    kitoken = Kitoken.from_tokenizers(json.dumps(description | {"added_tokens": [], "post_processor": None}).encode())
+    if kind == "SentencePiece":
+        kitoken.set_config(kitoken.config() | {"split": _WORDS})
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
         lengths = list(accumulate(map(len, texts), initial=0))
@@ -70,12 +74,26 @@ def _place(lengths: list[int], share: float) -> int:
     return next(place for place, length in enumerate(lengths) if length >= share * lengths[-1])
 
 
-def _is_sentencepiece(model: dict[str, Any], vocabulary: dict[str, int]) -> bool:
-    """Whether a BPE has every merge there can be, ranked by the token it makes, and tokens of all bytes."""
-    if any(model.get(name) not in (value, "") for name, value in _PLAIN.items()):
-        return False
-    if not model["byte_fallback"] or not vocabulary.keys() >= set(BYTE_TOKENS):
-        return False
+def _kind(description: dict[str, Any]) -> str | None:
+    """`SentencePiece` or `Tekken`, by all but the vocabulary and the merges; None for anything else."""
+    model, before = description["model"], description["pre_tokenizer"]
+    if model["type"] != "BPE" or any(model.get(name) not in (value, "") for name, value in _PLAIN.items()):
+        return None
+    if description["normalizer"] is not None:
+        return None
+    if before is None:
+        return "SentencePiece" if model["byte_fallback"] and model["vocab"].keys() >= set(BYTE_TOKENS) else None
+    steps = before.get("pretokenizers", [])
+    if [step["type"] for step in steps] != ["Split", "ByteLevel"]:
+        return None
+    split, as_bytes = steps
+    words = split["behavior"] == "Isolated" and not split["invert"] and split["pattern"] == {"Regex": tekken.PATTERN}
+    plain = not as_bytes["add_prefix_space"] and not as_bytes["use_regex"] and not model["byte_fallback"]
+    return "Tekken" if words and plain and model["vocab"].keys() >= set(byte_characters()) else None
+
+
+def _has_all_merges(model: dict[str, Any], vocabulary: dict[str, int]) -> bool:
+    """Whether a BPE has every merge there can be, ranked by the token that it makes."""
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(model["merges"]):
         ranks.setdefault(left + right, rank)
@@ -84,10 +102,14 @@ def _is_sentencepiece(model: dict[str, Any], vocabulary: dict[str, int]) -> bool
     return merges_by_score(scores) == [tuple(merge) for merge in model["merges"]]
 
 
-def _makes_all(tokenizer: Tokenizer, vocabulary: dict[str, int]) -> bool:
-    """Whether every token but the bytes' is what its own text becomes, and none goes on into a next word."""
-    texts = list(vocabulary.keys() - BYTE_TOKENS)
-    if any(SPACE in text.lstrip(SPACE) for text in texts):
-        return False
-    found = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+def _makes_all(tokenizer: Tokenizer, vocabulary: dict[str, int], kind: str) -> bool:
+    """Whether every token is what its own text becomes, and none of SentencePiece's goes on into a next word."""
+    from tokenizers import Tokenizer
+
+    texts = list(vocabulary)
+    if kind == "SentencePiece":
+        texts = list(vocabulary.keys() - BYTE_TOKENS)
+        if any(SPACE in text.lstrip(SPACE) for text in texts):
+            return False
+    found = Tokenizer(tokenizer.model).encode_batch_fast(texts, add_special_tokens=False)
     return all(each.ids == [vocabulary[text]] for text, each in zip(texts, found, strict=True))

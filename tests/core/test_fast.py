@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from mistral_core.text import fast
-from mistral_core.text.bpe import merges_by_score
+from mistral_core.text import fast, tekken
+from mistral_core.text.bpe import byte_characters, merges_by_score
 from mistral_core.text.decoder import BYTE_TOKENS
 from mistral_core.text.tokenizer import MistralTokenizer
 
@@ -20,13 +20,13 @@ pytest.importorskip("mistral_common")
 
 import published_files
 from mistral_common_files import FILES
-from tokenizers import Tokenizer, models
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-NAMES = [name for name in FILES if name != "tekken"]
 ODD = [
     *("</s>", "<s>", "<unk>", "[INST]", "[/INST]", "[TOOL_CALLS]", "<0x0A>", "[control_9]"),
     *(" ", "  ", "   ", "\n", "\t", "\u2581", "\u2581\u2581", "\u00a0", "\ufeff", "\0", "\u0301", "ก็", "你好"),
 ]  # fmt: skip
+BYTES = tuple(byte_characters())
 LETTERS = [chr(code) for code in (*range(0xD800), *range(0xE000, 0x110000))]
 
 
@@ -39,12 +39,12 @@ def random_texts(tokens, count, seed=0):
         yield "".join(rng.choice(kind) for kind in rng.choices(kinds, shares, k=rng.randrange(40)))
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=FILES)
 def both(request):
     """One tokenizer that never encodes fast and one that always does."""
     slow, quick = (MistralTokenizer.from_pretrained(FILES[request.param]) for _ in range(2))
     assert quick._coder._fast is not None
-    quick._coder._encoded = fast.MUCH + 1
+    quick._coder._encoded = 1 << 40
     return slow, quick
 
 
@@ -88,8 +88,8 @@ def test_threads_keep_the_order(both, monkeypatch):
 
 
 def test_it_is_made_after_much_text(monkeypatch):
-    monkeypatch.setattr(fast, "MUCH", 100)
     tokenizer = MistralTokenizer.from_pretrained(FILES["v3"])
+    monkeypatch.setattr(fast, "MUCH", 100 / tokenizer.vocab_size)
     tokenizer("a" * 90)
     assert "_fast" not in vars(tokenizer._coder)
     found = tokenizer(["a" * 20, "[INST] b"])["input_ids"]
@@ -165,10 +165,42 @@ def test_the_model_that_those_are_changed_from_has_one():
     assert fast.encoder(bpe(["ab", "ba", "aba", "\u2581\u2581", "\u2581a"]), ["<unk>"]) is not None
 
 
+def byte_level(pattern=tekken.PATTERN, behavior="isolated", letters=BYTES, normalizer=None, **changes):
+    """A BPE as Tekken's, with two merges."""
+    vocabulary = {text: number for number, text in enumerate([*letters, "in", "ing"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("i", "n"), ("in", "g")]))
+    as_bytes = pre_tokenizers.ByteLevel(**{"add_prefix_space": False, "use_regex": False} | changes)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), behavior), as_bytes])
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    return tokenizer
+
+
+def test_a_byte_level_model_with_the_pattern_of_tekken_has_one():
+    tokenizer = byte_level()
+    assert fast.encoder(tokenizer, [])(["ing in\n  it"]) == [tokenizer.encode("ing in\n  it").ids]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pattern": tekken.LLAMA_PATTERN},
+        {"behavior": "removed"},
+        {"letters": BYTES[:-1]},
+        {"normalizer": normalizers.NFC()},
+        {"add_prefix_space": True},
+        {"use_regex": True},
+    ],
+    ids=str,
+)
+def test_other_byte_level_models_have_none(changes):
+    assert fast.encoder(byte_level(**changes), []) is None
+
+
 @pytest.mark.parametrize("name", [name for name, (_, text) in NOT_MADE.items() if text])
 def test_for_those_it_would_give_other_ids(name, monkeypatch):
     make, text = NOT_MADE[name]
     tokenizer = make()
-    monkeypatch.setattr(fast, "_is_sentencepiece", lambda *_: True)
+    monkeypatch.setattr(fast, "_has_all_merges", lambda *_: True)
     monkeypatch.setattr(fast, "_makes_all", lambda *_: True)
     assert fast.encoder(tokenizer, ["<unk>"])([text]) != [tokenizer.encode(text).ids]
