@@ -145,7 +145,7 @@ def _tensor_entries(checkpoint: Checkpoint, *, hashes: bool = True) -> dict[str,
         entries[name]["sha256"] = digest(checkpoint.read(source))
 
     if hashes:
-        with Workers(max(tensor.nbytes for tensor in checkpoint.tensors.values())) as workers:
+        with Workers(max((tensor.nbytes for tensor in checkpoint.tensors.values()), default=0)) as workers:
             for name, source in names:
                 workers.submit(checkpoint.tensors[source].nbytes, add_digest, name, source)
     return entries

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from samples import CAUSAL, CONFIGS, any_bits, assert_same, read, write
+from samples import CAUSAL, CONFIGS, any_bits, assert_same, ordinary, read, write
 
 from mistral_core import TINY
-from mistral_core.errors import CorruptCheckpointError
+from mistral_core.errors import ChecksumMismatchError, CorruptCheckpointError
 from mistral_core.parameters import shapes
+from mistral_core.weights import manifest
 from mistral_core.weights.formats import detect
 from mistral_core.weights.opened import Checkpoint
 
@@ -69,3 +70,16 @@ def test_a_value_that_is_no_bfloat16_any_more_is_not_cut(tmp_path):
         file.write(np.float32(1.2345678).tobytes())
     with pytest.raises(CorruptCheckpointError, match="was bfloat16"):
         Checkpoint.open(path).read("model.norm.weight")
+
+
+def test_a_changed_bit_that_leaves_no_tensor_is_found(tmp_path):
+    """The root's tree has one entry; the bit says that it has none."""
+    file = write(tmp_path / "model", "tf-h5", ordinary(TINY)) / "tf_model.h5"
+    data = bytearray(file.read_bytes())
+    count = data.index(b"TREE") + 6
+    assert data[count] == 1
+    data[count] = 0
+    file.write_bytes(data)
+    assert not Checkpoint.open(file).tensors
+    with pytest.raises(ChecksumMismatchError, match="tf_model.h5"):
+        manifest.verify(tmp_path / "model", "full")
