@@ -22,8 +22,8 @@ from .sentencepiece import SPACE
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-MUCH = 128
-"""Characters for each token of a vocabulary after which an encoder is made: that takes as long as they took."""
+MUCH = 32
+"""Characters for each token of a vocabulary after which an encoder is made, which takes longer for large ones."""
 
 ALONE = 1 << 16
 """Characters that are worth a thread of their own."""
