@@ -94,8 +94,7 @@ class Coder:
         self._encoded += sum(map(len, texts))
         if self._encoded > fast.MUCH * self.vocab_size and self._fast is not None:
             return self._fast(texts)
-        tokenizer = self._bare if self._spaces_are_known else self._tokenizer
-        return [each.ids for each in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        return [each.ids for each in self._encoding.encode_batch_fast(texts, add_special_tokens=False)]
 
     def parsed(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, in which control tokens are found."""
@@ -202,6 +201,11 @@ class Coder:
     def _spaces_are_known(self) -> bool:
         return self.prefix is not None and not self._added
 
+    @property
+    def _encoding(self) -> Tokenizer:
+        """What encodes texts after their spaces are written, where it is known how."""
+        return self._bare if self._spaces_are_known else self._tokenizer
+
     @cached_property
     def _bare(self) -> Tokenizer:
         """The model alone, for texts whose spaces are written as U+2581: without a normalizer twice as fast."""
@@ -211,10 +215,8 @@ class Coder:
 
     @cached_property
     def _fast(self) -> fast.Encode | None:
-        if self._added:
-            return None
-        tokenizer = self._bare if self._spaces_are_known else self._tokenizer
-        return fast.encoder(tokenizer, {*self.special.values(), *self._user_defined})
+        apart = {*self.special.values(), *self._user_defined}
+        return None if self._added else fast.encoder(self._encoding, apart)
 
     @cached_property
     def _tokens(self) -> list[str]:
