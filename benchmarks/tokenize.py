@@ -1,6 +1,6 @@
 """Tokenizers: batches of 2 kB documents beside the libraries sentencepiece and mistral-common, and loading times.
 
-    python -m benchmarks.tokenize [--runs 5] [--megabytes 2] [--write]
+    python -m benchmarks.tokenize [--runs 5] [--megabytes 2] [--without-fast] [--write]
 
 The texts are Python's standard library: its code, and its docstrings as prose; then random letters of all of Unicode.
 Both sides make lists of ids, in turn in one process on the same cores: sentencepiece with as many threads as there are.
