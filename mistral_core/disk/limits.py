@@ -1,0 +1,24 @@
+"""The most that is accepted of every number that a file or a server gives: the one table.
+
+A constant is named after what it counts; its unit and its reason stand beside it. A number is compared before anything
+is made of it, so that a file of a few hundred bytes cannot cost gigabytes or minutes.
+"""
+
+from __future__ import annotations
+
+from ..errors import LimitExceededError, MistralError
+
+# Config
+
+LAYERS = 1024  # the deepest published Mistral has 88
+LABELS = 1 << 17  # classes of a head: as many as the largest vocabulary
+
+# Generation
+
+SEQUENCES = 1024  # beams or sequences of one prompt
+
+
+def check(count: int, limit: int, *, what: str, where: str, error: type[MistralError] = LimitExceededError) -> None:
+    """Raise `error` where `count` is above a limit; `what` is the plural of what is counted."""
+    if count > limit:
+        raise error(f"{where}: {count} {what}; at most {limit} are accepted.")
