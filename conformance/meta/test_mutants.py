@@ -58,14 +58,12 @@ def edited(text, edit):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_untouched_copy_passes(backend, copy_of):
+    """Copying breaks nothing; that each check is green on what is copied is `conformance/test_conformance.py`'s."""
     package = copy_of(backend, "untouched")
-    for check, dtype, implementation in sorted({(m.check, m.dtype, m.implementation) for m in MUTANTS}):
-        adapter = suite.adapters.get(backend, package)
-        if implementation not in adapter.implementations:
-            continue
-        subject = suite.Subject(adapter, implementation, dtype)
-        failures = [str(item) for item in suite.CHECKS[check].run(subject) if not item.passed]
-        assert not failures, "\n".join(failures)
+    subject = suite.Subject(suite.adapters.get(backend, package), "eager", "float32")
+    found = list(suite.CHECKS["whole window"].run(subject))
+    assert found
+    assert all(item.passed for item in found), "\n".join(str(item) for item in found)
 
 
 @pytest.mark.parametrize(

@@ -292,7 +292,6 @@ def test_resizing_keeps_the_bits_of_old_rows(backend, size, multiple, tied, tmp_
     grown = numpy(backend, model(ids).logits)
     assert grown.shape[2] == wanted
     assert np.allclose(grown[..., :kept], logits[..., :kept], atol=1e-5)
-    assert numpy(backend, model.generate(ids, max_new_tokens=3)).shape == (2, 12)
     model.save_pretrained(tmp_path)
     assert type(model).from_pretrained(tmp_path).config.vocab_size == wanted
 
