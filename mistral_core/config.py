@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from . import config_checks, strict_json
+from .disk import files as safe_files
+from .disk import reading
 from .errors import CheckpointNotFoundError, ConfigError, UnknownFieldError
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -217,7 +219,7 @@ class MistralConfig:
         from .weights import hub
 
         hub_arguments = {key: overrides.pop(key) for key in hub.ARGUMENTS if key in overrides}
-        root = hub.resolve(path, files=CONFIG_FILES, **hub_arguments)
+        root = reading.held(hub.resolve(path, files=CONFIG_FILES, **hub_arguments))
         files = [root] if root.is_file() else [root / name for name in CONFIG_FILES if (root / name).exists()]
         if not files:
             raise CheckpointNotFoundError(f"{root}: neither {' nor '.join(CONFIG_FILES)} is there.")
@@ -241,6 +243,4 @@ class MistralConfig:
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write config.json into a directory."""
-        from .weights import files
-
-        files.write_file(Path(directory) / "config.json", self.to_json_string().encode())
+        safe_files.write_file(Path(directory) / "config.json", self.to_json_string().encode())

@@ -7,12 +7,12 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from . import strict_json
 from .config import MistralConfig
 from .config_checks import is_int, is_number
+from .disk.reading import as_path
 from .errors import EmptyInputError, GenerationConfigError, SequenceTooLongError
 from .validate import Array
 
@@ -100,7 +100,7 @@ class GenerationConfig:
     def from_pretrained(cls, path: str | os.PathLike[str]) -> GenerationConfig:
         """Read generation_config.json of a directory; values are checked when they are used."""
         return cls.from_dict(
-            strict_json.read_object(Path(path) / "generation_config.json", error=GenerationConfigError)
+            strict_json.read_object(as_path(path) / "generation_config.json", error=GenerationConfigError)
         )
 
     @classmethod

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointNotFoundError, LimitExceededError, MistralError
+from .disk import limits, reading
+from .errors import CheckpointError, MistralError
 
 MAX_DEPTH = 16
-MAX_BYTES = 1 << 20
+MAX_BYTES = limits.JSON_BYTES
 
 
 def read_object(
@@ -19,18 +21,16 @@ def read_object(
 ) -> dict[str, Any]:
     """Read a JSON file whose top level is an object.
 
-    Raises CheckpointNotFoundError, LimitExceededError (size), and `error` for everything malformed.
+    Raises CheckpointNotFoundError, LimitExceededError (size), UnsafeFileError (no file), and `error` for everything
+    malformed.
     """
-    path = Path(path)
+    path = path if isinstance(path, Path) else Path(path)
     try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise LimitExceededError(f"{path}: {size} bytes of JSON; at most {max_bytes} are read.")
-        data = path.read_bytes()
-    except FileNotFoundError as cause:
-        raise CheckpointNotFoundError(f"{path}: no such file; check the path.") from cause
-    except (IsADirectoryError, PermissionError) as cause:
-        raise error(f"{path}: cannot be read ({cause.strerror}); a JSON file was expected.") from cause
+        data = reading.read(path, limit=max_bytes, what=" of JSON")
+    except CheckpointError as cause:
+        if cause.errno == errno.EACCES:
+            raise error(f"{path}: cannot be read (Permission denied); a JSON file was expected.") from cause
+        raise
     return parse_object(data, where=str(path), error=error)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mistral_core import MistralConfig
+from mistral_core.disk import reading
 from mistral_core.errors import (
     CorruptCheckpointError,
     LimitExceededError,
@@ -63,7 +64,7 @@ class PickledFile(TensorFile):
 
         Raises UnsafeFileError, UnsupportedFeatureError, CorruptCheckpointError and its kinds, LimitExceededError.
         """
-        self.path = Path(os.fsdecode(path))
+        self.path = path
         self.metadata: dict[str, str] = {}
         first = tensor_file.first_bytes(self.path)
         if not first.startswith(b"PK"):
@@ -206,7 +207,7 @@ class _Raw(_HuggingFace):
     def open(self, path: Path, config: MistralConfig | None) -> Checkpoint:
         """Understand the header; raises UnsupportedFeatureError where the matrices are cut for several devices."""
         directory = path if path.is_dir() else path.parent
-        others = sorted(name for name in os.listdir(directory) if _OTHER_PARTS.fullmatch(name))
+        others = [name for name in reading.names(directory) if _OTHER_PARTS.fullmatch(name)]
         if others:
             raise UnsupportedFeatureError(
                 f"{directory}: {self.family.single} goes on in {', '.join(map(quoted, others))}, cut for several "

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import strict_json
 from ..conversation import Conversation
-from ..errors import InputError, MissingExtraError, MistralError, OutputExistsError
-from ..weights import files
+from ..disk import files
+from ..errors import InputError, MissingExtraError, MistralError, OutputExistsError, UnsafeFileError
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -196,9 +196,10 @@ def save(path: Path, messages: list[dict[str, Any]], *, replace: bool) -> None:
 
 def read(path: Path) -> list[Any]:
     """The messages of a file that `save` wrote; raises CheckpointNotFoundError, LimitExceededError, InputError."""
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path}: not a file; a saved conversation was expected.")
-    messages = strict_json.read_object(path, error=InputError, max_bytes=CONVERSATION_BYTES).get("messages")
+    try:
+        messages = strict_json.read_object(path, error=InputError, max_bytes=CONVERSATION_BYTES).get("messages")
+    except UnsafeFileError as cause:
+        raise InputError(f"{path}: not a file; a saved conversation was expected.") from cause
     if not isinstance(messages, list):
         raise InputError(f'{path}: no list of messages; {{"messages": [...]}} was expected, as /save writes it.')
     return messages

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from ..weights import files, manifest
+from ..disk import files
+from ..weights import manifest
 
 
 def arguments(command: argparse.ArgumentParser) -> None:

@@ -8,6 +8,13 @@ from __future__ import annotations
 
 from ..errors import LimitExceededError, MistralError
 
+# Files
+
+JSON_BYTES = 1 << 20  # bytes of a config; published ones have a thousandth
+TEXT_BYTES = 64 << 20  # bytes of a tokenizer or a licence; Tekken's tokenizer.json has 17 million
+MANIFEST_BYTES = 10 << 20  # bytes of a manifest, an index or zarr's metadata: 20 000 tensors of 500 bytes each
+FILES = 200_000  # files of a directory; a tree of zarr has one a chunk
+
 # Config
 
 LAYERS = 1024  # the deepest published Mistral has 88

@@ -140,7 +140,7 @@ class Picture:
 
     def html(self, path: str | os.PathLike[str] | None = None) -> str:
         """One self-contained page; written to `path` if given. Raises SequenceTooLongError, ConversionError."""
-        from ..weights.files import write_file
+        from ..disk.files import write_file
         from .page import page
 
         text = page(self)
@@ -155,7 +155,7 @@ class Picture:
         """
         import io
 
-        from ..weights.files import write_file
+        from ..disk.files import write_file
         from .png import draw
 
         image = draw(self, font=font)

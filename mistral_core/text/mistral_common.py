@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from .. import strict_json
+from ..disk import files, limits, reading
 from ..errors import MissingExtraError, TemplateError, TokenizerError, UnsupportedFeatureError
 from . import sources
 from .inputs import UNBOUNDED, refuse
@@ -56,7 +58,8 @@ class MistralCommonTokenizer(Tokenizer):
         if mode not in ("test", "finetuning"):
             raise TokenizerError(f"mode: {mode!r}; 'test' or 'finetuning' was expected.")
         self._path, self.mode = Path(tokenizer_path), mode
-        self.tokenizer = _loaded(self._path, mode)
+        self._data = reading.read(self._path, limit=limits.TEXT_BYTES)
+        self.tokenizer = _loaded(self._path, self._data, mode)
         """mistral-common's own."""
         self._inner = self.tokenizer.instruct_tokenizer.tokenizer
         self.model_max_length, self.padding_side, self.truncation_side = model_max_length, padding_side, truncation_side
@@ -85,7 +88,7 @@ class MistralCommonTokenizer(Tokenizer):
         """
         from ..weights import hub
 
-        path = Path(
+        path = reading.held(
             hub.resolve(
                 pretrained_model_name_or_path,
                 files=(*FILES, sources.CONFIG),
@@ -98,10 +101,10 @@ class MistralCommonTokenizer(Tokenizer):
         refuse("from_pretrained", {name: value for name, value in settings.items() if name not in SETTINGS})
         directory = path if path.is_dir() else path.parent
         saved = {}
-        if (directory / sources.CONFIG).is_file():
+        if (directory / sources.CONFIG).exists():
             saved = strict_json.read_object(directory / sources.CONFIG, error=TokenizerError)
         if path.is_dir():
-            names = [name for name in FILES if (path / name).is_file()]
+            names = [name for name in FILES if (path / name).exists()]
             if not names:
                 raise TokenizerError(f"{path}: no {', '.join(FILES)}; copy that of the checkpoint there.")
             path = path / names[0]
@@ -110,7 +113,6 @@ class MistralCommonTokenizer(Tokenizer):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False) -> tuple[str, ...]:
         """Write the file under the name that it is found by, and mode, sides and length beside it; return the paths."""
-        from ..weights import files
 
         if push_to_hub:
             raise UnsupportedFeatureError("push_to_hub: call push_to_hub(repo_id) itself, which says where to.")
@@ -125,7 +127,7 @@ class MistralCommonTokenizer(Tokenizer):
         config |= {"truncation_side": self.truncation_side}
         if self.model_max_length < UNBOUNDED:
             config["model_max_length"] = self.model_max_length
-        files.write_file(directory / name, self._path.read_bytes())
+        files.write_file(directory / name, self._data)
         files.write_file(directory / sources.CONFIG, (json.dumps(config, indent=2) + "\n").encode())
         return str(directory / name), str(directory / sources.CONFIG)
 
@@ -219,8 +221,8 @@ class MistralCommonTokenizer(Tokenizer):
         return ids, self._decode(ids, False)
 
 
-def _loaded(path: Path, mode: str) -> Any:
-    """mistral-common's tokenizer of a file, whatever the file is called."""
+def _loaded(path: Path, data: bytes, mode: str) -> Any:
+    """mistral-common's tokenizer of a file, whatever the file is called; it is given a copy of what was read of it."""
     try:
         from mistral_common.protocol.instruct.validator import ValidationMode
         from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
@@ -228,10 +230,11 @@ def _loaded(path: Path, mode: str) -> Any:
         raise MissingExtraError(
             "MistralCommonTokenizer needs mistral-common; pip install 'mistral-frameworks[mistral-common]'."
         ) from cause
-    if not path.is_file():
-        raise TokenizerError(f"{path}: no such file; a tekken.json or tokenizer.model was expected.")
     try:
-        return MistralTokenizer.from_file(str(path), mode=ValidationMode(mode))
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / path.name
+            files.write_file(copy, data)
+            return MistralTokenizer.from_file(str(copy), mode=ValidationMode(mode))
     except ImportError as cause:
         raise MissingExtraError(
             "a tokenizer.model needs sentencepiece; pip install 'mistral-frameworks[mistral-common]'."

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import strict_json
+from ..disk import reading
 from ..errors import TokenizerError
 from . import bpe, sentencepiece, tekken
 from .chat.versions import VERSIONS
@@ -56,16 +57,17 @@ def found_in(path: Path) -> Files:
     """
     from ..weights.formats import base
 
+    path = reading.held(path)
     if path.is_file() and path.suffix != ".gguf":
         beside = path.parent / CONFIG
-        files = {CONFIG: base.reader(beside)} if beside.is_file() else {}
+        files = {CONFIG: base.reader(beside)} if beside.exists() else {}
         files[_name_of(path)] = base.reader(path)
     elif path.is_file() or (path / "assets" / "tokenizer").is_dir() or _is_gguf_alone(path):
         from ..weights.opened import Checkpoint
 
         files = dict(Checkpoint.open(path).texts)
     else:
-        files = {name: base.reader(path / name) for name in (*NAMES, CONFIG) if (path / name).is_file()}
+        files = {name: base.reader(path / name) for name in (*NAMES, CONFIG) if (path / name).exists()}
     if not any(name in files for name in NAMES):
         raise TokenizerError(f"{path}: no {JSON}, {MODEL} or {TEKKEN}; copy those of the checkpoint there.")
     return files
@@ -73,16 +75,14 @@ def found_in(path: Path) -> Files:
 
 def _is_gguf_alone(directory: Path) -> bool:
     """Whether the only tokenizer of a directory is within a GGUF file."""
-    return not any((directory / name).is_file() for name in NAMES) and any(directory.glob("*.gguf"))
+    return not any((directory / name).exists() for name in NAMES) and any(
+        name.endswith(".gguf") for name in reading.names(directory)
+    )
 
 
 def _name_of(path: Path) -> str:
     """The usual name of a file of a vocabulary, by its content and the version in its name."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(1 << 16)
-    except OSError as cause:
-        raise TokenizerError(f"{path}: cannot be read ({cause.strerror}); check the path.") from cause
+    head = reading.head(path, 1 << 16)
     if head.lstrip()[:1] == b"{":
         return TEKKEN if b'"token_bytes"' in head else JSON
     version = re.search(r"\.v\d+(m\d+)?$", path.name)
@@ -94,6 +94,7 @@ def read(path: Path, *, fix_mistral_regex: bool = False) -> Source:
 
     Raises TokenizerError for what is malformed, TemplateError for a chat template that is.
     """
+    path = reading.held(path)
     files = found_in(path)
     name = next(name for name in NAMES if name in files)
     config: dict[str, Any] = {}

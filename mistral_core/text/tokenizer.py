@@ -115,7 +115,7 @@ class MistralTokenizer(Tokenizer):
 
         transformers loads them and gives the same ids. A tokenizer.json that was read is written byte for byte.
         """
-        from ..weights import files
+        from ..disk import files
 
         directory = Path(save_directory)
         name, content = self._source.file

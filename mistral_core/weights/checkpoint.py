@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from ..config import MistralConfig
+from ..disk import files
 from ..errors import (
     ConversionError,
     DtypeMismatchError,
@@ -21,7 +22,7 @@ from ..errors import (
     UnsupportedFeatureError,
 )
 from ..parameters import HEADS, initial_value, parameters
-from . import files, hub, manifest
+from . import hub, manifest
 from .formats.base import Outline
 from .matching import EMBEDDING, match
 from .opened import Checkpoint, fits_in_cache

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..config import MistralConfig
+from ..disk import files
 from ..errors import (
     ConversionError,
     CorruptCheckpointError,
@@ -23,7 +24,7 @@ from ..errors import (
     OutputExistsError,
 )
 from ..parameters import Parameter, shapes
-from . import casting, files, fingerprint, formats, hub, manifest
+from . import casting, fingerprint, formats, hub, manifest
 from .formats.base import TEXT_FILES, Outline
 from .layouts import Layout
 from .matching import canonical_names, match, own_class

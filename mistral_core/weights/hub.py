@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import warnings
@@ -12,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from ..disk import files as safe_files
+from ..disk import reading
 from ..errors import (
     CheckpointNotFoundError,
     DownloadCorruptError,
@@ -21,7 +22,6 @@ from ..errors import (
     MistralError,
     OfflineError,
 )
-from . import files as safe_files
 from .hub_errors import Repository, translated
 from .hub_files import CONFIGS, HEADS, heads, small_files, weight_files
 
@@ -152,8 +152,7 @@ def _check(path: Path, expected: _Announced, repository: Repository) -> None:
     """Remove a file that is not what was announced, and raise DownloadCorruptError."""
     size, sha256 = path.stat().st_size, expected.sha256
     if sha256 is not None:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = reading.sha256(path)
     if sha256 != expected.sha256 or size != (size if expected.size is None else expected.size):
         path.resolve().unlink()
         path.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from .. import strict_json
 from .._version import __version__
+from ..disk import files, reading
 from ..errors import (
     CheckpointNotFoundError,
     ChecksumMismatchError,
@@ -17,7 +17,6 @@ from ..errors import (
     MistralError,
     TruncatedFileError,
 )
-from . import files
 from .carried import MANIFEST as NAME
 from .carried import MAX_MANIFEST_BYTES as MAX_BYTES
 from .matching import canonical_names
@@ -35,6 +34,7 @@ def describe(directory: Path, checkpoint: Checkpoint | None = None, *, hashes: b
     Tensors are hashed by the table's names and in its layout, so that the same tensor has the same digest in every
     format. Without `hashes` only names and sizes are told, and nothing is read.
     """
+    directory = reading.held(directory)
     checkpoint = checkpoint or Checkpoint.open(directory)
     result: dict[str, Any] = {
         "format": 1,
@@ -43,7 +43,7 @@ def describe(directory: Path, checkpoint: Checkpoint | None = None, *, hashes: b
         "tensors": {},
     }
     with ThreadPoolExecutor(1) as second:  # hashing releases the GIL: the files beside their tensors
-        sizes = {name: (directory / name).stat().st_size for name in _names(directory)}
+        sizes = {name: reading.size_of(path) for name, path in _files(directory).items()}
         wholes = {name: second.submit(file_digest, directory / name) for name in sizes if hashes}
         result["tensors"] = _tensor_entries(checkpoint, hashes=hashes)
         for name, size in sizes.items():
@@ -51,10 +51,9 @@ def describe(directory: Path, checkpoint: Checkpoint | None = None, *, hashes: b
     return result
 
 
-def _names(directory: Path) -> list[str]:
-    """Every regular file below a directory, but the manifest."""
-    paths = (path for path in directory.rglob("*") if path.is_file())
-    return sorted(name for path in paths if (name := path.relative_to(directory).as_posix()) != NAME)
+def _files(directory: Path) -> dict[str, Path]:
+    """Every file below a directory, but the manifest."""
+    return {name: path for name, path in reading.files_below(directory).items() if name != NAME}
 
 
 def write(directory: files.PathLike) -> dict[str, Any]:
@@ -89,7 +88,7 @@ def verify(directory: files.PathLike, mode: str = "full") -> None:
     and hashes every file it lists. Raises ChecksumMismatchError naming files and tensors,
     TruncatedFileError, CheckpointNotFoundError, ValueError (an unknown mode).
     """
-    directory = files.as_path(directory)
+    directory = reading.held(files.as_path(directory))
     if mode not in MODES:
         raise ValueError(f"verify: {mode!r}, one of {', '.join(MODES)} was expected.")
     path = directory / NAME
@@ -115,9 +114,9 @@ def _is_entry(entry: Any) -> bool:
 
 
 def _check_size(path: Path, expected: int) -> None:
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointNotFoundError(f"{path}: no such file, but {NAME} lists it; copy the whole directory.")
-    size = path.stat().st_size
+    size = reading.size_of(path)
     if size < expected:
         raise TruncatedFileError(f"{path}: {size} bytes, {NAME} says {expected}; copy or download it again.")
     if size > expected:
@@ -162,6 +161,5 @@ def _entry(checkpoint: Checkpoint, source: str) -> dict[str, Any]:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a whole file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a whole file; raises what `reading.opened` raises."""
+    return reading.sha256(path)

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ..config import MistralConfig
+from ..disk import files
 from ..errors import ShapeMismatchError
 from ..parameters import Parameter
-from . import files, layouts
+from . import layouts
 from .layouts import Layout
 from .tensor_file import DTYPES, TensorFile, TensorInfo, quoted
 

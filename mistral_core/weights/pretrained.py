@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..config import MistralConfig
+from ..disk.files import PathLike, check_bare_name
 from ..generation import GenerationConfig
 from . import checkpoint, hub
-from .files import PathLike, check_bare_name
 from .matching import EMBEDDING, canonical_names
 from .opened import Checkpoint
 from .tensor_file import DTYPES

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..disk import files
 from ..errors import CheckpointError, HubError, MistralError
-from . import files, formats, manifest
+from . import formats, manifest
 from .formats.base import TEXT_FILES
 from .hub_errors import Repository, translated
 from .hub_files import CONFIGS, PRESET_FILES

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..disk import files
 from ..errors import CorruptCheckpointError, DtypeMismatchError, LimitExceededError, TruncatedFileError
-from . import files
 from .tensor_file import (
     DTYPES,
     MAX_RANK,
@@ -61,7 +61,7 @@ class SafetensorsFile(TensorFile):
         Raises CheckpointNotFoundError, TruncatedFileError, CorruptCheckpointError, UnsafeFileError,
         LimitExceededError, DtypeMismatchError (an unknown dtype), CheckpointError (with the system's errno).
         """
-        self.path = Path(os.fsdecode(path))
+        self.path = path if isinstance(path, Path) else Path(os.fsdecode(path))
         with opened(self.path) as descriptor:
             self.stamp = stamp_of(descriptor)
             size = self.stamp[2]

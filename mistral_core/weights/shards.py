@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import strict_json
+from ..disk import files
 from ..errors import (
     CheckpointIndexError,
     CheckpointNotFoundError,
@@ -20,7 +21,7 @@ from ..errors import (
     ShardMissingError,
     UnsafeFileError,
 )
-from . import files, safetensors_file
+from . import safetensors_file
 from .tensor_file import DTYPES, TensorFile, TensorInfo, quoted
 
 MAX_INDEX_BYTES = 10 << 20
@@ -73,7 +74,7 @@ _UNITS = {
 
 def open_files(path: Path, family: Family = HUGGING_FACE) -> list[TensorFile]:
     """Check the headers of a directory, of an index and its shards, or of one file."""
-    if os.path.isdir(path):
+    if path.is_dir():
         return _open_directory(path, family)
     return _open_index(path, family) if path.name.endswith(".index.json") else [family.open(path)]
 

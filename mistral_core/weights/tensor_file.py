@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-import stat
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from ..disk import files
+from ..disk.reading import opened
 from ..errors import (
-    CheckpointError,
-    CheckpointNotFoundError,
     CorruptCheckpointError,
     DtypeMismatchError,
     LimitExceededError,
     ShapeMismatchError,
     TruncatedFileError,
-    UnsafeFileError,
 )
-from . import files
 
 MAX_TENSORS = 20_000
 MAX_RANK = 4
@@ -143,14 +138,11 @@ def write(info: TensorInfo, array: np.ndarray) -> None:
 
 def write_bytes(info: TensorInfo, data: memoryview) -> None:
     """Put a tensor's bytes at its place."""
-    descriptor = os.open(info.file, os.O_WRONLY)
-    try:
+    with files.opened_to_write(info.file) as descriptor:
         done = 0
         for start, end in info.extents:
             files.write_at(descriptor, data[done : done + end - start], start)
             done += end - start
-    finally:
-        os.close(descriptor)
 
 
 def digest(array: np.ndarray) -> str:
@@ -170,27 +162,6 @@ def supported() -> str:
 
 
 # Bytes
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[int]:
-    """A descriptor of a regular file; a FIFO or a device neither blocks nor is read."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except FileNotFoundError as cause:
-        raise CheckpointNotFoundError(errno.ENOENT, f"{path}: no such file; check the path.") from cause
-    except OSError as cause:
-        raise CheckpointError(cause.errno, f"{path}: cannot be opened ({cause.strerror}).") from cause
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise UnsafeFileError(f"{path}: not a regular file; a file of weights was expected.")
-        yield descriptor
-    except OSError as cause:
-        if isinstance(cause, CheckpointError):
-            raise
-        raise CheckpointError(cause.errno, f"{path}: cannot be read ({cause.strerror}).") from cause
-    finally:
-        os.close(descriptor)
 
 
 def stamp_of(descriptor: int) -> tuple[int, int, int, int]:
@@ -238,9 +209,6 @@ def as_bytes(array: np.ndarray) -> memoryview:
 
 def reserve(path: Path, header: bytes, size: int) -> None:
     """Make a file of `size` bytes that begins with a header."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
+    with files.opened_to_write(path, new=True) as descriptor:
         files.write_at(descriptor, header, 0)
         os.ftruncate(descriptor, size)
-    finally:
-        os.close(descriptor)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..disk import files
 from ..errors import (
     CorruptCheckpointError,
     DtypeMismatchError,
@@ -19,7 +20,7 @@ from ..errors import (
     UnexpectedTensorsError,
 )
 from ..parameters import shapes
-from . import files, formats, manifest
+from . import formats, manifest
 from .casting import Loss, between
 from .formats.base import Outline, Target
 from .matching import EMBEDDING, LM_HEAD

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from mistral_core.disk import files
 from mistral_core.errors import (
     ConversionError,
     MistralError,
@@ -22,7 +23,6 @@ from mistral_core.errors import (
     OutputExistsError,
     UnsafeFileError,
 )
-from mistral_core.weights import files
 
 
 def tree(directory: Path) -> dict[str, bytes]:
@@ -281,7 +281,7 @@ def test_interrupted_fallback_swap_is_recovered(tmp_path):
 WRITER = """
     import os, signal, sys
     from pathlib import Path
-    from mistral_core.weights import files
+    from mistral_core.disk import files
     mode, target = sys.argv[1], Path(sys.argv[2])
     if mode == "term":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -11,7 +11,7 @@ from mistral_core.text.templates.files import choose, read
 
 def put(directory, name, text):
     path = directory / name
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     return path
 
@@ -37,10 +37,13 @@ def test_files_go_before_the_field(tmp_path):
 
 
 def test_a_link_of_the_hub_s_cache_is_followed(tmp_path):
-    blob = put(tmp_path, "blobs/abc", "a")
-    (tmp_path / "snapshot").mkdir()
-    (tmp_path / "snapshot" / "chat_template.jinja").symlink_to(blob)
-    assert read(tmp_path / "snapshot", {}) == {"default": "a"}
+    blob = put(tmp_path, "models--u--m/blobs/abc", "a")
+    snapshot = tmp_path / "models--u--m" / "snapshots" / "c0ffee"
+    snapshot.mkdir(parents=True)
+    for link in ("../../blobs/abc", blob):
+        (snapshot / "chat_template.jinja").unlink(missing_ok=True)
+        (snapshot / "chat_template.jinja").symlink_to(link)
+        assert read(snapshot, {}) == {"default": "a"}
 
 
 def test_what_is_no_file_is_refused(tmp_path):

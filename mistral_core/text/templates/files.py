@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ... import strict_json
+from ...disk import reading
+from ...disk.files import check_bare_name
 from ...errors import TemplateError, UnsafeFileError
-from ...weights.files import check_bare_name
-from ...weights.tensor_file import opened
 from .worker import MAX_TEMPLATE_BYTES
 
 FILE = "chat_template.jinja"
@@ -26,7 +26,7 @@ def read(directory: str | os.PathLike[str], config: Mapping[str, Any]) -> dict[s
     A file goes before the field of the config; chat_template.json counts where there is neither. Raises TemplateError,
     LimitExceededError, UnsafeFileError (no regular file, a name that is a path).
     """
-    root = Path(directory)
+    root = reading.held(reading.as_path(directory))
     found = of_field(config.get("chat_template"), "tokenizer_config.json: chat_template")
     if (root / FILE).exists():
         found[DEFAULT] = _read_file(root / FILE)
@@ -78,7 +78,7 @@ def _of_directory(directory: Path) -> dict[str, str]:
         return {}
     if directory.is_symlink():
         raise UnsafeFileError(f"{directory}: a link to a directory; put the directory itself there.")
-    paths = sorted(directory.glob("*.jinja"))
+    paths = [directory / name for name in reading.names(directory) if name.endswith(".jinja")]
     if len(paths) > MAX_TEMPLATES:
         raise TemplateError(f"{directory}: {len(paths)} templates, at most {MAX_TEMPLATES} are read; remove some.")
     for path in paths:
@@ -87,9 +87,7 @@ def _of_directory(directory: Path) -> dict[str, str]:
 
 
 def _read_file(path: Path) -> str:
-    with opened(path) as descriptor:
-        size = os.fstat(descriptor).st_size
-        return _checked(os.pread(descriptor, MAX_TEMPLATE_BYTES + 1, 0), str(path)) if size else ""
+    return _checked(reading.head(path, MAX_TEMPLATE_BYTES + 1), str(path))
 
 
 def _checked(data: bytes, where: str) -> str:

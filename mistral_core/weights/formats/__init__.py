@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from ...config import MistralConfig
+from ...disk import reading
 from ...errors import (
     CheckpointNotFoundError,
     ConversionError,
@@ -94,6 +94,7 @@ def module_of(name: str) -> Format:
 
 def open_checkpoint(path: Path, *, format: str | None = None, config: MistralConfig | None = None) -> Checkpoint:
     """Open a path as a format, or as what it is; of several in one directory, as `hf` if that is among them."""
+    path = reading.held(path)
     if format is None:
         found = detect(path)
         if len(found) > 1 and found[0] != "hf":
@@ -113,9 +114,10 @@ def detect(path: Path) -> list[str]:
     A file is told by its first bytes and the names in it, a directory by the names of its files; where names are
     shared between formats, what is in them decides.
     """
-    if not os.path.isdir(path):
+    path = reading.held(path)
+    if not path.is_dir():
         return [_of_index(path) if path.name.endswith(".index.json") else _of_file(path)]
-    names = set(os.listdir(path))
+    names = set(reading.names(path))
     found = [_told_apart(path, row, name) for row in FORMATS.values() for name in _present(path, row, names)]
     found = list(dict.fromkeys(found))
     loose = sorted(name for name in names if name.endswith((".gguf", ".keras", ".weights.h5")) and "-of-" not in name)

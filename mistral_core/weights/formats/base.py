@@ -10,9 +10,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from ...config import MistralConfig
+from ...disk import files, limits, reading
 from ...errors import CheckpointNotFoundError, UnsupportedFeatureError
 from ...parameters import Parameter, parameters
-from .. import files, layouts, tensor_file
+from .. import layouts, tensor_file
 from ..layouts import Layout
 from ..opened import Checkpoint
 from ..tensor_file import TensorInfo
@@ -31,8 +32,6 @@ TEXT_FILES = (
     "NOTICE",
 )
 """What travels with the weights, by Hugging Face's names."""
-
-MAX_TEXT_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -83,21 +82,13 @@ def opened_config(path: Path, config: MistralConfig | None) -> Callable[[], Mist
 
 def texts_in(directory: Path) -> dict[str, Callable[[], bytes]]:
     """Readers of the `TEXT_FILES` that lie in a directory."""
-    return {name: reader(directory / name) for name in TEXT_FILES if (directory / name).is_file()}
+    return {name: reader(directory / name) for name in TEXT_FILES if (directory / name).exists()}
 
 
 def reader(path: Path) -> Callable[[], bytes]:
     """A reader of a whole small file; raises LimitExceededError."""
 
-    def read() -> bytes:
-        with tensor_file.opened(path) as descriptor:
-            size = tensor_file.stamp_of(descriptor)[2]
-            tensor_file.check_size(path, size, MAX_TEXT_BYTES)
-            data = bytearray(size)
-            tensor_file.read_at(descriptor, memoryview(data), 0)
-        return bytes(data)
-
-    return read
+    return lambda: reading.read(path, limit=limits.TEXT_BYTES)
 
 
 def write_texts(directory: Path, texts: Mapping[str, bytes]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,13 +11,14 @@ import numpy as np
 
 from ... import strict_json
 from ...config import MistralConfig
+from ...disk import files, reading
 from ...errors import (
     ConversionError,
     CorruptCheckpointError,
     UnsupportedFeatureError,
 )
 from ...parameters import Parameter, layer_of, parameters, shape_of
-from .. import carried, files, layouts, tensor_file
+from .. import carried, layouts, tensor_file
 from ..casting import narrowed, widened
 from ..gguf import config as gguf_config
 from ..gguf import file as gguf_file
@@ -71,7 +71,7 @@ def _file_at(path: Path) -> Path:
     """The file itself, or the one of a directory."""
     if not path.is_dir() or (path / SINGLE).exists():
         return path / SINGLE if path.is_dir() else path
-    names = sorted(name for name in os.listdir(path) if name.endswith(".gguf"))
+    names = [name for name in reading.names(path) if name.endswith(".gguf")]
     if not names:
         raise base.nothing_here(path, SINGLE)
     if len(names) > 1:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,9 +14,10 @@ from typing import Any
 
 from ... import strict_json
 from ...config import MistralConfig
+from ...disk import files, reading
 from ...errors import ConfigError, CorruptCheckpointError, UnsupportedFeatureError
 from ...parameters import BASE_PREFIX, HEADS, Parameter, layer_of, parameters
-from .. import files, layouts
+from .. import layouts
 from ..hdf5 import file as hdf5_file
 from ..hdf5.file import Hdf5File
 from ..opened import Checkpoint, stored_in_layout
@@ -59,7 +59,7 @@ def _file_in(directory: Path) -> Path:
     for name in (ARCHIVE, WEIGHTS):
         if (directory / name).exists():
             return directory / name
-    loose = sorted(name for name in os.listdir(directory) if name.endswith(SUFFIXES))
+    loose = [name for name in reading.names(directory) if name.endswith(SUFFIXES)]
     if len(loose) != 1:
         raise base.nothing_here(directory, f"{ARCHIVE} or {WEIGHTS}")
     return directory / loose[0]

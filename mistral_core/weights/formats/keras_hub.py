@@ -13,6 +13,7 @@ from typing import Any
 
 from ... import strict_json
 from ...config import MistralConfig
+from ...disk import files
 from ...errors import (
     CheckpointIndexError,
     ConfigError,
@@ -22,7 +23,7 @@ from ...errors import (
     UnsupportedFeatureError,
 )
 from ...parameters import Parameter, layer_of, parameter_count, parameters
-from .. import carried, files, layouts, shards
+from .. import carried, layouts, shards
 from ..hdf5 import file as hdf5_file
 from ..hdf5.file import Hdf5File
 from ..opened import Checkpoint, stored_in_layout
@@ -64,7 +65,7 @@ def open(path: Path, config: MistralConfig | None) -> Checkpoint:
     names = (name for file in opened for name in file.tensors)
     rows = {name: rows[now] for name in names if (now := hdf5_file.current_name(name)) in rows}
     texts = base.texts_in(directory / TEXTS)
-    if (directory / VOCABULARY).is_file():
+    if (directory / VOCABULARY).exists():
         texts[SENTENCEPIECE] = base.reader(directory / VOCABULARY)
     return Checkpoint(
         path,

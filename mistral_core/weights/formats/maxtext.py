@@ -34,7 +34,9 @@ _BLOCK = 1 << 20  # numbers that are widened at once
 def open(path: Path, config: MistralConfig | None) -> Checkpoint:
     """Understand the tree; `config` is for a directory as MaxText leaves it, without config.json."""
     directory = _items(path)
-    folder = next((p for p in (directory, *directory.parents[:2], path) if (p / "config.json").exists()), path)
+    folder = next(
+        (p for p in (directory, directory.parent, directory.parent.parent, path) if (p / "config.json").exists()), path
+    )
     if config is None and not (folder / "config.json").exists():
         raise CheckpointNotFoundError(
             f"{path}: there is no config.json, and MaxText's weights do not say what it would; copy it there or pass "

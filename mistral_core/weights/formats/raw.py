@@ -7,9 +7,10 @@ from pathlib import Path
 
 from ... import config_dialects, quantization, strict_json
 from ...config import MistralConfig
+from ...disk import files
 from ...errors import ConfigError
 from ...parameters import layer_of, parameters
-from .. import carried, files, layouts
+from .. import carried, layouts
 from ..opened import Checkpoint, stored_in_layout
 from ..quantized import checkpoint as quantized
 from ..shards import create_shards, open_files, safetensors_family

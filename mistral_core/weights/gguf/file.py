@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import files
+from ...disk import files
 from ..tensor_file import TensorFile, TensorInfo, opened, refuse_pointer, reserve, stamp_of
 from .kinds import KINDS, QUANTISED, dequantised, nbytes
 from .scan import ARRAY, BOOL, CODES, DEFAULT_ALIGNMENT, MAGIC, STRING, Scan, Strings, Value

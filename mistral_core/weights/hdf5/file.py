@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from ...disk import files
 from ...errors import CorruptCheckpointError, MissingExtraError
-from .. import files
 from ..tensor_file import DTYPES, TensorFile, TensorInfo, opened, quoted, stamp_of
 from .structure import Found, Structure
 

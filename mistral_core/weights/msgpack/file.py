@@ -13,8 +13,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from ...disk import files
 from ...errors import CorruptCheckpointError, DtypeMismatchError, LimitExceededError, TruncatedFileError
-from .. import files
 from ..tensor_file import (
     DTYPES,
     MAX_RANK,

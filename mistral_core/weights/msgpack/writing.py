@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...disk import files
 from ..tensor_file import DTYPES, TensorInfo, reserve
 from .file import ARRAY, CHUNKED, FIXED_EXT
 
@@ -26,16 +28,16 @@ def create(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> di
     infos: dict[str, TensorInfo] = {}
     written = _Writer(path, infos)
     reserve(path, b"", 0)
-    with path.open("r+b") as written.file:
+    with files.opened_to_write(path) as written.descriptor:
         written.tree(tree)
-        written.file.truncate(written.at)
+        os.ftruncate(written.descriptor, written.at)
     return {name: infos[name] for name in tensors}
 
 
 class _Writer:
     """A tree as bytes, with holes where the numbers go."""
 
-    file: Any
+    descriptor: int
 
     def __init__(self, path: Path, infos: dict[str, TensorInfo]) -> None:
         self.path, self.infos, self.at = path, infos, 0
@@ -78,8 +80,7 @@ class _Writer:
         return start, self.at
 
     def _put(self, data: bytes) -> None:
-        self.file.seek(self.at)
-        self.file.write(data)
+        files.write_at(self.descriptor, data, self.at)
         self.at += len(data)
 
 

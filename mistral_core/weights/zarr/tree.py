@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,16 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ... import strict_json
+from ...disk import files, reading
 from ...errors import (
-    CheckpointError,
     CorruptCheckpointError,
     LimitExceededError,
     MissingExtraError,
     ShapeMismatchError,
     UnexpectedTensorsError,
-    UnsafeFileError,
 )
-from .. import files
 from ..opened import StoredTensor
 from ..tensor_file import CODES, DTYPES, MAX_TENSORS, TensorFile, TensorInfo, quoted
 
@@ -230,22 +226,9 @@ def library() -> Any:
 def _stamps(directory: Path) -> dict[Path, tuple[int, int, int, int]]:
     """What changes when a file does, of every file; raises UnsafeFileError for anything but files and directories."""
     found: dict[Path, tuple[int, int, int, int]] = {}
-    pending = [directory]
-    while pending:
-        try:
-            with os.scandir(pending.pop()) as scanned:
-                entries = [(Path(entry.path), entry.is_symlink(), entry.stat()) for entry in scanned]
-        except OSError as cause:
-            raise CheckpointError(cause.errno, f"{directory}: cannot be read ({cause.strerror}).") from cause
-        for path, linked, status in entries:
-            if stat.S_ISDIR(status.st_mode) and not linked:
-                pending.append(path)
-            elif stat.S_ISREG(status.st_mode):
-                found[path] = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-            else:
-                raise UnsafeFileError(f"{quoted(str(path))}: neither a file nor a directory; refused.")
-        if len(found) + len(pending) > MAX_FILES:
-            raise LimitExceededError(f"{directory}: more than {MAX_FILES} files.")
+    for path in reading.files_below(directory, most=MAX_FILES).values():
+        status = reading.status_of(path)
+        found[path] = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
     return found
 
 

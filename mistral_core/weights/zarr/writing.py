@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import files, tensor_file
+from ...disk import files
+from .. import tensor_file
 from ..tensor_file import DTYPES, TensorInfo
 from .tree import METADATA, ZARR_NAMES
 

@@ -1,0 +1,328 @@
+"""The safe write: a file or a whole directory is the old one or the new one, never something between."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import socket
+import stat
+import time
+from collections.abc import Collection, Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+from ..errors import (
+    ConversionError,
+    MistralError,
+    NoSpaceError,
+    OutputBusyError,
+    OutputExistsError,
+    UnsafeFileError,
+)
+from .reading import PathLike, as_path
+
+WEIGHT_FILES = (
+    "model*.safetensors",
+    "model*.safetensors.index.json",
+    "consolidated*.safetensors",
+    "mistral_manifest.json",
+)
+"""What a rewritten checkpoint directory never keeps from its predecessor."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_EXCHANGE_UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_UNREADABLE_LOCK_SECONDS = 10.0
+
+
+def write_file(path: PathLike, data: bytes) -> None:
+    """Write a file atomically and durably; missing parents are made.
+
+    Raises NoSpaceError or ConversionError; an older file is then untouched.
+    """
+    path = as_path(path)
+    temporary = _sibling(path, "tmp")
+    with os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                write_at(descriptor, data, 0)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync(path.parent)
+
+
+@contextlib.contextmanager
+def opened_to_write(path: Path, *, new: bool = False) -> Iterator[int]:
+    """A descriptor of a file that is there, or of one that is `new`; no link is followed. Raises OSError."""
+    flags = os.O_CREAT | os.O_EXCL if new else 0
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o666)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all bytes at an offset; `os.pwrite` may write fewer."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+@contextlib.contextmanager
+def os_errors(path: PathLike) -> Iterator[None]:
+    """Turn OSErrors into NoSpaceError (`errno` kept) or ConversionError; errors of this project pass."""
+    try:
+        yield
+    except MistralError:
+        raise
+    except OSError as cause:
+        where = os.fsdecode(path)
+        if cause.errno in _FULL:
+            message = f"{where}: {cause.strerror}; free some space, what was there before is untouched."
+            raise NoSpaceError(cause.errno, message) from cause
+        raise ConversionError(f"{where}: cannot be written ({cause}); check the path and its rights.") from cause
+
+
+def check_bare_name(name: str, where: str) -> None:
+    """Raise UnsafeFileError unless a name out of a file is a plain file name on every system."""
+    if name in ("", ".", "..") or len(name) > 255 or any(c in "/\\:" or not c.isprintable() for c in name):
+        raise UnsafeFileError(f"{where}: {name[:200]!a} is not a bare file name; refused.")
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file name is one of `WEIGHT_FILES`."""
+    return _matches(name, WEIGHT_FILES)
+
+
+def _matches(name: str, patterns: Collection[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def require_space(directory: PathLike, size: int) -> None:
+    """Raise NoSpaceError unless `size` bytes and 5 % fit on the file system of a directory."""
+    needed, free = size + size // 20, shutil.disk_usage(os.fsdecode(directory)).free
+    if needed > free:
+        message = f"{os.fsdecode(directory)}: {needed} bytes are needed and {free} are free; free some space."
+        raise NoSpaceError(errno.ENOSPC, message)
+
+
+# A directory as one unit
+
+
+@contextlib.contextmanager
+def atomic_directory(
+    target: PathLike, *, overwrite: bool = True, replaces: Collection[str] = WEIGHT_FILES
+) -> Iterator[Path]:
+    """Yield an empty sibling directory that takes the place of `target` if, and only if, the body succeeds.
+
+    What the old directory has and the new one lacks is carried along, but for names that match one of `replaces`.
+    Raises OutputExistsError, OutputBusyError, NoSpaceError, ConversionError; the old one is then untouched.
+    """
+    path = _checked(target, overwrite)
+    with os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path):
+            _sweep(path)
+            _checked(path, overwrite)
+            temporary = _sibling(path, "tmp")
+            temporary.mkdir()
+            try:
+                yield temporary
+                if path.exists():
+                    _carry(path, temporary, replaces)
+                    temporary.chmod(stat.S_IMODE(path.stat().st_mode))
+                sync_tree(temporary)
+                _swap(temporary, path)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _checked(target: PathLike, overwrite: bool) -> Path:
+    """The real path of a directory that may be replaced as a whole."""
+    path = Path(os.path.realpath(as_path(target)))
+    if not overwrite and os.path.lexists(path):
+        raise OutputExistsError(f"{path}: is there already; choose another path or pass overwrite=True.")
+    if path.exists() and not path.is_dir():
+        raise ConversionError(f"{path}: is a file; a directory was expected.")
+    if os.path.ismount(path):
+        raise ConversionError(f"{path}: is a mount point and cannot be replaced; write to a directory in it.")
+    if Path.cwd().is_relative_to(path):
+        raise ConversionError(f"{path}: holds the current directory and cannot be replaced; cd elsewhere.")
+    return path
+
+
+def _sibling(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _sweep(path: Path) -> None:
+    """Remove what dead processes left beside `path`; a directory lost between two renames comes back."""
+    for kind in ("old", "tmp"):
+        prefix = f".{path.name}.{kind}-"
+        for entry in [e for e in os.scandir(path.parent) if e.name.startswith(prefix)]:
+            pid = entry.name.removeprefix(prefix).partition("-")[0]
+            # our own pid is stale too: we hold the lock, and in containers pids repeat
+            if not pid.isdigit() or (int(pid) != os.getpid() and _start_time(int(pid)) is not None):
+                continue
+            if kind == "old" and not path.exists():
+                os.rename(entry.path, path)
+            else:
+                shutil.rmtree(entry.path, ignore_errors=True)
+
+
+def _carry(old: Path, new: Path, replaces: Collection[str]) -> None:
+    """Bring along what is not replaced."""
+    for entry in os.scandir(old):
+        destination = new / entry.name
+        if os.path.lexists(destination) or _matches(entry.name, replaces):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            shutil.copytree(entry.path, destination, symlinks=True, copy_function=_link)
+        else:
+            _link(entry.path, destination)
+
+
+def _link(source: str, destination: PathLike) -> None:
+    try:
+        os.link(source, destination, follow_symlinks=False)
+    except OSError:  # file systems without hard links
+        shutil.copy2(source, os.fsdecode(destination), follow_symlinks=False)
+
+
+def sync_tree(directory: Path) -> None:
+    """Let every file and directory below a directory reach the disk."""
+    for root, _, names in os.walk(directory):
+        for name in names:
+            if stat.S_ISREG(os.lstat(os.path.join(root, name)).st_mode):
+                _sync(os.path.join(root, name))
+        _sync(root)
+
+
+def _sync(path: PathLike) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _swap(new: Path, target: Path) -> None:
+    """Put `new` in the place of `target`; what was there is afterwards at `new`, or gone."""
+    if not target.exists():
+        os.rename(new, target)
+    elif not _exchange(new, target):
+        old = _sibling(target, "old")
+        os.rename(target, old)
+        try:
+            os.rename(new, target)
+        except BaseException:
+            os.rename(old, target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    _sync(target.parent)
+
+
+def _exchange(new: Path, target: Path) -> bool:
+    """Swap two paths in one step; False where the system or its file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(target), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code not in _EXCHANGE_UNSUPPORTED:
+        raise OSError(code, os.strerror(code), str(target))
+    return False
+
+
+# The lock
+
+
+@contextlib.contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    lock = target.with_name(f"{target.name}.lock")
+    while not _create_lock(lock):
+        if not _remove_stale(lock):
+            raise OutputBusyError(
+                f"{target}: another process is writing it; wait for it, or remove {lock} if there is none."
+            )
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def _create_lock(lock: Path) -> bool:
+    try:
+        descriptor = os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileExistsError:
+        return False
+    owner = {"pid": os.getpid(), "host": socket.gethostname(), "start": _start_time(os.getpid())}
+    try:
+        write_at(descriptor, json.dumps(owner).encode(), 0)
+    except BaseException:  # a full disk, say: an empty lock would seem to be someone's
+        lock.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _remove_stale(lock: Path) -> bool:
+    """True where no live process holds the lock any more."""
+    try:
+        descriptor = os.open(lock, os.O_RDWR)
+    except FileNotFoundError:
+        return True
+    try:
+        # two may find the same stale lock: the second must not remove the new lock of the first
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if not lock.exists() or os.fstat(descriptor).st_ino != lock.stat().st_ino:
+            return True
+        if _alive(os.read(descriptor, 4096), os.fstat(descriptor).st_mtime):
+            return False
+        lock.unlink()
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def _alive(owner: bytes, written: float) -> bool:
+    try:
+        values = json.loads(owner)
+        pid, host, start = int(values["pid"]), values["host"], values["start"]
+    except (ValueError, KeyError, TypeError):  # being written, or cut off by a crash
+        return time.time() - written < _UNREADABLE_LOCK_SECONDS
+    return host != socket.gethostname() or (start is not None and start == _start_time(pid))
+
+
+def _start_time(pid: int) -> int | None:
+    """When a process started, in the system's own unit; None if there is no such process."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return None if fields[0] in (b"Z", b"X") else int(fields[19])
+    except FileNotFoundError:
+        if Path("/proc/self/stat").exists():
+            return None
+    try:
+        os.kill(pid, 0)  # no /proc: existence is all there is to ask
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return 0

@@ -1,0 +1,219 @@
+"""The one way to read a file: a regular one, of bounded size, found without leaving its directory."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Generator, Iterator
+from pathlib import Path, PosixPath
+from typing import Any
+
+from ..errors import CheckpointError, CheckpointNotFoundError, LimitExceededError, UnsafeFileError
+from . import limits
+from .folder import Folder, check_regular
+
+PathLike = str | bytes | os.PathLike[str]
+
+
+class HeldPath(PosixPath):
+    """A path below a directory that is held open: everything is read from the directory as it was then.
+
+    It is written and compared as any other path. What is joined to it is held too.
+    """
+
+    folder: Folder | None = None
+
+    def __truediv__(self, key: Any) -> HeldPath:
+        return self._held(super().__truediv__(key))
+
+    def joinpath(self, *parts: Any) -> HeldPath:
+        """As `/`."""
+        return self._held(super().joinpath(*parts))
+
+    def with_name(self, name: str) -> HeldPath:
+        """Another name in the same directory."""
+        return self._held(super().with_name(name))
+
+    def absolute(self) -> HeldPath:
+        """The same place by its absolute path."""
+        return self._held(super().absolute())
+
+    @property
+    def parent(self) -> HeldPath:
+        """The directory that it lies in, held if it is not above the one that is."""
+        return self._held(super().parent)
+
+    def exists(self, *_: Any, **__: Any) -> bool:
+        """Whether anything stands under the name, be it a link that leads nowhere."""
+        return self._status(links=False) is not None
+
+    def is_file(self, *_: Any, **__: Any) -> bool:
+        """Whether it is a regular file."""
+        found = self._status(links=True)
+        return found is not None and stat.S_ISREG(found.st_mode)
+
+    def is_dir(self, *_: Any, **__: Any) -> bool:
+        """Whether it is a directory."""
+        found = self._status(links=True)
+        return found is not None and stat.S_ISDIR(found.st_mode)
+
+    def is_symlink(self) -> bool:
+        """Whether it is a link."""
+        found = self._status(links=False)
+        return found is not None and stat.S_ISLNK(found.st_mode)
+
+    def iterdir(self) -> Generator[HeldPath, None, None]:
+        """What the directory holds, sorted by name."""
+        yield from [self / name for name in names(self)]
+
+    def _held(self, path: Path) -> HeldPath:
+        held = HeldPath(path)
+        held.folder = self.folder
+        return held
+
+    def _status(self, *, links: bool) -> os.stat_result | None:
+        try:
+            with _placed(self) as (folder, name):
+                return (folder.status if links else folder.link_status)(name, str(self))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+
+def held(path: Path) -> Path:
+    """The path with its directory held open: itself if it is one, else the one that it lies in.
+
+    A path that leads nowhere is given back as it is.
+    """
+    if isinstance(path, HeldPath):
+        return path
+    try:
+        folder = Folder(path if os.path.isdir(path) else path.parent)
+    except (OSError, ValueError):
+        return path
+    found = HeldPath(path)
+    found.folder = folder
+    return found
+
+
+def as_path(path: PathLike) -> Path:
+    """A Path of a str, bytes or path-like, `~` expanded; a held one stays what it is."""
+    return path if isinstance(path, HeldPath) else Path(os.path.expanduser(os.fsdecode(path)))
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """A descriptor of a regular file; a FIFO or a device neither blocks nor is read, a link leads nowhere else.
+
+    Raises CheckpointNotFoundError, UnsafeFileError, CorruptCheckpointError (the directory was replaced since it is
+    held), CheckpointError with the system's `errno`, also for what the body raises.
+    """
+    with _typed(path), _placed(path) as (folder, name), folder.opened(name, str(path)) as descriptor:
+        yield descriptor
+
+
+def read(path: Path, *, limit: int = limits.JSON_BYTES, what: str = "") -> bytes:
+    """The whole of a small file; raises what `opened` raises, and LimitExceededError above `limit` bytes."""
+    with opened(path) as descriptor:
+        size = os.fstat(descriptor).st_size
+        data = _filled(descriptor, limit + 1) if size <= limit else b""
+        if max(size, len(data)) > limit:
+            raise LimitExceededError(f"{path}: {max(size, len(data))} bytes{what}; at most {limit} are read.")
+        return data
+
+
+def head(path: Path, count: int) -> bytes:
+    """At most `count` bytes of the beginning of a file; raises what `opened` raises."""
+    with opened(path) as descriptor:
+        return os.pread(descriptor, count, 0)
+
+
+def status_of(path: Path) -> os.stat_result:
+    """What the system says of a regular file, without opening it; raises what `opened` raises."""
+    with _typed(path), _placed(path) as (folder, name):
+        found = folder.status(name, str(path))
+    check_regular(found, str(path))
+    return found
+
+
+def size_of(path: Path) -> int:
+    """The bytes of a regular file; raises what `opened` raises."""
+    return status_of(path).st_size
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a whole file, in hexadecimal; raises what `opened` raises."""
+    found = hashlib.sha256()
+    buffer = memoryview(bytearray(1 << 20))
+    with opened(path) as descriptor:
+        while count := os.readv(descriptor, [buffer]):
+            found.update(buffer[:count])
+    return found.hexdigest()
+
+
+def names(path: Path) -> list[str]:
+    """What a directory holds, sorted; raises what `opened` raises, and LimitExceededError."""
+    with _typed(path), _placed(path) as (folder, name):
+        found = folder.names(name, str(path))
+    limits.check(len(found), limits.FILES, what="files", where=str(path))
+    return found
+
+
+def files_below(path: Path, *, most: int = limits.FILES) -> dict[str, Path]:
+    """Every file below a directory by its relative name, links to files among them; no other directory is entered.
+
+    Raises UnsafeFileError for what is neither a file nor a directory, LimitExceededError.
+    """
+    root = held(path)
+    found: dict[str, Path] = {}
+    pending = [""]
+    while pending:
+        before = pending.pop()
+        for name in names(root / before):
+            each = root / before / name
+            inner = f"{before}/{name}" if before else name
+            if each.is_dir() and not each.is_symlink():
+                pending.append(inner)
+            else:
+                found[inner] = each
+        limits.check(len(found) + len(pending), most, what="files", where=str(path))
+    return dict(sorted(found.items()))
+
+
+def _filled(descriptor: int, most: int) -> bytes:
+    parts: list[bytes] = []
+    while most and (part := os.read(descriptor, min(most, 1 << 20))):
+        parts.append(part)
+        most -= len(part)
+    return b"".join(parts)
+
+
+@contextlib.contextmanager
+def _placed(path: Path) -> Iterator[tuple[Folder, str]]:
+    """The folder that a path is looked up in, and its name there."""
+    if "\0" in str(path):
+        raise UnsafeFileError(f"{str(path)!a}: holds a NUL, which no path has.")
+    folder: Folder | None = getattr(path, "folder", None)
+    for root in (folder.path, folder.absolute) if folder else ():
+        if folder and path.is_relative_to(root):
+            yield folder, path.relative_to(root).as_posix()
+            return
+    alone = Folder(Path(os.path.dirname(path) or "."))
+    try:
+        yield alone, os.path.basename(path) or "."
+    finally:
+        alone.close()
+
+
+@contextlib.contextmanager
+def _typed(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except FileNotFoundError as cause:
+        raise CheckpointNotFoundError(errno.ENOENT, f"{path}: no such file; check the path.") from cause
+    except OSError as cause:
+        raise CheckpointError(cause.errno, f"{path}: cannot be read ({cause.strerror}).") from cause
