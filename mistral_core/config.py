@@ -157,6 +157,23 @@ class MistralConfig:
         """`dtype` by its older name."""
         return self.dtype
 
+    # What clients of transformers' configs read
+
+    is_encoder_decoder = False
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    def note(self, **facts: str) -> None:
+        """Tell a model's copy its `name_or_path` and `attn_implementation`: for those who ask, no part of the value."""
+        self.__dict__.update({f"_{name}": fact for name, fact in facts.items()})
+
+    _name_or_path = ""
+    _attn_implementation = None
+
+    @property
+    def name_or_path(self) -> str:
+        """Where a model that has this config was loaded from."""
+        return self._name_or_path
+
     def get_text_config(self, **options: Any) -> MistralConfig:
         """Itself, as training libraries ask of models that also see or hear."""
         return self

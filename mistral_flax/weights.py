@@ -45,6 +45,8 @@ class _Snapshot:
 class PreTrainedModel(nnx.Module):
     """A Mistral class: its config, and its way to and from checkpoints."""
 
+    framework = "flax"
+    main_input_name = "input_ids"
     architecture: str
     """The name of the Mistral class that this one is, or extends."""
 
@@ -99,6 +101,7 @@ class PreTrainedModel(nnx.Module):
             model.set_parameter(name, array, device=device)
             del array  # before the next one comes
         model.generation_config = loaded.generation_config
+        model.config.note(name_or_path=str(path))
         return model
 
     def save_pretrained(
@@ -168,7 +171,17 @@ class PreTrainedModel(nnx.Module):
             self.set_parameter(name, np.array(arrays[name]))
         return self
 
-    # What training scripts written for transformers call
+    # What scripts written for transformers call
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Whether the class has `generate`."""
+        return hasattr(cls, "generate")
+
+    @property
+    def name_or_path(self) -> str:
+        """Where the model was loaded from."""
+        return self.config.name_or_path
 
     def num_parameters(self, *, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """How many numbers the model has; tied ones count once."""

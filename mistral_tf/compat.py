@@ -28,9 +28,6 @@ OWN_LOSS = ("auto", "auto_with_warning", "passthrough")
 class TFMistralPreTrainedModel(PreTrainedModel):
     """What differs from this package's classes: what `from_pretrained` loads into, and arguments by position."""
 
-    framework = "tf"
-    main_input_name = "input_ids"
-
     @classmethod
     def from_pretrained(
         cls,
@@ -93,11 +90,6 @@ class TFMistralPreTrainedModel(PreTrainedModel):
     def num_parameters(self, only_trainable: bool = False, **options: Any) -> int:
         """How many numbers the model has; tied ones count once."""
         return super().num_parameters(only_trainable=only_trainable, **options)
-
-    @classmethod
-    def can_generate(cls) -> bool:
-        """Whether the class has `generate`."""
-        return hasattr(cls, "generate")
 
 
 class TFMistralModel(TFMistralPreTrainedModel, MistralModel):

@@ -26,6 +26,9 @@ from .fit import KerasModel
 class PreTrainedModel(KerasModel):
     """A Mistral class: its config, and its way to and from checkpoints."""
 
+    framework = "tf"
+    main_input_name = "input_ids"
+
     def __init__(self, config: MistralConfig, *, dtype: Any = None, name: str | None = None) -> None:
         super().__init__(dtype=as_policy(dtype), name=name)
         self.generation_config = GenerationConfig.from_model_config(config)
@@ -74,6 +77,7 @@ class PreTrainedModel(KerasModel):
                 model.set_parameter(name, array)
                 del array  # before the next one comes
         model.generation_config = loaded.generation_config
+        model.config.note(name_or_path=str(path))
         return model
 
     def save_pretrained(
@@ -140,7 +144,17 @@ class PreTrainedModel(KerasModel):
             self.set_parameter(name, np.array(arrays[name]))
         return self
 
-    # What training scripts written for transformers call
+    # What scripts written for transformers call
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Whether the class has `generate`."""
+        return hasattr(cls, "generate")
+
+    @property
+    def name_or_path(self) -> str:
+        """Where the model was loaded from."""
+        return self.config.name_or_path
 
     def num_parameters(self, *, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """How many numbers the model has; tied ones count once."""

@@ -39,7 +39,8 @@ class MistralForCausalLM(PreTrainedModel):
     def tie_weights(self) -> None:
         """Make head and embedding one tensor where the config ties them."""
         if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            # put there, not assigned: under accelerate's init_empty_weights an assignment makes a copy
+            self.lm_head._parameters["weight"] = self.model.embed_tokens.weight
 
     def forward(
         self,

@@ -13,6 +13,7 @@ from mistral_core.outputs import ModelOutput
 from .arrays import model_inputs
 from .cache import KVCache
 from .checkpointing import checkpointed
+from .compat import attention_name
 from .layers import DecoderLayer, RMSNorm, rotary, token_order, token_positions
 from .weights import PreTrainedModel
 
@@ -27,6 +28,7 @@ class MistralModel(PreTrainedModel):
         self.layers = nn.ModuleList(
             DecoderLayer(config, window, attn_implementation) for window in config.layer_windows
         )
+        self.config.note(attn_implementation=attention_name(attn_implementation))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing: dict[str, Any] | None = None
         self.initialise()

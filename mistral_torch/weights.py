@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -11,31 +11,30 @@ import torch
 from torch import Tensor, nn
 
 from mistral_core import GenerationConfig, MistralConfig
-from mistral_core.errors import UnsupportedFeatureError
+from mistral_core.errors import MissingTensorsError
 from mistral_core.parameters import BASE_PREFIX, HEADS, parameters, shapes
 from mistral_core.weights import pretrained, push
 from mistral_core.weights.hf_arguments import check_saving, translated
 from mistral_core.weights.resizing import VOCABULARY, resized_config, resized_rows
 
 from .arrays import as_device, as_dtype, from_numpy, to_numpy
+from .compat import AsTransformers, execution_device, kept_parameter
 
 
-class PreTrainedModel(nn.Module):
+class PreTrainedModel(AsTransformers, nn.Module):
     """A Mistral class: its config, and its way to and from checkpoints."""
 
     architecture: str
     """The name of the Mistral class that this one is, or extends."""
 
     def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
         if cls.__name__ in HEADS:
             cls.architecture = cls.__name__
-
-    accepts_loss_kwargs = False  # what transformers' Trainer asks: the loss is a mean over this call's own labels
 
     def __init__(self, config: MistralConfig) -> None:
         super().__init__()
         self.generation_config = GenerationConfig.from_model_config(config)
+        self.name_or_path = ""
         self.register_load_state_dict_post_hook(_tie)
 
     @classmethod
@@ -77,6 +76,8 @@ class PreTrainedModel(nn.Module):
             del array  # before the next one comes
         model.tie_weights()
         model.generation_config = loaded.generation_config
+        model.name_or_path = str(path)
+        model.config.note(name_or_path=model.name_or_path)
         return model.eval()
 
     def save_pretrained(
@@ -89,14 +90,20 @@ class PreTrainedModel(nn.Module):
     ) -> None:
         """Write config, generation config and safetensors in one atomic step, verified before the swap.
 
-        Files of other kinds that are already there stay. `options` are transformers' (safe_serialization=True); what
-        they ask for and is not here raises UnsupportedFeatureError. Raises ConversionError and its kind.
+        Files of other kinds that are already there stay. `options` are transformers': `state_dict` (its tensors in
+        place of the model's), `is_main_process` (False writes nothing), `save_function` (ours writes); what they ask
+        for and is not here raises UnsupportedFeatureError. Raises ConversionError and its kind.
         """
+        state = options.pop("state_dict", None)
+        is_writer = options.pop("is_main_process", True)
+        options.pop("save_function", None)
         check_saving(options)
+        if not is_writer:
+            return
         pretrained.save(
             directory,
             self.config,
-            self.named_arrays(),
+            self.named_arrays() if state is None else self._arrays_of(state),
             architecture=self.architecture,
             generation_config=self.generation_config,
             max_shard_size=max_shard_size,
@@ -131,7 +138,18 @@ class PreTrainedModel(nn.Module):
     def named_arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yield (canonical name, NumPy array) of every tensor of the model, in table order."""
         for name, _ in parameters(self.config, self.architecture):
-            yield name, to_numpy(self.get_parameter(self._own_name(name)))
+            yield name, to_numpy(kept_parameter(self, self._own_name(name)))
+
+    def _arrays_of(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, np.ndarray]]:
+        """What `named_arrays` yields, from a state dict; raises MissingTensorsError."""
+        names = [name for name, _ in parameters(self.config, self.architecture)]
+        missing = [name for name in names if self._own_name(name) not in state]
+        if missing:
+            raise MissingTensorsError(
+                f"state_dict: {len(missing)} tensors are missing, {missing[0]!r} among them; give what "
+                "model.state_dict() returns, or leave it out."
+            )
+        return ((name, to_numpy(state[self._own_name(name)])) for name in names)
 
     def set_parameter(self, name: str, array: np.ndarray, *, device: torch.device | str | None = None) -> None:
         """Let the parameter of this canonical name hold an array."""
@@ -147,7 +165,12 @@ class PreTrainedModel(nn.Module):
         self.tie_weights()
         return self
 
-    # What training scripts written for transformers call
+    # What scripts written for transformers call
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Whether the class has `generate`."""
+        return hasattr(cls, "generate")
 
     def num_parameters(self, *, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """How many numbers the model has; tied ones count once."""
@@ -209,32 +232,6 @@ class PreTrainedModel(nn.Module):
         """Keep activations again."""
         self.base_model.gradient_checkpointing = None
 
-    def activation_checkpointing_enable(
-        self,
-        activation_checkpointing_kwargs: dict[str, Any] | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
-    ) -> None:
-        """`gradient_checkpointing_enable` as the Trainer of transformers 5 calls it; every layer, nothing offloaded."""
-        if every_n_layers != 1 or offload:
-            raise UnsupportedFeatureError(
-                f"activation checkpointing: every_n_layers={every_n_layers!r}, offload={offload!r}; every layer is "
-                "checkpointed where it computes, leave them out."
-            )
-        self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """Whether gradient checkpointing is enabled."""
-        return self.base_model.gradient_checkpointing is not None
-
-    def add_model_tags(self, tags: Any) -> None:
-        """Nothing: tags belong to a model card, which is not written here."""
-
-    def enable_input_require_grads(self) -> None:
-        """Let gradients reach the embeddings' output though they are frozen, as reentrant checkpointing needs."""
-        self.get_input_embeddings().register_forward_hook(_require_grad)
-
     @property
     def base_model(self) -> nn.Module:
         """The MistralModel inside, or itself."""
@@ -269,8 +266,9 @@ class PreTrainedModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.parameters()).device
+        """Where the parameters are, or, while accelerate keeps them elsewhere, where it computes with them."""
+        device = next(self.parameters()).device
+        return execution_device(self) or device if device.type == "meta" else device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -288,12 +286,12 @@ class PreTrainedModel(nn.Module):
         return name.removeprefix(BASE_PREFIX) if self.architecture == "MistralModel" else name
 
 
-def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
-    output.requires_grad_(True)
-
-
 def _tie(module: PreTrainedModel, keys: Any) -> None:
+    """After `load_state_dict`: a tied tensor that a file leaves out is not missing."""
     module.tie_weights()
+    for tied, source in module._tied_weights_keys.items():
+        if tied in keys.missing_keys and source not in keys.missing_keys:
+            keys.missing_keys.remove(tied)
 
 
 def _name(dtype: Any) -> str:

@@ -49,10 +49,7 @@ OWN_NAMES = {
     "attend_splash": "the fused kernels differ by framework",
     "default": "JAX: the kernel of a device",
     "prepare_inputs_for_generation": "torch: peft asks for it",
-    "activation_checkpointing_enable": "torch: transformers' Trainer calls gradient checkpointing so",
-    "is_gradient_checkpointing": "torch: trl asks for it",
-    "add_model_tags": "torch: trl asks for it",
-    "enable_input_require_grads": "torch: JAX and TensorFlow ask for gradients by name",
+    "name_or_path": "torch: an attribute of its own, as peft reads it from the instance",
     "param_dtype": "JAX: see the parameter",
     "is_mapped": "torch: torch.func",
     "one_by_one": "JAX: one of two ways to run the layers (scan.py)",
@@ -62,7 +59,7 @@ OWN_NAMES = {
 }
 OWN_FILES = {
     "compiled.py": "torch's compiler is asked for, function by function; JAX and TensorFlow always compile",
-    "compat.py": "transformers' Flax and TF classes had names of their own; its torch classes have ours",
+    "compat.py": "each framework has other guests: torch trainers and adapters, Flax and TF old names of classes",
     "scan.py": "JAX compiles every layer anew unless it scans",
     "fit.py": "Keras models train themselves",
     "pickles.py": "PyTorch's own files, which only torch may read; a format of checkpoints, no part of the backend",

@@ -127,3 +127,18 @@ def test_fresh_models_are_drawn_with_initializer_range(backend):
     assert 0.45 < arrays["model.layers.2.mlp.up_proj.weight"].std() < 0.55
     assert 0.45 < arrays["lm_head.weight"].std() < 0.55
     assert (arrays["model.norm.weight"] == 1).all()
+
+
+def test_what_clients_of_transformers_models_read(backend, tmp_path):
+    save(tmp_path)
+    written = (tmp_path / "config.json").read_bytes()
+    model = backend.MistralForCausalLM.from_pretrained(tmp_path)
+    assert model.name_or_path == model.config.name_or_path == str(tmp_path)
+    assert model.main_input_name == "input_ids"
+    assert model.framework == {"torch": "pt"}.get(backend.__name__[8:], backend.__name__[8:])
+    assert model.can_generate()
+    assert not backend.MistralForTokenClassification.can_generate()
+    assert model.config.is_encoder_decoder is False
+    assert backend.MistralModel(TINY).name_or_path == ""
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == written

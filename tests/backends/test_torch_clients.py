@@ -1,0 +1,196 @@
+"""PyTorch models in the hands of transformers, accelerate and peft; tests/clients has what takes more."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mistral_torch
+from conformance.weights import random_parameters
+from mistral_core.errors import InputError, MissingTensorsError, UnknownFieldError
+from mistral_core.presets import TINY
+
+transformers = pytest.importorskip("transformers")
+accelerate = pytest.importorskip("accelerate")
+
+CONFIG = TINY.replace(num_hidden_layers=2)
+IDS = torch.from_numpy(np.random.default_rng(0).integers(3, TINY.vocab_size, (3, 10)))
+TIED = pytest.mark.parametrize("tied", [False, True])
+CLASSES = [
+    name
+    for name in mistral_torch.__all__
+    if name.startswith("Mistral") and hasattr(getattr(mistral_torch, name), "forward")
+]
+
+
+def make(architecture="MistralForCausalLM", *, tied=False):
+    config = CONFIG.replace(tie_word_embeddings=tied)
+    model = getattr(mistral_torch, architecture)(config)
+    return model.load_arrays(random_parameters(config, architecture)).eval()
+
+
+def same(model, other):
+    return all(torch.equal(a, other.get_parameter(name)) for name, a in model.named_parameters())
+
+
+# What a model is for a client
+
+
+@pytest.mark.parametrize("architecture", CLASSES)
+def test_a_model_is_seen_as_a_pretrained_model(architecture):
+    model = make(architecture)
+    own = getattr(mistral_torch, architecture)
+    assert isinstance(model, transformers.PreTrainedModel)
+    assert isinstance(model, own)
+    assert not isinstance(model, transformers.GPT2PreTrainedModel)
+    assert type(model) is own
+    assert model.__class__.__name__ == architecture
+    assert model.__class__.from_pretrained.__func__ is own.from_pretrained.__func__
+    assert not issubclass(own, transformers.PreTrainedModel)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, *(lambda m, p=p: pickle.loads(pickle.dumps(m, p)) for p in (0, 2, 5))]
+)
+def test_a_model_that_is_seen_so_is_copied_and_pickled(copied):
+    model = make()
+    again = copied(model)
+    assert type(again) is type(model)
+    assert same(model, again)
+
+
+def test_a_model_given_another_class_has_it():
+    """As PyTorch's FSDP does: it derives a class from `__class__` and assigns it."""
+    model = make()
+    model.__class__ = type("Wrapped", (model.__class__,), {})
+    assert type(model).__name__ == "Wrapped"
+    assert isinstance(model, mistral_torch.MistralForCausalLM)
+    assert model(IDS).logits.shape == (*IDS.shape, CONFIG.vocab_size)
+
+
+TOLD = (
+    "_is_stateful", "_keep_in_fp32_modules", "_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected",
+    "_keys_to_ignore_on_save", "_no_split_modules", "_skip_keys_device_placement", "_supports_attention_backend",
+    "_supports_flash_attn", "_supports_flex_attn", "_supports_sdpa", "_tied_weights_keys", "all_tied_weights_keys",
+    "base_model", "base_model_prefix", "config", "device", "dtype", "generation_config", "input_modalities",
+    "is_activation_checkpointing", "is_gradient_checkpointing", "main_input_name", "model_tags", "name_or_path",
+    "supports_gradient_checkpointing", "warnings_issued",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", CLASSES)
+def test_what_clients_read_is_there(architecture):
+    model = make(architecture)
+    for name in TOLD:
+        getattr(model, name)
+    assert model.can_generate() == (architecture == "MistralForCausalLM")
+    assert model.main_input_name == "input_ids"
+    assert model.framework == "pt"
+    assert model.get_decoder() is model.base_model
+    layers = {type(module).__name__ for module in model.modules()}
+    assert set(model._no_split_modules) <= layers
+    model.warnings_issued["estimate_tokens"] = True
+    assert model.warnings_issued == {"estimate_tokens": True}
+    assert make(architecture).warnings_issued == {}
+    model.add_model_tags("trl")
+    model.add_model_tags(["sft"])
+    assert model.model_tags == ["trl", "sft"]
+    assert type(model).model_tags is None
+
+
+@TIED
+def test_tied_tensors_are_named(tied):
+    model = make(tied=tied)
+    assert model._tied_weights_keys == ({"lm_head.weight": "model.embed_tokens.weight"} if tied else {})
+    bytes_of_one = model.lm_head.weight.numel() * 4
+    assert make(tied=False).get_memory_footprint() - make(tied=True).get_memory_footprint() == bytes_of_one
+
+
+def test_the_decoder_is_replaced():
+    model, other = make(tied=True), mistral_torch.MistralModel(CONFIG.replace(tie_word_embeddings=True))
+    model.set_decoder(other)
+    assert model.get_decoder() is other
+    assert model.lm_head.weight is other.embed_tokens.weight
+
+
+@pytest.mark.parametrize(("given", "told"), [(None, "sdpa"), ("eager", "eager"), ("flex", "flex_attention")])
+def test_what_clients_read_of_a_config(given, told, tmp_path):
+    make().save_pretrained(tmp_path)
+    written = (tmp_path / "config.json").read_bytes()
+    model = mistral_torch.MistralForCausalLM.from_pretrained(tmp_path, attn_implementation=given)
+    config = model.config
+    assert config._attn_implementation == model.base_model.config._attn_implementation == told
+    assert model.name_or_path == config.name_or_path == config._name_or_path == str(tmp_path)
+    assert config.is_encoder_decoder is False
+    assert config.get_text_config() is config
+    assert config.use_return_dict is True
+    config.use_cache = False
+    assert config._attn_implementation == told
+    with pytest.raises(UnknownFieldError):
+        config.use_chache = False
+    config.use_cache = True
+    model.save_pretrained(tmp_path)  # nothing of it is written
+    assert (tmp_path / "config.json").read_bytes() == written
+
+
+def test_a_fresh_model_comes_from_nowhere():
+    model = make()
+    assert model.name_or_path == model.config.name_or_path == ""
+
+
+# Saving, as the Trainer, accelerate and FSDP call it
+
+
+@TIED
+def test_another_state_is_saved(tied, tmp_path):
+    model, other = make(tied=tied), make(tied=tied)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(2)
+    model.save_pretrained(tmp_path, state_dict=other.state_dict(), is_main_process=True, save_function=torch.save)
+    assert same(other, mistral_torch.MistralForCausalLM.from_pretrained(tmp_path))
+    state = other.state_dict()
+    del state["model.norm.weight"]
+    with pytest.raises(MissingTensorsError, match="model.norm.weight"):
+        model.save_pretrained(tmp_path, state_dict=state)
+
+
+def test_another_process_than_the_main_one_writes_nothing(tmp_path):
+    make().save_pretrained(tmp_path / "model", is_main_process=False)
+    assert not (tmp_path / "model").exists()
+
+
+@TIED
+def test_a_saved_file_is_a_whole_state_dict(tied, tmp_path):
+    model = make(tied=tied)
+    model.save_pretrained(tmp_path)
+    again = mistral_torch.MistralForCausalLM(model.config)
+    state = load_file(tmp_path / "model.safetensors")
+    again.load_state_dict(state)
+    assert same(model, again)
+    del state["model.embed_tokens.weight"]
+    with pytest.raises(RuntimeError, match="embed_tokens"):
+        again.load_state_dict(state)
+
+
+# accelerate
+
+
+@TIED
+def test_empty_weights_are_loaded(tied, tmp_path):
+    model = make(tied=tied)
+    model.save_pretrained(tmp_path)
+    with accelerate.init_empty_weights():
+        empty = mistral_torch.AutoModelForCausalLM.from_config(mistral_torch.AutoConfig.from_pretrained(tmp_path))
+    assert empty.device.type == "meta"
+    with pytest.raises(InputError, match="embed_tokens.weight.*meta"):
+        empty.save_pretrained(tmp_path / "empty")
+    loaded = accelerate.load_checkpoint_and_dispatch(empty, tmp_path, device_map={"": "cpu"})
+    assert same(model, loaded)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
