@@ -1,4 +1,4 @@
-"""What Keras does with a finished model: call, compile, fit, evaluate, predict, save, export.
+"""What Keras does with a finished model: call, compile, fit, evaluate, predict.
 
 Models answer with named tuples, and `fit` takes what users of Keras and of transformers have: a dictionary with the
 labels in it, (x, y) or (x, y, sample_weight), where x may be a dictionary. Without a `loss` it is the model's own (a
@@ -12,16 +12,17 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any
 
 import keras
 import tensorflow as tf
 from tensorflow import Tensor
 
-from mistral_core import GenerationConfig, MistralConfig, outputs
-from mistral_core.errors import InputError, UnsupportedFeatureError
+from mistral_core import outputs
+from mistral_core.errors import InputError
 
 from .losses import ALIASES, IGNORED, LOSSES, METRICS
+from .saving import SavedModel
 from .traces import changed
 
 OUTPUTS: dict[str, tuple[type[tuple[Any, ...]], tuple[str, ...]]] = {
@@ -37,7 +38,7 @@ LABELS = {"labels": "logits", "start_positions": "start_logits", "end_positions"
 """Argument of a call -> the field of the output that it is about."""
 
 
-class KerasModel(keras.Model):
+class KerasModel(SavedModel):
     """A Keras model whose weights exist at once, whose inputs keep their dtypes and whose output is a named tuple."""
 
     architecture: str
@@ -105,11 +106,19 @@ class KerasModel(keras.Model):
             **options,
         )
 
+    def get_compile_config(self) -> dict[str, Any] | None:
+        """What `compile_from_config` takes; None where the model is not compiled."""
+        config = super().get_compile_config()
+        return config and {**config, "optimizer_built": self.optimizer.built}
+
     def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Compile as a saved model was."""
+        """Compile as a saved model was; an optimizer that has seen no gradients yet has nothing to load."""
+        config = dict(config)
+        built = config.pop("optimizer_built", True)
         self._own_loss = config.get("loss") is None
         super().compile(**keras.saving.deserialize_keras_object(config))
-        self.optimizer.build(self.trainable_variables)
+        if built:
+            self.optimizer.build(self.trainable_variables)
 
     def _by_field(self, chosen: Any, made: Callable[[Any], Any]) -> Any:
         """A loss or metrics as `made` makes each, by the fields that they are about if the class has several."""
@@ -281,53 +290,6 @@ class KerasModel(keras.Model):
     def predict_on_batch(self, x: Any) -> Any:
         """The model's output, as NumPy arrays, for one batch."""
         return self._outputs[0](**super().predict_on_batch(_plain(x)))
-
-    def export(
-        self, filepath: Any, format: str = "tf_saved_model", *, input_signature: Any = None, **options: Any
-    ) -> None:
-        """Write a SavedModel whose endpoint `serve` maps a dictionary of inputs to one of outputs.
-
-        The inputs are `input_ids` and `attention_mask` [B, T] int32 of any size, or those of `input_signature`
-        (a dictionary of `keras.InputSpec`). Raises UnsupportedFeatureError for another format.
-        """
-        if format != "tf_saved_model":
-            raise UnsupportedFeatureError(f"export: format {format!r}; 'tf_saved_model' is the one there is.")
-        any_size = {name: keras.InputSpec("int32", [None, None], name=name) for name in ("input_ids", "attention_mask")}
-        archive = keras.export.ExportArchive()
-        archive.track(self)
-        archive.add_endpoint("serve", self._served, input_signature=[input_signature or any_size])
-        archive.write_out(filepath, **options)
-
-    def _served(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Named tensors; those of all layers are one, layers first."""
-        output = self.predict_step(inputs)
-        return {name: tf.stack(value) if isinstance(value, tuple) else value for name, value in output.items()}
-
-    # Saving
-
-    def __dir__(self) -> list[str]:
-        """All names but `base_model`: Keras saves what it finds by them, and the body has a name of its own."""
-        return [name for name in super().__dir__() if name != "base_model"]
-
-    def get_config(self) -> dict[str, Any]:
-        """What `from_config` makes the same model of, with fresh weights."""
-        return {
-            "config": self.config.to_dict(),
-            "generation_config": self.generation_config.to_dict(),
-            "dtype": keras.dtype_policies.serialize(self.dtype_policy),
-            "name": self.name,
-            "trainable": [layer.trainable for layer in self._flatten_layers()],
-        }
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
-        """A model of what `get_config` returned."""
-        policy = keras.dtype_policies.deserialize(config["dtype"])
-        model = cls(MistralConfig.from_dict(config["config"]), dtype=policy, name=config["name"])
-        model.generation_config = GenerationConfig.from_dict(config["generation_config"])
-        for layer, trainable in zip(model._flatten_layers(), config["trainable"], strict=True):
-            layer.trainable = trainable  # of those inside too, which come later
-        return model
 
 
 def _counted(y: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,6 +62,7 @@ OWN_FILES = {
     "compat.py": "each framework has other guests: torch trainers and adapters, Flax and TF old names of classes",
     "scan.py": "JAX compiles every layer anew unless it scans",
     "fit.py": "Keras models train themselves",
+    "saving.py": "Keras and TensorFlow have files of their own, and look for what to write in them",
     "pickles.py": "PyTorch's own files, which only torch may read; a format of checkpoints, no part of the backend",
     "traces.py": "TensorFlow: what it traced stays as it was; torch guards it, JAX finds it by its graph",
 }

@@ -246,15 +246,21 @@ assert "mistral_tf" not in sys.modules
 
 
 @pytest.mark.feature("Export")
-def test_export_serves_any_length_and_without_this_package(tmp_path):
+def test_export_serves_any_length_either_integer_and_without_this_package(tmp_path):
     model = make()
     model.export(tmp_path / "served", verbose=False)
     served = tf.saved_model.load(tmp_path / "served")
     layer = keras.layers.TFSMLayer(str(tmp_path / "served"), call_endpoint="serve")
-    for length in (1, 4, T):
-        inputs = {name: tf.constant(array[1:, -length:]) for name, array in INPUTS.items()}
+    for length, *dtypes in ((1, "int32", "int32"), (4, "int64", "int32"), (4, "int32", "int64"), (T, "int64", "int64")):
+        inputs = {
+            name: tf.constant(array[1:, -length:], dtype)
+            for (name, array), dtype in zip(INPUTS.items(), dtypes, strict=True)
+        }
         assert close(served.serve(inputs)["logits"], model(**inputs).logits)
         assert close(layer(inputs)["logits"], model(**inputs).logits)
+    for signature, dtype in (("serving_default", "int32"), ("int64_serving", "int64")):
+        inputs = {name: tf.constant(array, dtype) for name, array in INPUTS.items()}
+        assert close(served.signatures[signature](**inputs)["logits"], model(**INPUTS).logits)
     with pytest.raises(UnsupportedFeatureError, match="tf_saved_model"):
         model.export(tmp_path / "other", format="onnx")
     np.savez(tmp_path / "data.npz", ids=IDS, mask=MASK, logits=model(**INPUTS).logits)
@@ -267,9 +273,10 @@ def test_export_of_one_s_own_signature(tmp_path):
     signature = {"input_ids": keras.InputSpec("int32", [B, T], name="input_ids")}
     model.export(tmp_path / "served", input_signature=signature, verbose=False)
     served = tf.saved_model.load(tmp_path / "served")
-    out = served.serve({"input_ids": tf.constant(IDS)})
-    assert close(out["logits"], model(IDS).logits)
-    assert close(out["hidden_states"], model(IDS).hidden_states)
+    for dtype in ("int32", "int64"):
+        out = served.serve({"input_ids": tf.constant(IDS, dtype)})
+        assert close(out["logits"], model(IDS).logits)
+        assert close(out["hidden_states"], model(IDS).hidden_states)
 
 
 @pytest.mark.feature("Resize token embeddings")
