@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +25,8 @@ from . import config_checks, strict_json
 from .disk import files as safe_files
 from .disk import reading
 from .errors import CheckpointNotFoundError, ConfigError, UnknownFieldError
+from .telling import nearest, warn
 
-LAYER_TYPES = ("full_attention", "sliding_attention")
 CONFIG_FILES = ("config.json", "params.json")
 
 BUILT_IN = (
@@ -46,6 +46,38 @@ BUILT_IN = (
 """What a model takes from its config when it is made; everything else it asks when it is called."""
 
 
+def _taking_other_names(kind: type[MistralConfig]) -> type[MistralConfig]:
+    """Let a config be made with every argument of transformers' constructor: `torch_dtype`, `rope_parameters`, ..."""
+    with_fields = kind.__init__
+
+    @functools.wraps(with_fields)
+    def with_any_names(self: MistralConfig, *values: Any, **fields: Any) -> None:
+        with_fields(self, *values, **_as_fields(fields))
+
+    kind.__init__ = with_any_names  # type: ignore[method-assign]
+    return kind
+
+
+def _as_fields(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments as fields: those under names that only files and transformers have, as a file is read.
+
+    Raises UnknownFieldError for a name that nobody knows, with the nearest one that there is.
+    """
+    from . import config_dialects
+
+    known = config_checks.field_names()
+    if given.keys() <= known:
+        return given
+    extra = given.get("extra") or {}
+    fields, unknown = config_dialects.read_arguments({k: v for k, v in given.items() if k != "extra"})
+    if unknown:
+        told = ", ".join(f"{name!r}{nearest(name, known)}" for name in sorted(unknown))
+        raise UnknownFieldError(f"MistralConfig has no field {told}; see help(MistralConfig).")
+    own = {name: value for name, value in given.items() if name in known}
+    return {**own, **fields, "extra": {**extra, **fields["extra"]}}
+
+
+@_taking_other_names
 @dataclass(unsafe_hash=True)
 class MistralConfig:
     """Sizes and numbers of a Mistral, in Hugging Face's names; defaults are those of transformers 4.56.
@@ -54,6 +86,9 @@ class MistralConfig:
     the number
     of keys a position sees, itself included, or None. `layer_types` names each layer full or sliding; None makes all
     sliding where there is a window. `extra` keeps the keys of a file that this class does not know, for the way back.
+
+    It is made with fields or with what transformers calls them (`torch_dtype=`, `rope_parameters=`); numbers of NumPy
+    and of the frameworks, paths, tuples and ranges are taken as Python's own.
 
     An assignment (`model.config.use_cache = False`, as training libraries write) is checked like a construction.
     Raises ConfigError (a ValueError), with all that is wrong at once.
@@ -201,11 +236,10 @@ class MistralConfig:
 
         Changing `num_labels` or `hidden_size` drops what was derived from the old value.
         """
+        if not changes.keys() <= config_checks.field_names():
+            changes = _as_fields({"extra": self.extra, **changes})
         if "num_labels" in changes and changes["num_labels"] != self.num_labels:
             changes = {"id2label": None, "label2id": None, **changes}
-        unknown = sorted(set(changes) - {f.name for f in dataclasses.fields(self)})
-        if unknown:
-            raise UnknownFieldError(f"MistralConfig has no field {unknown}; see help(MistralConfig).")
         return dataclasses.replace(self, **changes)
 
     # Files
@@ -222,7 +256,7 @@ class MistralConfig:
         if unknown and strict:
             raise UnknownFieldError(f"{where}: unknown keys {sorted(unknown)}; remove them or pass strict=False.")
         if unknown:
-            warnings.warn(f"{where}: unknown keys {sorted(unknown)} are kept but not used.", stacklevel=2)
+            warn(f"{where}: unknown keys {sorted(unknown)} are kept but not used.")
         return cls(**fields)
 
     @classmethod

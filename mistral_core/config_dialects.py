@@ -9,20 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from . import llama_names, quantization, rope
+from . import config_keys, llama_names, quantization, rope
 from .config_checks import field_names, is_int
+from .disk import limits
 from .errors import ConfigError, UnsupportedFeatureError
+from .plain import dtype_name, plain
+from .telling import shown, warn
 
 if TYPE_CHECKING:
     from .config import MistralConfig
-
-# Hugging Face keys with no meaning for the model: kept for the way back, never followed, no warning
-CARRIED = frozenset({
-    "model_type", "transformers_version", "auto_map", "_name_or_path", "_attn_implementation",
-    "_attn_implementation_autoset", "_attn_implementation_internal", "attn_implementation", "attention_bias",
-    "trust_remote_code", "_commit_hash", "is_decoder", "is_encoder_decoder", "unsloth_version", "unsloth_fixed",
-    "use_return_dict", "original_max_position_embeddings", "partial_rotary_factor", "chunk_size_feed_forward",
-    "torchscript", "mlp_bias", })  # fmt: skip
 
 # params.json key <-> field
 RAW = {
@@ -46,7 +41,21 @@ _RAW_WRITTEN = (
 PARAMS = "params.json"
 RAW_REQUIRED = ("dim", "n_layers", "hidden_dim", "n_heads", "norm_eps", "vocab_size")
 RAW_POSITIONS = ("max_position_embeddings", "max_seq_len")
-RAW_IGNORED = frozenset({"max_batch_size", "model_type", "quantization", *RAW_POSITIONS})
+RAW_CARRIED: Mapping[str, str] = {
+    "model_type": "asked before",
+    "max_batch_size": "how many rows the server that wrote it takes at once",
+    "model_parallel": "over how many devices it was spread",
+}
+"""Key of params.json -> why its value changes nothing here: kept for the way back, no warning."""
+RAW_ONLY: Mapping[str, tuple[Any, ...]] = {
+    "causal": (None, True),
+    "use_biases": (None, False),
+    "use_cache": (None, True),
+    "rope_scaling": (None,),
+    "norm_type": (None, "rmsnorm"),
+    "qk_norm": (None, False),
+}
+"""Key of params.json -> the values that say what a Mistral is; any other is refused."""
 # not a dense Mistral, with what it is
 RAW_REFUSED = {
     "moe": "a mixture of experts (Mixtral)",
@@ -73,6 +82,12 @@ def read(data: Mapping[str, Any], *, where: str) -> tuple[dict[str, Any], dict[s
     return _read_hugging_face(data, where)
 
 
+def read_arguments(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(fields, unknown names) of arguments that are called as in Hugging Face's files."""
+    given = {name: dtype_name(value) if name in ("dtype", *RENAMED) else plain(value) for name, value in given.items()}
+    return _read_hugging_face(given, "MistralConfig")
+
+
 # Hugging Face
 
 
@@ -82,72 +97,82 @@ def _read_hugging_face(data: Mapping[str, Any], where: str) -> tuple[dict[str, A
     _refuse_other_models(data, where)
     known = field_names() - {"extra"}
     fields = {key: value for key, value in data.items() if key in known}
-    for name in ("id2label", "label2id"):
-        if fields.get(name) is None:
-            fields.pop(name, None)
-    if "torch_dtype" in data:
-        _agree(fields, "dtype", data["torch_dtype"], where, "torch_dtype")
+    _read_labels(fields, where)
+    for key, name in RENAMED.items():
+        _agree(fields, name, data.get(key), where, key)
     if isinstance(fields.get("dtype"), str):
         fields["dtype"] = fields["dtype"].removeprefix("torch.")
-    if data.get("rope_parameters") is not None:
-        _read_rope_parameters(fields, data["rope_parameters"], where)
-    _read_original_length(fields, data, where)
+    _read_rotary(fields, data, where)
     if fields.get("num_key_value_heads", 0) is None:
         fields["num_key_value_heads"] = fields.get("num_attention_heads", 32)
-    extra = {key: value for key, value in data.items() if key not in known}
-    for key in ("torch_dtype", "rope_parameters", "model_type", "quantization_config"):
-        extra.pop(key, None)
-    unknown = {key: value for key, value in extra.items() if key not in CARRIED}
+    extra = {key: value for key, value in data.items() if key not in known and key not in _READ}
     fields["extra"] = extra
-    return fields, unknown
+    return fields, config_keys.unread(extra, _READ)
+
+
+RENAMED = {"torch_dtype": "dtype"}
+"""Older key -> field."""
+_READ = frozenset({*RENAMED, "rope_parameters", "model_type", "quantization_config"})
+"""Keys that are no fields and are read into some, or asked before."""
 
 
 def _refuse_other_models(data: Mapping[str, Any], where: str) -> None:
     kind = data.get("model_type", "mistral")
     if kind != "mistral":
         raise UnsupportedFeatureError(
-            f"{where}: model_type is {kind!r}; only 'mistral' and 'llama' are dense Mistrals."
+            f"{where}: model_type is {shown(kind)}; only 'mistral' and 'llama' are dense Mistrals."
         )
-    for key in ("attention_bias", "mlp_bias"):
-        if data.get(key):
-            raise UnsupportedFeatureError(f"{where}: {key} is true; no Mistral has biases in its layers.")
+    config_keys.check(data, where=where)
     if data.get("quantization_config") is not None:  # its tensors are dequantised as they are read
-        quantization.read(data["quantization_config"], where=where)
-    told = [each for each in (data, data.get("rope_parameters")) if isinstance(each, Mapping)]
-    if any(each.get("partial_rotary_factor", 1) != 1 for each in told):
-        raise UnsupportedFeatureError(f"{where}: partial_rotary_factor is not 1; a Mistral rotates whole heads.")
-    if "vision_config" in data or "num_local_experts" in data:
-        raise UnsupportedFeatureError(f"{where}: a vision model or a mixture of experts, not a dense Mistral.")
+        quantization.check(data["quantization_config"], where=where)
 
 
-def _read_rope_parameters(fields: dict[str, Any], given: Any, where: str) -> None:
-    """The dialect of transformers 5: theta and scaling in one object; both dialects at once must agree."""
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"{where}: rope_parameters is {type(given).__name__}, an object was expected.")
-    given = {key: value for key, value in given.items() if key != "partial_rotary_factor"}
-    if "rope_theta" in given:
-        _agree(fields, "rope_theta", given.pop("rope_theta"), where, "rope_parameters.rope_theta")
-    given.setdefault("rope_type", given.pop("type", "default"))
-    scaling = rope.normalised(given)
-    old = fields.get("rope_scaling")
-    if old is not None and rope.normalised(old) != scaling:
-        raise ConfigError(f"{where}: rope_scaling {old} and rope_parameters {given} disagree; keep one.")
-    fields["rope_scaling"] = scaling
+def _read_labels(fields: dict[str, Any], where: str) -> None:
+    """Absent where they are null; a count beside names of another number is told of, and the names decide."""
+    for name in ("id2label", "label2id"):
+        if fields.get(name) is None:
+            fields.pop(name, None)
+    count, names = fields.get("num_labels"), fields.get("id2label", fields.get("label2id"))
+    if count is not None and isinstance(names, Mapping) and count != len(names):
+        warn(f"{where}: num_labels is {shown(count)}, but {len(names)} labels are named, and they decide.")
 
 
-def _read_original_length(fields: dict[str, Any], data: Mapping[str, Any], where: str) -> None:
+def _read_rotary(fields: dict[str, Any], data: Mapping[str, Any], where: str) -> None:
+    """Theta and scaling of both dialects, transformers 5 having them in one object; said twice, they must agree."""
+    told = []
+    for name in ("rope_scaling", "rope_parameters"):
+        given = data.get(name)
+        if given is None:
+            continue
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"{where}: {name} is {shown(given)}, an object was expected.")
+        rope.check_one_for_all(given, where=f"{where}: {name}")
+        given = dict(given)
+        config_keys.check({key: given.pop(key) for key in ("partial_rotary_factor",) if key in given}, where=where)
+        _agree(fields, "rope_theta", given.pop("rope_theta", None), where, f"{name}.rope_theta")
+        if name == "rope_parameters" and given.get("rope_type") is None and given.get("type") is None:
+            given["rope_type"] = "default"
+        told.append(rope.normalised(_with_original_length(given, data, where)))
+    if len(told) == 2 and told[0] != told[1]:
+        raise ConfigError(
+            f"{where}: rope_scaling {shown(data['rope_scaling'])} and rope_parameters "
+            f"{shown(data['rope_parameters'])} disagree; keep one."
+        )
+    if told:
+        fields["rope_scaling"] = told[-1]
+
+
+def _with_original_length(given: dict[str, Any], data: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Some files say original_max_position_embeddings outside of the scaling, and transformers lets that one win."""
     key = "original_max_position_embeddings"
-    scaling = fields.get("rope_scaling")
-    if key in data and isinstance(scaling, Mapping):
-        scaling = dict(scaling)
-        _agree(scaling, key, data[key], where, f"rope_scaling.{key}")
-        fields["rope_scaling"] = scaling
+    if key in data and given.get("rope_type", given.get("type")) != "default":
+        _agree(given, key, data[key], where, f"rope_scaling.{key}")
+    return given
 
 
 def _agree(fields: dict[str, Any], name: str, value: Any, where: str, key: str) -> None:
     if fields.get(name) is not None and value is not None and fields[name] != value:
-        raise ConfigError(f"{where}: {name} {fields[name]!r} and {key} {value!r} disagree; keep one.")
+        raise ConfigError(f"{where}: {name} {shown(fields[name])} and {key} {shown(value)} disagree; keep one.")
     if value is not None:
         fields[name] = value
 
@@ -156,7 +181,7 @@ def write(config: MistralConfig, *, dialect: str = "v4") -> dict[str, Any]:
     """The config.json dictionary in the dialect of transformers 4 (`v4`) or 5 (`v5`), unknown keys included."""
     if dialect not in ("v4", "v5"):
         raise ConfigError(f"dialect: {dialect!r}, 'v4' or 'v5' was expected.")
-    data = {"model_type": "mistral", **config.extra}
+    data = {**config.extra, "model_type": "mistral"}
     for name in sorted(field_names() - {"extra"}):
         value = getattr(config, name)
         if isinstance(value, tuple):
@@ -183,20 +208,19 @@ def write(config: MistralConfig, *, dialect: str = "v4") -> dict[str, Any]:
 
 
 def _read_raw(data: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    for key, what in RAW_REFUSED.items():
-        if data.get(key):
-            raise UnsupportedFeatureError(f"{where}: {key} says this is {what}.")
-    if data.get("model_type", "transformer") != "transformer":
-        raise UnsupportedFeatureError(f"{where}: model_type is {data['model_type']!r}; only 'transformer' is read.")
+    _refuse_other_raw(data, where)
     if data.get("quantization") is not None:
-        quantization.read_raw(data["quantization"], where=where)
-    missing = [key for key in RAW_REQUIRED if key not in data]
+        quantization.check_raw(data["quantization"], where=where)
+    missing = [key for key in RAW_REQUIRED if data.get(key) is None]
     if missing:
         raise ConfigError(f"{where}: params.json lacks {missing}.")
     fields = {name: data[key] for key, name in RAW.items() if data.get(key) is not None}
     fields.setdefault("num_key_value_heads", data["n_heads"])
     positions = [data[key] for key in RAW_POSITIONS if data.get(key) is not None]
     fields["max_position_embeddings"] = positions[0] if positions else RAW_MAX_POSITIONS
+    if len(positions) == 2 and positions[0] != positions[1]:
+        names = " and ".join(f"{key} {shown(data[key])}" for key in RAW_POSITIONS)
+        warn(f"{where}: {names} differ; the first is taken.")
     fields.update(_raw_window(data, where))
     if "rope_theta" not in fields:
         if fields["sliding_window"] is None:
@@ -207,8 +231,30 @@ def _read_raw(data: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict
         fields["rope_theta"] = RAW_THETA_WITH_WINDOW
     if data.get("yarn"):
         fields["rope_scaling"] = _raw_yarn(data["yarn"], where)
-    known = {*RAW, *RAW_IGNORED, "sliding_window", "_sliding_window", "yarn", *RAW_REFUSED}
-    return fields, {key: value for key, value in data.items() if key not in known}
+    others = _raw_others(data)
+    if others:
+        fields["extra"] = {PARAMS: others}
+    harmless = {*RAW_CARRIED, *RAW_ONLY, *RAW_REFUSED}
+    return fields, {key: value for key, value in others.items() if key not in harmless}
+
+
+def _raw_others(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a params.json that are read into no field."""
+    read = {*RAW, *RAW_POSITIONS, "quantization", "sliding_window", "_sliding_window", "yarn"}
+    return {key: value for key, value in data.items() if key not in read}
+
+
+def _refuse_other_raw(data: Mapping[str, Any], where: str) -> None:
+    for key, what in RAW_REFUSED.items():
+        if data.get(key):
+            raise UnsupportedFeatureError(f"{where}: {key} says this is {what}.")
+    if data.get("model_type", "transformer") != "transformer":
+        raise UnsupportedFeatureError(
+            f"{where}: model_type is {shown(data['model_type'])}; only 'transformer' is read."
+        )
+    wrong = [f"{key} is {shown(data[key])}" for key, allowed in RAW_ONLY.items() if data.get(key) not in allowed]
+    if wrong:
+        raise UnsupportedFeatureError(f"{where}: {', '.join(wrong)}; a Mistral has none of that.")
 
 
 def _raw_window(data: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -220,10 +266,14 @@ def _raw_window(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(window, list):
         return {"sliding_window": _raw_int(window)}
     layers = data["n_layers"]
+    limits.check(len(window), limits.LAYERS, what="windows", where=where, error=ConfigError)
     windows = [_raw_int(entry) for entry in window]
     if not windows or not is_int(layers) or layers % len(windows):
-        raise ConfigError(f"{where}: {len(windows)} windows do not divide n_layers {layers}.")
-    sizes = sorted({entry for entry in windows if entry is not None}, key=str)
+        raise ConfigError(f"{where}: {len(windows)} windows do not divide n_layers {shown(layers)}.")
+    limits.check(layers, limits.LAYERS, what="layers", where=where, error=ConfigError)
+    if not all(entry is None or is_int(entry) for entry in windows):
+        raise ConfigError(f"{where}: windows {shown(window)}; integers or null were expected.")
+    sizes = sorted({entry for entry in windows if entry is not None})
     if len(sizes) > 1:
         raise UnsupportedFeatureError(f"{where}: windows of several sizes {sizes}; one size per model is supported.")
     if None not in windows:
@@ -234,7 +284,7 @@ def _raw_window(data: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _raw_int(value: Any) -> Any:
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
+    return int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 20 else value
 
 
 def _raw_yarn(yarn: Any, where: str) -> dict[str, Any]:
@@ -259,7 +309,9 @@ def _raw_yarn(yarn: Any, where: str) -> dict[str, Any]:
 def write_raw(config: MistralConfig) -> dict[str, Any]:
     """The params.json dictionary; UnsupportedFeatureError where it cannot say what the config says."""
     keys = {name: key for key, name in RAW.items()}
-    data = {keys[name]: getattr(config, name) for name in _RAW_WRITTEN}
+    others = config.extra.get(PARAMS)
+    data = _raw_others(others) if isinstance(others, Mapping) else {}
+    data |= {keys[name]: getattr(config, name) for name in _RAW_WRITTEN}
     windows = config.layer_windows
     if len(set(windows)) > 1:
         data["sliding_window"] = list(windows)

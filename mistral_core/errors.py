@@ -5,9 +5,14 @@ Each message names the file, tensor or argument, what was found, what was expect
 
 from __future__ import annotations
 
+from .telling import printable
+
 
 class MistralError(Exception):
-    """Base of every error this project raises on purpose."""
+    """Base of every error this project raises on purpose; whatever its text quotes, no terminal obeys it."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 # Config

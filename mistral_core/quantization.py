@@ -5,11 +5,12 @@ A checkpoint's own `quantization_config` is asked when its tensors are read; a m
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from .config_checks import is_int
 from .errors import ConfigError, UnsupportedFeatureError
+from .telling import warn
 
 
 class Scheme(NamedTuple):
@@ -29,6 +30,81 @@ class Scheme(NamedTuple):
     symmetric: bool | None = None
     zero_plus_one: bool = True
     """GPTQ of version 1 stores a zero point less one."""
+
+
+UNREAD: Mapping[str, str] = {
+    "how the library calibrated or searched": (
+        "damp_percent damp_auto_increment dataset desc_act static_groups true_sequential model_seqlen batch_size mse "
+        "block_name_to_quantize module_name_preceding_first_block modules_in_block_to_quantize cache_block_outputs "
+        "pad_token_id tokenizer observer observer_kwargs actorder quantization_status global_compression_ratio "
+        "global_sparsity sparsity_structure registry_requires_subclass meta lm_head quantizer hyb_act"
+    ),
+    "which kernel computes, and in what dtype: here the numbers are dequantised exactly": (
+        "use_exllama exllama_config disable_exllama use_cuda_fp16 max_input_length do_fuse fuse_max_seq_len "
+        "modules_to_fuse bnb_4bit_compute_dtype bnb_4bit_use_double_quant llm_int8_threshold llm_int8_has_fp16_weight "
+        "llm_int8_enable_fp32_cpu_offload _load_in_4bit _load_in_8bit"
+    ),
+    "which matrices are packed: what stands in the file tells it": (
+        "modules_to_not_convert llm_int8_skip_modules ignore ignored_layers targets"
+    ),
+    "how activations or the cache are rounded while a server computes: here they are not": (
+        "input_activations output_activations kv_cache_scheme dynamic"
+    ),
+    "the blocks of a strategy that is not the one told": "block_structure group_size",
+    "who wrote it": (
+        "version quant_method format is_marlin_format model_file_base_name model_name_or_path checkpoint_format "
+        "pack_dtype backend scale_dtype zp_dtype"
+    ),
+}
+"""Why -> keys that change no number of what is dequantised, at any depth."""
+
+
+class _Asked(Mapping[str, Any]):
+    """A mapping that remembers which of its keys were asked for; mappings in it do too."""
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        self._given = {key: _Asked(each) if isinstance(each, Mapping) else each for key, each in given.items()}
+        self._asked: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self._asked.add(key)
+        return self._given[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._given)
+
+    def __len__(self) -> int:
+        return len(self._given)
+
+    def __repr__(self) -> str:
+        return repr(self._given)
+
+    def unread(self) -> Iterator[str]:
+        """Yield the keys that nobody asked for and that may mean something, with the path to each."""
+        harmless = frozenset(" ".join(UNREAD.values()).split())
+        for key, value in self._given.items():
+            if isinstance(value, _Asked) and key in self._asked and key not in harmless:
+                yield from (f"{key}.{each}" for each in value.unread())
+            elif key not in self._asked and key not in harmless and value is not None:
+                yield key
+
+
+def check(given: Any, *, where: str) -> None:
+    """Raise as `read` does, and warn of keys that nobody reads."""
+    _check(read, given, f"{where}: quantization_config")
+
+
+def check_raw(given: Any, *, where: str) -> None:
+    """The same of a `quantization` in params.json."""
+    _check(read_raw, given, f"{where}: quantization")
+
+
+def _check(reader: Callable[..., Scheme], given: Any, where: str) -> None:
+    asked = _Asked(given) if isinstance(given, Mapping) else given
+    reader(asked, where=where.rpartition(":")[0])
+    unread = sorted(asked.unread())
+    if unread:
+        warn(f"{where}: unknown keys {unread} are not used; is it packed as its other keys say?")
 
 
 def read(given: Any, *, where: str) -> Scheme:
@@ -117,9 +193,9 @@ def _weights(group: Any, form: str, where: str) -> Scheme:
     if group.get("format") not in (None, form):
         raise UnsupportedFeatureError(f"{where}: a group in the format {group['format']!r}; {form} was expected.")
     kinds = {"float-quantized": ("float",), "naive-quantized": ("int", "float")}.get(form, ("int",))
-    kind = _one_of({"type": "int", **weights}, "type", kinds, where)
-    bits = _one_of({"num_bits": 8, **weights}, "num_bits", (4, 8) if form == "pack-quantized" else (8,), where)
-    symmetric = _one_of({"symmetric": True, **weights}, "symmetric", (True, False), where)
+    kind = _one_of(weights, "type", kinds, where, default="int")
+    bits = _one_of(weights, "num_bits", (4, 8) if form == "pack-quantized" else (8,), where, default=8)
+    symmetric = _one_of(weights, "symmetric", (True, False), where, default=True)
     strategies = ("tensor", "channel", "group", "block", None)
     strategy = _one_of(weights, "strategy", strategies, where)
     if strategy is None:  # as the library fills it in
@@ -144,9 +220,9 @@ _METHODS = {
 }
 
 
-def _one_of(given: Mapping[str, Any], key: str, allowed: Collection[Any], where: str) -> Any:
-    """The value of a key, None where it is absent; 1 is no True."""
-    value = given.get(key)
+def _one_of(given: Mapping[str, Any], key: str, allowed: Collection[Any], where: str, *, default: Any = None) -> Any:
+    """The value of a key, `default` where it is absent; 1 is no True."""
+    value = given.get(key, default)
     if not any(value is each or (value == each and type(value) is type(each)) for each in allowed):
         names = ", ".join("absent" if each is None else repr(each) for each in allowed)
         raise UnsupportedFeatureError(f"{where}: {key} is {value!r}; {names} can be dequantised.")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .errors import UnsupportedFeatureError
+from .telling import shown
 
 if TYPE_CHECKING:
     from .config import MistralConfig
@@ -33,6 +34,10 @@ TYPES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
 }  # fmt: skip
 
 
+MOST = 1e15
+"""Of a number of a scaling: far beyond any that means something, and far below where arithmetic overflows."""
+
+
 class RotaryTable(NamedTuple):
     """What rotary embeddings need of a config."""
 
@@ -42,44 +47,72 @@ class RotaryTable(NamedTuple):
     """cos and sin are multiplied by it (yarn), else 1."""
 
 
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def check_one_for_all(given: Mapping[str, Any], *, where: str) -> None:
+    """Raise UnsupportedFeatureError for a mapping that has an entry for each type of layer.
+
+    A network has one table of rotations, and transformers' own Mistral reads no such mapping either.
+    """
+    kinds = [kind for kind in given if isinstance(kind, str) and kind.endswith("_attention")]
+    if kinds:
+        raise UnsupportedFeatureError(
+            f"{where}: entries by type of layer, {', '.join(map(shown, kinds))}; one rotation for all layers is read. "
+            "Where the entries agree, write what they say once."
+        )
+
+
 def normalised(scaling: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A rope_scaling mapping with `rope_type` for the old `type`, and None for the default type."""
+    """A rope_scaling mapping with `rope_type` for the old `type`, and None for the default type.
+
+    Raises UnsupportedFeatureError for other types and for keys that the type has no use for.
+    """
     scaling = dict(scaling)
-    kinds = {scaling.pop(key) for key in ("type", "rope_type") if scaling.get(key) is not None}
-    kind = kinds.pop() if len(kinds) == 1 else None
-    if kind is None:
-        raise UnsupportedFeatureError(f"rope_scaling: {scaling!r} needs one rope_type of {', '.join(TYPES)}.")
-    if kind == "default":
-        return None
+    kinds = [scaling.pop(key) for key in ("type", "rope_type") if scaling.get(key) is not None]
+    kind = kinds[0] if kinds and kinds.count(kinds[0]) == len(kinds) else None
+    scaling = {key: value for key, value in scaling.items() if value is not None or key == "truncate"}
+    if not isinstance(kind, str):
+        raise UnsupportedFeatureError(
+            f"rope_scaling: {shown(kinds or scaling)} needs one rope_type of default, {', '.join(TYPES)}."
+        )
     if kind == "dynamic":
         raise UnsupportedFeatureError(
             "rope_scaling: 'dynamic' changes the base with the length, so cached and uncached text cannot agree; "
             "use 'yarn'."
         )
-    if kind not in TYPES:
-        raise UnsupportedFeatureError(f"rope_scaling: rope_type {kind!r}; known are {', '.join(TYPES)}.")
-    needed, optional = TYPES[kind]
-    unknown = sorted(set(scaling) - needed - optional)
+    if kind != "default" and kind not in TYPES:
+        raise UnsupportedFeatureError(f"rope_scaling: rope_type {shown(kind)}; known are default, {', '.join(TYPES)}.")
+    needed, optional = TYPES.get(kind, (frozenset(), frozenset()))
+    if kind == "default":  # a factor of one is no scaling
+        scaling = {key: value for key, value in scaling.items() if not (key in _FACTORS and value == 1)}
+    unknown = sorted(str(key) for key in set(scaling) - needed - optional)
     if unknown:
-        raise UnsupportedFeatureError(f"rope_scaling: {kind} has no key {unknown}; it has {sorted(needed | optional)}.")
+        has = f"it has {sorted(needed | optional)}" if needed else "it scales nothing; say which type is meant"
+        raise UnsupportedFeatureError(f"rope_scaling: {kind} has no key {unknown}; {has}.")
+    if kind == "default":
+        return None
     if "truncate" in scaling:  # transformers reads null as false
         scaling["truncate"] = bool(scaling["truncate"])
-    return {"rope_type": kind, **{key: value for key, value in scaling.items() if value is not None}}
+    return {"rope_type": kind, **scaling}
+
+
+_FACTORS = ("factor", "attention_factor")
 
 
 def check(scaling: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is wrong with a normalised rope_scaling mapping."""
     low, high = scaling.get("low_freq_factor"), scaling.get("high_freq_factor")
     if isinstance(low, int | float) and isinstance(high, int | float) and high <= low:
-        yield f"rope_scaling: high_freq_factor {high} must be above low_freq_factor {low}"
+        yield f"rope_scaling: high_freq_factor {shown(high)} must be above low_freq_factor {shown(low)}"
     needed, _ = TYPES[scaling["rope_type"]]
     for key in sorted(needed - set(scaling)):
         yield f"rope_scaling: {scaling['rope_type']} needs {key!r}"
     for key, value in scaling.items():
         if key in ("rope_type", "truncate", "finetuned"):
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            yield f"rope_scaling: {key} is {value!r}, a number was expected"
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= abs(value) <= MOST:
+            yield f"rope_scaling: {key} is {shown(value)}, a number up to {MOST:g} was expected"
         elif value <= 0 and not key.startswith("mscale"):
             yield f"rope_scaling: {key} is {value}, more than 0 was expected"
         elif key == "factor" and value < 1:

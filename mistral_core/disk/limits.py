@@ -19,6 +19,11 @@ FILES = 200_000  # files of a directory; a tree of zarr has one a chunk
 
 LAYERS = 1024  # the deepest published Mistral has 88
 LABELS = 1 << 17  # classes of a head: as many as the largest vocabulary
+VOCABULARY = 1 << 22  # tokens; the largest published tokenizers have 2^18
+WIDTH = 1 << 20  # numbers of a hidden state, of the inside of an MLP and of all heads together; the widest has 2^16
+HEADS = 1 << 12  # query heads of a layer; the most published have 128
+HEAD_DIM = 1 << 14  # numbers of a head; the largest published have 512
+POSITIONS = (1 << 31) - 1  # tokens of a text or a window: only compared, nothing is made of this size
 
 # Generation
 

@@ -87,7 +87,7 @@ def test_a_config_of_megabytes_is_refused(tmp_path):
         ({"vocab_size": 0}, "vocab_size"),  # 10
         ({"num_hidden_layers": -1}, "num_hidden_layers"),
         ({"hidden_size": 2**40}, "hidden_size"),
-        ({"hidden_size": 2**28, "intermediate_size": 2**28}, "parameters"),
+        ({"hidden_size": 2**20, "intermediate_size": 2**20, "head_dim": 128}, "parameters"),
         ({"num_attention_heads": 6, "num_key_value_heads": 4, "head_dim": 8}, "multiple"),  # 11
         ({"head_dim": 7}, "odd"),  # 12
         ({"head_dim": 0}, "head_dim"),
