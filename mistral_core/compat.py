@@ -1,6 +1,6 @@
-"""How an object of ours answers isinstance questions about transformers' classes, without importing transformers.
+"""What clients written for transformers expect of any backend, without importing transformers.
 
-Clients ask `isinstance(model, PreTrainedModel)` before they save a model, find its layers or freeze it, and
+Classes: clients ask `isinstance(model, PreTrainedModel)` before they save a model, find its layers or freeze it, and
 `isinstance(tokenizer, PreTrainedTokenizerBase)` before they take a tokenizer. Python asks an object's type first, and
 then its attribute `__class__`, which may name another class: so do proxies and mocks.
 """
@@ -8,9 +8,26 @@ then its attribute `__class__`, which may name another class: so do proxies and 
 from __future__ import annotations
 
 import copyreg
+import difflib
 import functools
 import sys
+from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
+
+from .errors import UnknownArgumentError
+
+WITHOUT_EFFECT = {
+    "cache_position": "a cache knows how many tokens it has",
+    "token_type_ids": "a Mistral has no token types",
+    "cu_seq_lens_k": "queries and keys are the same tokens",
+    "max_length_q": "lengths follow from cu_seq_lens_q",
+    "max_length_k": "lengths follow from cu_seq_lens_q",
+}
+"""Arguments of a forward pass that transformers' callers give -> why they change nothing here."""
+DOCUMENTS = ("cu_seq_lens_q", "seq_idx")
+"""Arguments that say where packed documents begin, or of which document each token is."""
 
 
 class SeenAs:
@@ -47,3 +64,26 @@ def _both(own: type, other: type) -> type:
 
 def _make(cls: type, *arguments: Any) -> Any:
     return cls.__new__(cls, *arguments)
+
+
+def documents_told(others: Mapping[str, Any], document_ids: Any) -> Any:
+    """`document_ids`, or where None what transformers' collators for packed rows say instead, as ids [1, T].
+
+    `others` are a forward pass's further arguments; raises UnknownArgumentError for those that nobody knows.
+    """
+    for name in others:
+        if name not in WITHOUT_EFFECT and name not in DOCUMENTS:
+            near = difflib.get_close_matches(name, _ARGUMENTS, 1)
+            advice = f"did you mean {near[0]}?" if near else "leave it out."
+            raise UnknownArgumentError(f"{name}: the model has no such argument; {advice}")
+    ends = others.get("cu_seq_lens_q")
+    if document_ids is not None or ends is None:
+        return others.get("seq_idx") if document_ids is None else document_ids
+    ends = np.asarray(ends.cpu() if hasattr(ends, "cpu") else ends).reshape(-1)
+    return np.searchsorted(ends[1:], np.arange(ends[-1]), side="right")[None]
+
+
+_ARGUMENTS = (
+    "input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels", "document_ids",
+    "use_cache", "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep", *DOCUMENTS,
+)  # fmt: skip

@@ -123,6 +123,10 @@ class InputError(MistralError, ValueError):
     """An argument of a model call is malformed."""
 
 
+class UnknownArgumentError(InputError, TypeError):
+    """An argument that a model does not have."""
+
+
 class TokenIdError(InputError, IndexError):
     """A token id (or label) is not an integer in [0, vocab_size)."""
 

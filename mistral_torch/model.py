@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mistral_core import MistralConfig
+from mistral_core.compat import documents_told
 from mistral_core.outputs import ModelOutput
 
 from .arrays import model_inputs
@@ -46,13 +47,16 @@ class MistralModel(PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **others: Any,
     ) -> ModelOutput | tuple[Any, ...]:
         """Hidden states [B, T, D] of ids [B, T] or embeddings [B, T, D]; None options mean the config's.
 
         `attention_mask` [B, T] is 1 for real tokens; with a cache it may cover the past too. `position_ids` feed
-        the rotary embeddings only. `document_ids` tell packed documents apart. Raises InputError and its kinds.
+        the rotary embeddings only. `document_ids` tell packed documents apart; `others` may hold what transformers'
+        collators say instead, and its arguments without effect here. Raises InputError and its kinds.
         """
         config = self.config
+        document_ids = documents_told(others, document_ids)
         inputs = model_inputs(
             config,
             self.device,

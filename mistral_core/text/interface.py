@@ -10,18 +10,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
 
+from ..compat import SeenAs
 from ..errors import TokenizerError, UnsupportedFeatureError
 from .encoding import Encoding, as_arrays
 from .inputs import check_ids, check_side, check_text, choice, given, is_ids, limits_of, listed, refuse, several
 from .rows import NO_FRAME, TRUNCATIONS, Columns, Frame, Options, cut, framed, pad
 
 
-class Tokenizer(ABC):
+class Tokenizer(SeenAs, ABC):
     """Text to token ids and back, one text or many, with the arguments that transformers' users know.
 
     What a user wrote never becomes a control token unless `parse_special=True` asks for it. Sides are "left" or
     "right". Every method raises TokenizerError, which is a ValueError, for what it cannot take.
     """
+
+    seen_as = ("transformers.tokenization_utils_base", "PreTrainedTokenizerBase")
 
     bos_token: str | None
     eos_token: str | None

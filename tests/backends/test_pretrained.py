@@ -11,7 +11,7 @@ import pytest
 
 from conformance.weights import random_parameters
 from mistral_core import GenerationConfig, MistralConfig
-from mistral_core.errors import MissingTensorsError, UnknownFieldError
+from mistral_core.errors import MissingTensorsError, UnknownArgumentError, UnknownFieldError
 from mistral_core.parameters import HEADS, parameters
 from mistral_core.presets import TINY
 from mistral_core.weights import checkpoint, pretrained
@@ -142,3 +142,13 @@ def test_what_clients_of_transformers_models_read(backend, tmp_path):
     assert backend.MistralModel(TINY).name_or_path == ""
     model.save_pretrained(tmp_path)
     assert (tmp_path / "config.json").read_bytes() == written
+
+
+def test_arguments_of_callers_written_for_transformers(backend):
+    model = backend.MistralModel(TINY.replace(num_hidden_layers=1))
+    ids, starts = np.arange(3, 10)[None], np.array([0, 3, 7])
+    plain = np.asarray(backend.arrays.to_numpy(model(ids, document_ids=[[0, 0, 0, 1, 1, 1, 1]]).last_hidden_state))
+    told = model(ids, cu_seq_lens_q=starts, cache_position=np.arange(7), token_type_ids=0 * ids)
+    assert np.array_equal(backend.arrays.to_numpy(told.last_hidden_state), plain)
+    with pytest.raises(UnknownArgumentError, match="use_cache"):
+        model(ids, use_chache=True)

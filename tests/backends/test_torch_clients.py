@@ -194,3 +194,18 @@ def test_empty_weights_are_loaded(tied, tmp_path):
     assert same(model, loaded)
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+# Packing
+
+
+def test_rows_of_the_flattening_collator_are_apart():
+    rows = [{"input_ids": ids.tolist(), "labels": ids.tolist()} for ids in (IDS[0, :4], IDS[1], IDS[2, :7])]
+    collator = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+    model = make()
+    packed = collator(rows)
+    assert {"cu_seq_lens_q", "max_length_q", "seq_idx"} <= set(packed)
+    alone = torch.cat([model(torch.tensor([row["input_ids"]])).logits for row in rows], dim=1)
+    for left_out in ({"seq_idx"}, {"cu_seq_lens_q", "cu_seq_lens_k"}, set()):
+        given = {name: value for name, value in packed.items() if name not in {*left_out, "labels"}}
+        assert torch.allclose(model(**given).logits, alone, atol=1e-4)
