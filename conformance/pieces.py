@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -317,6 +318,23 @@ def gradients(subject: Subject, case: Case) -> Iterator[Comparison]:
         tolerance("gradients", subject.dtype, subject.implementation).ulp * largest / np.abs(target).max()
     )
     yield compare(subject.key, case.name, "gradients", actual if finite else actual * np.nan, target, bound)
+
+
+def modules(subject: Subject, case: Case) -> Iterator[Comparison]:
+    """How many modules that own a parameter are called, by a call and by `generate`, where each has been replaced."""
+    adapter, calls = subject.adapter, Counter[str]()
+    instance, inputs = subject.model(case), subject.inputs(case)
+    names = {name.rpartition(".")[0] for name in weights(case.config, case.architecture, subject.dtype)}
+    for name in names:
+        adapter.record(instance, name, calls)
+    runs: dict[str, Any] = {"call": lambda: adapter.call(instance, **inputs)}
+    if case.architecture == "MistralForCausalLM":
+        runs["generate"] = lambda: instance.generate(inputs["input_ids"], max_new_tokens=2)
+    for run, function in runs.items():
+        calls.clear()
+        function()
+        counted = np.float32([len(calls)])
+        yield compare(subject.key, case.name, f"modules of {run}", counted, np.array([len(names)]), Tolerance(0.0, 1.0))
 
 
 def direction(name: str, shape: tuple[int, ...]) -> Array:

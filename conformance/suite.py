@@ -63,6 +63,9 @@ def _checks() -> Iterator[Check]:
     for count in (1, 2, 4):
         yield Check(f"rollback of {count}", _partial(pieces.rollback, count))
     yield Check("greedy", pieces.greedy, ("float32",))
+    for name in ("window", "sequence", "token", "question"):
+        run = _partial(pieces.modules, pieces.by_name(name))
+        yield Check(f"modules {name}", run, ("float32",), attention=False)
     yield Check("noise", sampling.noise, ("float32",), attention=False)
     for name in sampling.CHOICES:
         yield Check(f"choice {name}", _partial(sampling.choices, name), ("float32",), attention=False)

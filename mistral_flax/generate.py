@@ -21,7 +21,6 @@ from mistral_core.sampling import Rule, Values
 
 from .arrays import to_numpy
 from .cache import KVCache
-from .layers import project
 from .sampling import Choice, choose
 
 if TYPE_CHECKING:
@@ -180,9 +179,8 @@ def _step(
 ) -> tuple[Choice, KVCache]:
     """What is chosen after the last column, or each, and the cache after the new tokens."""
     model = nnx.merge(graph, state)
-    out = model.model(ids_BT, mask_BT, past_key_values=cache, return_dict=True)
-    x_BTD = out.last_hidden_state if rule.every else out.last_hidden_state[:, -1:]
-    return choose(project(x_BTD, model.head_weight), rule, values), out.past_key_values
+    out = model(ids_BT, mask_BT, past_key_values=cache, logits_to_keep=0 if rule.every else 1, return_dict=True)
+    return choose(out.logits, rule, values), out.past_key_values
 
 
 def _loop(

@@ -21,7 +21,7 @@ from mistral_core.outputs import (
 
 from .arrays import as_dtypes, integers, is_traced, labels_array, to_numpy
 from .generate import generate, stream
-from .layers import Linear, last_token, project
+from .layers import Head, last_token
 from .losses import classification_loss, cross_entropy, span_loss
 from .model import MistralModel, dropout_keys
 from .weights import PreTrainedModel, functional
@@ -45,12 +45,7 @@ class MistralForCausalLM(PreTrainedModel):
         self.model = MistralModel(config, attn_implementation=attn_implementation, dtype=dtype, **options)
         tied = config.tie_word_embeddings
         std = config.initializer_range
-        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, std=std, **options)
-
-    @property
-    def head_weight(self) -> Array:
-        """[V, D]: the head, which is the embedding itself where the config ties them."""
-        return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
+        self.lm_head = None if tied else Head(config.hidden_size, config.vocab_size, std=std, **options)
 
     @functional
     def __call__(
@@ -89,7 +84,8 @@ class MistralForCausalLM(PreTrainedModel):
             validate.check_logits_to_keep(logits_to_keep, x_BTD.shape[1])
             if labels is not None:
                 validate.check_labels("labels", to_numpy(labels), x_BTD.shape[:2], self.config.vocab_size)
-        logits = project(_kept(x_BTD, 0 if labels is not None else logits_to_keep), self.head_weight)
+        head = self.model.embed_tokens.as_linear if self.lm_head is None else self.lm_head
+        logits = head(_kept(x_BTD, 0 if labels is not None else logits_to_keep))
         if labels is not None:
             loss = cross_entropy(logits[:, :-1], labels[:, 1:])
             logits = _kept(logits, logits_to_keep)
@@ -126,7 +122,7 @@ class MistralForSequenceClassification(PreTrainedModel):
         dtype, param_dtype = as_dtypes(dtype, param_dtype)
         options = {"param_dtype": param_dtype, "rngs": rngs or nnx.Rngs(0)}
         self.model = MistralModel(config, attn_implementation=attn_implementation, dtype=dtype, **options)
-        self.score = Linear(config.hidden_size, config.num_labels, std=config.initializer_range, **options)
+        self.score = Head(config.hidden_size, config.num_labels, std=config.initializer_range, **options)
 
     @functional
     def __call__(
@@ -159,7 +155,7 @@ class MistralForSequenceClassification(PreTrainedModel):
         x_BTD = out.last_hidden_state
         column_B = last_token(self._real_tokens(input_ids, attention_mask, x_BTD))
         pooled_BD = x_BTD[jnp.arange(x_BTD.shape[0]), column_B]
-        logits = project(pooled_BD, self.score.weight[...])
+        logits = self.score(pooled_BD)
         loss = None
         if labels is not None:
             labels = labels_array(self.config, labels, logits)
@@ -192,7 +188,7 @@ class MistralForTokenClassification(PreTrainedModel):
         dtype, param_dtype = as_dtypes(dtype, param_dtype)
         options = {"param_dtype": param_dtype, "rngs": rngs or nnx.Rngs(0)}
         self.model = MistralModel(config, attn_implementation=attn_implementation, dtype=dtype, **options)
-        self.score = Linear(config.hidden_size, config.num_labels, bias=True, std=config.initializer_range, **options)
+        self.score = Head(config.hidden_size, config.num_labels, bias=True, std=config.initializer_range, **options)
 
     @functional
     def __call__(
@@ -219,7 +215,7 @@ class MistralForTokenClassification(PreTrainedModel):
         if rngs is not None and self.config.classifier_dropout:
             kept = 1 - self.config.classifier_dropout
             x_BTD = jnp.where(jax.random.bernoulli(key, kept, x_BTD.shape), x_BTD / kept, 0)
-        logits = project(x_BTD, self.score.weight[...], self.score.bias[...])
+        logits = self.score(x_BTD)
         loss = None
         labels = integers("labels", labels)
         if labels is not None:
@@ -245,7 +241,7 @@ class MistralForQuestionAnswering(PreTrainedModel):
         dtype, param_dtype = as_dtypes(dtype, param_dtype)
         options = {"param_dtype": param_dtype, "rngs": rngs or nnx.Rngs(0)}
         self.model = MistralModel(config, attn_implementation=attn_implementation, dtype=dtype, **options)
-        self.qa_outputs = Linear(config.hidden_size, 2, bias=True, std=config.initializer_range, **options)
+        self.qa_outputs = Head(config.hidden_size, 2, bias=True, std=config.initializer_range, **options)
 
     @functional
     def __call__(
@@ -273,7 +269,7 @@ class MistralForQuestionAnswering(PreTrainedModel):
             **options,
             return_dict=True,
         )
-        logits = project(out.last_hidden_state, self.qa_outputs.weight[...], self.qa_outputs.bias[...])
+        logits = self.qa_outputs(out.last_hidden_state)
         start_logits, end_logits = logits[..., 0], logits[..., 1]
         loss = None
         if start_positions is not None and end_positions is not None:

@@ -50,6 +50,10 @@ class Embedding(nnx.Module):
         # "fill": an id out of range under jit makes NaN, not the nearest row
         return jnp.take(self.weight[...], ids_BT, axis=0, mode="fill").astype(self.dtype)
 
+    def as_linear(self, x: Array) -> Array:
+        """What a Head of the same weight gives: a tied head is the embedding itself."""
+        return project(x, self.weight[...])
+
 
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) in float32, cast to the dtype of x, then times the weight [D]."""
@@ -236,6 +240,13 @@ class DecoderLayer(nnx.Module):
         )
         x_BTD = x_BTD + h
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), weights, kept
+
+
+class Head(Linear):
+    """A Linear whose product is accumulated and returned in float32."""
+
+    def __call__(self, x: Array) -> Array:
+        return project(x, self.weight[...], None if self.bias is None else self.bias[...])
 
 
 def project(x: Array, weight: Array, bias: Array | None = None) -> Array:

@@ -203,7 +203,7 @@ class PreTrainedModel(nnx.Module):
 
     def set_output_embeddings(self, value: Any) -> None:
         """Replace the projection to the vocabulary."""
-        self.lm_head = value
+        self.lm_head = nnx.data(value)  # also where a tied model had none
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None) -> Any:
         """Give embedding and head rows for another number of tokens: old rows keep their bits, new ones are their mean.

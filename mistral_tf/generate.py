@@ -19,7 +19,6 @@ from mistral_core.sampling import Rule, Values
 
 from .arrays import to_numpy
 from .cache import KVCache
-from .layers import project
 from .sampling import Choice, choose
 from .traces import changed
 
@@ -195,9 +194,8 @@ def _step(
     model: MistralForCausalLM, ids_BT: Tensor, mask_BT: Tensor, cache: KVCache, rule: Rule, values: Values
 ) -> tuple[Choice, KVCache]:
     """What is chosen after the last column, or each, and the cache after the new tokens."""
-    out = model.model(ids_BT, mask_BT, past_key_values=cache, return_dict=True)
-    x_BTD = out.last_hidden_state if rule.every else out.last_hidden_state[:, -1:]
-    return choose(project(x_BTD, model.head_weight), rule, values), out.past_key_values
+    out = model(ids_BT, mask_BT, past_key_values=cache, logits_to_keep=0 if rule.every else 1, return_dict=True)
+    return choose(out.logits, rule, values), out.past_key_values
 
 
 def _loop(

@@ -19,7 +19,7 @@ from mistral_core.outputs import (
 
 from .arrays import as_policy, integers, is_traced, labels_array, to_numpy
 from .generate import generate, stream
-from .layers import Linear, last_token, project
+from .layers import Head, last_token
 from .losses import classification_loss, cross_entropy, span_loss
 from .model import MistralModel
 from .weights import PreTrainedModel, default_initializer
@@ -42,12 +42,7 @@ class MistralForCausalLM(PreTrainedModel):
         options = {"dtype": dtype, "initializer": initializer}
         self.model = MistralModel(config, attn_implementation=attn_implementation, name="model", **options)
         tied = config.tie_word_embeddings
-        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, name="lm_head", **options)
-
-    @property
-    def head_weight(self) -> Tensor:
-        """[V, D]: the head, which is the embedding itself where the config ties them."""
-        return tf.convert_to_tensor((self.model.embed_tokens if self.lm_head is None else self.lm_head).weight)
+        self.lm_head = None if tied else Head(config.hidden_size, config.vocab_size, name="lm_head", **options)
 
     def call(
         self,
@@ -87,7 +82,8 @@ class MistralForCausalLM(PreTrainedModel):
             validate.check_logits_to_keep(logits_to_keep, x_BTD.shape[1])
             if labels is not None:
                 validate.check_labels("labels", to_numpy(labels), x_BTD.shape[:2], self.config.vocab_size)
-        logits = project(_kept(x_BTD, 0 if labels is not None else logits_to_keep), self.head_weight)
+        head = self.model.embed_tokens.as_linear if self.lm_head is None else self.lm_head
+        logits = head(_kept(x_BTD, 0 if labels is not None else logits_to_keep))
         if labels is not None:
             loss = cross_entropy(logits[:, :-1], labels[:, 1:])
             logits = _kept(logits, logits_to_keep)
@@ -124,7 +120,7 @@ class MistralForSequenceClassification(PreTrainedModel):
         super().__init__(config, dtype=dtype, name=name)
         options = {"dtype": dtype, "initializer": initializer}
         self.model = MistralModel(config, attn_implementation=attn_implementation, name="model", **options)
-        self.score = Linear(config.hidden_size, config.num_labels, name="score", **options)
+        self.score = Head(config.hidden_size, config.num_labels, name="score", **options)
 
     def call(
         self,
@@ -158,7 +154,7 @@ class MistralForSequenceClassification(PreTrainedModel):
         x_BTD = out.last_hidden_state
         column_B = last_token(self._real_tokens(input_ids, attention_mask, x_BTD))
         pooled_BD = tf.gather(x_BTD, column_B, batch_dims=1)
-        logits = project(pooled_BD, self.score.weight)
+        logits = self.score(pooled_BD)
         loss = None
         if labels is not None:
             labels = labels_array(self.config, labels, logits)
@@ -192,7 +188,7 @@ class MistralForTokenClassification(PreTrainedModel):
         super().__init__(config, dtype=dtype, name=name)
         options = {"dtype": dtype, "initializer": initializer}
         self.model = MistralModel(config, attn_implementation=attn_implementation, name="model", **options)
-        self.score = Linear(config.hidden_size, config.num_labels, bias=True, name="score", **options)
+        self.score = Head(config.hidden_size, config.num_labels, bias=True, name="score", **options)
 
     def call(
         self,
@@ -223,7 +219,7 @@ class MistralForTokenClassification(PreTrainedModel):
         x_BTD = out.last_hidden_state
         if training:
             x_BTD = tf.nn.dropout(x_BTD, self.config.classifier_dropout)
-        logits = project(x_BTD, self.score.weight, self.score.bias)
+        logits = self.score(x_BTD)
         loss = None
         labels = integers("labels", labels)
         if labels is not None:
@@ -249,7 +245,7 @@ class MistralForQuestionAnswering(PreTrainedModel):
         super().__init__(config, dtype=dtype, name=name)
         options = {"dtype": dtype, "initializer": initializer}
         self.model = MistralModel(config, attn_implementation=attn_implementation, name="model", **options)
-        self.qa_outputs = Linear(config.hidden_size, 2, bias=True, name="qa_outputs", **options)
+        self.qa_outputs = Head(config.hidden_size, 2, bias=True, name="qa_outputs", **options)
 
     def call(
         self,
@@ -278,7 +274,7 @@ class MistralForQuestionAnswering(PreTrainedModel):
             training=training,
             return_dict=True,
         )
-        logits = project(out.last_hidden_state, self.qa_outputs.weight, self.qa_outputs.bias)
+        logits = self.qa_outputs(out.last_hidden_state)
         start_logits, end_logits = logits[..., 0], logits[..., 1]
         loss = None
         if start_positions is not None and end_positions is not None:

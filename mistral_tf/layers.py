@@ -43,7 +43,8 @@ class Linear(Layer):
         self.bias = self.add_weight(shape=(size_out,), initializer="zeros", name=f"{self.name}.bias") if bias else None
 
     def call(self, x: Tensor) -> Tensor:
-        return matmul(x, tf.cast(self.weight, x.dtype))
+        weight = tf.cast(self.weight, x.dtype)
+        return matmul(x, weight) if self.bias is None else tf.cast(project(x, weight, self.bias), x.dtype)
 
 
 class Embedding(Layer):
@@ -55,6 +56,10 @@ class Embedding(Layer):
 
     def call(self, ids_BT: Tensor) -> Tensor:
         return tf.cast(tf.gather(tf.convert_to_tensor(self.weight), ids_BT), self.compute_dtype)
+
+    def as_linear(self, x: Tensor) -> Tensor:
+        """What a Head of the same weight gives: a tied head is the embedding itself."""
+        return project(x, self.weight)
 
 
 class RMSNorm(Layer):
@@ -275,6 +280,13 @@ class DecoderLayer(Layer):
         )
         x_BTD = x_BTD + h
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), weights, kept
+
+
+class Head(Linear):
+    """A Linear whose product is accumulated and returned in float32."""
+
+    def call(self, x: Tensor) -> Tensor:
+        return project(x, self.weight, self.bias)
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

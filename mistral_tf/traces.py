@@ -1,4 +1,4 @@
-"""What functions were traced of: tf.function keeps a config's numbers and a model's variables as they were then."""
+"""What functions were traced of: tf.function keeps a config's numbers and a model's parts as they were then."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ _traced: weakref.WeakKeyDictionary[Any, dict[str, tuple[Any, list[Any]]]] = weak
 
 
 def changed(model: Any, function: str) -> bool:
-    """Whether a model has another config, or other variables, than when this was last asked for a function's sake."""
-    now = copy.copy(model.config), [*model.weights]
-    config, variables = _traced.setdefault(model, {}).get(function, now)
+    """Whether a model has another config, or other layers or variables, than when last asked for a function's sake."""
+    now = copy.copy(model.config), [*model.weights, *model._flatten_layers(include_self=False)]
+    config, parts = _traced.setdefault(model, {}).get(function, now)
     _traced[model][function] = now
-    return config != now[0] or [*map(id, variables)] != [*map(id, now[1])]
+    return config != now[0] or [*map(id, parts)] != [*map(id, now[1])]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mistral_core import GenerationConfig, decoding
 from mistral_core.errors import UnsupportedFeatureError
@@ -121,8 +121,8 @@ class Engine:
         self._frozen = compile == "max"
         self.fixed_caches = compile in ("on", "max") or (compile == "auto" and not on_cpu)
         self.fixed_prompts = self.fixed_caches and not self._frozen
-        self._head = model.lm_head.weight.detach()
-        if on_cpu and not self.fixed_caches:
+        self._head = model.lm_head.weight.detach() if _is_plain(model) and _is_plain(model.lm_head) else None
+        if self._head is not None and on_cpu and not self.fixed_caches:
             self._head = self._head.float()  # once, not for each token
         self._step: Any = None
 
@@ -155,6 +155,8 @@ class Engine:
         slots = tuple(keys.shape[1] for keys in cache.keys)
         kind = tuple(ids_BT.shape), slots, rule, values.bias is None, values.seen is None
         if self._frozen and ids_BT.shape[1] > FEW:  # each frozen shape would pack a copy of the weights of its own
+            if self._head is None:
+                return _step(self.model, None, ids_BT, mask_BT, cache, rule, values)
             x_BTD, cache = _hidden(self.model, ids_BT, mask_BT, cache, rule)
             return compiled(self.model, _chosen)(
                 x_BTD, self._head, rule, values, kind=(tuple(x_BTD.shape), *kind[2:])
@@ -191,7 +193,7 @@ class Engine:
 
 def _step(
     model: MistralForCausalLM,
-    head_VD: Tensor,
+    head_VD: Tensor | None,
     ids_BT: Tensor,
     mask_BT: Tensor,
     cache: KVCache,
@@ -200,10 +202,20 @@ def _step(
 ) -> tuple[Choice, KVCache]:
     """What is chosen after the last column, or each, and the cache after the new tokens.
 
-    The head is an argument, not a parameter, so that freezing does not make it float32.
+    The weight of a plain head is an argument, not a parameter, so that freezing does not make it float32. Without
+    one the model is called, with whatever was put into its place, around it or before it.
     """
+    if head_VD is None:
+        out = model(ids_BT, mask_BT, past_key_values=cache, logits_to_keep=0 if rule.every else 1, return_dict=True)
+        return choose(out.logits, rule, values), out.past_key_values
     x_BTD, cache = _hidden(model, ids_BT, mask_BT, cache, rule)
     return _chosen(x_BTD, head_VD, rule, values), cache
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether calling a module does what its class here says and no more: no hook, no wrapper, no other forward."""
+    own = type(module).__module__ in (f"{__package__}.heads", f"{__package__}.layers") and "forward" not in vars(module)
+    return own and not (module._forward_hooks or module._forward_pre_hooks or nn.modules.module._has_any_global_hook())
 
 
 def _hidden(

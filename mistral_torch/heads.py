@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mistral_core import MistralConfig, validate
 from mistral_core.outputs import (
@@ -20,7 +20,7 @@ from mistral_core.outputs import (
 
 from .arrays import integers, is_traced, labels_array, to_numpy
 from .generate import generate, stream
-from .layers import last_token, project
+from .layers import Head, last_token
 from .losses import classification_loss, cross_entropy, span_loss
 from .model import MistralModel
 from .weights import PreTrainedModel
@@ -32,15 +32,16 @@ class MistralForCausalLM(PreTrainedModel):
     def __init__(self, config: MistralConfig, *, attn_implementation: str | None = None) -> None:
         super().__init__(config)
         self.model = MistralModel(config, attn_implementation=attn_implementation)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.initialise("lm_head")
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Make head and embedding one tensor where the config ties them."""
+        """Make head and embedding one tensor where the config ties them, also where something wraps the head."""
         if self.config.tie_word_embeddings:
+            head = next((module for module in self.lm_head.modules() if isinstance(module, Head)), self.lm_head)
             # put there, not assigned: under accelerate's init_empty_weights an assignment makes a copy
-            self.lm_head._parameters["weight"] = self.model.embed_tokens.weight
+            head._parameters["weight"] = self.model.embed_tokens.weight
 
     def forward(
         self,
@@ -78,7 +79,7 @@ class MistralForCausalLM(PreTrainedModel):
             validate.check_logits_to_keep(logits_to_keep, x_BTD.shape[1])
             if labels is not None:
                 validate.check_labels("labels", to_numpy(labels), x_BTD.shape[:2], self.config.vocab_size)
-        logits = project(_kept(x_BTD, 0 if labels is not None else logits_to_keep), self.lm_head.weight)
+        logits = self.lm_head(_kept(x_BTD, 0 if labels is not None else logits_to_keep))
         if labels is not None:
             loss = cross_entropy(logits[:, :-1], labels[:, 1:])
             logits = _kept(logits, logits_to_keep)
@@ -118,7 +119,7 @@ class MistralForSequenceClassification(PreTrainedModel):
     def __init__(self, config: MistralConfig, *, attn_implementation: str | None = None) -> None:
         super().__init__(config)
         self.model = MistralModel(config, attn_implementation=attn_implementation)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = Head(config.hidden_size, config.num_labels, bias=False)
         self.initialise("score")
 
     def forward(
@@ -151,7 +152,7 @@ class MistralForSequenceClassification(PreTrainedModel):
         x_BTD = out.last_hidden_state
         column_B = last_token(self._real_tokens(input_ids, attention_mask, x_BTD))
         pooled_BD = x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), column_B]
-        logits = project(pooled_BD, self.score.weight)
+        logits = self.score(pooled_BD)
         loss = None
         if labels is not None:
             labels = labels_array(self.config, labels, logits)
@@ -174,7 +175,7 @@ class MistralForTokenClassification(PreTrainedModel):
     def __init__(self, config: MistralConfig, *, attn_implementation: str | None = None) -> None:
         super().__init__(config)
         self.model = MistralModel(config, attn_implementation=attn_implementation)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.score = Head(config.hidden_size, config.num_labels)
         self.initialise("score")
 
     def forward(
@@ -202,7 +203,7 @@ class MistralForTokenClassification(PreTrainedModel):
             return_dict=True,
         )
         x_BTD = F.dropout(out.last_hidden_state, self.config.classifier_dropout, self.training)
-        logits = project(x_BTD, self.score.weight, self.score.bias)
+        logits = self.score(x_BTD)
         loss = None
         labels = integers("labels", labels, self.device)
         if labels is not None:
@@ -218,7 +219,7 @@ class MistralForQuestionAnswering(PreTrainedModel):
     def __init__(self, config: MistralConfig, *, attn_implementation: str | None = None) -> None:
         super().__init__(config)
         self.model = MistralModel(config, attn_implementation=attn_implementation)
-        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.qa_outputs = Head(config.hidden_size, 2)
         self.initialise("qa_outputs")
 
     def forward(
@@ -246,7 +247,7 @@ class MistralForQuestionAnswering(PreTrainedModel):
             **options,
             return_dict=True,
         )
-        logits = project(out.last_hidden_state, self.qa_outputs.weight, self.qa_outputs.bias)
+        logits = self.qa_outputs(out.last_hidden_state)
         start_logits, end_logits = logits[..., 0], logits[..., 1]
         loss = None
         if start_positions is not None and end_positions is not None:

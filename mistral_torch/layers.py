@@ -161,6 +161,13 @@ class DecoderLayer(nn.Module):
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), weights, kept
 
 
+class Head(nn.Linear):
+    """A Linear whose product is accumulated and returned in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return project(x, self.weight, self.bias)
+
+
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A head's product x W^T + b, accumulated and returned in float32."""
     with without_autocast(x):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import abc
+import functools
 import importlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -59,6 +61,18 @@ class Adapter(abc.ABC):
     @abc.abstractmethod
     def layer(self, model: Any, index: int) -> Any:
         """A decoder layer of a model."""
+
+    @abc.abstractmethod
+    def recorder(self, module: Any, called: Callable[[], None]) -> Any:
+        """A module that has another one inside, hands its calls on to it and tells of each."""
+
+    def record(self, model: Any, name: str, calls: Counter[str]) -> None:
+        """Put a recorder in the place of the module of this canonical name, such as "model.layers.0.mlp.up_proj"."""
+        parent, path = model, name.split(".")
+        if "layers" in path:
+            parent, path = self.layer(model, int(path[2])), path[3:]
+        parent = functools.reduce(getattr, path[:-1], parent)
+        setattr(parent, path[-1], self.recorder(getattr(parent, path[-1]), functools.partial(calls.update, [name])))
 
     def call(self, model: Any, **inputs: Any) -> Any:
         """The model's output, as the framework returns it."""

@@ -7,8 +7,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from .base import Adapter
+
+
+class Recorder(nnx.Module):
+    """A module with another one inside, as users and libraries put it into a model; tells when it is called."""
+
+    def __init__(self, module: Any, called: Any) -> None:
+        super().__init__()
+        self.inner, self.called = module, called
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        self.called()
+        return self.inner(*arguments, **options)
+
+    @property
+    def weight(self) -> Any:
+        return self.inner.weight
+
+    @property
+    def bias(self) -> Any:
+        return self.inner.bias
+
+    @property
+    def dtype(self) -> Any:
+        return self.inner.dtype
 
 
 class BackendAdapter(Adapter):
@@ -31,3 +56,6 @@ class BackendAdapter(Adapter):
 
     def layer(self, model: Any, index: int) -> Any:
         return model.model.layers[str(index)]
+
+    def recorder(self, module: Any, called: Any) -> Any:
+        return Recorder(module, called)

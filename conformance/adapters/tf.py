@@ -4,10 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
 from .base import Adapter
+
+
+class Recorder(keras.layers.Layer):
+    """A module with another one inside, as users and libraries put it into a model; tells when it is called."""
+
+    def __init__(self, module: Any, called: Any) -> None:
+        super().__init__(autocast=False)
+        self.inner, self.called = module, called
+        self.built = True
+
+    def call(self, *arguments: Any, **options: Any) -> Any:
+        self.called()
+        return self.inner(*arguments, **options)
+
+    @property
+    def weight(self) -> Any:
+        return self.inner.weight
+
+    @property
+    def bias(self) -> Any:
+        return self.inner.bias
 
 
 class BackendAdapter(Adapter):
@@ -39,3 +61,6 @@ class BackendAdapter(Adapter):
 
     def layer(self, model: Any, index: int) -> Any:
         return model.model.decoder_layers[index]
+
+    def recorder(self, module: Any, called: Any) -> Any:
+        return Recorder(module, called)

@@ -11,6 +11,26 @@ import torch
 from .base import Adapter
 
 
+class Recorder(torch.nn.Module):
+    """A module with another one inside, as users and libraries put it into a model; tells when it is called."""
+
+    def __init__(self, module: Any, called: Any) -> None:
+        super().__init__()
+        self.inner, self.called = module, called
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        self.called()
+        return self.inner(*arguments, **options)
+
+    @property
+    def weight(self) -> Any:
+        return self.inner.weight
+
+    @property
+    def bias(self) -> Any:
+        return self.inner.bias
+
+
 class BackendAdapter(Adapter):
     name = "torch"
 
@@ -48,3 +68,6 @@ class BackendAdapter(Adapter):
 
     def layer(self, model: Any, index: int) -> Any:
         return model.model.layers[index]
+
+    def recorder(self, module: Any, called: Any) -> Any:
+        return Recorder(module, called)

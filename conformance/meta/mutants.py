@@ -172,6 +172,28 @@ MUTANTS = (
            everywhere("heads.py", "= logits[..., 0], logits[..., 1]", "= logits[..., 1], logits[..., 0]")),
     Mutant("a span beyond the text counts", "whole question",
            everywhere("losses.py", "ignore=length", "ignore=-1", 2), raises=True),
+    Mutant("bias of a head forgotten", "whole token", spelled(
+        "layers.py",
+        torch=("return project(x, self.weight, self.bias)", "return project(x, self.weight)"),
+        flax=("None if self.bias is None else self.bias[...])", "None)"),
+        tf=("return project(x, self.weight, self.bias)", "return project(x, self.weight)"),
+    )),
+    Mutant("head never called", "modules window", spelled(
+        "heads.py",
+        torch=("logits = self.lm_head(", "logits = (lambda x: x.float() @ self.lm_head.weight.float().T)("),
+        flax=("if self.lm_head is None else self.lm_head\n", "if self.lm_head is None else lambda x: x @ self.lm_head.weight.T\n"),
+        tf=("if self.lm_head is None else self.lm_head\n",
+            "if self.lm_head is None else lambda x: x @ tf.transpose(self.lm_head.weight)\n"),
+    )),
+    Mutant("head never called by generate", "modules window", spelled(
+        "generate.py", torch=("if _is_plain(model) and _is_plain(model.lm_head) else None", "if True else None"),
+    )),
+    Mutant("scores never called", "modules token", spelled(
+        "heads.py",
+        torch=("self.score(x_BTD)", "F.linear(x_BTD.float(), self.score.weight, self.score.bias)"),
+        flax=("self.score(x_BTD)", "x_BTD @ self.score.weight.T + self.score.bias[...]"),
+        tf=("self.score(x_BTD)", "x_BTD @ tf.transpose(self.score.weight) + self.score.bias"),
+    )),
     # Cache
     Mutant("cache slot + 1", "cached window by ones",
            everywhere("cache.py", "order_BT % slots, next", "(order_BT + 1) % slots, next")),
@@ -192,8 +214,11 @@ MUTANTS = (
         flax=("length_B + inputs.attention_mask.sum(1)", "length_B + inputs.attention_mask.shape[1]"),
         tf=("length_B + tf.reduce_sum(inputs.attention_mask, 1)", "length_B + tf.shape(inputs.attention_mask)[1]"),
     )),
-    Mutant("prefill reads the first column", "greedy", everywhere(
-        "generate.py", "out.last_hidden_state[:, -1:]", "out.last_hidden_state[:, :1]",
+    Mutant("prefill reads the first column", "greedy", spelled(
+        "generate.py",
+        torch=("out.last_hidden_state[:, -1:]", "out.last_hidden_state[:, :1]"),
+        flax=("logits_to_keep=0 if rule.every else 1", "logits_to_keep=0 if rule.every else [0]"),
+        tf=("logits_to_keep=0 if rule.every else 1", "logits_to_keep=0 if rule.every else [0]"),
     )),
     # Choosing tokens
     Mutant("rotations of another block", "noise",
