@@ -75,6 +75,37 @@ def opened_to_write(path: Path, *, new: bool = False) -> Iterator[int]:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def locked_file(path: Path) -> Iterator[int]:
+    """A descriptor of a file, made if it is not there, that no other process has in this way at the same time.
+
+    Raises OSError.
+    """
+    while True:
+        try:
+            os.makedirs(path.parent, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except (FileNotFoundError, FileExistsError):
+            if os.path.lexists(path.parent):
+                raise
+            continue  # who was done has removed the empty directory
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError):  # who had it before may have given it another place
+                here = os.path.samestat(os.stat(path), os.fstat(descriptor))
+                if here:
+                    break
+            os.close(descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     """Write all bytes at an offset; `os.pwrite` may write fewer."""
     view = memoryview(data)

@@ -15,6 +15,18 @@ TEXT_BYTES = 64 << 20  # bytes of a tokenizer or a licence; Tekken's tokenizer.j
 MANIFEST_BYTES = 10 << 20  # bytes of a manifest, an index or zarr's metadata: 20 000 tensors of 500 bytes each
 FILES = 200_000  # files of a directory; a tree of zarr has one a chunk
 
+# A hub
+
+API_BYTES = 32 << 20  # bytes of an answer in JSON; 200 for each file of a repository
+PATH_LETTERS = 1024  # letters of a file's name with its folders
+ADDRESS_LETTERS = 16_384  # letters of an address that a redirect gives; signed ones have two thousand
+REDIRECTS = 8  # one after the other; the hub has two
+DOWNLOAD_BYTES = 1 << 40  # bytes of one file
+UNANNOUNCED_BYTES = 64 << 20  # bytes of a file whose size nobody told: not one of weights
+HEAD_SECONDS = 60  # seconds until an answer begins, however slowly its head comes
+SLOW_SECONDS = 20  # seconds over which the speed of a download is looked at
+SLOW_BYTES = 1024  # bytes a second that a download must have, over those: also its longest time, size / SLOW_BYTES
+
 # Config
 
 LAYERS = 1024  # the deepest published Mistral has 88

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 from ..disk import files as safe_files
 from ..disk import reading
@@ -21,20 +19,16 @@ from ..errors import (
     HubTimeoutError,
     MistralError,
     OfflineError,
+    UnsafeFileError,
 )
+from . import hub_cache, hub_wire
 from .hub_errors import Repository, translated
 from .hub_files import CONFIGS, HEADS, heads, small_files, weight_files
+from .hub_wire import Announced
 
 ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only")
 
 _DOWNLOADS_AT_ONCE = 4
-
-
-class _Announced(NamedTuple):
-    """What the hub says of a file."""
-
-    size: int | None
-    sha256: str | None
 
 
 def resolve(
@@ -66,20 +60,22 @@ def resolve(
     for part in (part for name in wanted or () for part in name.split("/")):
         safe_files.check_bare_name(part, path_or_id)
     from huggingface_hub import constants
+    from huggingface_hub.utils import validate_repo_id
 
     try:
+        validate_repo_id(path_or_id)
         if local_files_only or constants.HF_HUB_OFFLINE:
             return _cached(repository, wanted, format, one_format)
         return _download(repository, wanted, format, one_format)
     except Exception as error:
         failure = translated(error, repository)
-        if failure is error:
-            raise
         snapshot = None
-        if type(failure) in (HubError, HubTimeoutError, OfflineError):
+        if type(failure) in (HubError, HubTimeoutError, OfflineError) and not local_files_only:
             with contextlib.suppress(OfflineError):
                 snapshot = _cached(repository, wanted, format, one_format)
         if snapshot is None:
+            if failure is error:
+                raise
             raise failure from error
         warnings.warn(f"{failure} Its copy in the cache, commit {snapshot.name}, is used.", stacklevel=2)
         return snapshot
@@ -95,21 +91,7 @@ def _looks_like_path(text: str, path: Path) -> bool:
 
 def _download(repository: Repository, wanted: Sequence[str] | None, format: str | None, one: bool) -> Path:
     """Resolve the commit once and fetch what is wanted of it."""
-    from huggingface_hub import HfApi, constants
-
-    info = HfApi(token=repository.token).model_info(
-        repository.id,
-        revision=repository.revision,
-        files_metadata=True,
-        timeout=constants.HF_HUB_ETAG_TIMEOUT,
-    )
-    commit = info.sha
-    if not commit or not re.fullmatch("[0-9a-f]{40}", commit):
-        raise HubError(f"{repository}: the hub named no commit; try again.")
-    announced = {
-        file.rfilename: _Announced(file.lfs.size, file.lfs.sha256) if file.lfs else _Announced(file.size, None)
-        for file in info.siblings or ()
-    }
+    commit, announced = hub_wire.listing(repository)
     if wanted is None:
         first = heads(announced, format, str(repository), one=one)
         names = small_files(announced, first)
@@ -117,44 +99,77 @@ def _download(repository: Repository, wanted: Sequence[str] | None, format: str 
         names = [name for name in wanted if name in announced]
     if not names and wanted is not None:
         raise FileNotOnHubError(f"{repository}: the repository has none of {', '.join(wanted)}; check the id.")
-    snapshot = _fetch(repository, commit, names, announced) if names else None
+    _fetch(repository, commit, names, announced)
     if wanted is None:
-        weights = weight_files(snapshot, announced, first)
+        weights = weight_files(hub_cache.snapshot(repository, commit), announced, first)
         absent = [name for name in weights if name not in announced]
         if absent:
             raise FileNotOnHubError(f"{repository}: the repository lacks {', '.join(absent)}, which {first[0]} names.")
-        snapshot = _fetch(repository, commit, weights, announced)
-    assert snapshot is not None  # one of the two fetched something
-    _remember(repository, snapshot)
-    return snapshot
+        _fetch(repository, commit, weights, announced)
+    hub_cache.sweep(repository, commit)
+    hub_cache.remember(repository, commit)
+    return hub_cache.folder(repository) / "snapshots" / commit
 
 
-def _fetch(repository: Repository, commit: str, names: Sequence[str], announced: Mapping[str, _Announced]) -> Path:
-    """Download files of one commit and compare the new ones with the size and SHA-256 that the hub announced."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+def _fetch(repository: Repository, commit: str, names: Sequence[str], announced: Mapping[str, Announced]) -> None:
+    """Have files of one commit in the cache, each compared with what the hub announced before it is published."""
+    if len({name.casefold() for name in names}) < len(names):
+        raise UnsafeFileError(f"{repository}: has files whose names differ in nothing but case; refused.")
 
-    def fetch(name: str) -> Path:
-        cache = repository.cache_dir
-        fresh = not isinstance(try_to_load_from_cache(repository.id, name, cache, commit), str)
-        path = Path(hf_hub_download(repository.id, name, revision=commit, cache_dir=cache, token=repository.token))
-        if not path.is_file():
-            raise HubError(f"{repository}: in the cache {path} is no file; remove it and load again.")
-        if fresh:
-            _check(path, announced[name], repository)
-        return path
+    def fetch(name: str) -> None:
+        if not _have(repository, commit, name, announced[name]):
+            with hub_cache.arriving(repository, commit, name) as (path, descriptor):
+                if not _have(repository, commit, name, announced[name]):  # another process may have fetched it
+                    _fetch_one(repository, commit, name, announced[name], path, descriptor)
 
     with ThreadPoolExecutor(_DOWNLOADS_AT_ONCE) as pool:
-        paths = list(pool.map(fetch, names))
-    return paths[0].parents[names[0].count("/")]
+        list(pool.map(fetch, names))
 
 
-def _check(path: Path, expected: _Announced, repository: Repository) -> None:
+def _have(repository: Repository, commit: str, name: str, expected: Announced) -> bool:
+    """Whether the cache has a file, compared now if it never was."""
+    path = hub_cache.found(repository, commit, name)
+    if path is None and (known := hub_cache.blob(repository, expected.sha256)):
+        hub_wire.ask_for(repository, commit, name)
+        if not hub_cache.is_verified(repository, known):
+            _check(known, expected, repository)
+        path = hub_cache.publish(repository, commit, name, known, expected.sha256)
+    if path is not None and not hub_cache.is_verified(repository, path):
+        _check(path, expected, repository)
+        hub_cache.note_verified(repository, path)
+    return path is not None
+
+
+def _fetch_one(
+    repository: Repository, commit: str, name: str, expected: Announced, path: Path, descriptor: int
+) -> None:
+    """Download, compare, publish; a connection that breaks off is taken up again while more comes."""
+    before = -1
+    while True:
+        try:
+            hub_wire.download(repository, commit, name, expected, descriptor)
+            break
+        except Exception as error:
+            came = os.fstat(descriptor).st_size
+            broken = isinstance(translated(error, repository), (DownloadCorruptError, HubTimeoutError))
+            if not broken or isinstance(error, MistralError) or expected.sha256 is None or came <= before + (1 << 20):
+                if expected.sha256 is None:
+                    path.unlink(missing_ok=True)
+                raise
+            before = came
+    os.fsync(descriptor)
+    _check(path, expected, repository)
+    hub_cache.publish(repository, commit, name, path, expected.sha256)
+
+
+def _check(path: Path, expected: Announced, repository: Repository) -> None:
     """Remove a file that is not what was announced, and raise DownloadCorruptError."""
-    size, sha256 = path.stat().st_size, expected.sha256
+    size, sha256 = reading.size_of(path), expected.sha256
     if sha256 is not None:
         sha256 = reading.sha256(path)
     if sha256 != expected.sha256 or size != (size if expected.size is None else expected.size):
-        path.resolve().unlink()
+        if path.is_symlink():
+            (path.parent / os.readlink(path)).unlink()
         path.unlink(missing_ok=True)
         raise DownloadCorruptError(
             f"{repository}: {path.name} arrived with {size} bytes and SHA-256 {sha256}, the hub announced "
@@ -162,32 +177,29 @@ def _check(path: Path, expected: _Announced, repository: Repository) -> None:
         )
 
 
-def _remember(repository: Repository, snapshot: Path) -> None:
-    """Note which commit a branch or tag meant, as the hub's own cache does, for the next time offline."""
-    name = repository.revision or "main"
-    if name != snapshot.name and re.fullmatch(r"[\w.-]+(/[\w.-]+)*", name) and ".." not in name:
-        with contextlib.suppress(MistralError):  # a read-only cache is no reason to fail
-            safe_files.write_file(snapshot.parent.parent / "refs" / name, snapshot.name.encode())
-
-
 def _cached(repository: Repository, wanted: Sequence[str] | None, format: str | None, one: bool) -> Path:
-    """The snapshot in the cache, or OfflineError with what it lacks."""
+    """The snapshot in the cache, or OfflineError with what it lacks; what was never compared is compared now."""
     names = (*CONFIGS, *HEADS) if wanted is None else tuple(wanted)
-    found = next(((path, name) for name in names if (path := _in_cache(repository, name))), None)
-    if found is None:
+    commit = hub_cache.commit_of(repository)
+    found = [name for name in names if commit and hub_cache.found(repository, commit, name)]
+    if commit is None or not found:
         tried = CONFIGS if wanted is None else names
         raise OfflineError(
-            f"{repository}: offline, and the cache has none of {', '.join(tried)}; "
-            "load it once online or check cache_dir."
+            f"{repository}: no such path here, and, offline, the cache has none of {', '.join(tried)}; check the path, "
+            "or load it once online, or check cache_dir."
         )
-    snapshot = found[0].parents[found[1].count("/")]
+    snapshot = hub_cache.snapshot(repository, commit)
     if wanted is None:
-        present = {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()}
+        present = {name for name, path in reading.files_below(snapshot).items() if path.is_file()}
         weights = weight_files(snapshot, present, _heads_in_cache(repository, snapshot, present, format, one))
         missing = [name for name in weights if name not in present]
         if missing:
             raise _incomplete(repository, snapshot, ", ".join(missing))
-    return snapshot
+        found = [*found, *weights]
+    for name in dict.fromkeys(found):
+        if (sha256 := hub_cache.expected(snapshot / name)) is not None:
+            _have(repository, commit, name, Announced(None, sha256))
+    return hub_cache.folder(repository) / "snapshots" / commit
 
 
 def _heads_in_cache(
@@ -204,17 +216,3 @@ def _incomplete(repository: Repository, snapshot: Path, missing: str) -> Offline
     return OfflineError(
         f"{repository}: offline, and the cache lacks {missing} of commit {snapshot.name}; load it once online."
     )
-
-
-def _in_cache(repository: Repository, name: str) -> Path | None:
-    """A file of the revision in the cache; raises OfflineError for a cache that is not in order."""
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        found = try_to_load_from_cache(repository.id, name, repository.cache_dir, repository.revision)
-    except (UnicodeError, OSError) as cause:
-        raise OfflineError(
-            f"{repository}: offline, and the cache cannot be read ({type(cause).__name__}); remove the repository's "
-            "directory there and load it once online."
-        ) from cause
-    return Path(found) if isinstance(found, str) else None

@@ -66,7 +66,10 @@ def _kinds() -> list[tuple[type, type[HubError], str]]:
     log_in = "log in with `hf auth login` or pass token="
     unknown = f"no such repository, nor such a path here; check the id, or, if it is private, {log_in}"
     gated = f"gated; accept its licence on its page, then {log_in}"
-    unreachable = "the hub cannot be reached; check the network, proxy and HF_ENDPOINT"
+    unreachable = (
+        "there is no such path here, and the hub cannot be reached; check the path, or the network, the proxy and "
+        "HF_ENDPOINT"
+    )
     return [
         (hf.HFValidationError, RepoNotFoundError, "neither a path here nor a hub id; check it"),
         (hf.LocalTokenNotFoundError, AuthRequiredError, f"there is no token; {log_in}"),
