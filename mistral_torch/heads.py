@@ -19,6 +19,7 @@ from mistral_core.outputs import (
 )
 
 from .arrays import integers, is_traced, labels_array, to_numpy
+from .foreign_cache import is_foreign
 from .generate import generate, stream
 from .layers import Head, last_token
 from .losses import classification_loss, cross_entropy, span_loss
@@ -97,7 +98,11 @@ class MistralForCausalLM(PreTrainedModel):
         self, input_ids: Tensor, *, past_key_values: Any = None, attention_mask: Any = None, **options: Any
     ) -> dict[str, Any]:
         """The arguments of the next call of a decode loop written for transformers: with a past, the last ids alone."""
-        ids = input_ids if past_key_values is None else input_ids[:, -1:]
+        ids = input_ids
+        if is_foreign(past_key_values):
+            ids = input_ids[:, past_key_values.get_seq_length() :]
+        elif past_key_values is not None:
+            ids = input_ids[:, -1:]
         return {
             "input_ids": ids,
             "past_key_values": past_key_values,

@@ -15,6 +15,7 @@ from .arrays import model_inputs
 from .cache import KVCache
 from .checkpointing import checkpointed
 from .compat import attention_name
+from .foreign_cache import takes_foreign_caches
 from .layers import DecoderLayer, RMSNorm, rotary, token_order, token_positions
 from .weights import PreTrainedModel
 
@@ -34,6 +35,7 @@ class MistralModel(PreTrainedModel):
         self.gradient_checkpointing: dict[str, Any] | None = None
         self.initialise()
 
+    @takes_foreign_caches
     def forward(
         self,
         input_ids: Any = None,

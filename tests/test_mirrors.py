@@ -59,6 +59,7 @@ OWN_NAMES = {
 OWN_FILES = {
     "compiled.py": "torch's compiler is asked for, function by function; JAX and TensorFlow always compile",
     "compat.py": "each framework has other guests: torch trainers and adapters, Flax and TF old names of classes",
+    "foreign_cache.py": "torch: decode loops and adapters bring transformers' caches; its Flax and TF ones are gone",
     "scan.py": "JAX compiles every layer anew unless it scans",
     "fit.py": "Keras models train themselves",
     "saving.py": "Keras and TensorFlow have files of their own, and look for what to write in them",

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import mistral_torch
 from conformance.weights import random_parameters
-from mistral_core.errors import InputError, MissingTensorsError, UnknownFieldError
+from mistral_core.errors import InputError, MissingTensorsError, UnknownFieldError, UnsupportedFeatureError
 from mistral_core.presets import TINY
 
 transformers = pytest.importorskip("transformers")
@@ -209,3 +209,151 @@ def test_rows_of_the_flattening_collator_are_apart():
     for left_out in ({"seq_idx"}, {"cu_seq_lens_q", "cu_seq_lens_k"}, set()):
         given = {name: value for name, value in packed.items() if name not in {*left_out, "labels"}}
         assert torch.allclose(model(**given).logits, alone, atol=1e-4)
+
+
+# transformers' caches
+
+
+def theirs(config):
+    fields = {key: value for key, value in config.to_dict(dialect="v5").items() if key != "architectures"}
+    return transformers.MistralConfig(**fields, attn_implementation="eager")
+
+
+CACHES = {
+    "dynamic": lambda config: transformers.DynamicCache(),
+    "dynamic, by config": lambda config: transformers.DynamicCache(config=theirs(config)),
+    "static": lambda config: transformers.StaticCache(theirs(config.replace(sliding_window=None)), max_cache_len=16),
+}
+LEFT = torch.ones_like(IDS)
+LEFT[0, :3] = 0
+
+
+def windowed(window):
+    config = CONFIG.replace(sliding_window=window)
+    model = mistral_torch.MistralForCausalLM(config)
+    return model.load_arrays(random_parameters(config, "MistralForCausalLM")).eval()
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("window", [None, 4, 7])
+@pytest.mark.parametrize("cuts", [(10,), (4, 5, 6, 10), (8, 9, 10)])
+def test_their_cache_gives_what_ours_gives(kind, window, cuts):
+    model = windowed(window)
+    cache, logits, start = CACHES[kind](model.config), [], 0
+    for cut in cuts:
+        out = model(IDS[:, start:cut], LEFT[:, :cut], past_key_values=cache)
+        assert out.past_key_values is cache
+        assert cache.get_seq_length() == cut
+        logits.append(out.logits)
+        start = cut
+    assert torch.allclose(torch.cat(logits, 1)[LEFT == 1], model(IDS, LEFT).logits[LEFT == 1], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_cache_goes_between_our_model_and_theirs(kind, window):
+    model = windowed(window)
+    other = transformers.MistralForCausalLM(theirs(model.config)).eval()
+    other.load_state_dict(model.state_dict())
+    positions = (LEFT.cumsum(1) - 1).clamp(min=0)
+    ours, hers = CACHES[kind](model.config), CACHES[kind](model.config)
+    with torch.no_grad():
+        model(IDS[:, :8], LEFT[:, :8], past_key_values=ours)
+        other(IDS[:, :8], attention_mask=LEFT[:, :8], position_ids=positions[:, :8], past_key_values=hers)
+        for mine, yours in zip(ours.layers, hers.layers, strict=True):
+            real = LEFT[:, :8][:, -mine.keys.shape[2] :][:, :, None, None]
+            kept = slice(None) if kind != "static" else slice(8)
+            for a, b in ((mine.keys, yours.keys), (mine.values, yours.values)):
+                assert torch.allclose(
+                    a[:, :, kept].transpose(1, 2) * real, b[:, :, kept].transpose(1, 2) * real, atol=1e-4
+                )
+        expected = model(IDS, LEFT).logits[:, 8:]
+        found = model(IDS[:, 8:], LEFT, past_key_values=hers).logits
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_a_cache_of_theirs_with_padding_in_between():
+    model, mask = windowed(5), torch.ones_like(IDS)
+    mask[1, 3:6] = 0
+    cache = transformers.DynamicCache()
+    model(IDS[:, :8], mask[:, :8], past_key_values=cache)
+    found = model(IDS[:, 8:], mask, past_key_values=cache).logits
+    assert torch.allclose(found, model(IDS, mask).logits[:, 8:], atol=1e-4)
+    cache = transformers.DynamicCache(config=theirs(model.config))  # which has dropped what row 1 still sees
+    model(IDS[:, :8], mask[:, :8], past_key_values=cache)
+    with pytest.raises(InputError, match="dropped"):
+        model(IDS[:, 8:], mask, past_key_values=cache)
+
+
+def test_gradients_flow_through_a_cache_of_theirs():
+    model = make()
+    _, H, K = CONFIG.hidden_size, CONFIG.head_dim, CONFIG.num_key_value_heads
+    prefix = [torch.randn(3, K, 2, H, requires_grad=True) for _ in range(2 * CONFIG.num_hidden_layers)]
+    cache = transformers.DynamicCache(zip(prefix[::2], prefix[1::2], strict=True))
+    mask = torch.ones(3, 12, dtype=torch.int64)
+    model(IDS, mask, past_key_values=cache, labels=IDS).loss.backward()
+    assert all(part.grad.abs().max() > 0 for part in prefix)
+
+
+def test_a_decode_loop_with_a_cache_of_theirs():
+    model, cache, ids, mask = make(), transformers.DynamicCache(), IDS, LEFT
+    with torch.no_grad():
+        for _ in range(4):
+            inputs = model.prepare_inputs_for_generation(ids, past_key_values=cache, attention_mask=mask)
+            out = model(**inputs)
+            cache = out.past_key_values
+            ids = torch.cat([ids, out.logits[:, -1:].argmax(-1)], dim=1)
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+    assert cache.get_seq_length() == 13
+    assert torch.equal(ids, model.generate(IDS, attention_mask=LEFT, max_new_tokens=4, eos_token_id=None))
+
+
+def test_a_cache_of_theirs_that_does_not_fit():
+    model, cache = make(), transformers.DynamicCache()
+    model(IDS, past_key_values=cache)
+    with pytest.raises(InputError, match=r"\[2, 2, columns, 16\]"):
+        model(IDS[:2], past_key_values=cache)
+    with pytest.raises(InputError, match="3 layers, the model has 2"):
+        model(IDS, past_key_values=transformers.DynamicCache(config=theirs(CONFIG.replace(num_hidden_layers=3))))
+    with pytest.raises(UnsupportedFeatureError, match="StaticSlidingWindowLayer"):
+        cache = transformers.StaticCache(theirs(CONFIG.replace(sliding_window=4)), max_cache_len=16)
+        for _ in range(2):
+            model(IDS, past_key_values=cache)
+
+
+# Offloading
+
+
+def cpu_offload(model, tmp_path):
+    return accelerate.cpu_offload(model, execution_device="cpu")
+
+
+def disk_offload(model, tmp_path):
+    return accelerate.disk_offload(model, tmp_path / "offload", execution_device="cpu")
+
+
+def load_and_dispatch(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    with accelerate.init_empty_weights():
+        empty = type(model)(model.config)
+    empty.tie_weights()
+    sizes = {"cpu": 200_000}
+    split = accelerate.infer_auto_device_map(empty, sizes, no_split_module_classes=empty._no_split_modules)
+    assert {*split.values()} == {"cpu", "disk"}
+    return accelerate.load_checkpoint_and_dispatch(
+        empty, tmp_path / "model", device_map=split, offload_folder=tmp_path / "offload"
+    )
+
+
+@TIED
+@pytest.mark.parametrize("offload", [cpu_offload, disk_offload, load_and_dispatch])
+def test_an_offloaded_model_computes_generates_and_is_saved(offload, tied, tmp_path):
+    model = make(tied=tied)
+    there = offload(make(tied=tied), tmp_path).eval()
+    assert any(parameter.is_meta for parameter in there.parameters())
+    assert there.device.type == "cpu"
+    with torch.no_grad():
+        assert torch.equal(there(IDS).logits, model(IDS).logits)
+        assert torch.equal(there.generate(IDS, max_new_tokens=3), model.generate(IDS, max_new_tokens=3))
+    there.save_pretrained(tmp_path / "saved")
+    assert same(model, mistral_torch.MistralForCausalLM.from_pretrained(tmp_path / "saved"))
