@@ -270,7 +270,12 @@ class MistralConfig:
         from .weights import hub
 
         hub_arguments = {key: overrides.pop(key) for key in hub.ARGUMENTS if key in overrides}
-        root = reading.held(hub.resolve(path, files=CONFIG_FILES, **hub_arguments))
+        root = hub.resolve(path, files=CONFIG_FILES, **hub_arguments)
+        config = reading.of_one_moment(root, lambda held: cls._read(held, strict))
+        return config.replace(**overrides) if overrides else config
+
+    @classmethod
+    def _read(cls, root: Path, strict: bool) -> MistralConfig:
         files = [root] if root.is_file() else [root / name for name in CONFIG_FILES if (root / name).exists()]
         if not files:
             raise CheckpointNotFoundError(f"{root}: neither {' nor '.join(CONFIG_FILES)} is there.")
@@ -280,7 +285,7 @@ class MistralConfig:
             configs.append(cls.from_dict(data, strict=strict, where=str(file)))
         if len(configs) == 2:
             config_checks.check_agree(configs[0], configs[1], where=str(root))
-        return configs[0].replace(**overrides) if overrides else configs[0]
+        return configs[0]
 
     def to_dict(self, *, dialect: str = "v4") -> dict[str, Any]:
         """The Hugging Face dictionary: `v4` has rope_theta, rope_scaling, torch_dtype; `v5` rope_parameters, dtype."""

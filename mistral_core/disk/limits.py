@@ -15,6 +15,9 @@ TEXT_BYTES = 64 << 20  # bytes of a tokenizer or a licence; Tekken's tokenizer.j
 MANIFEST_BYTES = 10 << 20  # bytes of a manifest, an index or zarr's metadata: 20 000 tensors of 500 bytes each
 FILES = 200_000  # files of a directory; a tree of zarr has one a chunk
 
+ATTEMPTS = 5  # times that a directory is opened anew which others replace while it is read
+KEPT_FILES = 64  # files of weights that are kept open: a process has some thousand
+
 # A hub
 
 API_BYTES = 32 << 20  # bytes of an answer in JSON; 200 for each file of a repository

@@ -7,15 +7,17 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path, PosixPath
-from typing import Any
+from typing import Any, TypeVar
 
-from ..errors import CheckpointError, CheckpointNotFoundError, LimitExceededError, UnsafeFileError
+from ..errors import CheckpointError, CheckpointNotFoundError, LimitExceededError, MistralError, UnsafeFileError
 from . import limits
 from .folder import Folder, check_regular
 
 PathLike = str | bytes | os.PathLike[str]
+
+_T = TypeVar("_T")
 
 
 class HeldPath(PosixPath):
@@ -96,6 +98,34 @@ def held(path: Path) -> Path:
     found = HeldPath(path)
     found.folder = folder
     return found
+
+
+def held_if_there(path_or_id: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """The path with its directory held open; what is no path here stays what it is."""
+    path = held(as_path(path_or_id))
+    return path if isinstance(path, HeldPath) and path.exists() else path_or_id
+
+
+def is_replaced(path: Path) -> bool:
+    """Whether the path of a directory that is held leads to another one by now, or nowhere."""
+    folder: Folder | None = getattr(path, "folder", None)
+    return folder is not None and folder.is_gone
+
+
+def of_one_moment(path: Path, make: Callable[[Path], _T]) -> _T:
+    """What is made of a path whose directory is held open: once more where another directory took its place meanwhile.
+
+    A path that is held already is not opened anew. Raises what `make` raises.
+    """
+    for _ in range(limits.ATTEMPTS - 1):
+        opened_path = held(path)
+        try:
+            return make(opened_path)
+        except MistralError:
+            folder = getattr(opened_path, "folder", None)
+            if opened_path is path or folder is None or not folder.is_gone:
+                raise
+    return make(held(path))
 
 
 def as_path(path: PathLike) -> Path:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .. import backend as backends
+from ..disk import reading
 from ..errors import InputError, MissingExtraError
 from .base import Pipeline
 
@@ -50,6 +51,7 @@ def pipeline(
         raise InputError("model: none given, and there is no default; give the path or hub id of a checkpoint.")
     if isinstance(model, str | os.PathLike):
         hub = {name: loading[name] for name in HUB if name in loading}
+        model = reading.held_if_there(model)  # the model and its tokenizer are of one moment
         task = _task(task or _task_of(_own_architecture(model, loading.get("config"), hub)))
         tokenizer = model if tokenizer is None else tokenizer
         found = backends.get(backend or _first())

@@ -90,11 +90,14 @@ def _name_of(path: Path) -> str:
 
 
 def read(path: Path, *, fix_mistral_regex: bool = False) -> Source:
-    """The tokenizer at a path, in the first of NAMES that is there.
+    """The tokenizer at a path, in the first of NAMES that is there; all of it from one moment.
 
     Raises TokenizerError for what is malformed, TemplateError for a chat template that is.
     """
-    path = reading.held(path)
+    return reading.of_one_moment(path, lambda held: _read(held, fix_mistral_regex))
+
+
+def _read(path: Path, fix_mistral_regex: bool) -> Source:
     files = found_in(path)
     name = next(name for name in NAMES if name in files)
     config: dict[str, Any] = {}

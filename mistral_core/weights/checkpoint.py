@@ -34,7 +34,7 @@ from .writing import write_checkpoint
 
 
 def load(
-    path: files.PathLike,
+    path: files.PathLike | Checkpoint,
     architecture: str = "MistralForCausalLM",
     *,
     config: MistralConfig | None = None,
@@ -44,9 +44,9 @@ def load(
     check_finite: bool = False,
     **hub_arguments: Any,
 ) -> tuple[MistralConfig, Iterator[tuple[str, np.ndarray]]]:
-    """Match a checkpoint to a class; gives the config and a stream of (canonical name, array), new heads first.
+    """Match a checkpoint, opened or at a path, to a class; gives the config and a stream of (canonical name, array).
 
-    The others come in the order of the files, which is the fastest to read.
+    New heads come first, the others in the order of the files, which is the fastest to read.
 
     All is checked here, before the stream gives its first tensor, except what only values can tell: overflow
     in a cast to `dtype` (None: as stored), and NaN unless `check_finite`, which reads everything once more.
@@ -55,7 +55,7 @@ def load(
     """
     _check_architecture(architecture)
     target = dtype_of(dtype) if dtype is not None else None
-    checkpoint = Checkpoint.open(hub.resolve(path, **hub_arguments), config=config)
+    checkpoint = path if isinstance(path, Checkpoint) else _open(path, config, hub_arguments)
     config = config or checkpoint.config
     manifest.verify(checkpoint.directory, verify)
     where = str(checkpoint.path)
@@ -65,6 +65,10 @@ def load(
     if check_finite:
         _check_finite(checkpoint, sources.values())
     return config, _stream(checkpoint, config, architecture, sources, target, seed)
+
+
+def _open(path: files.PathLike, config: MistralConfig | None, hub_arguments: dict[str, Any]) -> Checkpoint:
+    return Checkpoint.open(hub.resolve(path, **hub_arguments), config=config)
 
 
 def _stream(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..config import MistralConfig
-from ..disk import files
+from ..disk import files, reading
 from ..errors import (
     ConversionError,
     CorruptCheckpointError,
@@ -113,7 +113,7 @@ def convert(
         raise ConversionError(f"to: {to!r} is not written; one of {writable} was expected.")
     limit = shard_bytes(max_shard_size)
     _check_target(target, overwrite)
-    path = hub.resolve(source, format=source_format, one_format=source_format is None, **hub_arguments)
+    path = reading.held(hub.resolve(source, format=source_format, one_format=source_format is None, **hub_arguments))
     _check_apart(path, target)
     checkpoint = open_source(path, source_format, config)
     manifest.verify(checkpoint.directory, "sizes")
@@ -128,6 +128,7 @@ def convert(
 
 def open_source(path: Path, source_format: str | None, config: MistralConfig | None = None) -> Checkpoint:
     """The checkpoint at a path; raises ConversionError where it could be of several formats."""
+    path = reading.held(path)
     if source_format is None:
         found = formats.detect(path)
         if len(found) > 1:

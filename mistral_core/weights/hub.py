@@ -50,7 +50,7 @@ def resolve(
     Raises CheckpointNotFoundError (for a path), ConversionError (several formats), HubError and its kinds.
     """
     path = safe_files.as_path(path_or_id)
-    if path_or_id and os.path.exists(path):
+    if isinstance(path, reading.HeldPath) or (path_or_id and os.path.exists(path)):
         return path
     if not isinstance(path_or_id, str) or _looks_like_path(path_or_id, path):
         raise CheckpointNotFoundError(f"{path}: no such file or directory; check the path.")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..config import MistralConfig
-from ..disk import files
+from ..disk import files, limits
 from ..errors import ShapeMismatchError
 from ..parameters import Parameter
 from . import layouts
@@ -114,6 +114,12 @@ class Checkpoint:
         Raises CorruptCheckpointError if its file changed, DtypeMismatchError if it is no kind of float.
         """
         return self.tensors[name].load(cached)
+
+    def keep_open(self) -> None:
+        """Keep the files of weights open, unless they are many, so that they can be read when others replace them."""
+        if len(self.shards) <= limits.KEPT_FILES:
+            for shard in self.shards.values():
+                shard.keep_open()
 
     def check_unchanged(self) -> None:
         """Raise CorruptCheckpointError if a file changed since its header was read."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..config import MistralConfig
+from ..disk import reading
 from ..disk.files import PathLike, check_bare_name
 from ..generation import GenerationConfig
 from . import checkpoint, hub
@@ -46,12 +47,28 @@ def load(
     """
     hub_arguments = {key: options.pop(key) for key in hub.ARGUMENTS if key in options}
     root = _one_file(path, options.pop("gguf_file", None), hub_arguments)
-    opened = Checkpoint.open(root, config=config)
+
+    def loaded(root: Path) -> Pretrained:
+        return _loaded(Checkpoint.open(root, config=config), architecture, config, dtype, seed, verify, options)
+
+    return reading.of_one_moment(root, loaded)
+
+
+def _loaded(
+    opened: Checkpoint,
+    architecture: str,
+    config: MistralConfig | None,
+    dtype: str | None,
+    seed: int,
+    verify: str,
+    options: Mapping[str, Any],
+) -> Pretrained:
+    """Everything from one opened checkpoint, whose directory is held: config, generation config and tensors agree."""
     directory, config = opened.directory, (config or opened.config).replace(**options)
     embedding = canonical_names(opened.tensors).get(EMBEDDING)
     if dtype is None and embedding is not None and opened.tensors[embedding].dtype in DTYPES:
         dtype = opened.dtype(embedding).name
-    config, tensors = checkpoint.load(root, architecture, config=config, dtype=dtype, seed=seed, verify=verify)
+    config, tensors = checkpoint.load(opened, architecture, config=config, dtype=dtype, seed=seed, verify=verify)
     generation = GenerationConfig.from_model_config(config)
     if (directory / GENERATION_FILE).exists():
         generation = GenerationConfig.from_pretrained(directory)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..disk import files
+from ..disk import files, reading
 from ..errors import CorruptCheckpointError, DtypeMismatchError, LimitExceededError, TruncatedFileError
 from .tensor_file import (
     DTYPES,
@@ -61,7 +61,7 @@ class SafetensorsFile(TensorFile):
         Raises CheckpointNotFoundError, TruncatedFileError, CorruptCheckpointError, UnsafeFileError,
         LimitExceededError, DtypeMismatchError (an unknown dtype), CheckpointError (with the system's errno).
         """
-        self.path = path if isinstance(path, Path) else Path(os.fsdecode(path))
+        self.path = reading.as_path(path)
         with opened(self.path) as descriptor:
             self.stamp = stamp_of(descriptor)
             size = self.stamp[2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,12 +70,19 @@ class TensorInfo(NamedTuple):
 
 
 class TensorFile:
-    """A file whose header is understood, and, by `read`, its tensors; no file is kept open between reads."""
+    """A file whose header is understood, and, by `read`, its tensors; it is opened for each, or kept open."""
 
     path: Path
     tensors: Mapping[str, TensorInfo]
     metadata: dict[str, str]
     stamp: tuple[int, int, int, int]
+    kept: Kept | None = None
+
+    def keep_open(self) -> None:
+        """Keep the file whose header was read, whatever its name leads to later; raises CorruptCheckpointError."""
+        with opened(self.path) as descriptor:
+            self._check_stamp(descriptor)
+            self.kept = Kept(descriptor)
 
     def read(self, name: str, *, cached: bool = True) -> np.ndarray:
         """A fresh array with the stored bits of one tensor; the system keeps no copy of it unless `cached`.
@@ -99,22 +107,37 @@ class TensorFile:
         """The bytes of one tensor; raises CorruptCheckpointError if the file changed since its header was read."""
         info = self.tensors[name]
         data = _aligned(info.nbytes)
-        with opened(self.path) as descriptor:
+        with self._opened() as descriptor:
             done, whole = 0, True
             for start, end in info.extents:
                 whole &= read_at(descriptor, data.data[done : done + end - start], start)
                 done += end - start
                 if not cached and hasattr(os, "posix_fadvise"):
                     os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
-            if not whole or stamp_of(descriptor) != self.stamp:
-                raise CorruptCheckpointError(f"{self.path}: changed while it was read; load it again.")
+            self._check_stamp(descriptor, whole)
         return data
 
     def check_unchanged(self) -> None:
         """Raise CorruptCheckpointError if the file is not the one whose header was read."""
-        with opened(self.path) as descriptor:
-            if stamp_of(descriptor) != self.stamp:
-                raise CorruptCheckpointError(f"{self.path}: changed while it was read; load it again.")
+        with self._opened() as descriptor:
+            self._check_stamp(descriptor)
+
+    def _opened(self) -> AbstractContextManager[int]:
+        return opened(self.path) if self.kept is None else nullcontext(self.kept.descriptor)
+
+    def _check_stamp(self, descriptor: int, whole: bool = True) -> None:
+        if not whole or stamp_of(descriptor) != self.stamp:
+            raise CorruptCheckpointError(f"{self.path}: changed while it was read; load it again.")
+
+
+class Kept:
+    """A copy of a descriptor, closed when nobody reads by it any more."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = os.dup(descriptor)
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
 
 
 def _aligned(size: int) -> np.ndarray:

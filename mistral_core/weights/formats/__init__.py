@@ -94,13 +94,19 @@ def module_of(name: str) -> Format:
 
 def open_checkpoint(path: Path, *, format: str | None = None, config: MistralConfig | None = None) -> Checkpoint:
     """Open a path as a format, or as what it is; of several in one directory, as `hf` if that is among them."""
-    path = reading.held(path)
-    if format is None:
-        found = detect(path)
-        if len(found) > 1 and found[0] != "hf":
-            raise several(path, found)
-        format = found[0]
-    return module_of(format).open(path, config)
+
+    def opened(path: Path) -> Checkpoint:
+        chosen = format
+        if chosen is None:
+            found = detect(path)
+            if len(found) > 1 and found[0] != "hf":
+                raise several(path, found)
+            chosen = found[0]
+        checkpoint = module_of(chosen).open(path, config)
+        checkpoint.keep_open()
+        return checkpoint
+
+    return reading.of_one_moment(path, opened)
 
 
 def several(path: Path, found: Collection[str]) -> ConversionError:

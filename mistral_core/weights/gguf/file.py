@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ...disk import files
+from ...disk import files, reading
 from ..tensor_file import TensorFile, TensorInfo, opened, refuse_pointer, reserve, stamp_of
 from .kinds import KINDS, QUANTISED, dequantised, nbytes
 from .scan import ARRAY, BOOL, CODES, DEFAULT_ALIGNMENT, MAGIC, STRING, Scan, Strings, Value
@@ -27,7 +26,7 @@ class GgufFile(TensorFile):
         UnsupportedFeatureError (another version, big-endian), DtypeMismatchError (an unknown type), UnsafeFileError,
         CheckpointError (with the system's errno).
         """
-        self.path = Path(os.fsdecode(path))
+        self.path = reading.as_path(path)
         with opened(self.path) as descriptor:
             self.stamp = stamp_of(descriptor)
             scan = Scan(self.path, descriptor, self.stamp[2])

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ...disk import files
+from ...disk import files, reading
 from ...errors import CorruptCheckpointError, MissingExtraError
 from ..tensor_file import DTYPES, TensorFile, TensorInfo, opened, quoted, stamp_of
 from .structure import Found, Structure
@@ -39,7 +39,7 @@ class Hdf5File(TensorFile):
         Raises CheckpointNotFoundError, TruncatedFileError, CorruptCheckpointError, UnsafeFileError,
         LimitExceededError, UnsupportedFeatureError, CheckpointError (with the system's errno).
         """
-        self.path, self.metadata = Path(os.fsdecode(path)), {}
+        self.path, self.metadata = reading.as_path(path), {}
         with opened(self.path) as descriptor:
             self.stamp = stamp_of(descriptor)
             structure = Structure(self.path, descriptor, start, self.stamp[2] - start if size is None else size)

@@ -13,7 +13,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from ...disk import files
+from ...disk import files, reading
 from ...errors import CorruptCheckpointError, DtypeMismatchError, LimitExceededError, TruncatedFileError
 from ..tensor_file import (
     DTYPES,
@@ -56,7 +56,7 @@ class MsgpackFile(TensorFile):
         Raises CheckpointNotFoundError, TruncatedFileError, CorruptCheckpointError, UnsafeFileError,
         LimitExceededError, DtypeMismatchError, CheckpointError (with the system's errno).
         """
-        self.path = Path(os.fsdecode(path))
+        self.path = reading.as_path(path)
         self.metadata: dict[str, str] = {}
         with opened(self.path) as descriptor:
             self.stamp = stamp_of(descriptor)

@@ -99,7 +99,7 @@ class ZarrTree(TensorFile):
         store = self._stores[name]
         plain = self._plain(name, store.shape, [0] * store.rank)
         array = plain.read(name, cached=cached) if plain else self._result(name, store.read(order="C"))
-        self.check_unchanged()
+        self.check_unchanged(by_path=plain is None)
         return array
 
     def read_layer(self, name: str, axis: int, index: int) -> np.ndarray:
@@ -108,7 +108,7 @@ class ZarrTree(TensorFile):
         shape, key = list(store.shape), [0] * store.rank
         shape[axis], key[axis] = 1, index
         array: np.ndarray
-        if plain := self._plain(name, shape, key):
+        if (plain := self._plain(name, shape, key)) is not None:
             array = plain.read(name).squeeze(axis)
         else:
             stack = self._stack  # several threads may read
@@ -116,7 +116,7 @@ class ZarrTree(TensorFile):
                 stack = self._stack = name, self._open_stack(name, axis)
             view = stack[1][(*(slice(None),) * axis, index)]
             array = self._result(name, view.read(order="C"))
-        self.check_unchanged()
+        self.check_unchanged(by_path=plain is None)
         return array
 
     @property
@@ -124,9 +124,12 @@ class ZarrTree(TensorFile):
         """Every file of the directory, for `Checkpoint.shards`."""
         return {path: _Part(path, stamp) for path, stamp in self._stamps.items()}
 
-    def check_unchanged(self) -> None:
-        """Raise CorruptCheckpointError if a file of the directory changed since it was opened."""
-        if _stamps(self.path) != self._stamps:
+    def check_unchanged(self, *, by_path: bool = False) -> None:
+        """Raise CorruptCheckpointError if a file of the directory changed since it was opened.
+
+        What tensorstore read it read `by_path`, which may lead to another directory by now.
+        """
+        if _stamps(self.path) != self._stamps or (by_path and reading.is_replaced(self.path)):
             raise CorruptCheckpointError(f"{self.path}: changed while it was read; load it again.")
 
     def _plain(self, name: str, shape: Sequence[int], key: list[int]) -> TensorFile | None:
