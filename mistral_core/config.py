@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from . import config_checks, strict_json
-from .disk import files as safe_files
-from .disk import reading
+from .disk import into, reading
 from .errors import CheckpointNotFoundError, ConfigError, UnknownFieldError
 from .telling import nearest, warn
 
@@ -299,4 +298,4 @@ class MistralConfig:
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write config.json into a directory."""
-        safe_files.write_file(Path(directory) / "config.json", self.to_json_string().encode())
+        into.write_into(directory, {"config.json": self.to_json_string().encode()})

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -39,29 +40,69 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _EXCHANGE_UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _UNREADABLE_LOCK_SECONDS = 10.0
+_LEFT = re.compile(r"\..+\.tmp-\d+-[0-9a-f]{8}")
 
 
 def write_file(path: PathLike, data: bytes) -> None:
-    """Write a file atomically and durably; missing parents are made.
+    """Write a file atomically and durably; missing parents are made. A file that is replaced keeps its mode.
 
-    Raises NoSpaceError or ConversionError; an older file is then untouched.
+    What killed writers left beside it is removed. Raises NoSpaceError or ConversionError; an older file is then
+    untouched.
     """
     path = as_path(path)
-    temporary = _sibling(path, "tmp")
     with os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        sweep_files(path.parent)
+        with _temporary_file(path) as (temporary, descriptor):
+            write_at(descriptor, data, 0)
+            os.fsync(descriptor)
+            os.replace(temporary, path)
+        _sync(path.parent)
+
+
+@contextlib.contextmanager
+def _temporary_file(path: Path) -> Iterator[tuple[Path, int]]:
+    """A new file beside another, no more open than that, locked while this process writes it; removed if it fails."""
+    before = _mode(path)
+    while True:
+        temporary = _sibling(path, "tmp")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        descriptor = os.open(temporary, flags, 0o666 if before is None else 0o600)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            break
+        os.close(descriptor)  # a sweep came between
+    try:
+        if before is not None:
+            os.fchmod(descriptor, before)
+        yield temporary, descriptor
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _mode(path: Path) -> int | None:
+    """The permissions of what is there; None where there is nothing."""
+    try:
+        return stat.S_IMODE(os.stat(path).st_mode) & 0o777
+    except OSError:
+        return None
+
+
+def sweep_files(directory: Path) -> None:
+    """Remove the temporary files of writers that are no more; those that are hold a lock on theirs."""
+    for entry in [each for each in os.scandir(directory) if _LEFT.fullmatch(each.name)]:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
-                write_at(descriptor, data, 0)
-                os.fsync(descriptor)
+                if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(entry.path)
             finally:
                 os.close(descriptor)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -157,11 +198,12 @@ def require_space(directory: PathLike, size: int) -> None:
 
 @contextlib.contextmanager
 def atomic_directory(
-    target: PathLike, *, overwrite: bool = True, replaces: Collection[str] = WEIGHT_FILES
+    target: PathLike, *, overwrite: bool = True, replaces: Collection[str] = WEIGHT_FILES, most: int = 0o777
 ) -> Iterator[Path]:
     """Yield an empty sibling directory that takes the place of `target` if, and only if, the body succeeds.
 
     What the old directory has and the new one lacks is carried along, but for names that match one of `replaces`.
+    A file that replaces another keeps its mode, the directory too; nothing is more open than `most` allows.
     Raises OutputExistsError, OutputBusyError, NoSpaceError, ConversionError; the old one is then untouched.
     """
     path = _checked(target, overwrite)
@@ -172,11 +214,15 @@ def atomic_directory(
             _checked(path, overwrite)
             temporary = _sibling(path, "tmp")
             temporary.mkdir()
+            mode = _mode(path) or _mode(temporary) or 0o700
+            temporary.chmod(0o700)  # until it is known to be as closed as it has to be
             try:
                 yield temporary
                 if path.exists():
+                    _keep_modes(path, temporary)
                     _carry(path, temporary, replaces)
-                    temporary.chmod(stat.S_IMODE(path.stat().st_mode))
+                _close_to(temporary, most)
+                temporary.chmod(mode & (most | (most & 0o444) >> 2 | 0o700))
                 sync_tree(temporary)
                 _swap(temporary, path)
             finally:
@@ -220,12 +266,31 @@ def _carry(old: Path, new: Path, replaces: Collection[str]) -> None:
     """Bring along what is not replaced."""
     for entry in os.scandir(old):
         destination = new / entry.name
-        if os.path.lexists(destination) or _matches(entry.name, replaces):
+        if os.path.lexists(destination) or _matches(entry.name, replaces) or _LEFT.fullmatch(entry.name):
             continue
         if entry.is_dir(follow_symlinks=False):
             shutil.copytree(entry.path, destination, symlinks=True, copy_function=_link)
         else:
             _link(entry.path, destination)
+
+
+def _keep_modes(old: Path, new: Path) -> None:
+    """Give files the modes of those that they replace."""
+    for root, _, names in os.walk(new):
+        for name in names:
+            path = Path(root, name)
+            before = old / path.relative_to(new)
+            if (mode := _mode(before)) is not None and stat.S_ISREG(os.lstat(before).st_mode):
+                path.chmod(mode)
+
+
+def _close_to(directory: Path, most: int) -> None:
+    """Take from new files what `most` does not allow; those that were carried along have other names too."""
+    for root, _, names in os.walk(directory) if most != 0o777 else ():
+        for name in names:
+            status = os.lstat(os.path.join(root, name))
+            if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+                os.chmod(os.path.join(root, name), stat.S_IMODE(status.st_mode) & (most | 0o600))
 
 
 def _link(source: str, destination: PathLike) -> None:

@@ -67,6 +67,11 @@ class HeldPath(PosixPath):
         found = self._status(links=False)
         return found is not None and stat.S_ISLNK(found.st_mode)
 
+    def stat(self, **options: Any) -> os.stat_result:
+        """What the system says of it, in the directory that is held."""
+        with _typed(self), _placed(self) as (folder, name):
+            return (folder.status if options.get("follow_symlinks", True) else folder.link_status)(name, str(self))
+
     def iterdir(self) -> Generator[HeldPath, None, None]:
         """What the directory holds, sorted by name."""
         yield from [self / name for name in names(self)]

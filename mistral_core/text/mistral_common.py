@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .. import strict_json
-from ..disk import files, limits, reading
+from ..disk import files, into, limits, reading
 from ..errors import MissingExtraError, TemplateError, TokenizerError, UnsupportedFeatureError
 from . import sources
 from .inputs import UNBOUNDED, refuse
@@ -127,8 +127,8 @@ class MistralCommonTokenizer(Tokenizer):
         config |= {"truncation_side": self.truncation_side}
         if self.model_max_length < UNBOUNDED:
             config["model_max_length"] = self.model_max_length
-        files.write_file(directory / name, self._data)
-        files.write_file(directory / sources.CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+        text = (json.dumps(config, indent=2) + "\n").encode()
+        into.write_into(directory, {name: self._data, sources.CONFIG: text})
         return str(directory / name), str(directory / sources.CONFIG)
 
     # What a Tokenizer must know

@@ -115,7 +115,7 @@ class MistralTokenizer(Tokenizer):
 
         transformers loads them and gives the same ids. A tokenizer.json that was read is written byte for byte.
         """
-        from ..disk import files
+        from ..disk import into
 
         directory = Path(save_directory)
         name, content = self._source.file
@@ -123,8 +123,7 @@ class MistralTokenizer(Tokenizer):
         if name != sources.JSON:
             written[sources.JSON] = self._coder.to_json().encode()
         written[sources.CONFIG] = (json.dumps(self._config(), indent=2, ensure_ascii=False) + "\n").encode()
-        for name, data in written.items():
-            files.write_file(directory / name, data)
+        into.write_into(directory, written)
         return tuple(str(directory / name) for name in written)
 
     # What a Tokenizer must know

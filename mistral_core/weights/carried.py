@@ -8,10 +8,11 @@ from typing import Any
 
 from .. import rope, strict_json
 from ..config import MistralConfig
+from ..disk import limits
+from ..disk.into import MANIFEST
 from ..errors import CorruptCheckpointError
 
-MANIFEST = "mistral_manifest.json"
-MAX_MANIFEST_BYTES = 10 << 20
+MAX_MANIFEST_BYTES = limits.MANIFEST_BYTES
 
 
 def config(directory: Path, told: Mapping[str, Any]) -> MistralConfig:

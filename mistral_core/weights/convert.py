@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -273,7 +275,9 @@ def _write(
     checkpoint = plan.checkpoint
     losses: dict[str, casting.Loss] = {}
     with (
-        files.atomic_directory(plan.target, overwrite=overwrite, replaces=REPLACED) as temporary,
+        files.atomic_directory(
+            plan.target, overwrite=overwrite, replaces=REPLACED, most=_modes(checkpoint)
+        ) as temporary,
         ThreadPoolExecutor(1) as beside,
     ):
         source = beside.submit(_source, checkpoint, hashes=verify != "off")
@@ -356,6 +360,12 @@ def _told(
         del array
         if progress is not None:
             progress(done, total)
+
+
+def _modes(checkpoint: Checkpoint) -> int:
+    """What the source lets others do: what is made of it lets them do no more."""
+    modes = [path.stat().st_mode for path in (*checkpoint.shards, checkpoint.directory)]
+    return functools.reduce(operator.and_, modes, 0o777)
 
 
 def _config(plan: _Plan) -> MistralConfig:

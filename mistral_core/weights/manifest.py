@@ -10,6 +10,7 @@ from typing import Any
 from .. import strict_json
 from .._version import __version__
 from ..disk import files, reading
+from ..disk.into import MANIFEST as NAME
 from ..errors import (
     CheckpointNotFoundError,
     ChecksumMismatchError,
@@ -17,7 +18,6 @@ from ..errors import (
     MistralError,
     TruncatedFileError,
 )
-from .carried import MANIFEST as NAME
 from .carried import MAX_MANIFEST_BYTES as MAX_BYTES
 from .matching import canonical_names
 from .opened import Checkpoint
@@ -132,7 +132,15 @@ def _differences(directory: Path, changed: list[str], tensors: Any) -> str:
         found = {}
     names = sorted(quoted(name) for name, entry in found.items() if entry != expected.get(name))
     which = f" (tensors {', '.join(names)})" if names else ""
-    return f"{directory}: {', '.join(changed)}{which} differ from {NAME}; copy or download them again."
+    edited = (
+        ""
+        if not all(name.endswith(EDITED) for name in changed)
+        else (
+            " If another program or you changed them on purpose, write the manifest anew: "
+            "mistral_core.weights.manifest.write(directory)."
+        )
+    )
+    return f"{directory}: {', '.join(changed)}{which} differ from {NAME}; copy or download them again.{edited}"
 
 
 def _tensor_entries(checkpoint: Checkpoint, *, hashes: bool = True) -> dict[str, dict[str, Any]]:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from mistral_core.disk import files
+from mistral_core.disk import files, into
 from mistral_core.errors import (
+    ChecksumMismatchError,
     ConversionError,
     MistralError,
     NoSpaceError,
@@ -23,6 +24,7 @@ from mistral_core.errors import (
     OutputExistsError,
     UnsafeFileError,
 )
+from mistral_core.weights import manifest
 
 
 def tree(directory: Path) -> dict[str, bytes]:
@@ -343,3 +345,138 @@ def test_names_that_are_not_bare_are_refused(name):
         files.check_bare_name(name, "index")
     assert str(caught.value).isascii()
     assert isinstance(caught.value, MistralError)
+
+
+# Modes, leftovers and the manifest
+
+
+@pytest.fixture
+def umask():
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+def modes(directory: Path) -> dict[str, int]:
+    return {name: stat.S_IMODE((directory / name).stat().st_mode) for name in (".", *tree(directory))}
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o644, 0o666])
+def test_a_file_that_is_replaced_keeps_its_mode_and_is_never_more_open(tmp_path, monkeypatch, umask, mode):
+    (tmp_path / "a").write_bytes(b"old")
+    (tmp_path / "a").chmod(mode)
+    seen = []
+    write = files.write_at
+    monkeypatch.setattr(files, "write_at", lambda d, *rest: (seen.append(os.fstat(d).st_mode & 0o777), write(d, *rest)))
+    files.write_file(tmp_path / "a", b"new")
+    assert seen == [mode]
+    assert modes(tmp_path)["a"] == mode
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o750, 0o755])
+def test_a_directory_is_closed_while_it_is_written(tmp_path, umask, mode):
+    target = tmp_path / "model"
+    put(target, a=b"1", carried=b"2")
+    assert modes(target) == {".": 0o755, "a": 0o644, "carried": 0o644}
+    target.chmod(mode)
+    (target / "a").chmod(0o600)
+    (target / "carried").chmod(0o640)
+    with files.atomic_directory(target) as temporary:
+        (temporary / "a").write_bytes(b"new")
+        (temporary / "b").write_bytes(b"new")
+        assert modes(temporary)["."] == 0o700
+    assert modes(target) == {".": mode, "a": 0o600, "b": 0o644, "carried": 0o640}
+
+
+def test_nothing_is_more_open_than_its_source(tmp_path, umask):
+    with files.atomic_directory(tmp_path / "model", most=0o600) as temporary:
+        (temporary / "a").write_bytes(b"")
+    assert modes(tmp_path / "model") == {".": 0o700, "a": 0o600}
+
+
+KILLED = """
+import os, sys
+from mistral_core.disk import files, into
+from mistral_core.weights import manifest
+files.os.replace = lambda *_: os.kill(os.getpid(), 9)
+files.write_file(sys.argv[1], b"new")
+"""
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
+    for name in ("a", "b"):
+        subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / name)], check=False)
+    assert len(list(tmp_path.iterdir())) == 2
+    (tmp_path / ".mine.tmp-note").write_bytes(b"the user's")
+    files.write_file(tmp_path / "c", b"1")
+    assert tree(tmp_path) == {"c": b"1", ".mine.tmp-note": b"the user's"}
+
+
+def test_a_live_writer_s_file_is_left_alone(tmp_path):
+    with files._temporary_file(tmp_path / "a") as (temporary, _):
+        files.write_file(tmp_path / "b", b"1")
+        assert temporary.exists()
+        temporary.unlink()
+
+
+def test_a_replaced_directory_carries_no_leftovers(tmp_path):
+    put(tmp_path / "model", a=b"1")
+    (tmp_path / "model" / ".a.tmp-1-0123abcd").write_bytes(b"")
+    put(tmp_path / "model", b=b"2")
+    assert set(tree(tmp_path / "model")) == {"a", "b"}
+
+
+@pytest.fixture
+def described(tmp_path) -> Path:
+    directory = tmp_path / "model"
+    directory.mkdir()
+    for name in ("tokenizer.json", "model.safetensors"):
+        (directory / name).write_bytes(b"old")
+    entries = {name: into._entry(b"old") for name in ("tokenizer.json", "model.safetensors")}
+    (directory / into.MANIFEST).write_text(json.dumps({"files": entries, "tensors": {}, "format": 1}))
+    return directory
+
+
+def listed(directory: Path) -> dict[str, str]:
+    return {
+        name: entry["sha256"] for name, entry in json.loads((directory / into.MANIFEST).read_text())["files"].items()
+    }
+
+
+def test_a_later_writer_keeps_the_manifest_right(described):
+    into.write_into(described, {"tokenizer.json": b"new", "more/x.jinja": b"x"})
+    manifest.verify(described)
+    assert listed(described)["tokenizer.json"] == into._entry(b"new")["sha256"]
+    assert set(listed(described)) == {"tokenizer.json", "model.safetensors", "more/x.jinja"}
+
+
+@pytest.mark.parametrize("after", range(4))
+def test_a_later_writer_that_is_killed_contradicts_nothing(described, monkeypatch, after):
+    real, left = files.write_file, [after]
+
+    def write(*arguments):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        real(*arguments)
+
+    monkeypatch.setattr(into, "write_file", write)
+    with pytest.raises(KeyboardInterrupt):
+        into.write_into(described, {"tokenizer.json": b"new", "tokenizer_config.json": b"{}"})
+    manifest.verify(described)
+
+
+@pytest.mark.parametrize("text", [b"{", b"[]", b'{"files": 7}', b"[" * 100_000])
+def test_a_manifest_that_is_none_is_left_as_it_is(described, text):
+    (described / into.MANIFEST).write_bytes(text)
+    into.write_into(described, {"tokenizer.json": b"new"})
+    assert (described / into.MANIFEST).read_bytes() == text
+    assert (described / "tokenizer.json").read_bytes() == b"new"
+
+
+def test_what_others_wrote_is_told_with_what_to_do(described):
+    (described / "tokenizer.json").write_bytes(b"abc")
+    with pytest.raises(ChecksumMismatchError, match=r"tokenizer.json differ .* on purpose, write the manifest anew"):
+        manifest.verify(described)
+    with pytest.raises(OSError, match="weights"):
+        manifest.write(described)
