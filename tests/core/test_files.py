@@ -404,9 +404,8 @@ files.write_file(sys.argv[1], b"new")
 
 
 def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
-    for name in ("a", "b"):
-        subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / name)], check=False)
-    assert len(list(tmp_path.iterdir())) == 2
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "a")], check=False)
+    assert [path.name.startswith(".a.tmp-") for path in tmp_path.iterdir()] == [True]
     (tmp_path / ".mine.tmp-note").write_bytes(b"the user's")
     files.write_file(tmp_path / "c", b"1")
     assert tree(tmp_path) == {"c": b"1", ".mine.tmp-note": b"the user's"}
@@ -478,5 +477,3 @@ def test_what_others_wrote_is_told_with_what_to_do(described):
     (described / "tokenizer.json").write_bytes(b"abc")
     with pytest.raises(ChecksumMismatchError, match=r"tokenizer.json differ .* on purpose, write the manifest anew"):
         manifest.verify(described)
-    with pytest.raises(OSError, match="weights"):
-        manifest.write(described)
