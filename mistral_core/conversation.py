@@ -225,7 +225,7 @@ class Conversation:
         if self._cache is None:
             return None
         ids = np.array([self._seen])
-        return GenerateOutput(ids, np.ones_like(ids), None, None, self._cache)
+        return GenerateOutput(ids, attention_mask=np.ones_like(ids), past_key_values=self._cache)
 
     def _reusable(self, ids: list[int]) -> tuple[int, str]:
         """How many of the ids `generate` will find in the cache, and why not more."""

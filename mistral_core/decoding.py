@@ -13,16 +13,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import beam_search, validate
-from .config import MistralConfig
+from . import beam_search
+from .ending import Ending, column, score_columns
 from .engine import Chosen, Engine, Prompt, begin, expanded, feed, piece_widths
 from .errors import GenerationConfigError, InputError, NonFiniteInputError
-from .generation import GenerationConfig, check_prompt
+from .hooks import Chooser, Hooks
 from .outputs import GenerateOutput
+from .preparing import prepare
 from .reference.sampling import row_keys
 from .sampling import Rule, Values, numbers
 from .speculation import Assistant, prompt_lookup
-from .text.stream import StoppingStream
+from .text.stream import StoppingStream, telling
 from .token_history import limits
 from .validate import Array
 
@@ -30,10 +31,14 @@ __all__ = ["Chosen", "Engine", "Prompt", "decode", "generate", "prepare", "strea
 
 
 class Step(NamedTuple):
-    """The new tokens of each row, none where it has ended, and the scores [V] they were chosen from, if asked for."""
+    """The new tokens of each row, none where it has ended; the scores [V] they were chosen from and the logits [V].
+
+    Both are there where they are asked for.
+    """
 
     tokens: list[list[int]]
     scores: list[list[Array]]
+    logits: list[list[Array]]
 
 
 Decode = Generator[Step, bool | None, Any]
@@ -49,23 +54,6 @@ class Guess(NamedTuple):
     """Rows and how many are wanted for each -> guesses of what comes next."""
 
 
-def prepare(
-    config: MistralConfig,
-    input_ids: Any,
-    attention_mask: Any,
-    generation: GenerationConfig,
-    options: dict[str, Any],
-) -> Prompt:
-    """Ids and mask as int64 [B, T] and the options in force, all checked."""
-    ids_BT = validate.integers("input_ids", input_ids)
-    generation = generation.replace(**options).for_prompt(ids_BT.shape[1])
-    generation.check(config)
-    mask_BT = np.ones_like(ids_BT) if attention_mask is None else validate.mask(attention_mask)
-    validate.check_call(config, input_ids=ids_BT, attention_mask=mask_BT)
-    check_prompt(config, generation, mask_BT)
-    return Prompt(ids_BT, mask_BT, generation)
-
-
 def generate(
     engine: Engine,
     prompt: Prompt,
@@ -78,62 +66,110 @@ def generate(
     """Continue every row: NumPy sequences [B, T + new], the prompt as given, ended rows padded.
 
     `past` is a cache of the first tokens of every row, or what an earlier call returned, of which every row's common
-    beginning is used. `streamer` is told the prompt and each column of new tokens, and may return True to end all rows.
+    beginning is used. `streamer` is told the prompt and each column of new tokens, and may return True to end all rows;
+    of beams it is told the best of each row at the end.
     """
     generation = prompt.generation
-    if generation.num_beams > 1:
-        return beam_search.generate(engine, prompt, past=past, assistant=assistant, streamer=streamer)
-    copies = generation.num_return_sequences
-    made: list[list[int]] = [[] for _ in range(len(prompt.ids) * copies)]
-    scores: list[list[Array]] = [[] for _ in made]
-    put = 0
-    stop: bool | None = None
-    if streamer is not None:
-        streamer.put(prompt.ids)
-    try:
-        running = decode(engine, prompt, past=past, assistant=assistant, tokenizer=tokenizer)
-        while True:
-            try:
-                step = running.send(stop)
-            except StopIteration as end:
-                cache = end.value
-                break
-            for row, (tokens, distributions) in enumerate(zip(*step, strict=True)):
-                made[row] += tokens
-                scores[row] += distributions
-            going = [len(row) for row, tokens in zip(made, step.tokens, strict=True) if tokens]
-            while streamer is not None and put < min(going, default=0):
-                stop = streamer.put(_column(made, put, generation.padding)) or stop
-                put += 1
-        new = max(len(row) for row in made)
-        while streamer is not None and put < new:
-            streamer.put(_column(made, put, generation.padding))
-            put += 1
-    finally:
+    with telling(streamer):
+        if generation.num_beams > 1:
+            return beam_search.generate(
+                engine, prompt, past=past, assistant=assistant, streamer=streamer, tokenizer=tokenizer
+            )
         if streamer is not None:
-            streamer.end()
-    new_mask = np.arange(new) < np.array([len(row) for row in made])[:, None]
-    columns = [_column(made, column, generation.padding) for column in range(new)]
-    return GenerateOutput(
-        np.column_stack([np.repeat(prompt.ids, copies, axis=0), *columns]),
-        np.column_stack([np.repeat(prompt.mask, copies, axis=0), new_mask.astype(np.int64)]),
-        _score_columns(scores, new, engine.config.vocab_size, generation.padding) if generation.output_scores else None,
-        None,
-        cache,
+            streamer.put(np.repeat(prompt.ids, generation.num_return_sequences, axis=0))
+        running = decode(engine, prompt, past=past, assistant=assistant, tokenizer=tokenizer)
+        made, cache = _collected(running, prompt, streamer)
+    new = max(map(len, made.tokens))
+    new_mask = np.arange(new) < np.array([len(row) for row in made.tokens])[:, None]
+    columns = [column(made.tokens, place, generation.padding) for place in range(new)]
+    size, padding, copies = engine.config.vocab_size, generation.padding, generation.num_return_sequences
+    out = GenerateOutput(
+        sequences=np.column_stack([np.repeat(prompt.ids, copies, axis=0), *columns]),
+        scores=score_columns(made.scores, new, size, padding) if generation.output_scores else None,
+        logits=score_columns(made.logits, new, size, padding) if generation.output_logits else None,
+        past_key_values=cache,
+        attention_mask=np.column_stack([np.repeat(prompt.mask, copies, axis=0), new_mask.astype(np.int64)]),
+    )
+    return looked_into(engine, prompt, out) if new else out
+
+
+def _collected(running: Decode, prompt: Prompt, streamer: Any) -> tuple[Step, Any]:
+    """All steps as one, and the cache; the streamer is told each column as soon as every row has it."""
+    rows, put = len(prompt.ids) * prompt.generation.num_return_sequences, 0
+    made = _no_step(rows)
+    stop: bool | None = None
+
+    def tell(until: int) -> None:
+        nonlocal put, stop
+        while streamer is not None and put < until:
+            stop = streamer.put(column(made.tokens, put, prompt.generation.padding)) or stop
+            put += 1
+
+    while True:
+        try:
+            step = running.send(stop)
+        except StopIteration as end:
+            tell(max(map(len, made.tokens)))
+            return made, end.value
+        for row in range(rows):
+            made.tokens[row].extend(step.tokens[row])
+            made.scores[row].extend(step.scores[row])
+            made.logits[row].extend(step.logits[row])
+        tell(min([len(row) for row, new in zip(made.tokens, step.tokens, strict=True) if new], default=0))
+
+
+def looked_into(engine: Engine, prompt: Prompt, out: GenerateOutput) -> GenerateOutput:
+    """With hidden states and attention weights, where they are asked for: computed once more, without a cache."""
+    generation = prompt.generation
+    if not (generation.output_hidden_states or generation.output_attentions):
+        return out
+    copies, first = generation.num_return_sequences, prompt.columns
+    ids, mask, embeds = out.sequences[:, :-1], np.asarray(out.attention_mask)[:, :-1], None
+    if prompt.embeds is not None:
+        ids, mask = ids[:, prompt.ids.shape[1] :], mask[:, prompt.ids.shape[1] :]
+        mask = np.column_stack([np.repeat(prompt.embeds_mask, copies, axis=0), mask])  # type: ignore[arg-type]
+        embeds = np.repeat(prompt.embeds, copies, axis=0)
+    states, weights = engine.look(ids, mask, embeds)
+    steps = [slice(0, first), *(slice(t, t + 1) for t in range(first, mask.shape[1]))]
+    return out._replace(
+        hidden_states=tuple(tuple(x[:, step] for x in states) for step in steps)
+        if generation.output_hidden_states
+        else None,
+        attentions=tuple(tuple(x[:, :, step, : step.stop] for x in weights) for step in steps)
+        if generation.output_attentions
+        else None,
     )
 
 
 def stream(engine: Engine, prompt: Prompt, *, tokenizer: Any, **options: Any) -> Iterator[str]:
-    """Yield the continuation of the only row as text that is final: no half character, no part of a stop string."""
-    if len(prompt.ids) * prompt.generation.num_return_sequences != 1 or prompt.generation.num_beams > 1:
+    """The continuation of the only row as text that is final: no half character, no part of a stop string.
+
+    Of beams the best is written at the end. Raises InputError for several rows.
+    """
+    generation = prompt.generation
+    if len(prompt.ids) * generation.num_return_sequences != 1:
         raise InputError("stream: one row and one sequence is written as it comes; use generate for more.")
+    return _streamed(engine, prompt, tokenizer, options)
+
+
+def _streamed(engine: Engine, prompt: Prompt, tokenizer: Any, options: dict[str, Any]) -> Iterator[str]:
     text = StoppingStream(tokenizer, prompt.generation.stops, after=prompt.rows[0])
-    for step in decode(engine, prompt, tokenizer=tokenizer, **options):
-        for token in step.tokens[0]:
+    for tokens in _token_steps(engine, prompt, tokenizer, options):
+        for token in tokens:
             if piece := text.push(token):
                 yield piece
     if piece := text.end():
         yield piece
+
+
+def _token_steps(engine: Engine, prompt: Prompt, tokenizer: Any, options: dict[str, Any]) -> Iterator[list[int]]:
+    if prompt.generation.num_beams > 1:
+        out = generate(engine, prompt, tokenizer=tokenizer, **options)
+        real = np.asarray(out.attention_mask)[0, prompt.ids.shape[1] :] != 0
+        yield out.sequences[0, prompt.ids.shape[1] :][real].tolist()
+    else:
+        for step in decode(engine, prompt, tokenizer=tokenizer, **options):
+            yield step.tokens[0]
 
 
 def decode(
@@ -143,46 +179,55 @@ def decode(
 
     Only a generated end of sequence ends a row, not one in the prompt.
     """
-    generation, rule, rows = prompt.generation, Rule.of(prompt.generation), prompt.rows
-    cache, held = begin(engine, prompt, past)
+    generation, hooks, copies = prompt.generation, prompt.hooks, prompt.generation.num_return_sequences
+    rule = Rule.of(generation)
+    chooser = Chooser(engine, generation, hooks, rule)
+    rows = [list(row) for row in prompt.rows for _ in range(copies)]
+    guess = guesses(engine, assistant, prompt)
+    cache, fed = begin(engine, prompt, past)
     if generation.max_new_tokens == 0:
         return cache
     deadline = time.monotonic() + (generation.max_time or np.inf)
     seed = engine.random_seed() if generation.seed is None else generation.seed
-    key = row_keys(seed, len(rows), generation.num_return_sequences)
-    if generation.num_return_sequences > 1:
-        cache, held, rows = expanded(engine, cache, held, rows, generation, generation.num_return_sequences)
-    ending = _Ending(generation, rows, tokenizer)
-    guess = guesses(engine, assistant, prompt, key)
+    key = row_keys(seed, len(prompt.rows), copies)
+    if copies > 1:
+        cache, fed = expanded(engine, cache, fed, generation, copies)
+    ending = Ending(engine, prompt, rows, tokenizer)
     ended = [False] * len(rows)
     drafts: list[list[int]] = [[] for _ in rows]
+    propose = guess(key)
     while True:
-        columns = 1 + guess.most if any(drafts) else 1
+        columns = 1 + propose.most if any(drafts) else 1
         made = [ending.made(index, row) for index, row in enumerate(rows)]
         bias, seen = limits(generation, engine.config.vocab_size, rows, made, drafts, ended, columns=columns)
         values = Values(numbers(generation), key, np.array(made, np.int32), bias, seen)
-        fed = [
-            [] if over else [*row[have:], *draft]
-            for row, have, draft, over in zip(rows, held, drafts, ended, strict=True)
-        ]
         widths = [columns] if columns > 1 else piece_widths(engine, max(map(len, fed)), generation)
-        chosen, cache = feed(engine, cache, fed, rule._replace(every=columns > 1), values, widths)
-        stop = yield _take(chosen, rows, drafts, ended, ending)
-        cache, held = _forget_rest(engine, cache, rows, held, fed)
+        chosen, cache = feed(engine, cache, fed, chooser.asked(every=columns > 1), values, widths)
+        if chooser.is_here:
+            assert chosen.logits is not None
+            choice = chooser(chosen.logits, values, ending.ids_so_far(rows) if hooks.shape else prompt.ids)
+            chosen = chosen._replace(token=choice.token, scores=choice.scores)
+        if not generation.output_logits:
+            chosen = chosen._replace(logits=None)
+        step = _take(chosen, rows, drafts, ended, ending)
+        ending.ask(rows, ended, step.scores)
+        stop = yield step
+        cache = _forget_rest(engine, cache, drafts, step)
         if stop or all(ended) or time.monotonic() > deadline:
             return cache
         if generation.on_device_loop:
             return (yield from _on_device(engine, cache, rows, ended, rule, values, ending))
         wanted = [
-            0 if over else min(ending.left(index, row) - 1, guess.most)
+            0 if over else min(ending.left(index, row) - 1, propose.most)
             for index, (row, over) in enumerate(zip(rows, ended, strict=True))
         ]
-        drafts = guess.propose(rows, wanted)
+        drafts = propose.propose(rows, wanted)
+        fed = [[] if over else [row[-1], *draft] for row, draft, over in zip(rows, drafts, ended, strict=True)]
 
 
-def _take(chosen: Chosen, rows: list[list[int]], drafts: list[list[int]], ended: list[bool], ending: _Ending) -> Step:
+def _take(chosen: Chosen, rows: list[list[int]], drafts: list[list[int]], ended: list[bool], ending: Ending) -> Step:
     """Each row with its chosen tokens, as long as they are what was guessed; `rows` and `ended` are changed."""
-    step = Step([[] for _ in rows], [[] for _ in rows])
+    step = _no_step(len(rows))
     for index, draft in enumerate(drafts):
         for place, guessed in enumerate([] if ended[index] else [*draft, None]):
             token = int(chosen.token[index, place])
@@ -191,69 +236,38 @@ def _take(chosen: Chosen, rows: list[list[int]], drafts: list[list[int]], ended:
             rows[index].append(token)
             step.tokens[index].append(token)
             step.scores[index] += [] if chosen.scores is None else [chosen.scores[index, place]]
+            step.logits[index] += [] if chosen.logits is None else [chosen.logits[index, place]]
             ended[index] = ending.ends(index, rows[index])
             if ended[index] or token != guessed:
                 break
     return step
 
 
-def _forget_rest(
-    engine: Engine, cache: Any, rows: list[list[int]], held: list[int], fed: list[list[int]]
-) -> tuple[Any, list[int]]:
-    """The cache without the guesses that were not taken, and how many tokens of each row it holds."""
-    full = [have + len(new) for have, new in zip(held, fed, strict=True)]
-    held = [min(have, len(row) - 1) for have, row in zip(full, rows, strict=True)]
-    back = np.array(full) - held
-    return cache.rollback(back, engine.config) if back.any() else cache, held
+def _no_step(rows: int) -> Step:
+    return Step([[] for _ in range(rows)], [[] for _ in range(rows)], [[] for _ in range(rows)])
+
+
+def _forget_rest(engine: Engine, cache: Any, drafts: list[list[int]], step: Step) -> Any:
+    """The cache without the guesses that were not taken."""
+    back = [len(draft) + 1 - len(new) if new else 0 for draft, new in zip(drafts, step.tokens, strict=True)]
+    return cache.rollback(np.array(back), engine.config) if any(back) else cache
 
 
 _NOTHING = (
     "row {}, new token {}: the logits hold a NaN or nothing that is finite, so no token can be chosen; look at the "
-    "weights, or load them with dtype='float32' if they were float16."
+    "weights, or load them with dtype='float32' if they were float16, or at what a logits_processor forbids."
 )
 
 
-class _Ending:
-    """What ends a row: its count, an end of sequence, a stop string in its new text."""
-
-    def __init__(self, generation: GenerationConfig, rows: list[list[int]], tokenizer: Any) -> None:
-        self.most, self.ids = generation.max_new_tokens, generation.eos_token_ids
-        self.prompts = [len(row) for row in rows]
-        self.texts: list[StoppingStream] = []
-        if generation.stops:
-            if tokenizer is None:
-                raise GenerationConfigError(
-                    "stop_strings: they are looked for in text; give generate tokenizer=... too."
-                )
-            self.texts = [
-                StoppingStream(tokenizer, generation.stops, after=row, skip_special_tokens=False) for row in rows
-            ]
-
-    def made(self, index: int, row: list[int]) -> int:
-        """How many new tokens a row has."""
-        return len(row) - self.prompts[index]
-
-    def left(self, index: int, row: list[int]) -> int:
-        """How many more it may have."""
-        return self.most - self.made(index, row)
-
-    def ends(self, index: int, row: list[int]) -> bool:
-        """Whether the last token of a row ends it; asked once for each."""
-        if self.texts:
-            self.texts[index].push(row[-1])
-        stopped = bool(self.texts) and self.texts[index].stopped
-        return stopped or row[-1] in self.ids or self.left(index, row) <= 0
-
-
 def _on_device(
-    engine: Engine, cache: Any, rows: list[list[int]], ended: list[bool], rule: Rule, values: Values, ending: _Ending
+    engine: Engine, cache: Any, rows: list[list[int]], ended: list[bool], rule: Rule, values: Values, ending: Ending
 ) -> Decode:
     """All further steps in the backend's loop, as one."""
     made = np.array([ending.made(index, row) for index, row in enumerate(rows)], np.int32)
     last = np.array([row[-1] for row in rows])
     steps = max(ending.left(index, row) for index, row in enumerate(rows))
     tokens, cache = engine.loop(cache, last, np.array(ended), rule, values._replace(step=made), ending.ids, steps)
-    step = Step([[] for _ in rows], [[] for _ in rows])
+    step = _no_step(len(rows))
     for index, row in enumerate(rows):
         for token in map(int, tokens[index]):
             if ended[index]:
@@ -267,32 +281,36 @@ def _on_device(
     return cache
 
 
-def guesses(engine: Engine, assistant: Engine | None, prompt: Prompt, key: Array) -> Guess:
-    """Where guesses come from; raises GenerationConfigError for an assistant that cannot give them."""
+def guesses(engine: Engine, assistant: Engine | None, prompt: Prompt) -> Callable[[Array], Guess]:
+    """The noise's key -> where guesses come from; raises GenerationConfigError for an assistant that cannot guess.
+
+    None are made where the caller's functions are asked at every step.
+    """
     generation = prompt.generation
     lookup = generation.prompt_lookup_num_tokens or 0
-    if assistant is None:
-        longest = generation.max_matching_ngram_size
-        return Guess(
-            lookup,
-            lambda rows, most: [prompt_lookup(row, n, longest) for row, n in zip(rows, most, strict=True)],
-        )
-    if lookup or generation.on_device_loop:
+    if assistant is not None:
+        _check_assistant(engine, assistant, prompt)
+    if prompt.hooks != Hooks():
+        if generation.on_device_loop:
+            raise GenerationConfigError(
+                "on_device_loop: it takes neither logits_processor, stopping_criteria nor prefix_allowed_tokens_fn."
+            )
+        return lambda key: Guess(0, lambda rows, most: [[] for _ in rows])
+    if assistant is not None:
+        return lambda key: Guess(generation.num_assistant_tokens, Assistant(assistant, prompt, key).propose)
+    longest = generation.max_matching_ngram_size
+    return lambda key: Guess(
+        lookup, lambda rows, most: [prompt_lookup(row, n, longest) for row, n in zip(rows, most, strict=True)]
+    )
+
+
+def _check_assistant(engine: Engine, assistant: Engine, prompt: Prompt) -> None:
+    if prompt.generation.prompt_lookup_num_tokens or prompt.generation.on_device_loop:
         raise GenerationConfigError("assistant_model: drop prompt_lookup_num_tokens and on_device_loop.")
+    if prompt.embeds is not None:
+        raise GenerationConfigError("assistant_model: it reads ids; give input_ids instead of inputs_embeds.")
     if assistant.config.vocab_size != engine.config.vocab_size:
         raise GenerationConfigError(
             f"assistant_model: vocab_size {assistant.config.vocab_size}, {engine.config.vocab_size} was expected; "
             "it must have been trained with the same tokenizer."
         )
-    return Guess(generation.num_assistant_tokens, Assistant(assistant, prompt, key).propose)
-
-
-def _column(made: list[list[int]], column: int, padding: int) -> Array:
-    return np.array([row[column] if column < len(row) else padding for row in made], np.int64)
-
-
-def _score_columns(scores: list[list[Array]], new: int, size: int, padding: int) -> tuple[Array, ...]:
-    """[B, V] for each new column; of an ended row, padding is certain."""
-    certain = np.full(size, -np.inf, np.float32)
-    certain[padding] = 0
-    return tuple(np.stack([row[c] if c < len(row) else certain for row in scores]) for c in range(new))

@@ -7,6 +7,7 @@ and where shapes are compiled the pieces and the caches come in few sizes.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ from .cache_layout import grown_layout
 from .config import MistralConfig
 from .errors import InputError
 from .generation import GenerationConfig
+from .hooks import Hooks
 from .outputs import GenerateOutput
 from .sampling import Rule, Values, numbers
 from .validate import Array
@@ -35,6 +37,8 @@ class Chosen(NamedTuple):
     """[B, T] or, where the rule asks for the last column only, [B, 1]."""
     scores: Array | None = None
     candidates: tuple[Array, Array, Array] | None = None
+    logits: Array | None = None
+    """Beside `token`, where the rule asks: the model's own [B, T, V] or [B, 1, V] float32."""
 
 
 class Engine(Protocol):
@@ -50,7 +54,10 @@ class Engine(Protocol):
         """An empty cache."""
 
     def step(self, cache: Any, ids_BT: Array, mask_BT: Array, rule: Rule, values: Values) -> tuple[Chosen, Any]:
-        """The tokens chosen after the last column, or each, and the cache with the new ones in it."""
+        """The tokens chosen after the last column, or each, and the cache with the new ones in it.
+
+        `ids_BT` may be embeddings [B, T, D] instead.
+        """
 
     def loop(
         self, cache: Any, token_B: Array, ended_B: Array, rule: Rule, values: Values, ends: tuple[int, ...],
@@ -61,48 +68,80 @@ class Engine(Protocol):
     def random_seed(self) -> int:
         """A seed from the framework's own generator, where it has one."""
 
+    def look(self, ids_BT: Array, mask_BT: Array, embeds_BED: Array | None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Hidden states and attention weights of a text, without a cache, as the framework's arrays.
+
+        Embeddings stand before the ids.
+        """
+
+    def array(self, x: Array) -> Any:
+        """An array of the framework, on the model's device."""
+
+    def numpy(self, x: Any) -> Array:
+        """What the framework, or Python, calls an array, in NumPy."""
+
 
 class Prompt(NamedTuple):
     """What is to be continued: checked ids, mask and options."""
 
     ids: Array
-    """[B, T] int64."""
+    """[B, T] int64; T is 0 where there are embeddings alone."""
     mask: Array
     generation: GenerationConfig
+    hooks: Hooks = Hooks()
+    embeds: Array | None = None
+    """[B, E, D]: what is computed instead of the ids."""
+    embeds_mask: Array | None = None
+    """[B, E]."""
 
     @property
     def rows(self) -> list[list[int]]:
         """The real tokens of each row."""
         return [row[real != 0].tolist() for row, real in zip(self.ids, self.mask, strict=True)]
 
+    @property
+    def columns(self) -> int:
+        """How many columns of the prompt are computed."""
+        return int((self.ids if self.embeds is None else self.embeds).shape[1])
 
-def begin(engine: Engine, prompt: Prompt, past: Any) -> tuple[Any, list[int]]:
-    """A cache with room for all that is to come, and how many tokens of each row it holds: fewer than the row has.
+    @property
+    def context(self) -> list[Any]:
+        """What is computed of each row: its tokens, or its embeddings [n, D]."""
+        if self.embeds is None or self.embeds_mask is None:
+            return list(self.rows)
+        return [row[real != 0] for row, real in zip(self.embeds, self.embeds_mask, strict=True)]
+
+
+def begin(engine: Engine, prompt: Prompt, past: Any) -> tuple[Any, list[Any]]:
+    """A cache with room for all that is to come, and what of each row it has not: at least the last token.
 
     Raises InputError for a cache of another batch or model, or that has rolled on too far to go back.
     """
-    config, generation, rows = engine.config, prompt.generation, prompt.rows
-    capacity = max(map(len, rows)) + generation.max_new_tokens
+    config, generation, context = engine.config, prompt.generation, prompt.context
+    capacity = max(map(len, context)) + generation.max_new_tokens
     if engine.fixed_caches:
         capacity = min(max(CAPACITY, 1 << (capacity - 1).bit_length()), config.max_position_embeddings)
     rolling = generation.cache != "full"
     lookback = max(LOOKBACK, generation.prompt_lookup_num_tokens or 0, generation.num_assistant_tokens)
     cache = past.past_key_values if isinstance(past, GenerateOutput) else past
     if cache is not None:
-        length = _checked_lengths(config, cache, len(rows))
-        common = [min(len(row) - 1, have) for row, have in zip(rows, length, strict=True)]
+        if prompt.embeds is not None:
+            raise InputError("past_key_values: not with inputs_embeds; give the embeddings of the whole text.")
+        length = _checked_lengths(config, cache, len(context))
+        common = [min(len(row) - 1, have) for row, have in zip(context, length, strict=True)]
         if isinstance(past, GenerateOutput):
-            common = [min(c, alike(row, old)) for c, row, old in zip(common, rows, _rows(past), strict=True)]
+            common = [min(c, alike(row, old)) for c, row, old in zip(common, context, _rows(past, length), strict=True)]
         capacity = max(capacity, cache.capacity or 0)
         slots = grown_layout(
             config, [k.shape[1] for k in cache.keys], cache.capacity, capacity, rolling=rolling, lookback=lookback
         )
         try:
-            return cache.rollback(np.array(length) - common, config).grown(slots, capacity), common
+            rest = [row[have:] for row, have in zip(context, common, strict=True)]
+            return cache.rollback(np.array(length) - common, config).grown(slots, capacity), rest
         except InputError:
             if not isinstance(past, GenerateOutput):  # whose tokens are known, so it can be computed anew
                 raise
-    return engine.allocate(len(rows), capacity, rolling=rolling, lookback=lookback), [0] * len(rows)
+    return engine.allocate(len(context), capacity, rolling=rolling, lookback=lookback), context
 
 
 def _checked_lengths(config: MistralConfig, cache: Any, rows: int) -> list[int]:
@@ -122,26 +161,29 @@ def _checked_lengths(config: MistralConfig, cache: Any, rows: int) -> list[int]:
 
 
 def expanded(
-    engine: Engine, cache: Any, held: list[int], rows: list[list[int]], generation: GenerationConfig, copies: int
-) -> tuple[Any, list[int], list[list[int]]]:
-    """Cache, counts and rows with each row so many times; the prompt, but for its last token, is computed once."""
-    rest = [row[have:-1] for row, have in zip(rows, held, strict=True)]
-    if any(rest):
-        nothing = Values(numbers(generation), np.zeros((len(rows), 2), np.uint32), np.zeros(len(rows), np.int32))
-        _, cache = feed(engine, cache, rest, Rule(), nothing, piece_widths(engine, max(map(len, rest)), generation))
-    times = np.repeat(np.arange(len(rows)), copies)
-    return cache.select_rows(times), [len(rows[row]) - 1 for row in times], [list(rows[row]) for row in times]
+    engine: Engine, cache: Any, rest: list[Any], generation: GenerationConfig, copies: int
+) -> tuple[Any, list[Any]]:
+    """The cache and what it has not with each row so many times; all but the last token is computed once."""
+    first = [row[:-1] for row in rest]
+    if columns := max(map(len, first)):
+        nothing = Values(numbers(generation), np.zeros((len(rest), 2), np.uint32), np.zeros(len(rest), np.int32))
+        _, cache = feed(engine, cache, first, Rule(), nothing, piece_widths(engine, columns, generation))
+    times = np.repeat(np.arange(len(rest)), copies)
+    return cache.select_rows(times), [rest[row][-1:] for row in times]
 
 
 def feed(
-    engine: Engine, cache: Any, fed: list[list[int]], rule: Rule, values: Values, widths: list[int]
+    engine: Engine, cache: Any, fed: Sequence[Any], rule: Rule, values: Values, widths: list[int]
 ) -> tuple[Chosen, Any]:
-    """Each row's next tokens into the cache, in pieces so wide; what is chosen after the last one, or after each.
+    """Each row's next tokens or embeddings into the cache, in pieces so wide; what is chosen after the last, or each.
 
     Rows are padded in front, so that all of them end with the last piece; behind, where something is chosen after each.
     """
-    ids_BT = np.zeros((len(fed), sum(widths)), np.int64)
-    mask_BT = np.zeros_like(ids_BT)
+    kind = np.asarray(fed[0])
+    is_embedded = kind.ndim == 2
+    shape = (len(fed), sum(widths), kind.shape[1]) if is_embedded else (len(fed), sum(widths))
+    ids_BT = np.zeros(shape, kind.dtype if is_embedded else np.int64)
+    mask_BT = np.zeros(shape[:2], np.int64)
     for row, tokens in enumerate(fed):
         where = slice(len(tokens)) if rule.every else slice(sum(widths) - len(tokens), None)
         ids_BT[row, where], mask_BT[row, where] = tokens, 1
@@ -158,8 +200,8 @@ def feed(
 def piece_widths(engine: Engine, columns: int, generation: GenerationConfig) -> list[int]:
     """How a prompt of so many columns is cut."""
     chunk = generation.prefill_chunk_size or CHUNK
-    if engine.fixed_prompts:
-        return pieces(columns, chunk)
+    if engine.fixed_prompts:  # a short prompt is not padded to a part of a long chunk
+        return pieces(columns, chunk if columns >= chunk else min(chunk, CHUNK))
     first = columns % chunk
     return [first] * bool(first) + [chunk] * (columns // chunk)
 
@@ -183,10 +225,13 @@ def pieces(columns: int, chunk: int) -> list[int]:
     return widths[::-1]
 
 
-def _rows(past: GenerateOutput) -> list[list[int]]:
-    """The real tokens of each row of an earlier call."""
-    pairs = zip(past.sequences, past.attention_mask, strict=True)
-    return [[int(token) for token, real in zip(row, mask, strict=True) if real] for row, mask in pairs]
+def _rows(past: GenerateOutput, length: list[int]) -> list[list[int]]:
+    """The real tokens of each row of an earlier call, whose cache has so many; raises InputError after embeddings."""
+    pairs = zip(past.sequences, past.attention_mask, strict=True)  # type: ignore[arg-type]
+    rows = [[int(token) for token, real in zip(row, mask, strict=True) if real] for row, mask in pairs]
+    if any(have > len(row) for row, have in zip(rows, length, strict=True)):
+        raise InputError("past_key_values: of inputs_embeds, whose tokens are not known; give them again instead.")
+    return rows
 
 
 def alike(row: list[int], old: list[int]) -> int:

@@ -116,15 +116,25 @@ class GenerateOutput(NamedTuple):
     """Of `generate(return_dict_in_generate=True)`; as the next call's past_key_values it continues where this ended."""
 
     sequences: Array
-    """[B, T + new]: prompt and continuation, ended rows padded; B rows, or num_return_sequences for each of them."""
-    attention_mask: Array
-    """[B, T + new]: 1 for real tokens."""
-    scores: tuple[Array, ...] | None = None
-    """[B, V] float32 for each new token: what it was chosen from, -inf for what could not come."""
+    """[B, T + new]: prompt and continuation, ended rows padded; B rows, or num_return_sequences for each of them.
+    After inputs_embeds alone, only what is new."""
     sequences_scores: Array | None = None
     """[B] float32: of beams, the sum of log-probabilities over length ** length_penalty."""
+    scores: tuple[Array, ...] | None = None
+    """[B, V] float32 for each new token: what it was chosen from, -inf for what could not come; of beams, a row for
+    each beam that was running."""
+    logits: tuple[Array, ...] | None = None
+    """[B, V] float32 for each new token: the model's own."""
+    beam_indices: Array | None = None
+    """[B, new]: of beams, the row of `scores` that each new token was chosen from, -1 after the end."""
+    attentions: tuple[tuple[Array, ...], ...] | None = None
+    """For each new token, L arrays: [B, N, T, T] of the prompt, then [B, N, 1, T + 1] and so on."""
+    hidden_states: tuple[tuple[Array, ...], ...] | None = None
+    """For each new token, L + 1 arrays: [B, T, D] of the prompt, then [B, 1, D]."""
     past_key_values: Any = None
     """The cache of all tokens but the last of each row; None of beams."""
+    attention_mask: Array | None = None
+    """[B, T + new]: 1 for real tokens."""
 
     def __getitem__(self, key: Any) -> Any:
         return _getitem(self, key)

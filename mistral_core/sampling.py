@@ -9,9 +9,14 @@ import numpy as np
 from .generation import GenerationConfig
 from .validate import Array
 
-NUMBERS = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p", "typical_p")
+NUMBERS = (
+    "repetition_penalty", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
+)  # fmt: skip
 """The options in the order of `Values.numbers`; the filters among them in the order of their use."""
-_OFF = {"temperature": (1,), "top_k": (None, 0), "top_p": (None, 1), "min_p": (None, 0), "typical_p": (None, 1)}
+_OFF = {
+    "temperature": (1,), "top_k": (None, 0), "top_p": (None, 1), "min_p": (None, 0), "typical_p": (None, 1),
+    "epsilon_cutoff": (None, 0), "eta_cutoff": (None, 0),
+}  # fmt: skip
 """Filter -> the values with which it changes nothing."""
 
 
@@ -26,20 +31,24 @@ class Rule(NamedTuple):
     """Whether what was chosen from is returned."""
     every: bool = False
     """Whether a token is chosen after each column, not after the last only."""
+    logits: bool = False
+    """Whether the logits are returned as they are."""
+    normalised: bool = False
+    """Whether what is chosen from are log-probabilities; where tokens are chosen in NumPy only."""
 
     @classmethod
     def of(cls, generation: GenerationConfig, *, candidates: int = 0) -> Rule:
         """The rule of a generation's options; without `do_sample` nothing is filtered, as in transformers."""
         sample = bool(generation.do_sample) and generation.temperature != 0
         filters = tuple(n for n in NUMBERS if sample and n in _OFF and getattr(generation, n) not in _OFF[n])
-        return cls(sample, filters, candidates, bool(generation.output_scores))
+        return cls(sample, filters, candidates, bool(generation.output_scores), logits=bool(generation.output_logits))
 
 
 class Values(NamedTuple):
     """The numbers a rule is applied with: they change without anything being compiled."""
 
     numbers: Any
-    """[6] float32, in the order of NUMBERS."""
+    """[8] float32, in the order of NUMBERS."""
     key: Any
     """[B, 2] uint32: each row's key of the noise."""
     step: Any

@@ -29,19 +29,24 @@ def prompt_lookup(row: Sequence[int], most: int, longest: int) -> list[int]:
     return []
 
 
+def _guessing(rule: Rule) -> Rule:
+    """The rule of a guess: a token only, and by the filters that a backend's step has."""
+    return Rule(rule.sample, tuple(name for name in rule.filters if not name.endswith("_cutoff")))
+
+
 class Assistant:
     """A smaller model that writes ahead, and forgets what was not taken; its cache follows the rows."""
 
     def __init__(self, engine: engines.Engine, prompt: engines.Prompt, key: Array) -> None:
         self.engine, self.generation, self.key = engine, prompt.generation, key
-        self.rule = Rule.of(prompt.generation)._replace(scores=False)
+        self.rule = _guessing(Rule.of(prompt.generation))
         copies = prompt.generation.num_return_sequences
-        self.cache, held = engines.begin(engine, prompt, None)
-        self.held: list[list[int]] = [[] for _ in prompt.rows]
-        rows = prompt.rows
+        rows = [row for row in prompt.rows for _ in range(copies)]
+        self.held: list[list[int]] = [[] for _ in rows]
+        self.cache, rest = engines.begin(engine, prompt, None)
         if copies > 1:
-            self.cache, held, rows = engines.expanded(engine, self.cache, held, rows, self.generation, copies)
-            self.held = [row[:have] for row, have in zip(rows, held, strict=True)]
+            self.cache, _ = engines.expanded(engine, self.cache, rest, self.generation, copies)
+            self.held = [row[:-1] for row in rows]
         self.prompts = [len(row) for row in rows]
 
     def propose(self, rows: list[list[int]], most: list[int]) -> list[list[int]]:

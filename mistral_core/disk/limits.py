@@ -42,7 +42,14 @@ POSITIONS = (1 << 31) - 1  # tokens of a text or a window: only compared, nothin
 
 # Generation
 
-SEQUENCES = 1024  # beams or sequences of one prompt
+SEQUENCES = 1024  # beams or sequences of one prompt that a file may ask for; a call may ask for more
+GUESSES = 1024  # tokens guessed in one step: so much longer are a ring and a step
+END_IDS = 1024  # ids that end a row: beams keep so many more candidates
+STOP_STRINGS = 1024  # texts that end a row: each is looked for after every token
+STOP_CHARACTERS = 4096  # of one of them
+WORDS = 1 << 14  # forbidden words, biased sequences, suppressed ids: each is looked at after every token
+WORD_IDS = 256  # ids of one of them
+LENGTH_PENALTY = 32  # the exponent of a length: 2^20 tokens to this power are still a float64
 
 
 def check(count: int, limit: int, *, what: str, where: str, error: type[MistralError] = LimitExceededError) -> None:

@@ -34,11 +34,14 @@ class Engine:
         self, cache: KVCache, ids_BT: Array, mask_BT: Array, rule: Rule, values: Values
     ) -> tuple[decoding.Chosen, KVCache]:
         """The tokens chosen after the last column, or each, and the cache with the new ones in it."""
-        out = heads.causal_lm(self.config, self.parameters, ids_BT, attention_mask=mask_BT, past_key_values=cache)
+        given = {"input_ids": ids_BT} if ids_BT.ndim == 2 else {"inputs_embeds": ids_BT}
+        out = heads.causal_lm(self.config, self.parameters, **given, attention_mask=mask_BT, past_key_values=cache)
         assert out.logits is not None
-        choice = choose(out.logits if rule.every else out.logits[:, -1:], rule, values)
+        logits = out.logits if rule.every else out.logits[:, -1:]
+        choice = choose(logits, rule, values)
         scores = None if choice.scores is None else choice.scores.astype(np.float32)
-        return decoding.Chosen(choice.token, scores, choice.candidates), out.past_key_values
+        logits = logits if rule.logits else None
+        return decoding.Chosen(choice.token, scores, choice.candidates, logits), out.past_key_values
 
     def loop(
         self, cache: KVCache, token_B: Array, ended_B: Array, rule: Rule, values: Values, ends: tuple[int, ...],
@@ -58,6 +61,23 @@ class Engine:
     def random_seed(self) -> int:
         """A seed from the operating system."""
         return int(np.random.default_rng().integers(2**63))
+
+    def look(self, ids_BT: Array, mask_BT: Array, embeds_BED: Array | None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Hidden states and attention weights of a text, without a cache; embeddings stand before the ids."""
+        given: dict[str, Any] = {"input_ids": ids_BT}
+        if embeds_BED is not None:
+            ids_embeds = np.asarray(self.parameters["model.embed_tokens.weight"])[ids_BT]
+            given = {"inputs_embeds": np.concatenate([embeds_BED, ids_embeds], axis=1)}
+        out = heads.causal_lm(self.config, self.parameters, **given, attention_mask=mask_BT)
+        return out.hidden_states or (), out.attentions or ()
+
+    def array(self, x: Array) -> Array:
+        """An array of the framework, which is NumPy."""
+        return x
+
+    def numpy(self, x: Any) -> Array:
+        """What Python calls an array, in NumPy."""
+        return np.asarray(x)
 
 
 def generate(

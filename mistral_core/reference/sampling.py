@@ -102,6 +102,22 @@ def typical_p(scores: Array, value: float) -> Array:
     return np.where(distance > -_last_within(-nearest, ordered, value), -np.inf, scores)
 
 
+def epsilon_cutoff(scores: Array, value: float) -> Array:
+    """Keep what is at least this likely, and the likeliest (arXiv 2210.15191)."""
+    return _without(scores, _softmax(scores) < value)
+
+
+def eta_cutoff(scores: Array, value: float) -> Array:
+    """Keep what is likelier than a bound that falls where much is likely, and the likeliest (arXiv 2210.15191)."""
+    probability = _softmax(scores)
+    entropy = -(probability * np.log(np.where(probability > 0, probability, 1))).sum(axis=-1, keepdims=True)
+    return _without(scores, probability < np.minimum(value, np.sqrt(value) * np.exp(-entropy)))
+
+
+def _without(scores: Array, unlikely: Array) -> Array:
+    return np.where(unlikely & (scores < scores.max(axis=-1, keepdims=True)), -np.inf, scores)
+
+
 def _last_within(ordered: Array, probability: Array, mass: float) -> Array:
     """The last of the ordered values that are needed to reach a probability mass; the first always is."""
     before = np.cumsum(probability, axis=-1) - probability
@@ -115,8 +131,10 @@ FILTERS: Mapping[str, Callable[[Array, float], Array]] = {
     "top_p": top_p,
     "min_p": min_p,
     "typical_p": typical_p,
+    "epsilon_cutoff": epsilon_cutoff,
+    "eta_cutoff": eta_cutoff,
 }
-"""In the order in which they are applied."""
+"""In the order in which they are applied; the last two here only: with them tokens are chosen in NumPy."""
 
 
 def penalized(scores: Array, seen: Array, penalty: float) -> Array:
@@ -126,17 +144,28 @@ def penalized(scores: Array, seen: Array, penalty: float) -> Array:
 
 def choose(logits: Array, rule: Rule, values: Values) -> Choice:
     """One token for each place of logits [B, T, V]."""
-    scores = _log_softmax(logits) if rule.candidates else logits
+    return chosen(processed(logits, rule, values), rule, values)
+
+
+def processed(logits: Array, rule: Rule, values: Values) -> Array:
+    """Logits, or of beams log-probabilities, with bias and penalty."""
+    scores = log_softmax(logits) if rule.candidates else logits
     if values.bias is not None:
         scores = scores + values.bias
     if values.seen is not None:
         scores = penalized(scores, values.seen, float(values.number("repetition_penalty")))
+    return scores
+
+
+def chosen(scores: Array, rule: Rule, values: Values) -> Choice:
+    """One token for each place of processed scores [B, T, V]: filters, noise and choice."""
     for name in rule.filters:
         scores = FILTERS[name](scores, float(values.number(name)))
+    scores = log_softmax(scores) if rule.normalised else scores
     noisy = scores
     if rule.sample:
-        step_BT = values.step[:, None] + np.arange(logits.shape[1])
-        noisy = scores + gumbel(values.key, step_BT, logits.shape[-1])
+        step_BT = values.step[:, None] + np.arange(scores.shape[1])
+        noisy = scores + gumbel(values.key, step_BT, scores.shape[-1])
     token = np.where(np.isfinite(noisy.max(axis=-1)), noisy.argmax(axis=-1), -1)
     candidates = None
     if rule.candidates:
@@ -145,7 +174,8 @@ def choose(logits: Array, rule: Rule, values: Values) -> Choice:
     return Choice(token, scores if rule.scores else None, candidates)
 
 
-def _log_softmax(x: Array) -> Array:
+def log_softmax(x: Array) -> Array:
+    """Log-probabilities."""
     x = x - x.max(axis=-1, keepdims=True)
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import queue
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
+
+from ..errors import InputError
 
 REPLACEMENT = "\ufffd"
 LONGEST_CHARACTER = 4
@@ -55,6 +59,12 @@ class TextStream:
         """What is still held back; call it once after the last id."""
         return self._decode(self._before + self._waiting)[len(self._decode(self._before)) + self._shown :]
 
+    def copy(self) -> TextStream:
+        """One that goes on from here on its own."""
+        made = copy.copy(self)
+        made._before, made._waiting = list(self._before), list(self._waiting)
+        return made
+
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
 
@@ -81,6 +91,12 @@ class StoppingStream:
         """What is still held back; call it once after the last id."""
         return "" if self.stopped else self._certain(self._stream.end()) + ("" if self.stopped else self._held)
 
+    def copy(self) -> StoppingStream:
+        """One that goes on from here on its own."""
+        made = copy.copy(self)
+        made._stream = self._stream.copy()
+        return made
+
     def _certain(self, piece: str) -> str:
         text = self._held + piece
         found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stops if stop in text]
@@ -97,6 +113,36 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
+@contextlib.contextmanager
+def telling(streamer: Any) -> Iterator[None]:
+    """A call that tells a streamer, if there is one: it is told the end whatever happens, ours the error too."""
+    try:
+        yield
+    except BaseException as error:
+        failing(streamer, error)
+        raise
+    if streamer is not None:
+        streamer.end()
+
+
+@contextlib.contextmanager
+def beginning(streamer: Any) -> Iterator[None]:
+    """The part of a call before it tells a streamer anything: an error is its end."""
+    try:
+        yield
+    except BaseException as error:
+        failing(streamer, error)
+        raise
+
+
+def failing(streamer: Any, error: BaseException) -> None:
+    """Tell a streamer that nothing more comes, because of an error."""
+    if isinstance(streamer, TextStreamer):
+        streamer.error = error
+    if streamer is not None:
+        streamer.end()
+
+
 class TextStreamer:
     """What `generate(streamer=...)` tells of the tokens it makes, printed as text up to a stop string; one row."""
 
@@ -110,22 +156,32 @@ class TextStreamer:
     ) -> None:
         self.tokenizer, self.skip_prompt, self.skip_special_tokens = tokenizer, skip_prompt, skip_special_tokens
         self.stop_strings = stop_strings
+        self.error: BaseException | None = None
+        """What ended the last call before its time."""
         self._text: StoppingStream | None = None
 
     def put(self, value: Any) -> None:
-        """Prompt ids [1, T] first, then the tokens [1] of each step."""
+        """Prompt ids [1, T] first, then the tokens [1] of each step; raises InputError for several rows or calls."""
+        rows = value.shape[0] if len(value.shape) == 2 or self._text is not None else 1
+        if rows > 1:
+            raise InputError(f"TextStreamer: {rows} rows; a text streamer shows one.")
         ids = [int(token) for token in value.reshape(-1)]
         if self._text is not None:
+            if len(value.shape) > 1:
+                raise InputError("TextStreamer: a call has begun before the last one ended; give each its own.")
             for token in ids:
                 self._show(self._text.push(token))
             return
-        if len(value) > 1:
-            raise ValueError(f"TextStreamer: {len(value)} rows; a text streamer shows one.")
+        self.begin()
         self._text = StoppingStream(
             self.tokenizer, self.stop_strings, after=ids, skip_special_tokens=self.skip_special_tokens
         )
         if not self.skip_prompt:
             self._show(self.tokenizer.decode(ids, skip_special_tokens=self.skip_special_tokens))
+
+    def begin(self) -> None:
+        """A call begins."""
+        self.error = None
 
     def end(self) -> None:
         """No more tokens come; the next call starts anew."""
@@ -142,7 +198,11 @@ class TextStreamer:
 
 
 class TextIteratorStreamer(TextStreamer):
-    """A TextStreamer whose pieces are iterated over, in another thread than the one that generates."""
+    """A TextStreamer whose pieces are iterated over, in another thread than the one that generates.
+
+    The iteration ends with the call, whatever ended it; `error` says what, where it was an error. What a loop that was
+    left did not read is not read by the loop over the next call.
+    """
 
     def __init__(
         self,
@@ -155,8 +215,17 @@ class TextIteratorStreamer(TextStreamer):
     ) -> None:
         super().__init__(tokenizer, skip_prompt, skip_special_tokens=skip_special_tokens, stop_strings=stop_strings)
         self._pieces: queue.Queue[str | None] = queue.Queue()
+        self._was_left = False
         self.timeout = timeout
         """Seconds to wait for a piece; then queue.Empty is raised."""
+
+    def begin(self) -> None:
+        """A call begins: what is left of an earlier one whose reader went away is forgotten."""
+        super().begin()
+        with contextlib.suppress(queue.Empty):
+            while self._was_left:
+                self._pieces.get_nowait()
+        self._was_left = False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Put a piece into the queue."""
@@ -164,11 +233,20 @@ class TextIteratorStreamer(TextStreamer):
         if stream_end:
             self._pieces.put(None)
 
-    def __iter__(self) -> TextIteratorStreamer:
-        return self
+    def __iter__(self) -> Iterator[str]:
+        self._was_left = False
+        try:
+            yield from iter(self._next, None)
+        except GeneratorExit:
+            self._was_left = True
+            raise
 
     def __next__(self) -> str:
-        piece = self._pieces.get(timeout=self.timeout)
+        self._was_left = False
+        piece = self._next()
         if piece is None:
             raise StopIteration
         return piece
+
+    def _next(self) -> str | None:
+        return self._pieces.get(timeout=self.timeout)

@@ -396,7 +396,7 @@ def test_drawn_beams_are_of_one_seed():
     assert len({tuple(new(IDS[:1], **options, seed=seed)[0].tolist()) for seed in range(6)}) > 1
 
 
-def test_beams_are_neither_streamed_nor_guessed():
+def test_beams_are_not_guessed_and_several_rows_are_not_streamed():
     subject = engine.Engine(TINY, PARAMETERS)
     with pytest.raises(GenerationConfigError, match="num_beams"):
         decoding.generate(subject, prepared(IDS, None, {"num_beams": 2}), assistant=subject)

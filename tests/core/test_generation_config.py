@@ -146,7 +146,6 @@ def test_pieces_are_of_few_kinds_and_waste_little(chunk):
         ({"num_return_sequences": 2}, "num_return_sequences: 2 equal"),
         ({"num_return_sequences": 2, "do_sample": True, "temperature": 0}, "num_return_sequences: 2 equal"),
         ({"num_return_sequences": 3, "num_beams": 2}, "num_return_sequences: 3 of 2"),
-        ({"num_beams": 2, "stop_strings": "x"}, "stop_strings"),
         ({"num_beams": 2, "prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens"),
         ({"prompt_lookup_num_tokens": 0}, "prompt_lookup_num_tokens"),
         ({"prefill_chunk_size": 0}, "prefill_chunk_size"),
