@@ -20,14 +20,14 @@ from .errors import GenerationConfigError, InputError, NonFiniteInputError
 from .hooks import Chooser, Hooks
 from .outputs import GenerateOutput
 from .preparing import prepare
-from .reference.sampling import row_keys
+from .reference.sampling import log_softmax, row_keys
 from .sampling import Rule, Values, numbers
 from .speculation import Assistant, prompt_lookup
 from .text.stream import StoppingStream, telling
 from .token_history import limits
 from .validate import Array
 
-__all__ = ["Chosen", "Engine", "Prompt", "decode", "generate", "prepare", "stream"]
+__all__ = ["Chosen", "Engine", "Prompt", "decode", "generate", "prepare", "returned", "stream", "transition_scores"]
 
 
 class Step(NamedTuple):
@@ -139,6 +139,40 @@ def looked_into(engine: Engine, prompt: Prompt, out: GenerateOutput) -> Generate
         if generation.output_attentions
         else None,
     )
+
+
+def returned(engine: Engine, prompt: Prompt, out: GenerateOutput) -> Any:
+    """What a backend's `generate` returns: the framework's arrays, the sequences alone unless all was asked for."""
+    if not prompt.generation.return_dict_in_generate:
+        return engine.array(out.sequences)
+    ours = {
+        name: tuple(map(engine.array, value)) if isinstance(value, tuple) else engine.array(value)
+        for name, value in out._asdict().items()
+        if value is not None and name not in ("attentions", "hidden_states", "past_key_values")
+    }
+    return out._replace(**ours)
+
+
+def transition_scores(
+    sequences: Array, scores: list[Array], beam_indices: Array | None, *, normalize_logits: bool
+) -> Array:
+    """The score [B, new] of each new token that was chosen, 0 after the end of a beam; raises InputError."""
+    score_NRV = np.stack(scores).astype(np.float32)
+    if normalize_logits:
+        score_NRV = log_softmax(score_NRV)
+    new = len(score_NRV)
+    if beam_indices is None:
+        beam_indices = np.repeat(np.arange(score_NRV.shape[1])[:, None], new, axis=1)
+    rows_BN = np.asarray(beam_indices)[:, :new]
+    rows_BN = rows_BN[:, : max((rows_BN >= 0).sum(axis=1), default=0)]
+    if len(rows_BN) != len(sequences) or rows_BN.shape[1] > sequences.shape[1]:
+        raise InputError(
+            f"compute_transition_scores: sequences of shape {sequences.shape}, {len(rows_BN)} rows with the new tokens "
+            "of the scores at their end were expected; of beams give beam_indices."
+        )
+    tokens_BN = sequences[:, sequences.shape[1] - rows_BN.shape[1] :]
+    found = score_NRV[np.arange(rows_BN.shape[1]), np.maximum(rows_BN, 0), tokens_BN]
+    return np.where(rows_BN < 0, np.float32(0), found)
 
 
 def stream(engine: Engine, prompt: Prompt, *, tokenizer: Any, **options: Any) -> Iterator[str]:

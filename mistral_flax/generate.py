@@ -15,9 +15,10 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from mistral_core import GenerationConfig, decoding
+from mistral_core import decoding
 from mistral_core.outputs import GenerateOutput
 from mistral_core.sampling import Rule, Values
+from mistral_core.text.stream import beginning
 
 from .arrays import to_numpy
 from .cache import KVCache
@@ -31,10 +32,10 @@ LOG = logging.getLogger("mistral.flax")
 
 def generate(
     model: MistralForCausalLM,
-    input_ids: Any,
+    input_ids: Any = None,
     *,
     attention_mask: Any = None,
-    generation_config: GenerationConfig | None = None,
+    generation_config: Any = None,
     past_key_values: KVCache | GenerateOutput | None = None,
     assistant_model: MistralForCausalLM | None = None,
     streamer: Any = None,
@@ -46,38 +47,28 @@ def generate(
     Rows may be padded on either side. `options` are fields of GenerationConfig and come before `generation_config`,
     which comes before the checkpoint's own. `past_key_values` is a cache of the rows' first tokens, or what an earlier
     call returned, and is not changed. `streamer.put` is told the prompt and each column of new tokens, and may return
-    True to end all rows. `tokenizer` is needed for `stop_strings`. The step is compiled once for each of few shapes,
+    True to end all rows. `tokenizer` is needed for `stop_strings`.
+    Among the options are also the caller's functions (`mistral_core.hooks`) and `inputs_embeds`, which stands for the
+    ids or beside them. The step is compiled once for each of few shapes,
     whatever `compile` says but "off".
     Raises GenerationConfigError, EmptyInputError, SequenceTooLongError, TokenIdError, MaskError, NonFiniteInputError.
     """
-    prompt = _prompt(model, input_ids, attention_mask, generation_config, options)
-    compile = prompt.generation.compile
+    with beginning(streamer):
+        prompt = _prompt(model, input_ids, attention_mask, generation_config, options)
+        engine, assistant = _engines(model, assistant_model, prompt)
     out = decoding.generate(
-        Engine(model, compile),
-        prompt,
-        past=past_key_values,
-        assistant=None if assistant_model is None else Engine(assistant_model, compile),
-        streamer=streamer,
-        tokenizer=tokenizer,
+        engine, prompt, past=past_key_values, assistant=assistant, streamer=streamer, tokenizer=tokenizer
     )
-    sequences = jnp.asarray(out.sequences, jnp.int32)
-    if not prompt.generation.return_dict_in_generate:
-        return sequences
-    return out._replace(
-        sequences=sequences,
-        attention_mask=jnp.asarray(out.attention_mask, jnp.int32),
-        scores=None if out.scores is None else tuple(map(jnp.asarray, out.scores)),
-        sequences_scores=None if out.sequences_scores is None else jnp.asarray(out.sequences_scores),
-    )
+    return decoding.returned(engine, prompt, out)
 
 
 def stream(
     model: MistralForCausalLM,
-    input_ids: Any,
+    input_ids: Any = None,
     *,
     tokenizer: Any,
     attention_mask: Any = None,
-    generation_config: GenerationConfig | None = None,
+    generation_config: Any = None,
     past_key_values: KVCache | GenerateOutput | None = None,
     assistant_model: MistralForCausalLM | None = None,
     **options: Any,
@@ -87,26 +78,48 @@ def stream(
     A piece holds no half character, and nothing of a stop string. Options and errors are those of `generate`.
     """
     prompt = _prompt(model, input_ids, attention_mask, generation_config, options)
-    compile = prompt.generation.compile
-    return decoding.stream(
-        Engine(model, compile),
-        prompt,
-        tokenizer=tokenizer,
-        past=past_key_values,
-        assistant=None if assistant_model is None else Engine(assistant_model, compile),
+    engine, assistant = _engines(model, assistant_model, prompt)
+    return decoding.stream(engine, prompt, tokenizer=tokenizer, past=past_key_values, assistant=assistant)
+
+
+def compute_transition_scores(
+    model: MistralForCausalLM,
+    sequences: Any,
+    scores: tuple[Any, ...],
+    beam_indices: Any = None,
+    normalize_logits: bool = False,
+) -> Array:
+    """The score [B, new] that each new token was chosen by, of what `generate` returned; of beams with its indices.
+
+    `normalize_logits` makes log-probabilities of them. Raises InputError.
+    """
+    indices = None if beam_indices is None else _numpy(beam_indices)
+    found = decoding.transition_scores(
+        _numpy(sequences), [_numpy(x) for x in scores], indices, normalize_logits=normalize_logits
     )
+    return jnp.asarray(found)
 
 
 def _prompt(
-    model: MistralForCausalLM,
-    input_ids: Any,
-    attention_mask: Any,
-    generation_config: GenerationConfig | None,
-    options: dict[str, Any],
+    model: MistralForCausalLM, input_ids: Any, attention_mask: Any, generation_config: Any, options: dict[str, Any]
 ) -> decoding.Prompt:
-    return decoding.prepare(
-        model.config, input_ids, attention_mask, generation_config or model.generation_config, options
-    )
+    own = model.generation_config
+    given = own if generation_config is None else generation_config
+    options = options | {"input_ids": input_ids, "attention_mask": attention_mask}
+    options = {name: _numpy(x) if isinstance(x, Array) else x for name, x in options.items()}
+    ids, mask = options.pop("input_ids"), options.pop("attention_mask")
+    return decoding.prepare(model.config, ids, mask, given, options, own=own)
+
+
+def _engines(
+    model: MistralForCausalLM, assistant_model: MistralForCausalLM | None, prompt: decoding.Prompt
+) -> tuple[Engine, Engine | None]:
+    compile = prompt.generation.compile
+    return Engine(model, compile), None if assistant_model is None else Engine(assistant_model, compile)
+
+
+def _numpy(x: Any) -> np.ndarray:
+    return to_numpy(x)
 
 
 class Engine:
@@ -127,15 +140,19 @@ class Engine:
     def step(
         self, cache: KVCache, ids_BT: np.ndarray, mask_BT: np.ndarray, rule: Rule, values: Values
     ) -> tuple[decoding.Chosen, KVCache]:
-        """The tokens chosen after the last column, or each, and the cache with the new ones in it."""
-        ids_BT, mask_BT = ids_BT.astype(np.int32), mask_BT.astype(np.int32)
+        """The tokens chosen after the last column, or each, and the cache with the new ones in it.
+
+        `ids_BT` may be embeddings [B, T, D] instead.
+        """
+        ids_BT, mask_BT = ids_BT.astype(np.int32) if ids_BT.ndim == 2 else ids_BT, mask_BT.astype(np.int32)
         started, known = time.perf_counter(), self._compilations()
         choice, cache = self._step(self.state, ids_BT, mask_BT, cache, rule=rule, values=values)
         if self._compilations() > known:
-            LOG.info("compiled for %d rows of %d tokens in %.1f s", *ids_BT.shape, time.perf_counter() - started)
+            LOG.info("compiled for %d rows of %d tokens in %.1f s", *ids_BT.shape[:2], time.perf_counter() - started)
         scores = None if choice.scores is None else to_numpy(choice.scores)
         candidates = None if choice.candidates is None else tuple(map(to_numpy, choice.candidates))
-        return decoding.Chosen(to_numpy(choice.token), scores, candidates), cache
+        logits = None if choice.logits is None else to_numpy(choice.logits)
+        return decoding.Chosen(to_numpy(choice.token), scores, candidates, logits), cache
 
     def loop(
         self, cache: KVCache, token_B: np.ndarray, ended_B: np.ndarray, rule: Rule, values: Values,
@@ -159,6 +176,29 @@ class Engine:
         """
         return secrets.randbits(63)
 
+    def look(
+        self, ids_BT: np.ndarray, mask_BT: np.ndarray, embeds_BED: np.ndarray | None
+    ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        """Hidden states and attention weights of a text, without a cache; embeddings stand before the ids."""
+        body = self.model.model
+        given = {"input_ids": self.array(ids_BT)}
+        if embeds_BED is not None:
+            embeds, after = self.array(embeds_BED), body.embed_tokens(self.array(ids_BT))
+            given = {"inputs_embeds": jnp.concatenate([embeds, after], 1)}
+        out = body(
+            **given, attention_mask=self.array(mask_BT), use_cache=False, output_attentions=True,
+            output_hidden_states=True, return_dict=True,
+        )  # fmt: skip
+        return out.hidden_states, out.attentions
+
+    def array(self, x: np.ndarray) -> Array:
+        """An array of the framework, on the model's device."""
+        return jnp.asarray(x, jnp.int32 if x.dtype.kind in "iu" else x.dtype)
+
+    def numpy(self, x: Any) -> np.ndarray:
+        """What the framework, or Python, calls an array, in NumPy."""
+        return _numpy(x)
+
 
 @functools.lru_cache(maxsize=32)
 def _compiled(graph: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -179,8 +219,14 @@ def _step(
 ) -> tuple[Choice, KVCache]:
     """What is chosen after the last column, or each, and the cache after the new tokens."""
     model = nnx.merge(graph, state)
-    out = model(ids_BT, mask_BT, past_key_values=cache, logits_to_keep=0 if rule.every else 1, return_dict=True)
+    keep = 0 if rule.every else 1
+    out = model(**_given(ids_BT), attention_mask=mask_BT, past_key_values=cache, logits_to_keep=keep, return_dict=True)
     return choose(out.logits, rule, values), out.past_key_values
+
+
+def _given(ids_BT: Array) -> dict[str, Array]:
+    """Ids [B, T], or embeddings [B, T, D] in their place, as a model's argument."""
+    return {"input_ids": ids_BT} if ids_BT.ndim == 2 else {"inputs_embeds": ids_BT}
 
 
 def _loop(

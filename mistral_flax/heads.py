@@ -20,7 +20,7 @@ from mistral_core.outputs import (
 )
 
 from .arrays import as_dtypes, integers, is_traced, labels_array, to_numpy
-from .generate import generate, stream
+from .generate import compute_transition_scores, generate, stream
 from .layers import Head, last_token
 from .losses import classification_loss, cross_entropy, span_loss
 from .model import MistralModel, dropout_keys
@@ -91,13 +91,19 @@ class MistralForCausalLM(PreTrainedModel):
             logits = _kept(logits, logits_to_keep)
         return self.returned(CausalLMOutput(loss, logits, *out[1:]), return_dict)
 
-    def generate(self, input_ids: Any, **options: Any) -> Array | GenerateOutput:
+    def generate(self, input_ids: Any = None, **options: Any) -> Array | GenerateOutput:
         """Continue token ids [B, T] to [B, T + new]; see `mistral_flax.generate.generate`."""
         return generate(self, input_ids, **options)
 
-    def stream(self, input_ids: Any, *, tokenizer: Any, **options: Any) -> Iterator[str]:
+    def stream(self, input_ids: Any = None, *, tokenizer: Any, **options: Any) -> Iterator[str]:
         """Yield the continuation of token ids [1, T] as text; see `mistral_flax.generate.stream`."""
         return stream(self, input_ids, tokenizer=tokenizer, **options)
+
+    def compute_transition_scores(
+        self, sequences: Any, scores: Any, beam_indices: Any = None, normalize_logits: bool = False
+    ) -> Array:
+        """The score [B, new] of each new token; see `mistral_flax.generate.compute_transition_scores`."""
+        return compute_transition_scores(self, sequences, scores, beam_indices, normalize_logits)
 
 
 def _kept(x: Array, logits_to_keep: Any) -> Array:

@@ -23,6 +23,8 @@ class Choice(NamedTuple):
     """[B, T, V] float32: what was chosen from, -inf where a filter forbids; None where the rule does not ask."""
     candidates: tuple[Array, Array, Array] | None
     """The C best of each place [B, T, C]: score with noise, score, token; None where the rule asks for none."""
+    logits: Array | None
+    """The logits, where the rule asks."""
 
 
 def threefry(key: tuple[Array, Array], count: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -124,4 +126,4 @@ def choose(logits: Array, rule: Rule, values: Values) -> Choice:
     if rule.candidates:
         top, tokens = jax.lax.top_k(noisy, rule.candidates)
         candidates = top, jnp.take_along_axis(scores, tokens, axis=-1), tokens
-    return Choice(token, scores if rule.scores else None, candidates)
+    return Choice(token, scores if rule.scores else None, candidates, logits if rule.logits else None)

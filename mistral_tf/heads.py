@@ -18,7 +18,7 @@ from mistral_core.outputs import (
 )
 
 from .arrays import as_policy, integers, is_traced, labels_array, to_numpy
-from .generate import generate, stream
+from .generate import compute_transition_scores, generate, stream
 from .layers import Head, last_token
 from .losses import classification_loss, cross_entropy, span_loss
 from .model import MistralModel
@@ -89,13 +89,19 @@ class MistralForCausalLM(PreTrainedModel):
             logits = _kept(logits, logits_to_keep)
         return self.returned(CausalLMOutput(loss, logits, *out[1:]), return_dict)
 
-    def generate(self, input_ids: Any, **options: Any) -> Tensor | GenerateOutput:
+    def generate(self, input_ids: Any = None, **options: Any) -> Tensor | GenerateOutput:
         """Continue token ids [B, T] to [B, T + new]; see `mistral_tf.generate.generate`."""
         return generate(self, input_ids, **options)
 
-    def stream(self, input_ids: Any, *, tokenizer: Any, **options: Any) -> Iterator[str]:
+    def stream(self, input_ids: Any = None, *, tokenizer: Any, **options: Any) -> Iterator[str]:
         """Yield the continuation of token ids [1, T] as text; see `mistral_tf.generate.stream`."""
         return stream(self, input_ids, tokenizer=tokenizer, **options)
+
+    def compute_transition_scores(
+        self, sequences: Any, scores: Any, beam_indices: Any = None, normalize_logits: bool = False
+    ) -> Tensor:
+        """The score [B, new] of each new token; see `mistral_tf.generate.compute_transition_scores`."""
+        return compute_transition_scores(self, sequences, scores, beam_indices, normalize_logits)
 
 
 def _kept(x: Tensor, logits_to_keep: Any) -> Tensor:

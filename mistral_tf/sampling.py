@@ -23,6 +23,8 @@ class Choice(NamedTuple):
     """[B, T, V] float32: what was chosen from, -inf where a filter forbids; None where the rule does not ask."""
     candidates: tuple[Tensor, Tensor, Tensor] | None
     """The C best of each place [B, T, C]: score with noise, score, token; None where the rule asks for none."""
+    logits: Tensor | None
+    """The logits, where the rule asks."""
 
 
 def threefry(key: tuple[Tensor, Tensor], count: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -133,4 +135,4 @@ def choose(logits: Tensor, rule: Rule, values: Values) -> Choice:
     if rule.candidates:
         top, tokens = tf.math.top_k(noisy, rule.candidates)
         candidates = top, tf.gather(scores, tokens, batch_dims=2), tokens
-    return Choice(token, scores if rule.scores else None, candidates)
+    return Choice(token, scores if rule.scores else None, candidates, logits if rule.logits else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mistral_core import GenerationConfig, decoding
+from mistral_core import decoding
 from mistral_core.errors import UnsupportedFeatureError
 from mistral_core.outputs import GenerateOutput
 from mistral_core.sampling import Rule, Values
+from mistral_core.text.stream import beginning
 
-from .arrays import to_numpy
+from .arrays import from_numpy, to_numpy
 from .cache import KVCache
 from .compiled import compiled
 from .layers import project
@@ -29,10 +31,10 @@ FEW = 16
 
 def generate(
     model: MistralForCausalLM,
-    input_ids: Any,
+    input_ids: Any = None,
     *,
     attention_mask: Any = None,
-    generation_config: GenerationConfig | None = None,
+    generation_config: Any = None,
     past_key_values: KVCache | GenerateOutput | None = None,
     assistant_model: MistralForCausalLM | None = None,
     streamer: Any = None,
@@ -44,39 +46,29 @@ def generate(
     Rows may be padded on either side. `options` are fields of GenerationConfig and come before `generation_config`,
     which comes before the checkpoint's own. `past_key_values` is a cache of the rows' first tokens, or what an earlier
     call returned, and is not changed. `streamer.put` is told the prompt and each column of new tokens, and may return
-    True to end all rows. `tokenizer` is needed for `stop_strings`. `compile="on"` compiles each shape once, in some ten
+    True to end all rows. `tokenizer` is needed for `stop_strings`.
+    Among the options are also the caller's functions (`mistral_core.hooks`) and `inputs_embeds`, which stands for the
+    ids or beside them. `compile="on"` compiles each shape once, in some ten
     seconds, and "auto" does so where there is an accelerator; "max" packs a second copy of the weights for the decode
     step, in a minute or two, and makes it anew when they change: for a model that stays as it is.
     Raises GenerationConfigError, EmptyInputError, SequenceTooLongError, TokenIdError, MaskError, NonFiniteInputError.
     """
-    prompt = _prompt(model, input_ids, attention_mask, generation_config, options)
-    compile = prompt.generation.compile
+    with beginning(streamer):
+        prompt = _prompt(model, input_ids, attention_mask, generation_config, options)
+        engine, assistant = _engines(model, assistant_model, prompt)
     out = decoding.generate(
-        Engine(model, compile),
-        prompt,
-        past=past_key_values,
-        assistant=None if assistant_model is None else Engine(assistant_model, compile),
-        streamer=streamer,
-        tokenizer=tokenizer,
+        engine, prompt, past=past_key_values, assistant=assistant, streamer=streamer, tokenizer=tokenizer
     )
-    sequences = torch.from_numpy(out.sequences).to(model.device)
-    if not prompt.generation.return_dict_in_generate:
-        return sequences
-    return out._replace(
-        sequences=sequences,
-        attention_mask=torch.from_numpy(out.attention_mask).to(model.device),
-        scores=None if out.scores is None else tuple(torch.from_numpy(x).to(model.device) for x in out.scores),
-        sequences_scores=None if out.sequences_scores is None else torch.from_numpy(out.sequences_scores),
-    )
+    return decoding.returned(engine, prompt, out)
 
 
 def stream(
     model: MistralForCausalLM,
-    input_ids: Any,
+    input_ids: Any = None,
     *,
     tokenizer: Any,
     attention_mask: Any = None,
-    generation_config: GenerationConfig | None = None,
+    generation_config: Any = None,
     past_key_values: KVCache | GenerateOutput | None = None,
     assistant_model: MistralForCausalLM | None = None,
     **options: Any,
@@ -86,30 +78,61 @@ def stream(
     A piece holds no half character, and nothing of a stop string. Options and errors are those of `generate`.
     """
     prompt = _prompt(model, input_ids, attention_mask, generation_config, options)
-    compile = prompt.generation.compile
-    return decoding.stream(
-        Engine(model, compile),
-        prompt,
-        tokenizer=tokenizer,
-        past=past_key_values,
-        assistant=None if assistant_model is None else Engine(assistant_model, compile),
+    engine, assistant = _engines(model, assistant_model, prompt)
+    return decoding.stream(engine, prompt, tokenizer=tokenizer, past=past_key_values, assistant=assistant)
+
+
+def compute_transition_scores(
+    model: MistralForCausalLM,
+    sequences: Any,
+    scores: tuple[Any, ...],
+    beam_indices: Any = None,
+    normalize_logits: bool = False,
+) -> Tensor:
+    """The score [B, new] that each new token was chosen by, of what `generate` returned; of beams with its indices.
+
+    `normalize_logits` makes log-probabilities of them. Raises InputError.
+    """
+    indices = None if beam_indices is None else _numpy(beam_indices)
+    found = decoding.transition_scores(
+        _numpy(sequences), [_numpy(x) for x in scores], indices, normalize_logits=normalize_logits
     )
+    return torch.from_numpy(found).to(model.device)
 
 
 def _prompt(
-    model: MistralForCausalLM,
-    input_ids: Any,
-    attention_mask: Any,
-    generation_config: GenerationConfig | None,
-    options: dict[str, Any],
+    model: MistralForCausalLM, input_ids: Any, attention_mask: Any, generation_config: Any, options: dict[str, Any]
 ) -> decoding.Prompt:
-    return decoding.prepare(
-        model.config,
-        to_numpy(input_ids) if isinstance(input_ids, Tensor) else input_ids,
-        to_numpy(attention_mask) if isinstance(attention_mask, Tensor) else attention_mask,
-        generation_config or model.generation_config,
-        options,
-    )
+    own = model.generation_config
+    given = own if generation_config is None else generation_config
+    options = options | {"input_ids": input_ids, "attention_mask": attention_mask}
+    options = {name: _numpy(x) if isinstance(x, Tensor) else x for name, x in options.items()}
+    ids, mask = options.pop("input_ids"), options.pop("attention_mask")
+    return decoding.prepare(model.config, ids, mask, given, options, own=own)
+
+
+def _engines(
+    model: MistralForCausalLM, assistant_model: MistralForCausalLM | None, prompt: decoding.Prompt
+) -> tuple[Engine, Engine | None]:
+    compile = prompt.generation.compile
+    return Engine(model, compile), None if assistant_model is None else Engine(assistant_model, compile)
+
+
+def _numpy(x: Any) -> np.ndarray:
+    return to_numpy(x) if isinstance(x, Tensor) else np.asarray(x)
+
+
+@contextlib.contextmanager
+def without_dropout(model: torch.nn.Module) -> Iterator[None]:
+    """A context in which no part of a model trains; afterwards each does that did."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class Engine:
@@ -142,12 +165,17 @@ class Engine:
     def step(
         self, cache: KVCache, ids_BT: np.ndarray, mask_BT: np.ndarray, rule: Rule, values: Values
     ) -> tuple[decoding.Chosen, KVCache]:
-        """The tokens chosen after the last column, or each, and the cache with the new ones in it."""
+        """The tokens chosen after the last column, or each, and the cache with the new ones in it.
+
+        `ids_BT` may be embeddings [B, T, D] instead.
+        """
         ids_BT, mask_BT, values = (self._on_device(x) for x in (ids_BT, mask_BT, values))
-        choice, cache = self._run(ids_BT, mask_BT, cache, rule, values)
+        with without_dropout(self.model):
+            choice, cache = self._run(ids_BT, mask_BT, cache, rule, values)
         scores = None if choice.scores is None else to_numpy(choice.scores)
         candidates = None if choice.candidates is None else tuple(map(to_numpy, choice.candidates))
-        return decoding.Chosen(to_numpy(choice.token), scores, candidates), cache
+        logits = None if choice.logits is None else to_numpy(choice.logits)
+        return decoding.Chosen(to_numpy(choice.token), scores, candidates, logits), cache
 
     def _run(self, ids_BT: Tensor, mask_BT: Tensor, cache: KVCache, rule: Rule, values: Values) -> Any:
         if not self.fixed_caches:
@@ -184,11 +212,36 @@ class Engine:
         """
         return int(torch.randint(2**63 - 1, ()))
 
+    @torch.no_grad()
+    def look(
+        self, ids_BT: np.ndarray, mask_BT: np.ndarray, embeds_BED: np.ndarray | None
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Hidden states and attention weights of a text, without a cache; embeddings stand before the ids."""
+        body = self.model.model
+        given = {"input_ids": self.array(ids_BT)}
+        if embeds_BED is not None:
+            embeds, after = self.array(embeds_BED), body.embed_tokens(self.array(ids_BT))
+            given = {"inputs_embeds": torch.cat([embeds.to(after.dtype), after], 1)}
+        with without_dropout(body):
+            out = body(
+                **given, attention_mask=self.array(mask_BT), use_cache=False, output_attentions=True,
+                output_hidden_states=True, return_dict=True,
+            )  # fmt: skip
+        return out.hidden_states, out.attentions
+
+    def array(self, x: np.ndarray) -> Tensor:
+        """An array of the framework, on the model's device."""
+        return from_numpy(x).to(self.model.device)
+
+    def numpy(self, x: Any) -> np.ndarray:
+        """What the framework, or Python, calls an array, in NumPy."""
+        return _numpy(x)
+
     def _on_device(self, x: Any) -> Any:
         if isinstance(x, Values):
             return Values(*map(self._on_device, x))
         # a copy: one row cut out of several columns keeps the strides of all, for which torch would compile anew
-        return None if x is None else torch.from_numpy(x.copy()).to(self.model.device)
+        return None if x is None else from_numpy(x.copy()).to(self.model.device)
 
 
 def _step(
@@ -206,7 +259,10 @@ def _step(
     one the model is called, with whatever was put into its place, around it or before it.
     """
     if head_VD is None:
-        out = model(ids_BT, mask_BT, past_key_values=cache, logits_to_keep=0 if rule.every else 1, return_dict=True)
+        keep = 0 if rule.every else 1
+        out = model(
+            **_given(ids_BT), attention_mask=mask_BT, past_key_values=cache, logits_to_keep=keep, return_dict=True
+        )
         return choose(out.logits, rule, values), out.past_key_values
     x_BTD, cache = _hidden(model, ids_BT, mask_BT, cache, rule)
     return _chosen(x_BTD, head_VD, rule, values), cache
@@ -222,8 +278,13 @@ def _hidden(
     model: MistralForCausalLM, ids_BT: Tensor, mask_BT: Tensor, cache: KVCache, rule: Rule
 ) -> tuple[Tensor, KVCache]:
     """What the tokens are chosen from, before the head, and the cache after the new ones."""
-    out = model.model(ids_BT, mask_BT, past_key_values=cache, return_dict=True)
+    out = model.model(**_given(ids_BT), attention_mask=mask_BT, past_key_values=cache, return_dict=True)
     return out.last_hidden_state if rule.every else out.last_hidden_state[:, -1:], out.past_key_values
+
+
+def _given(ids_BT: Tensor) -> dict[str, Tensor]:
+    """Ids [B, T], or embeddings [B, T, D] in their place, as a model's argument."""
+    return {"input_ids": ids_BT} if ids_BT.ndim == 2 else {"inputs_embeds": ids_BT}
 
 
 def _chosen(x_BTD: Tensor, head_VD: Tensor, rule: Rule, values: Values) -> Choice:

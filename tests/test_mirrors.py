@@ -51,6 +51,7 @@ OWN_NAMES = {
     "name_or_path": "torch: an attribute of its own, as peft reads it from the instance",
     "param_dtype": "JAX: see the parameter",
     "is_mapped": "torch: torch.func",
+    "without_dropout": "torch modules know whether they train; JAX and TensorFlow are told in each call",
     "one_by_one": "JAX: one of two ways to run the layers (scan.py)",
     "dropout_seeds": "TensorFlow: seeds for dropout",
     "replace_weight": "Keras tracks variables",
