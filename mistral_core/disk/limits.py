@@ -40,6 +40,21 @@ HEADS = 1 << 12  # query heads of a layer; the most published have 128
 HEAD_DIM = 1 << 14  # numbers of a head; the largest published have 512
 POSITIONS = (1 << 31) - 1  # tokens of a text or a window: only compared, nothing is made of this size
 
+# Tokenizers
+
+TOKEN_CHARACTERS = 4096  # of one token, whose every place is looked at; the longest that were published have 256
+SPECIAL_TOKENS = 1 << 14  # Tekken has 1000; each is looked for in what users write
+TOKENS_AROUND = 1024  # special tokens that a post-processor puts around a text
+WORD_CHARACTERS = 1024  # of a word that WordPiece reads, in the square of it; 100 is usual
+STEPS = 64  # normalizers, pre-tokenizers or decoders in a row
+EXPANSION = 4096  # bytes that these may make of one byte; SentencePiece's make 12
+EXPANDED_TEXT = 1 << 26  # bytes that they may make of one text; each costs about 40 in memory
+DECODED_TOKEN = 1 << 16  # bytes that decoders may make of one token
+PATTERN_CHARACTERS = 1 << 16  # of a regular expression
+PATTERN_DEPTH = 32  # groups in groups
+PATTERN_REPEATS = 1000  # as which one counted repetition may be written
+PATTERN_TRIES = 64  # ways to match one place, where a text is not longer for it
+
 # Generation
 
 SEQUENCES = 1024  # beams or sequences of one prompt that a file may ask for; a call may ask for more

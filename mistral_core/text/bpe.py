@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ..errors import TokenizerError, UnsupportedFeatureError
+from ..errors import UnsupportedFeatureError
+from .guarded import typed
 from .sentencepiece import CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, Model
 from .tekken import Tekken
 
@@ -60,10 +61,8 @@ def of_tekken(tekken: Tekken, where: str) -> Tokenizer:
     numbers = {text: number for number, text in enumerate([*tekken.special, *words])}
     ranks = {text: -float(rank) for rank, text in enumerate(words)}
     tokenizer = Tokenizer(models.BPE(numbers, merges_by_score(ranks)))
-    try:
+    with typed(where, "its pattern is no regular expression"):
         words_of = pre_tokenizers.Split(Regex(tekken.pattern), "isolated")
-    except Exception as cause:  # tokenizers raises bare Exception
-        raise TokenizerError(f"{where}: its pattern is no regular expression ({cause}); fetch it again.") from cause
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words_of, as_bytes])
     tokenizer.decoder = decoders.ByteLevel()

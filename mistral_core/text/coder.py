@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ..disk import limits
 from ..errors import TokenizerError
 from . import decoder, fast
+from .guarded import load, typed
 from .rows import Columns, Frame
 from .segments import Control, Infill, Segment
 from .sentencepiece import SPACE
@@ -17,17 +19,16 @@ from .sentencepiece import SPACE
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+USUAL_FACTOR = 16
+"""What the files of Mistral may make of one byte: SentencePiece's 12, Tekken's 4."""
+
 ALWAYS, FIRST, NEVER = "always", "first", "never"
 """Where a space is put before a text: anywhere, at its beginning unless one is there, nowhere."""
 
-_PREPEND = {
-    "type": "Sequence",
-    "normalizers": [
-        {"type": "Prepend", "prepend": SPACE},
-        {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
-    ],
-}
-_METASPACE = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
+_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+_PREPEND = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, _REPLACE]}
+_METASPACE = {"type": "Metaspace", "replacement": SPACE, "split": False}
+_SCHEMES = {"first": FIRST, "never": NEVER}
 _PIECES = ["Replace", "ByteFallback", "Fuse"]
 _INFILL = "\u263a"
 
@@ -35,17 +36,33 @@ _INFILL = "\u263a"
 class Coder:
     """Text to ids and back by a vocabulary; control tokens are found in a text only by `parsed`.
 
-    `unknown` is what the unknown token reads like where special tokens are skipped.
+    `unknown` is what the unknown token reads like where special tokens are skipped; `marks` are control tokens that are
+    not skipped there. `factor` is what `description.check` says; `joined` whether a text that follows a control token
+    gets no space, as SentencePiece's own way has it where `legacy` is false. `where` names the file in errors.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, unknown: str = "") -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        unknown: str = "",
+        marks: Collection[str] = (),
+        factor: int = 1,
+        joined: bool = False,
+        where: str = "tokenizer",
+    ) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         tokenizer.encode_special_tokens = True
-        self._tokenizer, self._unknown = tokenizer, unknown
+        self._tokenizer, self._unknown, self._where = tokenizer, unknown, where
+        self._factor, self._joined = factor, joined
         added = tokenizer.get_added_tokens_decoder()
-        self.special = {each: token.content for each, token in added.items() if token.special}
-        self._added = {each: token.content for each, token in added.items() if not token.special}
+        self.controls = {each: token.content for each, token in added.items() if token.special}
+        """Found in no text that a user wrote."""
+        self.special = {each: name for each, name in self.controls.items() if name not in marks}
+        """What `skip_special_tokens` leaves out."""
+        self._added = {each: token.content for each, token in added.items() if each not in self.special}
+        self._words = self._added.keys() - self.controls.keys()
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         self._encoded = 0
         self._take_out_user_defined()
@@ -59,7 +76,7 @@ class Coder:
         Then a control token would be found where nothing else stands between two such pieces.
         """
         self._split, self._user_defined = None, dict[str, int]()
-        if _state(self._tokenizer.normalizer) == _PREPEND:
+        if _state(self._tokenizer.normalizer) in (_PREPEND, _REPLACE):
             pieces = _isolated(_state(self._tokenizer.pre_tokenizer))
             found = {piece: each for piece in pieces if (each := self.token_id(piece)) is not None}
             if pieces and len(found) == len(pieces):
@@ -71,14 +88,17 @@ class Coder:
     def prefix(self) -> str | None:
         """Where a text gets a space as SentencePiece writes it; None where that is not known."""
         normalizer, pre_tokenizer = _state(self._tokenizer.normalizer), _state(self._tokenizer.pre_tokenizer)
-        if normalizer == _PREPEND and pre_tokenizer is None:
-            return ALWAYS
-        return FIRST if normalizer is None and pre_tokenizer == _METASPACE else None
+        if pre_tokenizer is None and normalizer in (_PREPEND, _REPLACE):
+            return ALWAYS if normalizer == _PREPEND else NEVER
+        scheme = (pre_tokenizer or {}).get("prepend_scheme")
+        known = normalizer is None and pre_tokenizer == {**_METASPACE, "prepend_scheme": scheme}
+        return _SCHEMES.get(str(scheme)) if known else None
 
     @cached_property
     def frame(self) -> Frame:
         """The special tokens that the file puts around a text, and between two."""
-        one, two = self._tokenizer.encode("a"), self._tokenizer.encode("a", "a")
+        with typed(self._where, "its special tokens cannot be put around a text"):
+            one, two = self._tokenizer.encode("a"), self._tokenizer.encode("a", "a")
         first = _leading(one.special_tokens_mask)
         last = len(one.ids) - _leading(one.special_tokens_mask[::-1]) if first < len(one.ids) else first
         middle = two.special_tokens_mask[first : len(two.ids) - (len(one.ids) - last)]
@@ -94,20 +114,38 @@ class Coder:
         self._encoded += sum(map(len, texts))
         if self._encoded > fast.MUCH * self.vocab_size and self._fast is not None:
             return self._fast(texts)
-        return [each.ids for each in self._encoding.encode_batch_fast(texts, add_special_tokens=False)]
+        return self._batch(self._encoding, texts)
 
     def parsed(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, in which control tokens are found."""
-        return [each.ids for each in self._parsing.encode_batch_fast(texts, add_special_tokens=False)]
+        if self._is_joined:  # its own space would be taken for the one that is put before a text
+            texts = [" " + text if text.startswith((" ", SPACE)) else text for text in texts]
+        return self._batch(self._parsing, texts)
+
+    def _batch(self, tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+        self._check_sizes(texts)
+        with typed(self._where, "a text cannot be encoded by it"):
+            return [each.ids for each in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _check_sizes(self, texts: Sequence[str]) -> None:
+        """Refuse texts of which an unusual tokenizer.json might make gigabytes."""
+        if self._factor > USUAL_FACTOR:
+            longest = max((len(text.encode()) for text in texts), default=0)
+            limits.check(
+                longest * self._factor, limits.EXPANDED_TEXT, what="bytes that it may make of a text", where=self._where
+            )
 
     def with_offsets(self, text: str, *, parse_special: bool) -> Columns:
         """The ids of a text and where each token begins and ends in it, in characters."""
         if self._user_defined and not parse_special:
-            columns = self._with_user_defined(_spaced(text, ALWAYS))
-            shifted = [(max(first - 1, 0), last - 1) for first, last in columns["offset_mapping"]]
+            spaced = _spaced(text, self.prefix)
+            columns, more = self._with_user_defined(spaced), len(spaced) - len(text)
+            shifted = [(max(first - more, 0), last - more) for first, last in columns["offset_mapping"]]
             return {**columns, "offset_mapping": shifted}
         tokenizer = self._parsing if parse_special else self._tokenizer
-        found = tokenizer.encode(text, add_special_tokens=False)
+        self._check_sizes([text])
+        with typed(self._where, "a text cannot be encoded by it"):
+            found = tokenizer.encode(text, add_special_tokens=False)
         return {"input_ids": found.ids, "offset_mapping": found.offsets}
 
     def prompt(self, segments: Sequence[Segment], *, apart: bool) -> list[int]:
@@ -122,7 +160,7 @@ class Coder:
             elif isinstance(segment, Infill):
                 ids += self.encode([_INFILL + segment.text], prefix=ALWAYS)[0][2:]
             else:
-                inside = self.prefix == FIRST and place > 0
+                inside = (self.prefix == FIRST or self._joined) and place > 0
                 ids += self.encode([segment], prefix=ALWAYS if apart else NEVER if inside else None)[0]
         return ids
 
@@ -134,15 +172,18 @@ class Coder:
     def control(self, name: str) -> int:
         """The id of a control token; raises TokenizerError where there is none of this name."""
         found = self.token_id(name)
-        if found is None or found not in self.special:
-            raise TokenizerError(f"the vocabulary has no control token {name}; take the tokenizer of the model.")
+        if found is None or found not in self.controls:
+            raise TokenizerError(f"the vocabulary has no control token {name!a}; take the tokenizer of the model.")
         return found
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
         """The text of ids in [0, vocab_size)."""
         if self._decoder is not None:
             return self._decoder.decode(ids, skip_special_tokens=skip_special_tokens)
-        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        kept = [each for each in ids if not (skip_special_tokens and each in self.special)]
+        with typed(self._where, "ids cannot be decoded by it"):
+            text: str = self._tokenizer.decode(kept, skip_special_tokens=False)
+        return text
 
     def token(self, token_id: int) -> str:
         """The token of an id as it stands in the vocabulary; nothing where the id is one of none."""
@@ -157,9 +198,16 @@ class Coder:
         """Token -> id, by id."""
         return dict(sorted(self._tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]))
 
-    def to_json(self) -> str:
-        """The tokenizer as a tokenizer.json, merges written as "a b": every `tokenizers` reads that, and faster."""
+    def to_json(self, frame: Frame | None = None) -> str:
+        """The tokenizer as a tokenizer.json, which puts a frame around a text, the file's own where it is None.
+
+        Merges are written as "a b": every `tokenizers` reads that, and faster.
+        """
         data = json.loads(self._as_in_file().to_str())
+        for token in data["added_tokens"]:
+            token["special"] = token["id"] in self.special
+        if frame is not None and frame != self.frame:
+            data["post_processor"] = self._template(frame)
         merges = data["model"].get("merges", [])
         if merges and not any(" " in part for merge in merges for part in merge):
             data["model"]["merges"] = [" ".join(merge) for merge in merges]
@@ -167,12 +215,42 @@ class Coder:
 
     def _as_in_file(self) -> Tokenizer:
         """A copy that `tokenizers` encodes by alone."""
-        from tokenizers import Tokenizer
+        from tokenizers import pre_tokenizers
 
-        copy = Tokenizer.from_str(self._tokenizer.to_str())
+        copy = load(self._tokenizer.to_str(), self._where)
         if self._split is not None:
             copy.pre_tokenizer, copy.model.ignore_merges = self._split, True
+        elif self._is_joined:
+            copy.normalizer, copy.pre_tokenizer = None, pre_tokenizers.Metaspace(SPACE, FIRST, split=False)
         return copy
+
+    def _template(self, frame: Frame) -> dict[str, Any] | None:
+        """A post-processor of tokenizer.json that puts a frame around a text."""
+        if not any(frame):
+            return None
+        names = {each: self.token(each) for part in frame for each in part}
+
+        def written(*parts: tuple[list[int], int] | str) -> list[dict[str, Any]]:
+            pieces: list[dict[str, Any]] = []
+            for part in parts:
+                if isinstance(part, str):
+                    pieces.append({"Sequence": {"id": part, "type_id": "AB".index(part)}})
+                else:
+                    pieces += [{"SpecialToken": {"id": names[each], "type_id": part[1]}} for each in part[0]]
+            return pieces
+
+        first, last = (frame.before, 0), (frame.after, 0)
+        return {
+            "type": "TemplateProcessing",
+            "single": written(first, "A", last),
+            "pair": written(first, "A", (frame.between, 1), "B", (frame.after, 1)),
+            "special_tokens": {name: {"id": name, "ids": [each], "tokens": [name]} for each, name in names.items()},
+        }
+
+    @property
+    def _is_joined(self) -> bool:
+        """Whether `tokenizers` alone can put a space before the first text only."""
+        return self._joined and self._split is None and self.prefix == ALWAYS
 
     def _with_user_defined(self, text: str) -> Columns:
         """The ids of a text whose spaces are written as U+2581, user-defined pieces cut out, and where they stand."""
@@ -184,7 +262,8 @@ class Coder:
                 ids.append(self._user_defined[part])
                 offsets.append((start, start + len(part)))
             else:
-                found = self._bare.encode(part, add_special_tokens=False)
+                with typed(self._where, "a text cannot be encoded by it"):
+                    found = self._bare.encode(part, add_special_tokens=False)
                 ids += found.ids
                 offsets += [(start + first, start + last) for first, last in found.offsets]
             start += len(part)
@@ -199,7 +278,7 @@ class Coder:
 
     @property
     def _spaces_are_known(self) -> bool:
-        return self.prefix is not None and not self._added
+        return self.prefix is not None and not self._words
 
     @property
     def _encoding(self) -> Tokenizer:
@@ -215,8 +294,8 @@ class Coder:
 
     @cached_property
     def _fast(self) -> fast.Encode | None:
-        apart = {*self.special.values(), *self._user_defined}
-        return None if self._added else fast.encoder(self._encoding, apart)
+        apart = {*self.controls.values(), *self._user_defined}
+        return None if self._words else fast.encoder(self._encoding, apart)
 
     @cached_property
     def _tokens(self) -> list[str]:

@@ -61,7 +61,7 @@ def choice(name: str, value: Any, known: dict[Any, Any]) -> Any:
 def check_side(name: str, side: Any) -> str:
     """The side; raises TokenizerError for another."""
     if side not in ("left", "right"):
-        raise TokenizerError(f"{name}: {side!r}; 'left' or 'right' was expected.")
+        raise TokenizerError(f"{name}: {str(side)[:40]!a}; 'left' or 'right' was expected.")
     return str(side)
 
 

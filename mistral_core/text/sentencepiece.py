@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from ..disk import limits
 from ..errors import TokenizerError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -37,7 +38,7 @@ class Model(NamedTuple):
 
 
 def parse(data: bytes, where: str) -> Model:
-    """The model of a file's bytes; raises TokenizerError where it is not one."""
+    """The model of a file's bytes; raises TokenizerError where it is not one, LimitExceededError beyond limits."""
     pieces: list[tuple[str, float, int]] = []
     trainer: dict[int, object] = {}
     normalizer: dict[int, object] = {}
@@ -62,6 +63,10 @@ def parse(data: bytes, where: str) -> Model:
         raise TokenizerError(f"{where}: not a SentencePiece model ({cause}); fetch it again.") from cause
     if not pieces:
         raise TokenizerError(f"{where}: holds no pieces; fetch it again.")
+    longest = max(len(text) for text, _, _ in pieces)
+    limits.check(longest, limits.TOKEN_CHARACTERS, what="characters of one piece", where=where)
+    special = sum(kind in (CONTROL, UNKNOWN, USER_DEFINED) for _, _, kind in pieces)
+    limits.check(special, limits.SPECIAL_TOKENS, what="special pieces", where=where)
     return model
 
 

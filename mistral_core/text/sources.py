@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import strict_json
 from ..disk import reading
 from ..errors import TokenizerError
-from . import bpe, sentencepiece, tekken
+from . import beside, bpe, description, sentencepiece, tekken
+from .amended import amend, amended, check_ids
+from .beside import CONFIG, TOKENS, Said
+from .caller import stack_level
 from .chat.versions import VERSIONS
 from .coder import Coder
+from .guarded import load
 from .templates import files as template_files
 
-JSON, CONFIG, TEKKEN, MODEL = "tokenizer.json", "tokenizer_config.json", "tekken.json", "tokenizer.model"
+JSON, TEKKEN, MODEL = "tokenizer.json", "tekken.json", "tokenizer.model"
 MODELS = (*(f"{MODEL}.{version}" for version in ("v7m1", "v7", "v3", "v2", "v1")), MODEL)
 """SentencePiece's files, by the version that their names end in, the newest first."""
 
@@ -26,7 +30,6 @@ and a tokenizer.json is what users of tokenizer.model expect."""
 
 TEMPLATES = (template_files.FILE, template_files.OLD_FILE)
 """Files of a chat template, which are fetched with those."""
-TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 Files = Mapping[str, Callable[[], bytes]]
 """Readers of files, by name."""
@@ -38,8 +41,8 @@ class Source(NamedTuple):
     coder: Coder
     tokens: dict[str, str | None]
     """Special tokens by the names of `TOKENS`."""
-    config: dict[str, Any]
-    """tokenizer_config.json."""
+    said: Said
+    """The files beside the vocabulary."""
     version: str | None
     """How conversations are written, a key of VERSIONS; None where the files do not tell."""
     file: tuple[str, bytes]
@@ -48,6 +51,13 @@ class Source(NamedTuple):
     """The checkpoint's own chat templates in jinja, by name."""
     settings: dict[str, Any] | None = None
     """What settings of the model a conversation may give."""
+    as_read: bool = True
+    """Whether the file says by itself how texts are encoded."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """tokenizer_config.json."""
+        return self.said.config
 
 
 def found_in(path: Path) -> Files:
@@ -59,18 +69,23 @@ def found_in(path: Path) -> Files:
 
     path = reading.held(path)
     if path.is_file() and path.suffix != ".gguf":
-        beside = path.parent / CONFIG
-        files = {CONFIG: base.reader(beside)} if beside.exists() else {}
+        files = _present(path.parent, beside.FILES)
         files[_name_of(path)] = base.reader(path)
     elif path.is_file() or (path / "assets" / "tokenizer").is_dir() or _is_gguf_alone(path):
         from ..weights.opened import Checkpoint
 
         files = dict(Checkpoint.open(path).texts)
     else:
-        files = {name: base.reader(path / name) for name in (*NAMES, CONFIG) if (path / name).exists()}
+        files = _present(path, (*NAMES, *beside.FILES))
     if not any(name in files for name in NAMES):
         raise TokenizerError(f"{path}: no {JSON}, {MODEL} or {TEKKEN}; copy those of the checkpoint there.")
     return files
+
+
+def _present(directory: Path, names: Iterable[str]) -> dict[str, Callable[[], bytes]]:
+    from ..weights.formats import base
+
+    return {name: base.reader(directory / name) for name in names if (directory / name).exists()}
 
 
 def _is_gguf_alone(directory: Path) -> bool:
@@ -89,7 +104,7 @@ def _name_of(path: Path) -> str:
     return next((name for name in MODELS if version and name.endswith(version[0])), MODEL)
 
 
-def read(path: Path, *, fix_mistral_regex: bool = False) -> Source:
+def read(path: Path, *, fix_mistral_regex: bool | None = None) -> Source:
     """The tokenizer at a path, in the first of NAMES that is there; all of it from one moment.
 
     Raises TokenizerError for what is malformed, TemplateError for a chat template that is.
@@ -97,59 +112,62 @@ def read(path: Path, *, fix_mistral_regex: bool = False) -> Source:
     return reading.of_one_moment(path, lambda held: _read(held, fix_mistral_regex))
 
 
-def _read(path: Path, fix_mistral_regex: bool) -> Source:
+def _read(path: Path, fix_mistral_regex: bool | None) -> Source:
     files = found_in(path)
     name = next(name for name in NAMES if name in files)
-    config: dict[str, Any] = {}
-    if CONFIG in files:
-        config = strict_json.parse_object(files[CONFIG](), where=f"{path}: {CONFIG}", error=TokenizerError)
+    said = beside.read(files, str(path))
+    fields = dict(said.config)
     if template_files.FILE in files:  # of a checkpoint in one file
-        config["chat_template"] = files[template_files.FILE]().decode(errors="replace")
-    directory = path if path.is_dir() else path.parent
-    templates = template_files.read(directory, config)
+        fields["chat_template"] = files[template_files.FILE]().decode(errors="replace")
+    templates = template_files.read(path if path.is_dir() else path.parent, fields)
+    if said.told:
+        message = f"{path}: {CONFIG}: {'; '.join(said.told)}: not done here; see that the model does not need it."
+        warnings.warn(message, stacklevel=stack_level())
     data, where = files[name](), f"{path}: {name}"
     if name == JSON:
-        return _of_json(data, config, where, list(files), templates, fix_mistral_regex)
+        fix = bool(said.config.get("fix_mistral_regex")) if fix_mistral_regex is None else fix_mistral_regex
+        return _of_json(data, said, where, list(files), templates, fix)
     version, settings = None, None
     if name == TEKKEN:
         vocabulary = tekken.parse(data, where)
-        coder, version, settings = Coder(bpe.of_tekken(vocabulary, where)), vocabulary.version, vocabulary.settings
+        made, marks = amended(bpe.of_tekken(vocabulary, where), said, templates.values(), where)
+        coder = Coder(made, marks=marks, where=where)
+        version, settings = vocabulary.version, vocabulary.settings
     else:
-        coder = Coder(bpe.of_sentencepiece(sentencepiece.parse(data, where), where), unknown=" \u2047 ")
+        made = bpe.of_sentencepiece(sentencepiece.parse(data, where), where)
+        made, marks = amended(made, said, templates.values(), where)
+        joined = said.config.get("legacy") is False
+        coder = Coder(made, unknown=" \u2047 ", marks=marks, joined=joined, where=where)
         version = _version(coder, [name])
-    return Source(coder, _tokens(coder, config, where), config, version, (name, data), templates, settings)
+    return Source(coder, _tokens(coder, said, where), said, version, (name, data), templates, settings)
 
 
 def of_text(text: str, config: dict[str, Any], where: str) -> Source:
     """The tokenizer in the text of a tokenizer.json."""
-    return _of_json(
-        text.encode(), config, where, [], template_files.of_field(config.get("chat_template"), where), False
-    )
+    templates = template_files.of_field(config.get("chat_template"), where)
+    return _of_json(text.encode(), beside.of_config(config, where), where, [], templates, False)
 
 
 def _of_json(
-    data: bytes, config: dict[str, Any], where: str, names: list[str], templates: dict[str, str], fix_regex: bool
+    data: bytes, said: Said, where: str, names: list[str], templates: dict[str, str], fix_regex: bool
 ) -> Source:
-    from tokenizers import Tokenizer
-
-    wrong = tekken.LLAMA_PATTERN.replace("\\", "\\\\")
-    try:
-        text = data.decode()
-        if fix_regex:
-            text = text.replace(wrong, tekken.PATTERN.replace("\\", "\\\\"))
-        coder = Coder(Tokenizer.from_str(text))
-    except UnicodeDecodeError as cause:
-        raise TokenizerError(f"{where}: not UTF-8 text ({cause}); fetch it again.") from cause
-    except Exception as cause:  # tokenizers raises bare Exception
-        raise TokenizerError(f"{where}: not a tokenizer.json ({cause}); fetch it again.") from cause
-    if wrong in text and coder.vocab_size >= 1 << 17 and coder.token_id("[INST]") is not None:
+    wrong = tekken.LLAMA_PATTERN.replace("\\", "\\\\").encode()
+    if fix_regex:
+        data = data.replace(wrong, tekken.PATTERN.replace("\\", "\\\\").encode())
+    whole = description.read(data, where)
+    factor = description.check(whole, where)
+    found = amend(whole, said, templates.values(), where)
+    tokenizer = load(json.dumps(whole) if found.tokens or found.space else data.decode(), where)
+    check_ids(tokenizer, whole, where)
+    coder = Coder(tokenizer, marks=found.marks, factor=factor, where=where)
+    if wrong in data and coder.vocab_size >= 1 << 17 and coder.token_id("[INST]") is not None:
         warnings.warn(
             f"{where}: cuts words by Llama 3's pattern where Tekken has its own: some ids are not those that the model "
             "was trained on; put its tekken.json beside it, or pass fix_mistral_regex=True.",
-            stacklevel=5,
+            stacklevel=stack_level(),
         )
-    tokens, version = _tokens(coder, config, where), _version(coder, names)
-    return Source(coder, tokens, config, version, (JSON, text.encode()), templates)
+    tokens, version = _tokens(coder, said, where), _version(coder, names)
+    return Source(coder, tokens, said, version, (JSON, data), templates, as_read=not found.space)
 
 
 def _version(coder: Coder, names: list[str]) -> str | None:
@@ -160,19 +178,18 @@ def _version(coder: Coder, names: list[str]) -> str | None:
             return version[1]
     if coder.prefix is None:
         return None
-    controls = set(coder.special.values())
+    controls = set(coder.controls.values())
     return "v7" if "[SYSTEM_PROMPT]" in controls else "v3" if "[INST]" in controls else "v1"
 
 
-def _tokens(coder: Coder, config: dict[str, Any], where: str) -> dict[str, str | None]:
-    """The special tokens that a tokenizer_config.json names, or that Mistral's tokenizers have."""
+def _tokens(coder: Coder, said: Said, where: str) -> dict[str, str | None]:
+    """The special tokens that the files beside a vocabulary name, or that Mistral's tokenizers have."""
     usual = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     tokens: dict[str, str | None] = {}
     for key in TOKENS:
-        token = config.get(key, usual[key])
-        token = token.get("content") if isinstance(token, dict) else token  # a serialized AddedToken
-        known = isinstance(token, str) and coder.token_id(token) is not None
-        if not known and token is not None and key in config:
-            raise TokenizerError(f"{where}: {key} {token!r} is no token of it; correct {CONFIG}.")
+        token = said.names.get(key, usual[key])
+        known = token is not None and coder.token_id(token) is not None
+        if not known and token is not None and key in said.names:
+            raise TokenizerError(f"{where}: {key} {token[:80]!a} is no token of it; correct {CONFIG}.")
         tokens[key] = token if known else None
     return tokens

@@ -7,7 +7,9 @@ import binascii
 import json
 from typing import Any, NamedTuple
 
+from ..disk import limits
 from ..errors import TokenizerError
+from . import patterns
 from .chat.versions import VERSIONS
 
 PATTERN = (
@@ -48,7 +50,7 @@ class Tekken(NamedTuple):
 
 
 def parse(data: bytes, where: str = "tekken.json") -> Tekken:
-    """The vocabulary of a file's bytes; raises TokenizerError where it is not one."""
+    """The vocabulary of a file's bytes; raises TokenizerError where it is not one, LimitExceededError beyond limits."""
     try:
         whole = json.loads(data)
         config = whole["config"]
@@ -63,11 +65,17 @@ def parse(data: bytes, where: str = "tekken.json") -> Tekken:
             words=words,
             settings=whole.get("model_settings_builder"),
         )
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, binascii.Error) as cause:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, binascii.Error) as cause:
         raise TokenizerError(f"{where}: not a tekken.json ({cause!r}); fetch it again.") from cause
+    longest = max(map(len, (*words, *tekken.special)), default=0)
+    limits.check(longest, limits.TOKEN_CHARACTERS, what="bytes or characters of one token", where=where)
+    limits.check(count, limits.SPECIAL_TOKENS, what="special tokens", where=where)
+    patterns.check(tekken.pattern, where)
     if tekken.version not in VERSIONS:
         known = ", ".join(VERSIONS)
-        raise TokenizerError(f"{where}: version {tekken.version!r}, one of {known} was expected; update this package.")
+        raise TokenizerError(
+            f"{where}: version {tekken.version[:40]!a}, one of {known} was expected; update this package."
+        )
     if len(set(words)) != len(words) or b"" in words:
         raise TokenizerError(f"{where}: its tokens are not all different; fetch it again.")
     return tekken

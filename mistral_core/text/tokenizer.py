@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import TemplateError, TokenizerError
-from . import sources
+from . import beside, sources
 from .chat.versions import VERSIONS
-from .inputs import refuse
+from .inputs import check_side, refuse
 from .interface import Tokenizer
 from .rows import Columns, Frame
 from .segments import Segment
 from .templates import files as template_files
 
-SETTINGS = ("model_max_length", "padding_side", "truncation_side")
+SETTINGS = ("model_max_length", "padding_side", "truncation_side", "model_input_names")
 """What a tokenizer_config.json says beside special tokens, and what is written into it."""
+
+FRAME = ("add_bos_token", "add_eos_token")
 
 NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "use_fast": (True, None),
@@ -50,12 +53,13 @@ class MistralTokenizer(Tokenizer):
         config: dict[str, Any] | None = None,
         *,
         where: str = sources.JSON,
-        mode: Literal["test", "finetuning"] = "test",
+        mode: Literal["test", "finetuning"] | None = None,
         sentencepiece_compat: bool = False,
         version: str | None = None,
     ) -> None:
         if isinstance(source, str):
             source = sources.of_text(source, dict(config or {}), where)
+        mode = source.config.get("mode") or "test" if mode is None else mode
         if mode not in ("test", "finetuning"):
             raise TokenizerError(f"mode: {mode!r}; 'test' or 'finetuning' was expected.")
         if version is not None and version not in VERSIONS:
@@ -67,19 +71,21 @@ class MistralTokenizer(Tokenizer):
         self.bos_token, self.eos_token, self.unk_token, self.pad_token = (
             source.tokens[name] for name in sources.TOKENS
         )
+        self.add_bos_token, self.add_eos_token = (_flag(source.config, name, where) for name in FRAME)
+        """Whether bos_token begins a text and eos_token ends it; None where the vocabulary's file says it."""
         for name in SETTINGS:
-            if name in source.config:
-                setattr(self, name, source.config[name])
+            if source.config.get(name) is not None:
+                setattr(self, name, _setting(name, source.config[name], where))
 
     @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        mode: Literal["test", "finetuning"] = "test",
+        mode: Literal["test", "finetuning"] | None = None,
         sentencepiece_compat: bool = False,
         version: str | None = None,
-        fix_mistral_regex: bool = False,
+        fix_mistral_regex: bool | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
@@ -99,7 +105,7 @@ class MistralTokenizer(Tokenizer):
         settings = {name: value for name, value in settings.items() if value not in NO_EFFECT.get(name, ())}
         known = (*SETTINGS, *sources.TOKENS)
         refuse("from_pretrained", {name: value for name, value in settings.items() if name not in known})
-        names = (*sources.NAMES, sources.CONFIG, *sources.TEMPLATES)
+        names = (*sources.NAMES, *beside.FILES, *sources.TEMPLATES)
         path = Path(hub.resolve(
             pretrained_model_name_or_path, files=names, revision=revision, cache_dir=cache_dir, token=token,
             local_files_only=local_files_only,
@@ -119,9 +125,9 @@ class MistralTokenizer(Tokenizer):
 
         directory = Path(save_directory)
         name, content = self._source.file
-        written = {name: content, **self._templates()}
-        if name != sources.JSON:
-            written[sources.JSON] = self._coder.to_json().encode()
+        written = {name: content, **self._templates(), **self._beside()}
+        if name != sources.JSON or not self._source.as_read or self._told_frame != self._coder.frame:
+            written[sources.JSON] = self._coder.to_json(self._told_frame).encode()
         written[sources.CONFIG] = (json.dumps(self._config(), indent=2, ensure_ascii=False) + "\n").encode()
         into.write_into(directory, written)
         return tuple(str(directory / name) for name in written)
@@ -135,11 +141,20 @@ class MistralTokenizer(Tokenizer):
 
     @property
     def frame(self) -> Frame:
-        """The special tokens that the file puts around a text; while finetuning, the end of an answer is one."""
-        frame, end = self._coder.frame, self.eos_token_id
+        """The special tokens that the files put around a text; while finetuning, the end of an answer is one."""
+        frame, end = self._told_frame, self.eos_token_id
         if self.mode == "test" or frame.after or end is None:
             return frame
         return frame._replace(after=[end])
+
+    @property
+    def _told_frame(self) -> Frame:
+        """The frame of the vocabulary's file, as `add_bos_token` and `add_eos_token` change it."""
+        frame = self._coder.frame
+        before = _with(frame.before, self.bos_token_id, self.add_bos_token, "bos_token", at=0)
+        after = _with(frame.after, self.eos_token_id, self.add_eos_token, "eos_token", at=len(frame.after))
+        same = before == frame.before and after == frame.after
+        return frame if same else Frame(before, after, after + before)
 
     @cached_property
     def all_special_ids(self) -> frozenset[int]:
@@ -225,7 +240,7 @@ class MistralTokenizer(Tokenizer):
         else:
             text = name
         tokens = {name: getattr(self, name) or "" for name in sources.TOKENS}
-        controls = list(self._coder.special.values())
+        controls = list(self._coder.controls.values())
         return template.segments(text, controls=controls, messages=conversation, tools=tools, **tokens, **options)
 
     def encode_fim(self, prompt: str, suffix: str | None = None) -> list[int]:
@@ -259,12 +274,56 @@ class MistralTokenizer(Tokenizer):
         """A tokenizer_config.json that says what this tokenizer does."""
         made = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         config = {name: value for name, value in self._source.config.items() if name != "chat_template"} or made
+        config.setdefault("model_input_names", list(self.model_input_names))  # transformers 4 adds a third otherwise
         for name in sources.TOKENS:
             token = getattr(self, name)
             if token != self._source.tokens[name] or (name not in config and token is not None):
                 config[name] = token
         changed = [name for name in SETTINGS if getattr(self, name) != getattr(type(self), name)]
+        changed += [name for name in FRAME if getattr(self, name) is not None]
         return config | {name: getattr(self, name) for name in changed}
+
+    def _beside(self) -> dict[str, bytes]:
+        """The other files that were read beside the vocabulary."""
+        kept = dict(self._source.said.files)
+        if beside.MAP in kept:
+            kept[beside.MAP] = beside.with_names(
+                kept[beside.MAP], {name: getattr(self, name) for name in sources.TOKENS}
+            )
+        return kept
 
     def __repr__(self) -> str:
         return f"MistralTokenizer({self._where!r}, vocab_size={self.vocab_size}, version={self.version!r})"
+
+
+def _setting(name: str, value: Any, where: str) -> Any:
+    """A setting of a tokenizer_config.json; raises TokenizerError for one of another kind."""
+    at = f"{where}: {beside.CONFIG}: {name}"
+    if name == "model_max_length":
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            raise TokenizerError(f"{at}: {str(value)[:40]!a}; a number of tokens was expected.")
+        return int(value)
+    if name != "model_input_names":
+        return check_side(at, value)
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value) or "input_ids" not in value:
+        raise TokenizerError(f"{at}: {str(value)[:80]!a}; a list of names, input_ids among them, was expected.")
+    return tuple(value)
+
+
+def _flag(config: Mapping[str, Any], name: str, where: str) -> bool | None:
+    value = config.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise TokenizerError(f"{where}: {name}: {value!a}; true or false was expected: correct {beside.CONFIG}.")
+    return value
+
+
+def _with(ids: list[int], token_id: int | None, wanted: bool | None, name: str, *, at: int) -> list[int]:
+    """Ids with a token in the first place, or the last one, or without it."""
+    there = bool(ids) and (ids[0] if at == 0 else ids[-1]) == token_id
+    if wanted is None or wanted == there:
+        return ids
+    if token_id is None:
+        raise TokenizerError(f"add_{name}: true, and there is no {name}; name one.")
+    if wanted:
+        return [*ids[:at], token_id, *ids[at:]]
+    return ids[1:] if at == 0 else ids[:-1]

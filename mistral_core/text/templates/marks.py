@@ -7,6 +7,7 @@ no white space, and nowhere else in the text.
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -70,13 +71,13 @@ class Marks:
             stop - size
             for stop in (len(text), end)
             for size in range(1, min(longest, stop + 1))
-            if text[stop - size : stop] in self._parts.beginnings
+            if self._parts.begins(text[stop - size : stop])
         }
         return before | {
             start + size - 1
             for start in (0, begin)
             for size in range(1, min(longest, len(text) - start + 1))
-            if text[start : start + size] in self._parts.endings
+            if self._parts.ends_in(text[start : start + size])
         }
 
 
@@ -84,9 +85,25 @@ class _Parts(NamedTuple):
     whole: re.Pattern[str]
     ends: frozenset[str]
     """First and last characters."""
-    beginnings: frozenset[str]
-    endings: frozenset[str]
+    forwards: list[str]
+    """The tokens, sorted."""
+    backwards: list[str]
+    """Each token read from its end, sorted."""
     longest: int
+
+    def begins(self, part: str) -> bool:
+        """Whether a part, not all, of a token is its beginning."""
+        return _has_beginning(self.forwards, part)
+
+    def ends_in(self, part: str) -> bool:
+        """Whether a part, not all, of a token is its end."""
+        return _has_beginning(self.backwards, part[::-1])
+
+
+def _has_beginning(tokens: list[str], part: str) -> bool:
+    """Whether one of sorted tokens begins with a text and goes on: its neighbour in their order does, if any."""
+    at = bisect_right(tokens, part)
+    return at < len(tokens) and tokens[at].startswith(part)
 
 
 @lru_cache(8)
@@ -95,7 +112,7 @@ def _parts_of(controls: Iterable[str]) -> _Parts:
     return _Parts(
         whole=re.compile("|".join(map(re.escape, tokens)) or "(?!)"),
         ends=frozenset(each for token in tokens for each in (token[0], token[-1])),
-        beginnings=frozenset(token[:size] for token in tokens for size in range(1, len(token))),
-        endings=frozenset(token[size:] for token in tokens for size in range(1, len(token))),
+        forwards=sorted(tokens),
+        backwards=sorted(token[::-1] for token in tokens),
         longest=max(map(len, tokens), default=0),
     )
