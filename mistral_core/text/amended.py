@@ -47,8 +47,10 @@ def amend(whole: dict[str, Any], said: Said, templates: Iterable[str], where: st
         raise TokenizerError(f"{where}: added_tokens is no list of objects; fetch it again.")
     before = [dict(each) for each in entries]
     by_name = {each.get("content"): each for each in entries}
-    _add(entries, by_name, said, where)
-    _name(entries, by_name, whole["model"].get("vocab"), said, where)
+    vocabulary = whole["model"].get("vocab")
+    vocabulary = vocabulary if isinstance(vocabulary, dict) else {}
+    _add(entries, by_name, vocabulary, said, where)
+    _name(entries, by_name, vocabulary, said, where)
     marks = _marks(by_name, templates, said.config.get("chat_control_tokens"))
     for name in marks:
         by_name[name]["special"] = True
@@ -88,41 +90,43 @@ def check_ids(tokenizer: Tokenizer, whole: Mapping[str, Any], where: str) -> Non
             )
 
 
-def _add(entries: list[Any], by_name: dict[Any, Any], said: Said, where: str) -> None:
-    """Add the tokens of an added_tokens_decoder or added_tokens.json that are not there."""
-    taken = {each.get("id"): each for each in entries}
+def _add(entries: list[Any], by_name: dict[Any, Any], vocabulary: Mapping[str, int], said: Said, where: str) -> None:
+    """Add the tokens of an added_tokens_decoder or added_tokens.json that are not there; tell where they contradict."""
+    names = {number: name for name, number in vocabulary.items()} | {each.get("id"): each for each in entries}
+    others = []
     for number, entry in sorted(said.added.items()):
-        there = taken.get(number, entry)
-        if there.get("content") != entry["content"] or by_name.get(entry["content"], entry).get("id") != number:
-            raise TokenizerError(
-                f"{where}: the id {number} is {entry['content'][:80]!a} by the files beside it, in it "
-                f"{str(there.get('content'))[:80]!a}; make them agree."
-            )
-        if entry["content"] in by_name:
-            by_name[entry["content"]].update(entry, special=entry["special"] or there.get("special", False))
+        name, there = entry["content"], names.get(number)
+        there = there.get("content") if isinstance(there, dict) else there
+        known = by_name[name].get("id") if name in by_name else vocabulary.get(name)
+        if there not in (None, name) or known not in (None, number):
+            others.append(f"{number} {name[:40]!a}")
+        elif name in by_name:
+            by_name[name].update(entry, special=entry["special"] or by_name[name].get("special", False))
         else:
             entries.append(dict(entry))
-            by_name[entry["content"]] = entries[-1]
+            by_name[name] = entries[-1]
+    if others:
+        _warn(f"{where}: has other tokens than the files beside it say, {', '.join(others[:8])}; its own are taken.")
 
 
-def _name(entries: list[Any], by_name: dict[Any, Any], vocabulary: Any, said: Said, where: str) -> None:
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=stack_level())
+
+
+def _name(entries: list[Any], by_name: dict[Any, Any], vocabulary: Mapping[str, int], said: Said, where: str) -> None:
     """Make the tokens special that are named so."""
-    ids = vocabulary if isinstance(vocabulary, dict) else {}
     missing = []
     for name in (*filter(None, said.names.values()), *said.others):
         if name in by_name:
             by_name[name]["special"] = True
-        elif name in ids:
-            entries.append({"id": ids[name], "content": name, **_FLAGS})
+        elif name in vocabulary:
+            entries.append({"id": vocabulary[name], "content": name, **_FLAGS})
             by_name[name] = entries[-1]
         elif name in said.others:
             missing.append(name)
     if missing:
-        warnings.warn(
-            f"{where}: {', '.join(ascii(each[:40]) for each in missing[:8])} are called special tokens beside it and "
-            "are no tokens of it; they are left out.",
-            stacklevel=stack_level(),
-        )
+        shown = ", ".join(ascii(each[:40]) for each in missing[:8])
+        _warn(f"{where}: {shown}: called special tokens beside it, and no tokens of it; left out.")
 
 
 def _marks(by_name: Mapping[Any, Any], templates: Iterable[str], named: Any) -> frozenset[str]:

@@ -253,6 +253,15 @@ def test_what_is_not_done_is_told(tmp_path, config):
         MistralTokenizer.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("number", [1, 5])
+def test_tokens_that_a_vocabulary_calls_otherwise_are_told(tmp_path, number):
+    folder(tmp_path, "tokenizer.json", {"added_tokens_decoder": {str(number): entry(number, "<other>")}})
+    with pytest.warns(UserWarning, match=f"{number} '<other>'") as caught:
+        tokenizer = MistralTokenizer.from_pretrained(tmp_path)
+    assert caught[0].filename == __file__
+    assert tokenizer.convert_ids_to_tokens(number) != "<other>"
+
+
 def test_special_tokens_that_are_none_are_told(tmp_path):
     folder(tmp_path, "tokenizer.json", {"additional_special_tokens": ["<none>", "</s>"]})
     with pytest.warns(UserWarning, match="<none>"):
@@ -262,7 +271,6 @@ def test_special_tokens_that_are_none_are_told(tmp_path):
 @pytest.mark.parametrize(
     ("config", "others"),
     [
-        ({"added_tokens_decoder": {"5": entry(5, "<other>")}}, {}),
         ({"added_tokens_decoder": {"x": entry(5, "<other>")}}, {}),
         ({"added_tokens_decoder": {str(SIZE): {"content": 5}}}, {}),
         ({"added_tokens_decoder": []}, {}),
