@@ -27,7 +27,7 @@ from mistral_core.weights.opened import Checkpoint
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
 
 GOLDEN = [
-    "layers/linear/vars/0",
+    "layers/head/vars/0",
     "layers/mistral_model/decoder_layers/decoder_layer/input_layernorm/vars/0",
     "layers/mistral_model/decoder_layers/decoder_layer/mlp/down_proj/vars/0",
     "layers/mistral_model/decoder_layers/decoder_layer/mlp/gate_proj/vars/0",

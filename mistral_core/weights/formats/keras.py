@@ -32,7 +32,8 @@ MAX_MEMBERS = 1000
 
 _ALLOWED = re.compile(r"(metadata|config)\.json|model\.weights\.(h5|npz)|assets/(?!.*\.\.)[\w./-]*")
 _BODY = "layers/mistral_model/"
-_HEAD = "layers/linear/vars"
+_HEAD, _LINEAR = "layers/head/vars", "layers/linear/vars"
+"""Where the numbers of a head are, and where they were when a head was called a linear layer."""
 _PLACES = {"weight": 0, "bias": 1}
 
 
@@ -101,11 +102,11 @@ def _generation_config(told: Mapping[str, Any]) -> dict[str, Callable[[], bytes]
 # Names
 
 
-def _place(name: str, row: Parameter, body: str) -> str:
+def _place(name: str, row: Parameter, body: str, head: str = _HEAD) -> str:
     """Where Keras puts a tensor: layers/mistral_model/decoder_layers/decoder_layer_1/mlp/up_proj/vars/0."""
     *owner, leaf = name.split(".")
     if row.kind == "head":
-        return f"{_HEAD}/{_PLACES[leaf]}"
+        return f"{head}/{_PLACES[leaf]}"
     layer = layer_of(name)
     if layer is not None:
         group = f"decoder_layers/decoder_layer{f'_{layer}' if layer else ''}/{'/'.join(owner[3:])}"
@@ -121,11 +122,12 @@ def _rows(weights: Hdf5File, config: MistralConfig) -> dict[str, tuple[str, Para
     """
     body = _BODY if any(name.startswith(_BODY) for name in weights.tensors) else ""
     classes = {row.name.partition(".")[0]: architecture for architecture, rows in HEADS.items() for row in rows}
-    noted_head = "".join(weights.texts(_HEAD, "name"))
+    head = _LINEAR if any(name.startswith(_LINEAR) for name in weights.tensors) else _HEAD
+    noted_head = "".join(weights.texts(head, "name"))
     named = next((each for each in config.architectures or () if each in HEADS), "MistralForCausalLM")
     rows = {}
     for name, row in parameters(config.replace(tie_word_embeddings=False), classes.get(noted_head, named)):
-        place, owner = _place(name, row, body), name.rpartition(".")[0]
+        place, owner = _place(name, row, body, head), name.rpartition(".")[0]
         noted = weights.texts(place.rpartition("/")[0], "name")
         wanted = owner.removeprefix(BASE_PREFIX)
         if noted and noted[0] != wanted and not noted[0].endswith(f".{wanted}"):
