@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mistral_core import MistralConfig
-from mistral_core.disk import reading
+from mistral_core.disk import limits, reading
 from mistral_core.errors import (
     CorruptCheckpointError,
     LimitExceededError,
@@ -39,8 +39,6 @@ from mistral_core.weights.tensor_file import CODES, MAX_RANK, MAX_TENSORS, Tenso
 
 from .arrays import DTYPES
 
-MAX_PICKLE_BYTES = 1 << 20
-
 _CODES = {torch_dtype: code for name, torch_dtype in DTYPES.items() for d, code in CODES.items() if d.name == name}
 _STORAGES = {f"{kind}Storage" for kind in ("Double", "Float", "Half", "BFloat16")}
 _NEEDED = {
@@ -50,6 +48,7 @@ _NEEDED = {
     *(f"torch {storage}" for storage in _STORAGES),
 }
 """All that a state dict of dense floats asks of a pickle."""
+_PUT_INTO = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")
 _OTHER_PARTS = re.compile(r"consolidated\.(?!00)[0-9]+\.pth")
 _MEMBERS = re.compile(
     r"data\.pkl|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id|data/[0-9]+"
@@ -72,7 +71,7 @@ class PickledFile(TensorFile):
         with opened(self.path) as descriptor:
             self.stamp = tensor_file.stamp_of(descriptor)
             archive = StoredZip(self.path, descriptor, _MEMBERS, MAX_TENSORS + 10)
-            state = archive.read("data.pkl", MAX_PICKLE_BYTES)
+            state = archive.read("data.pkl", limits.PICKLE_BYTES)
             if "byteorder" in archive.members and archive.read("byteorder", 16) != b"little":
                 raise UnsupportedFeatureError(f"{self.path}: not little-endian; re-save it as safetensors.")
         _check_names(self.path, state)
@@ -96,6 +95,7 @@ def _refuse_without_zip(path: Path, first: bytes) -> NoReturn:
 def _check_names(path: Path, state: bytes) -> None:
     """Refuse a pickle that asks for anything but dense float tensors; nothing is run to find out."""
     try:
+        _check_depth(path, state)
         for opcode, argument, _ in pickletools.genops(state):
             if opcode.name == "GLOBAL" and argument in _NEEDED:
                 continue
@@ -105,8 +105,50 @@ def _check_names(path: Path, state: bytes) -> None:
                     f"{path}: the pickle asks for {asked}, which dense float tensors do not need; nothing of it was "
                     "run. Take the weights as safetensors from someone you trust."
                 )
-    except (ValueError, IndexError, OverflowError) as cause:
+    except (ValueError, LookupError, OverflowError) as cause:
         raise CorruptCheckpointError(f"{path}: data.pkl is no pickle ({cause}); copy it again.") from cause
+
+
+def _check_depth(path: Path, state: bytes) -> None:
+    """Refuse a pickle whose containers are nested deep: hashing or printing one overflows the C stack.
+
+    The pickle is run on depths in the place of values: what is made of others is one deeper than the deepest of them.
+    That is exact for tuples, which are made of what is there; what a list or dict gets later, no hash looks into.
+    """
+    stack: list[int | None] = []  # None is a mark
+    memo: dict[int, int] = {}
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(state)):
+        limits.check(count, limits.PICKLE_OPS, what="steps of a pickle", where=str(path))
+        if opcode.name == "MARK":
+            stack.append(None)
+        elif opcode.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if argument is None else int(argument)] = stack[-1] or 0
+        elif opcode.name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[int(argument)])
+        else:
+            depth = _taken(opcode, stack)
+            limits.check(depth, limits.PICKLE_DEPTH, what="containers within one another", where=str(path))
+            for _ in opcode.stack_after:
+                stack.append(depth)
+
+
+def _taken(opcode: pickletools.OpcodeInfo, stack: list[int | None]) -> int:
+    """Take what an opcode takes from a stack of depths; how deep is what it leaves.
+
+    Raises IndexError where the stack has too little.
+    """
+    taken: list[int] = []  # the container that others are put into is the last
+    wanted = [each.name for each in opcode.stack_before]
+    if "mark" in wanted:
+        while (depth := stack.pop()) is not None:
+            taken.append(depth)
+        wanted = wanted[: wanted.index("mark")]
+    for _ in wanted:
+        taken.append(stack.pop() or 0)
+    if opcode.name in _PUT_INTO:
+        return max([taken[-1], *(depth + 1 for depth in taken[:-1])])
+    made = opcode.name not in ("POP", "POP_MARK", "STOP", "DUP")
+    return max(taken, default=-1) + 1 if made else max(taken, default=0)
 
 
 def _without_numbers(

@@ -26,7 +26,7 @@ from ..errors import (
     OutputExistsError,
     UnsafeFileError,
 )
-from .reading import PathLike, as_path
+from .reading import PathLike, as_path, is_path
 
 WEIGHT_FILES = (
     "model*.safetensors",
@@ -157,7 +157,12 @@ def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
 
 @contextlib.contextmanager
 def os_errors(path: PathLike) -> Iterator[None]:
-    """Turn OSErrors into NoSpaceError (`errno` kept) or ConversionError; errors of this project pass."""
+    """Turn OSErrors into NoSpaceError (`errno` kept) or ConversionError; errors of this project pass.
+
+    Raises ConversionError for what can be no path.
+    """
+    if not is_path(path):
+        raise ConversionError(f"{str(path)[:200]!a}: no path; one without NUL and half surrogates was expected.")
     try:
         yield
     except MistralError:
@@ -206,8 +211,8 @@ def atomic_directory(
     A file that replaces another keeps its mode, the directory too; nothing is more open than `most` allows.
     Raises OutputExistsError, OutputBusyError, NoSpaceError, ConversionError; the old one is then untouched.
     """
-    path = _checked(target, overwrite)
-    with os_errors(path):
+    with os_errors(target):
+        path = _checked(target, overwrite)
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path):
             _sweep(path)
@@ -382,7 +387,7 @@ def _create_lock(lock: Path) -> bool:
 def _remove_stale(lock: Path) -> bool:
     """True where no live process holds the lock any more."""
     try:
-        descriptor = os.open(lock, os.O_RDWR)
+        descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return True
     try:
@@ -402,7 +407,8 @@ def _alive(owner: bytes, written: float) -> bool:
     try:
         values = json.loads(owner)
         pid, host, start = int(values["pid"]), values["host"], values["start"]
-    except (ValueError, KeyError, TypeError):  # being written, or cut off by a crash
+        pid.to_bytes(4, "little", signed=True)
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError):  # being written, or cut off by a crash
         return time.time() - written < _UNREADABLE_LOCK_SECONDS
     return host != socket.gethostname() or (start is not None and start == _start_time(pid))
 

@@ -18,6 +18,10 @@ FILES = 200_000  # files of a directory; a tree of zarr has one a chunk
 ATTEMPTS = 5  # times that a directory is opened anew which others replace while it is read
 KEPT_FILES = 64  # files of weights that are kept open: a process has some thousand
 
+PICKLE_BYTES = 1 << 20  # bytes of a pickle without its numbers; 300 a tensor
+PICKLE_DEPTH = 32  # containers within one another in a pickle; a state dict has four
+PICKLE_OPS = 1 << 20  # steps of a pickle; 25 a tensor
+
 # A hub
 
 API_BYTES = 32 << 20  # bytes of an answer in JSON; 200 for each file of a repository

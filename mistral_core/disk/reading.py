@@ -138,6 +138,14 @@ def as_path(path: PathLike) -> Path:
     return path if isinstance(path, HeldPath) else Path(os.path.expanduser(os.fsdecode(path)))
 
 
+def is_path(path: PathLike) -> bool:
+    """Whether the system could have a file of this name."""
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+
+
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[int]:
     """A descriptor of a regular file; a FIFO or a device neither blocks nor is read, a link leads nowhere else.
@@ -228,8 +236,8 @@ def _filled(descriptor: int, most: int) -> bytes:
 @contextlib.contextmanager
 def _placed(path: Path) -> Iterator[tuple[Folder, str]]:
     """The folder that a path is looked up in, and its name there."""
-    if "\0" in str(path):
-        raise UnsafeFileError(f"{str(path)!a}: holds a NUL, which no path has.")
+    if not is_path(path):
+        raise UnsafeFileError(f"{str(path)[:200]!a}: no path; one without NUL and half surrogates was expected.")
     folder: Folder | None = getattr(path, "folder", None)
     for root in (folder.path, folder.absolute) if folder else ():
         if folder and path.is_relative_to(root):

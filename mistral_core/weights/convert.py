@@ -114,9 +114,11 @@ def convert(
         writable = ", ".join(name for name, each in formats.FORMATS.items() if each.written)
         raise ConversionError(f"to: {to!r} is not written; one of {writable} was expected.")
     limit = shard_bytes(max_shard_size)
-    _check_target(target, overwrite)
+    with files.os_errors(target):
+        _check_target(target, overwrite)
     path = reading.held(hub.resolve(source, format=source_format, one_format=source_format is None, **hub_arguments))
-    _check_apart(path, target)
+    with files.os_errors(target):
+        _check_apart(path, target)
     checkpoint = open_source(path, source_format, config)
     manifest.verify(checkpoint.directory, "sizes")
     plan = _plan(checkpoint, target, to, dtype, options, allow_lossy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import importlib
 import io
 import json
 import os
@@ -304,6 +305,39 @@ def test_53_shapes_beyond_the_storage(path, shape, stride):
 def test_53_pickle_bomb(path):
     rewritten(path, ONE, replaced("data.pkl", bytes(9 << 20)))
     refused(path, errors.LimitExceededError, "at most")
+
+
+def pickled(path: Path, state: bytes) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", state)
+        archive.writestr("x/version", b"3\n")
+    return path
+
+
+DEEP = {
+    "a tuple as a key": b"\x80\x02}K\x01" + b"\x85" * 40 + b"K\x01s.",
+    "a tuple of two": b"\x80\x02}" + b"K\x01" * 41 + b"\x86" * 40 + b"K\x01s.",
+    "marked tuples": b"\x80\x02}" + b"(" * 40 + b"K\x01" + b"t" * 40 + b"K\x01s.",
+    "by the memo": b"\x80\x02}K\x01" + b"".join(b"q%c0h%c\x85" % (i, i) for i in range(40)) + b"K\x01s.",
+    "lists": b"\x80\x02" + b"]" * 40 + b"a" * 39 + b".",
+}
+
+
+@pytest.mark.parametrize("state", DEEP.values(), ids=DEEP)
+def test_65_containers_nested_deep(path, state):
+    refused(pickled(path, state), errors.LimitExceededError, "33 containers within one another; at most 32")
+
+
+@pytest.mark.parametrize("state", [b"\x80\x02h\x05.", b"\x80\x02\x85.", b"\x80\x02t.", b"\x80\x02}s.", b"q\x00."])
+def test_65_a_stack_that_has_too_little(path, state):
+    refused(pickled(path, state), errors.CorruptCheckpointError, "no pickle")
+
+
+def test_a_pickle_of_many_single_steps_is_not_deep(path):
+    torch.save({f"a{i}.b": torch.zeros(1) for i in range(3000)}, path)  # in batches of a thousand
+    assert len(importlib.import_module("mistral_torch.pickles").PickledFile(path).tensors) == 3000
+    items = b"".join(b"U\x02%02dK\x01s" % i for i in range(99))
+    refused(pickled(path, b"\x80\x02}" + items + b"."), errors.UnsafeFileError, "save the state dict itself")
 
 
 def test_53_table_of_contents_as_large_as_the_file(path):

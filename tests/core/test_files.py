@@ -10,12 +10,15 @@ import stat
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
 
-from mistral_core.disk import files, into
+from mistral_core.data import TINY_CHECKPOINT
+from mistral_core.disk import files, into, reading
 from mistral_core.errors import (
+    CheckpointError,
     ChecksumMismatchError,
     ConversionError,
     MistralError,
@@ -25,6 +28,7 @@ from mistral_core.errors import (
     UnsafeFileError,
 )
 from mistral_core.weights import manifest
+from mistral_core.weights.convert import convert
 
 
 def tree(directory: Path) -> dict[str, bytes]:
@@ -396,8 +400,10 @@ def test_nothing_is_more_open_than_its_source(tmp_path, umask):
 
 KILLED = """
 import os, sys
-from mistral_core.disk import files, into
+from mistral_core.data import TINY_CHECKPOINT
+from mistral_core.disk import files, into, reading
 from mistral_core.weights import manifest
+from mistral_core.weights.convert import convert
 files.os.replace = lambda *_: os.kill(os.getpid(), 9)
 files.write_file(sys.argv[1], b"new")
 """
@@ -477,3 +483,51 @@ def test_what_others_wrote_is_told_with_what_to_do(described):
     (described / "tokenizer.json").write_bytes(b"abc")
     with pytest.raises(ChecksumMismatchError, match=r"tokenizer.json differ .* on purpose, write the manifest anew"):
         manifest.verify(described)
+
+
+# Paths and locks that are none
+
+
+NO_PATHS = ["a\0b", "\ud800", "x" * 300, "a/" * 3000 + "b", "file/below"]
+
+
+@pytest.mark.parametrize("name", NO_PATHS, ids=range(len(NO_PATHS)))
+def test_paths_that_are_none(tmp_path, name):
+    (tmp_path / "file").write_bytes(b"")
+    path = f"{tmp_path}/{name}"
+    with pytest.raises(ConversionError), files.atomic_directory(path):
+        pass
+    for write in (lambda: files.write_file(path, b""), lambda: into.write_into(path, {"a": b""})):
+        with pytest.raises(ConversionError):
+            write()
+    with pytest.raises(ConversionError):
+        convert(TINY_CHECKPOINT, path, to="raw")
+    with pytest.raises(CheckpointError):
+        reading.read(Path(path))
+
+
+@pytest.mark.parametrize(
+    "owner",
+    [b"[" * 100_000, b'{"pid": 1e999, "host": "", "start": 1}', b'{"pid": %d, "host": "", "start": 1}' % 10**30, b"[]",
+     b"\xff", b'{"pid": [], "host": 1, "start": 2}', b'{"pid": true, "host": null, "start": []}'],
+    ids=range(7),
+)  # fmt: skip
+def test_a_lock_of_garbage(tmp_path, owner):
+    lock = tmp_path / "model.lock"
+    lock.write_bytes(owner)
+    for age in (0, 100):
+        os.utime(lock, (time.time() - age,) * 2)
+        try:
+            put(tmp_path / "model", a=b"1")
+        except OutputBusyError:
+            continue
+        break
+    assert tree(tmp_path) in ({"model/a": b"1"}, {"model.lock": owner})
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "directory"])
+def test_a_lock_that_is_no_file(tmp_path, kind):
+    lock = tmp_path / "model.lock"
+    {"pipe": os.mkfifo, "link": lambda path: os.symlink("/dev/zero", path), "directory": os.mkdir}[kind](lock)
+    with pytest.raises(ConversionError):
+        put(tmp_path / "model", a=b"1")
