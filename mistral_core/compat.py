@@ -36,8 +36,8 @@ class SeenAs:
     `type(x)` is what it was and nothing is inherited: what a client calls, our class must have.
     """
 
-    seen_as: tuple[str, str]
-    """The module and the name of the other class."""
+    seen_as: tuple[str, ...]
+    """The full name of the other class, or several, of which the first that is loaded counts."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """What pickle and copy make it from; as usual, without their check that `__class__` is the type."""
@@ -46,10 +46,13 @@ class SeenAs:
 
     @property
     def __class__(self) -> Any:
-        module, name = self.seen_as
-        other = getattr(sys.modules.get(module), name, None)
         own: Any = type(self)
-        return own if other is None else _both(own, other)
+        for full_name in self.seen_as:
+            module, _, name = full_name.rpartition(".")
+            other = getattr(sys.modules.get(module), name, None)
+            if other is not None:
+                return _both(own, other)
+        return own
 
     @__class__.setter
     def __class__(self, own: type) -> None:

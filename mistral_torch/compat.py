@@ -19,7 +19,7 @@ from .attention import ALIASES, checked
 class AsTransformers(SeenAs):
     """The part of a Mistral class that transformers' clients see."""
 
-    seen_as = ("transformers.modeling_utils", "PreTrainedModel")
+    seen_as = ("transformers.modeling_utils.PreTrainedModel",)
 
     # What goes in and comes out
     framework = "pt"

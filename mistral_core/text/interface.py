@@ -24,7 +24,11 @@ class Tokenizer(SeenAs, ABC):
     "right". Every method raises TokenizerError, which is a ValueError, for what it cannot take.
     """
 
-    seen_as = ("transformers.tokenization_utils_base", "PreTrainedTokenizerBase")
+    seen_as = (
+        "transformers.tokenization_python.PreTrainedTokenizer",  # of version 5; then of version 4
+        "transformers.tokenization_utils.PreTrainedTokenizer",
+        "transformers.tokenization_utils_base.PreTrainedTokenizerBase",
+    )
 
     bos_token: str | None
     eos_token: str | None

@@ -17,7 +17,7 @@ from mistral_core.errors import InputError, UnknownArgumentError
 class Own(SeenAs):
     """What is seen as another library's class."""
 
-    seen_as = ("a_library_that_is_not_there", "Theirs")
+    seen_as = ("a_library_that_is_not_there.Newer", "a_library_that_is_not_there.Theirs")
 
     def __init__(self):
         self.number = 7
@@ -30,7 +30,7 @@ class Derived(Own):
 
 @pytest.fixture
 def theirs(monkeypatch):
-    library = types.ModuleType(Own.seen_as[0])
+    library = types.ModuleType("a_library_that_is_not_there")
     library.Theirs = type("Theirs", (), {"__init_subclass__": None, "theirs": 1})
     del library.Theirs.__init_subclass__
     monkeypatch.setitem(sys.modules, library.__name__, library)
