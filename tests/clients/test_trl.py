@@ -1,0 +1,79 @@
+"""trl's trainers: our model and tokenizer, and as a measure transformers' own model on the same rows."""
+
+from __future__ import annotations
+
+import math
+
+import datasets
+import pytest
+import trl
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
+
+TEXTS = datasets.Dataset.from_dict({"text": ["Emma was happy", "It was a long story about her", "Mr. Knightley"] * 4})
+CHAT = [{"role": "user", "content": "Who was Emma?"}, {"role": "assistant", "content": "She was happy."}]
+PREFERENCES = datasets.Dataset.from_dict(
+    {"prompt": ["Emma was"] * 8, "chosen": [" happy"] * 8, "rejected": [" sad and gone"] * 8}
+)
+
+
+def trained(make, model, config, tmp_path, **options):
+    """The losses of two steps, and the trainer."""
+    given = config.pop("config")(
+        output_dir=str(tmp_path), max_steps=2, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
+        bf16=False, per_device_train_batch_size=2, learning_rate=1e-3, save_strategy="no", **config,
+    )  # fmt: skip
+    trainer = make(model, args=given, **options)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert len(losses) == 2
+    assert all(math.isfinite(float(loss)) for loss in losses)
+    return [float(loss) for loss in losses], trainer
+
+
+def same_losses(make, model, their_model, tmp_path, config, **options):
+    ours, trainer = trained(make, model, dict(config), tmp_path / "ours", **options)
+    theirs, _ = trained(make, their_model, dict(config), tmp_path / "theirs", **options)
+    assert ours == pytest.approx(theirs, rel=1e-3)
+    return ours, trainer
+
+
+@pytest.mark.client("trl", "SFTTrainer, our tokenizer as processing_class: the losses of transformers' model")
+def test_supervised_fine_tuning(model, their_model, tokenizer, tmp_path):
+    options = {"train_dataset": TEXTS, "processing_class": tokenizer}
+    _, trainer = same_losses(trl.SFTTrainer, model, their_model, tmp_path, {"config": trl.SFTConfig}, **options)
+    trainer.save_model(tmp_path / "saved")
+    type(model).from_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.client("trl", "SFTTrainer(packing=True): the losses of the rows alone")
+def test_packing(path, model, tokenizer, tmp_path):
+    options = {"train_dataset": TEXTS, "processing_class": tokenizer}
+    alone, _ = trained(trl.SFTTrainer, model, {"config": trl.SFTConfig, "shuffle_dataset": False}, tmp_path, **options)
+    packed = {"config": trl.SFTConfig, "packing": True, "max_length": 64, "gradient_accumulation_steps": 1}
+    again = type(model).from_pretrained(path)
+    losses, trainer = trained(trl.SFTTrainer, again, packed, tmp_path, **options)
+    assert trainer.padding_free
+    assert losses[0] == pytest.approx(alone[0], rel=0.3)
+
+
+@pytest.mark.client("trl", "DPOTrainer without ref_model: begins at ln 2, the losses of transformers' model")
+def test_direct_preference_optimization(model, their_model, tokenizer, tmp_path):
+    options = {"train_dataset": PREFERENCES, "processing_class": tokenizer}
+    losses, _ = same_losses(trl.DPOTrainer, model, their_model, tmp_path, {"config": trl.DPOConfig}, **options)
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
+
+
+@pytest.mark.client("trl", "GRPOTrainer: generates by our generate, and trains")
+def test_group_relative_policy_optimization(model, tokenizer, tmp_path):
+    def reward(completions, **_):
+        return [float(len(text)) for text in completions]
+
+    before = [parameter.clone() for parameter in model.parameters()]
+    config = {"config": trl.GRPOConfig, "num_generations": 2, "max_completion_length": 4, "temperature": 1.0}
+    options = {"reward_funcs": reward, "processing_class": tokenizer}
+    _, trainer = trained(
+        trl.GRPOTrainer, model, config, tmp_path, train_dataset=PREFERENCES.select_columns("prompt"), **options
+    )
+    assert any(row.get("reward", 0) > 0 for row in trainer.state.log_history)
+    assert any((old != new).any() for old, new in zip(before, model.parameters(), strict=True))
