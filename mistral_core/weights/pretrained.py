@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,7 +93,7 @@ def save(
     overwrite: bool = True,
 ) -> None:
     """Write config, generation config and tensors as one atomic directory; raises what `checkpoint.save` raises."""
-    generation = json.dumps(generation_config.to_dict(), indent=2, sort_keys=True) + "\n"
+    generation = generation_config.to_json_string()  # a default that is written counts more, to other readers
     checkpoint.save(
         directory,
         config,

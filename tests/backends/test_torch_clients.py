@@ -357,3 +357,15 @@ def test_an_offloaded_model_computes_generates_and_is_saved(offload, tied, tmp_p
         assert torch.equal(there.generate(IDS, max_new_tokens=3), model.generate(IDS, max_new_tokens=3))
     there.save_pretrained(tmp_path / "saved")
     assert same(model, mistral_torch.MistralForCausalLM.from_pretrained(tmp_path / "saved"))
+
+
+# Generation
+
+
+def test_the_options_we_write_leave_theirs_in_force(tmp_path):
+    """To transformers a file's max_new_tokens counts more than a call's max_length, so no default is written."""
+    make().save_pretrained(tmp_path)
+    written = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert written.max_new_tokens is None
+    other = transformers.MistralForCausalLM.from_pretrained(tmp_path)
+    assert other.generate(IDS, max_length=13, do_sample=False, eos_token_id=None).shape == (3, 13)
