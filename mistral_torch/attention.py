@@ -83,10 +83,11 @@ def attend_eager(
         scores = torch.einsum("BTKGH,BSKH->BKGTS", q_BTKGH.float(), k_BSKH.float()) * H**-0.5
         # the lowest float, not -inf: a row that sees nothing stays finite, in its gradient too
         weights = torch.softmax(scores.masked_fill(~visible, torch.finfo(scores.dtype).min), dim=-1)
-        weights = weights.masked_fill(~visible, 0).to(v_BSKH.dtype)
-        dropped = F.dropout(weights, dropout) if dropout else weights
-        o_BTKGH = torch.einsum("BKGTS,BSKH->BTKGH", dropped, v_BSKH)
-    return o_BTKGH.reshape(B, T, N, H), weights.reshape(B, N, T, -1)
+        # what is returned is what is used, so that gradients reach it
+        weights_BNTS = weights.masked_fill(~visible, 0).to(v_BSKH.dtype).reshape(B, N, T, -1)
+        dropped = F.dropout(weights_BNTS, dropout) if dropout else weights_BNTS
+        o_BTKGH = torch.einsum("BKGTS,BSKH->BTKGH", dropped.reshape(B, K, N // K, T, -1), v_BSKH)
+    return o_BTKGH.reshape(B, T, N, H), weights_BNTS
 
 
 def attend_sdpa(

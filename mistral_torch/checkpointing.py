@@ -25,6 +25,6 @@ def checkpointed(layer: Callable[..., Any], options: Mapping[str, Any]) -> Calla
                 "pass use_cache=False, or enable it with use_reentrant=False."
             )
         call = functools.partial(layer, **keywords)
-        return checkpoint(call, x_BTD, *arrays, **{"use_reentrant": False, **options})
+        return checkpoint(call, x_BTD, *arrays, **options)
 
     return run

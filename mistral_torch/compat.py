@@ -65,6 +65,11 @@ class AsTransformers(SeenAs):
         return {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
 
     @property
+    def vocab_size(self) -> int:
+        """How many tokens the config has."""
+        return self.config.vocab_size
+
+    @property
     def all_tied_weights_keys(self) -> dict[str, str]:
         """Tensor -> the one it is."""
         return self._tied_weights_keys

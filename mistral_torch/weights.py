@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mistral_core import GenerationConfig, MistralConfig
+from mistral_core.compat import path_by_either_name
 from mistral_core.errors import MissingTensorsError
 from mistral_core.parameters import BASE_PREFIX, HEADS, parameters, shapes
 from mistral_core.weights import pretrained, push
@@ -38,6 +39,7 @@ class PreTrainedModel(AsTransformers, nn.Module):
         self.register_load_state_dict_post_hook(_tie)
 
     @classmethod
+    @path_by_either_name
     def from_pretrained(
         cls,
         path: str | os.PathLike[str],
@@ -226,7 +228,7 @@ class PreTrainedModel(AsTransformers, nn.Module):
 
         The keywords are those of `torch.utils.checkpoint.checkpoint`.
         """
-        self.base_model.gradient_checkpointing = dict(gradient_checkpointing_kwargs or {})
+        self.base_model.gradient_checkpointing = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations again."""

@@ -338,5 +338,17 @@ def test_what_trl_and_the_trainer_ask_for():
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     assert model.is_gradient_checkpointing
     assert model.model.gradient_checkpointing == {"use_reentrant": False}
+    model.gradient_checkpointing_disable()
+    assert not model.model.gradient_checkpointing
+    model.gradient_checkpointing_enable()
+    assert model.model.gradient_checkpointing  # clients take it for a flag
     with pytest.raises(UnsupportedFeatureError, match="every_n_layers=2"):
         model.activation_checkpointing_enable(every_n_layers=2)
+
+
+def test_gradients_reach_the_states_and_weights_that_are_returned():
+    out = make().model(torch.tensor([[1, 2, 3]]), output_attentions=True, output_hidden_states=True)
+    for x in (*out.hidden_states, *out.attentions):
+        x.retain_grad()
+    out.last_hidden_state.square().sum().backward()
+    assert all(x.grad.abs().sum() > 0 for x in (*out.hidden_states, *out.attentions))
