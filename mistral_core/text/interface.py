@@ -169,6 +169,14 @@ class Tokenizer(SeenAs, ABC):
             return self.unk_token_id if found is None else found
         return [self.convert_tokens_to_ids(token) for token in tokens]  # type: ignore[misc]
 
+    def convert_tokens_to_string(self, tokens: Iterable[str]) -> str:
+        """The text that tokens make."""
+        return self.decode([self.convert_tokens_to_ids(token) for token in tokens])  # type: ignore[misc]
+
+    def _convert_id_to_token(self, index: int) -> str:
+        """The token of an id, as transformers' StopStringCriteria asks for it."""
+        return self._token(index)
+
     def get_special_tokens_mask(
         self, token_ids_0: Sequence[int], token_ids_1: Sequence[int] | None = None,
         already_has_special_tokens: bool = False,

@@ -67,6 +67,12 @@ def test_ids_and_sizes():
     assert TOKENIZER.decode([]) == ""
 
 
+def test_tokens_make_the_text_of_their_ids():
+    ids = TOKENIZER.encode("Emma’s friend")
+    assert TOKENIZER.convert_tokens_to_string(TOKENIZER.convert_ids_to_tokens(ids)) == TOKENIZER.decode(ids)
+    assert [TOKENIZER._convert_id_to_token(each) for each in ids] == TOKENIZER.convert_ids_to_tokens(ids)
+
+
 def test_english_is_made_of_words():
     assert len(TOKENIZER.encode("She had been a friend and companion such as few possessed.")) < 20
 
