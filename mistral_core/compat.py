@@ -26,6 +26,7 @@ WITHOUT_EFFECT = {
     "max_length_k": "lengths follow from cu_seq_lens_q",
 }
 """Arguments of a forward pass that transformers' callers give -> why they change nothing here."""
+THEIR_PATH = "pretrained_model_name_or_path"
 DOCUMENTS = ("cu_seq_lens_q", "seq_idx")
 """Arguments that say where packed documents begin, or of which document each token is."""
 
@@ -90,3 +91,20 @@ _ARGUMENTS = (
     "input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels", "document_ids",
     "use_cache", "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep", *DOCUMENTS,
 )  # fmt: skip
+
+
+def path_by_either_name(function: Any) -> Any:
+    """A `from_pretrained` whose `path` is also taken as `pretrained_model_name_or_path`, its name in transformers.
+
+    Raises UnknownArgumentError where both are given.
+    """
+
+    @functools.wraps(function)
+    def called(cls: type, *arguments: Any, **options: Any) -> Any:
+        if THEIR_PATH not in options:
+            return function(cls, *arguments, **options)
+        if arguments or "path" in options:
+            raise UnknownArgumentError(f"from_pretrained: path and {THEIR_PATH} are one argument; give one of them.")
+        return function(cls, options.pop(THEIR_PATH), *arguments, **options)
+
+    return called

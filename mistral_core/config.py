@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from . import config_checks, strict_json
+from .compat import path_by_either_name
 from .disk import into, reading
 from .errors import CheckpointNotFoundError, ConfigError, UnknownFieldError
 from .telling import nearest, warn
@@ -225,10 +226,9 @@ class MistralConfig:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The end-of-sequence ids as a tuple, empty if there is none."""
-        if self.eos_token_id is None:
-            return ()
-        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+        """The end-of-sequence ids as a tuple, empty if there is none, which transformers' users write as -1 too."""
+        ids = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+        return tuple(each for each in ids if each not in (None, -1))
 
     def replace(self, **changes: Any) -> MistralConfig:
         """A copy with some fields changed and all checks made again.
@@ -259,6 +259,7 @@ class MistralConfig:
         return cls(**fields)
 
     @classmethod
+    @path_by_either_name
     def from_pretrained(cls, path: str | os.PathLike[str], *, strict: bool = False, **overrides: Any) -> MistralConfig:
         """Read `config.json` or, in a raw checkpoint, `params.json`, from a file, a directory or a hub id.
 

@@ -17,6 +17,7 @@ from flax import nnx
 from jax import Array
 
 from mistral_core import GenerationConfig, MistralConfig
+from mistral_core.compat import path_by_either_name
 from mistral_core.errors import InputError, MissingTensorsError, UnsupportedFeatureError
 
 from .arrays import as_dtype, is_traced
@@ -93,6 +94,7 @@ class FlaxMistralPreTrainedModel:
         self.module = build() if _do_init else nnx.eval_shape(build)
 
     @classmethod
+    @path_by_either_name
     def from_pretrained(
         cls,
         path: str | os.PathLike[str],
@@ -322,6 +324,7 @@ class FlaxAutoModel(AutoModel):
     model_class: Any = FlaxMistralModel
 
     @classmethod
+    @path_by_either_name
     def from_pretrained(cls, path: str | os.PathLike[str], *arguments: Any, **options: Any) -> Any:
         """The model of a checkpoint; options and errors are those of the class's own `from_pretrained`."""
         return cls.model_class.from_pretrained(path, *arguments, **options)

@@ -15,6 +15,7 @@ from flax import nnx
 from jax import Array
 
 from mistral_core import GenerationConfig, MistralConfig
+from mistral_core.compat import path_by_either_name
 from mistral_core.errors import ConfigError
 from mistral_core.parameters import BASE_PREFIX, HEADS, parameters, shapes
 from mistral_core.weights import pretrained, push
@@ -59,6 +60,7 @@ class PreTrainedModel(nnx.Module):
         self.generation_config = GenerationConfig.from_model_config(config)
 
     @classmethod
+    @path_by_either_name
     def from_pretrained(
         cls,
         path: str | os.PathLike[str],

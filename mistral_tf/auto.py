@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from mistral_core import MistralConfig
+from mistral_core.compat import path_by_either_name
 from mistral_core.errors import UnsupportedFeatureError
 from mistral_core.weights.hf_arguments import translated
 
@@ -32,6 +33,7 @@ class AutoModel:
         raise UnsupportedFeatureError(f"{name}: call {name}.from_pretrained(path) or {name}.from_config(config).")
 
     @classmethod
+    @path_by_either_name
     def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
         """The model of a checkpoint; options and errors are those of the class's own `from_pretrained`."""
         return cls.model_class.from_pretrained(path, **options)

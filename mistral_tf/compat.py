@@ -14,6 +14,7 @@ from typing import Any, Self
 import keras
 
 from mistral_core import MistralConfig
+from mistral_core.compat import path_by_either_name
 from mistral_core.errors import UnsupportedFeatureError
 
 from .auto import AutoModel
@@ -29,6 +30,7 @@ class TFMistralPreTrainedModel(PreTrainedModel):
     """What differs from this package's classes: what `from_pretrained` loads into, and arguments by position."""
 
     @classmethod
+    @path_by_either_name
     def from_pretrained(
         cls,
         path: str | os.PathLike[str],

@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from mistral_core import GenerationConfig, MistralConfig
+from mistral_core.compat import path_by_either_name
 from mistral_core.errors import ConfigError
 from mistral_core.parameters import BASE_PREFIX, parameters, shapes
 from mistral_core.weights import pretrained, push
@@ -34,6 +35,7 @@ class PreTrainedModel(KerasModel):
         self.generation_config = GenerationConfig.from_model_config(config)
 
     @classmethod
+    @path_by_either_name
     def from_pretrained(
         cls,
         path: str | os.PathLike[str],

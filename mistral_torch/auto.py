@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from mistral_core import MistralConfig
+from mistral_core.compat import path_by_either_name
 from mistral_core.errors import UnsupportedFeatureError
 from mistral_core.weights.hf_arguments import translated
 
@@ -30,6 +31,7 @@ class AutoModel:
         raise UnsupportedFeatureError(f"{name}: call {name}.from_pretrained(path) or {name}.from_config(config).")
 
     @classmethod
+    @path_by_either_name
     def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
         """The model of a checkpoint; options and errors are those of the class's own `from_pretrained`."""
         return cls.model_class.from_pretrained(path, **options)

@@ -114,6 +114,18 @@ def test_config_overrides_and_their_names(backend, tmp_path):
         backend.MistralForCausalLM.from_pretrained(tmp_path, sliding_widow=3)
 
 
+def test_a_path_has_transformers_name_too(backend, tmp_path):
+    save(tmp_path)
+    config = MistralConfig.from_pretrained(tmp_path)
+    assert MistralConfig.from_pretrained(pretrained_model_name_or_path=tmp_path) == config
+    for loader in (backend.MistralForCausalLM, backend.AutoModelForCausalLM):
+        assert loader.from_pretrained(pretrained_model_name_or_path=tmp_path).config == config
+    for wrong in ((tmp_path,), ()):
+        with pytest.raises(UnknownArgumentError, match="are one argument"):
+            given = {} if wrong else {"path": tmp_path}
+            MistralConfig.from_pretrained(*wrong, **given, pretrained_model_name_or_path=tmp_path)
+
+
 def test_names_are_hugging_face_s(backend):
     model = backend.MistralForCausalLM(TINY)
     names = [name for name, _ in model.named_arrays()]

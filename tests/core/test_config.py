@@ -234,3 +234,10 @@ def test_labels():
     named = MistralConfig(id2label={0: "no", 1: "yes"})
     assert (named.num_labels, named.label2id) == (2, {"no": 0, "yes": 1})
     assert named.replace(num_labels=3).id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+
+
+def test_minus_one_is_no_end_of_sequence():
+    assert TINY.replace(eos_token_id=-1).eos_token_ids == ()
+    assert TINY.replace(eos_token_id=[2, -1]).eos_token_ids == (2,)
+    with pytest.raises(ConfigError, match="bos_token_id"):
+        TINY.replace(bos_token_id=-1)
