@@ -227,8 +227,9 @@ class MistralConfig:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The end-of-sequence ids as a tuple, empty if there is none, which transformers' users write as -1 too."""
-        ids = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
-        return tuple(each for each in ids if each not in (None, -1))
+        if self.eos_token_id in (None, -1):
+            return ()
+        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
     def replace(self, **changes: Any) -> MistralConfig:
         """A copy with some fields changed and all checks made again.

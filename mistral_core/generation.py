@@ -248,8 +248,8 @@ class GenerationConfig:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The ids that end a row."""
-        return several(self.eos_token_id)
+        """The ids that end a row; -1 alone is none, as transformers' users write."""
+        return () if self.eos_token_id == -1 else several(self.eos_token_id)
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -29,8 +29,9 @@ def prepare(
     """Ids, mask or embeddings of a call, its functions and the options in force, all checked.
 
     `options` are those of a call: `inputs` is another name of `input_ids`, `inputs_embeds` [B, E, D] is computed in
-    their place. `own` is the checkpoint's config, which counts where `generation` says nothing, unless
-    `use_model_defaults` is False. Raises GenerationConfigError, InputError and its kinds.
+    their place; without any of these the text begins with `bos_token_id`. `own` is the checkpoint's config, which
+    counts where `generation` says nothing, unless `use_model_defaults` is False. Raises GenerationConfigError,
+    InputError and its kinds.
     """
     options = dict(options)
     hooks = Hooks.taken(options)
@@ -50,7 +51,9 @@ def prepare(
         prompt = _embedded(config, np.asarray(embeds), input_ids, attention_mask, generation, hooks)
     else:
         if input_ids is None:
-            raise InputError("generate: give input_ids or inputs_embeds.")
+            if generation.bos_token_id is None:
+                raise InputError("generate: give input_ids or inputs_embeds; there is no bos_token_id to begin with.")
+            input_ids = [[generation.bos_token_id]]
         ids_BT = validate.integers("input_ids", input_ids)
         mask_BT = np.ones_like(ids_BT) if attention_mask is None else validate.mask(attention_mask)
         prompt = Prompt(ids_BT, mask_BT, generation.for_prompt(ids_BT.shape[1]), hooks)

@@ -238,6 +238,6 @@ def test_labels():
 
 def test_minus_one_is_no_end_of_sequence():
     assert TINY.replace(eos_token_id=-1).eos_token_ids == ()
-    assert TINY.replace(eos_token_id=[2, -1]).eos_token_ids == (2,)
-    with pytest.raises(ConfigError, match="bos_token_id"):
-        TINY.replace(bos_token_id=-1)
+    for wrong in ({"bos_token_id": -1}, {"eos_token_id": [2, -1]}):
+        with pytest.raises(ConfigError, match="token_id: -1"):
+            TINY.replace(**wrong)

@@ -11,7 +11,8 @@ import pytest
 
 from mistral_core import GenerationConfig, decoding
 from mistral_core.engine import pieces
-from mistral_core.errors import GenerationConfigError, NonFiniteInputError
+from mistral_core.errors import GenerationConfigError, InputError, NonFiniteInputError
+from mistral_core.preparing import prepare
 from mistral_core.presets import TINY
 from mistral_core.reference.cache import KVCache
 
@@ -171,3 +172,15 @@ def test_24_a_file_keeps_what_it_does_not_know(tmp_path):
     assert config.eos_token_ids == (2, 5)
     assert {key: config.to_dict()[key] for key in data} == data
     hash(config)
+
+
+def test_minus_one_is_no_end_of_sequence():
+    config = GenerationConfig(eos_token_id=-1)
+    config.check(TINY)
+    assert config.eos_token_ids == ()
+
+
+def test_without_a_prompt_a_text_begins_with_bos():
+    assert prepare(TINY, None, None, GenerationConfig(bos_token_id=3), {}).ids.tolist() == [[3]]
+    with pytest.raises(InputError, match="there is no bos_token_id"):
+        prepare(TINY, None, None, GenerationConfig(), {"bos_token_id": None})
