@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from .config import MistralConfig as MistralConfig
     from .conversation import Conversation as Conversation
     from .generation import GenerationConfig as GenerationConfig
+    from .hooks import LogitsProcessor as LogitsProcessor
+    from .hooks import LogitsProcessorList as LogitsProcessorList
+    from .hooks import StoppingCriteria as StoppingCriteria
+    from .hooks import StoppingCriteriaList as StoppingCriteriaList
     from .pictures import AttentionMaskVisualizer as AttentionMaskVisualizer
     from .pictures import AttentionVisualizer as AttentionVisualizer
     from .pipelines import pipeline as pipeline
@@ -31,6 +35,10 @@ _PUBLIC = {
     "MistralCommonTokenizer": (".text.mistral_common", "MistralCommonTokenizer"),
     "TextStreamer": (".text.stream", "TextStreamer"),
     "TextIteratorStreamer": (".text.stream", "TextIteratorStreamer"),
+    "LogitsProcessor": (".hooks", "LogitsProcessor"),
+    "LogitsProcessorList": (".hooks", "LogitsProcessorList"),
+    "StoppingCriteria": (".hooks", "StoppingCriteria"),
+    "StoppingCriteriaList": (".hooks", "StoppingCriteriaList"),
     "AutoConfig": (".config", "MistralConfig"),
     "AutoTokenizer": (".text.tokenizer", "MistralTokenizer"),
     "PRESETS": (".presets", "PRESETS"),

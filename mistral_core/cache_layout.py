@@ -66,3 +66,15 @@ def check_rollback(config: MistralConfig, slots: list[int], length: list[int], c
                     f"rollback: {back} tokens of row {row}, the rolling cache can go back {ring - window - 1}; "
                     "allocate it with a larger lookback."
                 )
+
+
+def cropped(slots: list[int], length: list[int], max_length: int) -> list[int]:
+    """How many tokens of each row are to be forgotten, so that `max_length` are left, or so many fewer if negative.
+
+    Raises InputError where a ring has overwritten a token, which a shorter row might have to see.
+    """
+    longest = max(length, default=0)
+    most = max_length if max_length >= 0 else max(longest + max_length, 0)
+    if most < longest and longest >= min(slots):
+        raise InputError("crop: the cache has rolled on; rollback(count, config) knows how far it can go back.")
+    return [max(tokens - most, 0) for tokens in length]

@@ -24,6 +24,12 @@ FILE = "generation_config.json"
 PAIRS = (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length"))
 """What counts new tokens, and what counts the prompt's columns too and is outranked by it."""
 
+RARE = (
+    "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "min_length",
+    "exponential_decay_length_penalty", "sequence_bias", "epsilon_cutoff", "eta_cutoff",
+)  # fmt: skip
+"""Options that a file of a Mistral has no reason to hold; where one does, that is said."""
+
 
 @dataclass(unsafe_hash=True)
 class GenerationConfig:
@@ -145,6 +151,12 @@ class GenerationConfig:
             warnings.warn(
                 f"{where}: options that are not used here, so tokens may be others than elsewhere: "
                 f"{explained(options, config.to_dict())}.",
+                stacklevel=2,
+            )
+        rare = [name for name in RARE if getattr(config, name) != getattr(GenerationConfig, name)]
+        if rare:
+            warnings.warn(
+                f"{where}: {', '.join(rare)} shape every answer; give generate other values where that is not wanted.",
                 stacklevel=2,
             )
         for name in ("num_beams", "num_return_sequences"):

@@ -20,6 +20,43 @@ from .token_history import shaped
 from .validate import Array
 
 
+class LogitsProcessor:
+    """A function of ids [B, T] and scores [B, V] that returns scores; a subclass defines `__call__`."""
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """The scores that the next tokens are chosen from."""
+        raise NotImplementedError(f"{type(self).__name__} defines no __call__.")
+
+
+class LogitsProcessorList(list[Any]):
+    """Functions of ids and scores, each given what the one before returned."""
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """The scores that the last of them returns."""
+        for processor in self:
+            scores = processor(input_ids, scores)
+        return scores
+
+
+class StoppingCriteria:
+    """A function of ids [B, T] and scores that says whether the rows end; a subclass defines `__call__`."""
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """One bool, or one for each row."""
+        raise NotImplementedError(f"{type(self).__name__} defines no __call__.")
+
+
+class StoppingCriteriaList(list[Any]):
+    """Functions that say whether the rows end: where one says so, they do."""
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """One bool, or one for each row."""
+        ended: Any = False
+        for criterion in self:
+            ended = criterion(input_ids, scores, **kwargs) | ended
+        return ended
+
+
 class Border(Protocol):
     """The border between NumPy and a framework."""
 

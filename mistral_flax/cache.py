@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mistral_core import MistralConfig
-from mistral_core.cache_layout import check_rollback, grown_slots, layer_slots, overwrites_visible
+from mistral_core.cache_layout import check_rollback, cropped, grown_slots, layer_slots, overwrites_visible
 
 
 @jax.tree_util.register_dataclass
@@ -84,6 +84,34 @@ class KVCache:
         """A copy with larger rings, as `cache_layout.grown_layout` allows."""
         keys, values = (tuple(map(_grown, xs, slots)) for xs in (self.keys, self.values))
         return KVCache(keys, values, jnp.copy(self.length), capacity)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """How many real tokens the longest row has."""
+        return max(self.length.tolist(), default=0)
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """The most real tokens a row may have; -1 where the cache grows."""
+        return -1 if self.capacity is None else self.capacity
+
+    def crop(self, max_length: int) -> KVCache:
+        """The cache of each row's first tokens, or without the last so many if negative; use what is returned.
+
+        Raises InputError where it has rolled on.
+        """
+        back = cropped([k.shape[1] for k in self.keys], self.length.tolist(), max_length)
+        return dataclasses.replace(self, length=self.length - jnp.asarray(back, jnp.int32))
+
+    def reorder_cache(self, beam_idx: Array) -> KVCache:
+        """The cache of these rows, as `select_rows`; use what is returned."""
+        return self.select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> KVCache:
+        """The cache with each row so many times; use what is returned."""
+        return self.select_rows(jnp.repeat(jnp.arange(len(self.length)), repeats))
+
+    def batch_select_indices(self, indices: Array) -> KVCache:
+        """The cache of these rows, as `select_rows`; use what is returned."""
+        return self.select_rows(indices)
 
 
 def _grown(x_BRKH: Array, slots: int) -> Array:

@@ -34,7 +34,7 @@ class Engine:
         self, cache: KVCache, ids_BT: Array, mask_BT: Array, rule: Rule, values: Values
     ) -> tuple[decoding.Chosen, KVCache]:
         """The tokens chosen after the last column, or each, and the cache with the new ones in it."""
-        given = {"input_ids": ids_BT} if ids_BT.ndim == 2 else {"inputs_embeds": ids_BT}
+        given = {"input_ids": ids_BT} if ids_BT.ndim == 2 else {"inputs_embeds": ids_BT.astype(np.float64)}
         out = heads.causal_lm(self.config, self.parameters, **given, attention_mask=mask_BT, past_key_values=cache)
         assert out.logits is not None
         logits = out.logits if rule.every else out.logits[:, -1:]
@@ -67,7 +67,7 @@ class Engine:
         given: dict[str, Any] = {"input_ids": ids_BT}
         if embeds_BED is not None:
             ids_embeds = np.asarray(self.parameters["model.embed_tokens.weight"])[ids_BT]
-            given = {"inputs_embeds": np.concatenate([embeds_BED, ids_embeds], axis=1)}
+            given = {"inputs_embeds": np.concatenate([embeds_BED, ids_embeds], axis=1, dtype=np.float64)}
         out = heads.causal_lm(self.config, self.parameters, **given, attention_mask=mask_BT)
         return out.hidden_states or (), out.attentions or ()
 
