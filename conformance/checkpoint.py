@@ -23,8 +23,10 @@ LONGEST_WINDOW = 96
 """A wider window is narrowed to this, or no affordable text would ever leave it and a wrong window would pass."""
 
 
-def check(path: str | os.PathLike[str], backend: str, *, dtype: str = "float32") -> list[Comparison]:
-    """Compare every attention implementation of a backend with the reference.
+def check(
+    path: str | os.PathLike[str], backend: str, *, dtype: str = "float32", implementation: str | None = None
+) -> list[Comparison]:
+    """Compare every attention implementation of a backend, or the one named, with the reference.
 
     The weights are the checkpoint's, the window at most LONGEST_WINDOW. Costs float64 passes of the whole model.
     """
@@ -35,8 +37,8 @@ def check(path: str | os.PathLike[str], backend: str, *, dtype: str = "float32")
     adapter = adapters.get(backend)
     return [
         item
-        for implementation in adapter.implementations
-        for item in _check(Subject(adapter, implementation, dtype), config, parameters, window, length)
+        for each in ((implementation,) if implementation else adapter.implementations)
+        for item in _check(Subject(adapter, each, dtype), config, parameters, window, length)
     ]
 
 

@@ -6,14 +6,25 @@ A fourth backend is a package that registers an object of this protocol there an
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from .errors import MissingExtraError
+from .errors import InputError, MissingExtraError
+from .telling import nearest, shown
 
 GROUP = "mistral.backends"
+ORDER = ("torch", "flax", "tf")
+"""In which one is looked for where nothing says which is meant; others after them, by name."""
+ALIASES = {"pt": "torch", "pytorch": "torch", "jax": "flax", "tensorflow": "tf", "keras": "tf"}
+"""What a backend is called elsewhere -> here."""
+OWNERS: Mapping[str, str] = {
+    "torch": "torch", "mistral_torch": "torch", "jax": "flax", "jaxlib": "flax", "flax": "flax", "mistral_flax": "flax",
+    "tensorflow": "tf", "keras": "tf", "mistral_tf": "tf",
+}  # fmt: skip
+"""The package that a dtype, a device, an array or a model comes from -> the backend that it means."""
+_LOGGER = logging.getLogger("mistral")
 
 
 class Backend(Protocol):
@@ -51,24 +62,80 @@ class Backend(Protocol):
 
 
 def names() -> list[str]:
-    """The registered backends, installed framework or not."""
-    return sorted({point.name for point in importlib.metadata.entry_points(group=GROUP)})
+    """The registered backends, installed framework or not, in the order in which they are looked for."""
+    found = {point.name for point in importlib.metadata.entry_points(group=GROUP)}
+    return [*(name for name in ORDER if name in found), *sorted(found - set(ORDER))]
 
 
 def get(name: str) -> Backend:
-    """Import a backend; raises MissingExtraError naming the extra when its framework is not installed."""
+    """Import a backend by its name or an alias; raises MissingExtraError with the extra that brings its framework."""
     points = {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
+    name = ALIASES.get(name, name)
     if name not in points:
-        raise MissingExtraError(f"backend {name!r} is not registered; known are {sorted(points)}.")
+        raise MissingExtraError(f"backend {shown(name)} is not registered; known are {names()}{nearest(name, points)}.")
     try:
         backend: Backend = points[name].load()
     except ImportError as cause:
         if cause.name is not None and cause.name.partition(".")[0].startswith("mistral"):
             raise
+        if isinstance(cause, MissingExtraError):
+            raise
         raise MissingExtraError(
             f"backend {name!r} needs {cause.name or cause}; pip install 'mistral-frameworks[{name}]'."
         ) from cause
     return backend
+
+
+def chosen(backend: Any = None, *, framework: Any = None, model: Any = None, given: Iterable[Any] = ()) -> str:
+    """The name of the backend that is meant.
+
+    It is the one named by `backend` or `framework`, or whose `model`, dtype, device or array is `given`, or else the
+    first that is installed, which is said once. Raises InputError where two are meant, MissingExtraError.
+    """
+    named = {_named(each) for each in (backend, framework) if each is not None}
+    if len(named) > 1:
+        raise InputError(f"backend={shown(backend)} and framework={shown(framework)} are two; give one.")
+    if named:
+        return named.pop()
+    owners = {name for each in (model, *given) if (name := owner(each)) is not None}
+    if len(owners) > 1:
+        raise InputError(f"what is given belongs to {' and '.join(sorted(owners))}; give what is of one, or backend=.")
+    if owners:
+        return owners.pop()
+    name = next(installed(), None)
+    if name is None:
+        raise MissingExtraError("no framework is installed; pip install 'mistral-frameworks[torch]' (or flax, or tf).")
+    _say_once(f"backend: {name}, the first that is installed of {', '.join(names())}; `backend` chooses another")
+    return name
+
+
+def owner(value: Any) -> str | None:
+    """The backend whose framework a model, dtype, device or array comes from; None for what any of them takes."""
+    if isinstance(value, Mapping):  # a device_map
+        return next(filter(None, map(owner, value.values())), None)
+    packages = {_package(point.module): point.name for point in importlib.metadata.entry_points(group=GROUP)} | OWNERS
+    kinds = (value, type(value)) if isinstance(value, type) else (type(value),)
+    bases = (_package(base.__module__) for kind in kinds for base in kind.__mro__)
+    return next((packages[base] for base in bases if base in packages), None)
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _named(name: Any) -> str:
+    if not isinstance(name, str):
+        raise InputError(f"backend: {shown(name)}; one of {', '.join(names())} was expected.")
+    return ALIASES.get(name, name)
+
+
+_SAID: set[str] = set()
+
+
+def _say_once(text: str) -> None:
+    if text not in _SAID:
+        _SAID.add(text)
+        _LOGGER.warning(text)
 
 
 def version(backend: Backend) -> str:

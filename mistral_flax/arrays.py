@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mistral_core import MistralConfig, validate
+from mistral_core import MistralConfig, devices, validate
 from mistral_core.errors import ConfigError, InputError
 
 from .cache import KVCache
@@ -39,16 +40,27 @@ def as_dtypes(dtype: Any, param_dtype: Any) -> tuple[Any, Any]:
 
 
 def as_device(device: Any) -> Any:
-    """A JAX device from itself, its platform's name or its number; a Sharding as it is; "auto" is JAX's default.
+    """A JAX device from itself, its name, a number (-1 is the CPU); a Sharding as it is; "auto" is JAX's default.
 
-    Raises ConfigError for a device that is not there.
+    Raises ConfigError for a device that is not here.
     """
-    if device is None or device == "auto" or isinstance(device, jax.Device | jax.sharding.Sharding):
-        return None if device == "auto" else device
-    try:
-        return jax.devices()[device] if isinstance(device, int) else jax.devices(device)[0]
-    except (RuntimeError, IndexError, TypeError) as error:
-        raise ConfigError(f"device: {device!r} is not here; JAX sees {jax.devices()}.") from error
+    if device is None or isinstance(device, jax.Device | jax.sharding.Sharding):
+        return device
+    if isinstance(device, str) and device == "auto":
+        return None
+    return devices.find(device, _devices(), framework="JAX")
+
+
+def _devices() -> dict[str, list[Any]]:
+    """What is here, by kind; the CPU is there beside any accelerator, but where JAX was told otherwise."""
+    here: dict[str, list[Any]] = {}
+    for device in jax.devices():
+        kind = device.platform
+        here.setdefault(devices.NAMES.get(kind, kind), []).append(device)
+    if devices.CPU not in here:
+        with contextlib.suppress(RuntimeError):
+            here[devices.CPU] = jax.devices("cpu")
+    return here
 
 
 def to_numpy(array: Array) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
 
-from mistral_core import MistralConfig, validate
+from mistral_core import MistralConfig, devices, validate
 from mistral_core.errors import ConfigError, InputError
 
 from .cache import KVCache
@@ -48,20 +48,21 @@ def as_policy(dtype: Any) -> keras.DTypePolicy:
 
 
 def as_device(device: Any) -> str | None:
-    """A TensorFlow device's name from its name, a GPU's number, or "auto": the first GPU if there is one.
+    """A TensorFlow device's name from its name, a number (-1 is the CPU), or "auto": the first GPU if there is one.
 
-    Raises ConfigError for a device that is not there.
+    Raises ConfigError for a device that is not here.
     """
-    if device is None:
-        return None
-    if device == "auto":
-        device = "GPU:0" if tf.config.list_physical_devices("GPU") else "CPU:0"
-    name = f"GPU:{device}" if isinstance(device, int) else str(device).upper().replace("CUDA", "GPU")
-    kind, _, number = name.rpartition("/")[2].removeprefix("DEVICE:").partition(":")
-    here = len(tf.config.list_physical_devices(kind))
-    if not (number or "0").isdecimal() or int(number or 0) >= here:
-        raise ConfigError(f"device: {device!r} is not here; TensorFlow sees {tf.config.list_physical_devices()}.")
-    return f"{kind}:{number or 0}"
+    return None if device is None else devices.find(device, _devices(), framework="TensorFlow")
+
+
+def _devices() -> dict[str, list[str]]:
+    """What is here, by kind."""
+    here: dict[str, list[str]] = {"cpu": []}
+    for device in tf.config.list_logical_devices():
+        kind = device.device_type.lower()
+        if "_" not in kind:  # nobody puts a model on a TPU_SYSTEM or an XLA_CPU
+            here.setdefault(devices.NAMES.get(kind, kind), []).append(device.name.rpartition("device:")[2])
+    return here
 
 
 def to_numpy(array: Tensor) -> np.ndarray:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mistral_core import MistralConfig, outputs, validate
+from mistral_core import MistralConfig, devices, outputs, validate
 from mistral_core.errors import ConfigError, InputError
 
 from .cache import KVCache, is_mapped
@@ -44,10 +44,26 @@ def as_dtype(dtype: Any) -> torch.dtype:
 
 
 def as_device(device: Any) -> torch.device | None:
-    """A torch device from itself, its name, a GPU's number, or "auto": the first GPU if there is one."""
-    if device == "auto":
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return None if device is None else torch.device(device)
+    """A torch device from itself, its name, a number (-1 is the CPU), or "auto": the first GPU if there is one.
+
+    Raises ConfigError for a device that is not here.
+    """
+    if device is None:
+        return None
+    found = devices.find(device, _devices(), framework="torch")
+    if found.index is None or devices.parse(device).index is not None:
+        return found
+    return torch.device(found.type, torch.accelerator.current_device_index())  # a process may have chosen its own
+
+
+def _devices() -> dict[str, list[torch.device]]:
+    """What is here, by kind."""
+    here = {"cpu": [torch.device("cpu")]}
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator().type
+        found = [torch.device(kind, index) for index in range(torch.accelerator.device_count())]
+        here[devices.NAMES.get(kind, kind)] = found
+    return here | {devices.NOWHERE: [torch.device("meta")]}
 
 
 def to_numpy(array: Tensor) -> np.ndarray:

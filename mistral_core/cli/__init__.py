@@ -8,7 +8,9 @@ import os
 import signal
 import sys
 import traceback
+from typing import Any
 
+from .. import backend as backends
 from ..errors import MistralError
 
 COMMANDS = {
@@ -75,9 +77,38 @@ def _options(argv: list[str]) -> argparse.Namespace:
     return command.parse_intermixed_args(argv[1:], argparse.Namespace(command=name))
 
 
-def backend_argument(command: argparse.ArgumentParser) -> None:
+ONE_BACKEND = f"{', '.join(backends.ORDER)}; default: the first of them that is installed"
+
+
+def backend_argument(command: argparse.ArgumentParser, text: str = ONE_BACKEND) -> None:
+    """Let the user say which backend is used."""
+    command.add_argument("--backend", "--framework", help=text)
+
+
+def backends_argument(command: argparse.ArgumentParser) -> None:
     """Let the command be limited to some backends."""
-    command.add_argument("--backend", action="append", help="only this one; may be repeated")
+    command.add_argument(
+        "--backend", "--framework", action="append", help="only this one; may be repeated; default: all installed ones"
+    )
+
+
+def loading_arguments(command: argparse.ArgumentParser, dtype: str = "auto, the checkpoint's own") -> None:
+    """How a model is loaded, in every command that loads one, in both spellings that other tools have."""
+    command.add_argument(
+        "--dtype", "--torch-dtype", "--torch_dtype", dest="dtype",
+        help=f"float32, bfloat16, float16 or auto; default: {dtype}",
+    )  # fmt: skip
+    command.add_argument("--device", help="cpu or -1, a GPU's number, cuda:1, auto; default: the framework's own")
+    command.add_argument(
+        "--attn-implementation", "--attn_implementation", dest="attn_implementation",
+        help="eager, sdpa, flash_attention_2 or another of the backend's; default: the backend's own",
+    )  # fmt: skip
+
+
+def loading(options: argparse.Namespace) -> dict[str, Any]:
+    """What was given of `loading_arguments`, as `from_pretrained` takes it."""
+    given = {name: getattr(options, name) for name in ("dtype", "device", "attn_implementation")}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def progress(text: str) -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 
 from .. import backend as backends
+from .. import devices
 from ..data import TINY_CHECKPOINT
-from ..errors import MissingExtraError
-from . import backend_argument, progress
+from ..errors import MissingExtraError, UnsupportedFeatureError
+from . import backends_argument, loading_arguments, progress
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
     """What the command takes."""
     command.add_argument("path", nargs="?", help="a checkpoint directory or a hub id; default: the embedded one")
-    backend_argument(command)
-    command.add_argument("--dtype", help="float32, bfloat16 or float16; default: float32")
+    backends_argument(command)
+    loading_arguments(command, dtype="float32")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -26,6 +27,8 @@ def run(options: argparse.Namespace) -> int:
             f"the conformance suite is not installed ({cause}); install mistral-frameworks."
         ) from cause
 
+    if options.device not in (None, "auto") and devices.parse(options.device).kind != devices.CPU:
+        raise UnsupportedFeatureError(f"--device: {options.device!r}; what is compared is computed on the CPU.")
     names = options.backend or list(backends.installed())
     if not names:
         raise MissingExtraError("no framework is installed; pip install 'mistral-frameworks[torch]' (or flax, or tf).")
@@ -34,6 +37,11 @@ def run(options: argparse.Namespace) -> int:
     found = []
     for name in names:
         progress(f"checking {name}")
-        found += checkpoint.check(options.path or TINY_CHECKPOINT, name, dtype=options.dtype or "float32")
+        found += checkpoint.check(
+            options.path or TINY_CHECKPOINT,
+            name,
+            dtype="float32" if options.dtype in (None, "auto") else options.dtype,
+            implementation=options.attn_implementation,
+        )
     print(report.as_json(found) if options.json else report.table(report.worst(found)))
     return 0 if all(item.passed for item in found) else 1

@@ -13,12 +13,12 @@ import numpy as np
 from .. import backend as backends
 from .. import decoding
 from ..data import TINY_CHECKPOINT
-from ..errors import MissingExtraError
+from ..errors import InputError, MissingExtraError
 from ..generation import GenerationConfig
 from ..reference import heads
 from ..text.tokenizer import MistralTokenizer
 from ..weights import pretrained
-from . import backend_argument, progress
+from . import backends_argument, loading, loading_arguments, progress
 
 PROMPT = "Elizabeth was surprised"
 BOUND = 32.0
@@ -54,7 +54,8 @@ class Expected(NamedTuple):
 def arguments(command: argparse.ArgumentParser) -> None:
     """What the command takes."""
     command.add_argument("path", nargs="?", help="a checkpoint directory or a hub id; default: the embedded one")
-    backend_argument(command)
+    backends_argument(command)
+    loading_arguments(command, dtype="float32, which is what is compared")
     command.add_argument("--prompt", help="the text to continue")
     command.add_argument("--max-new-tokens", type=int, default=256)
 
@@ -62,6 +63,9 @@ def arguments(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the demo; 0 where every framework agrees with the reference."""
     path = options.path or TINY_CHECKPOINT
+    if options.dtype not in (None, "auto", "float32"):
+        raise InputError(f"--dtype: {options.dtype!r}; float32 is compared here. Other dtypes: mistral check --dtype.")
+    given = {**loading(options), "dtype": "float32"}
     found = list(_backends(options.backend))
     tokenizer = MistralTokenizer.from_pretrained(path)
     prompt = PROMPT if options.prompt is None else options.prompt
@@ -71,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     rows = [row]
     for backend in found:
         progress(f"{backends.version(backend)}: the same in float32")
-        rows.append(_framework(backend, path, expected, tokenizer))
+        rows.append(_framework(backend, path, expected, tokenizer, given))
     agree = all(row.agrees for row in rows) and len(rows) > 1
     if options.json:
         print(json.dumps({"prompt": prompt, "agree": agree, "frameworks": [row._asdict() for row in rows]}, indent=1))
@@ -111,9 +115,11 @@ def _reference(path: Any, ids: np.ndarray, new: int, tokenizer: MistralTokenizer
     return row, Expected(tokens, logits, ids.shape[1])
 
 
-def _framework(backend: backends.Backend, path: Any, expected: Expected, tokenizer: MistralTokenizer) -> Row:
+def _framework(
+    backend: backends.Backend, path: Any, expected: Expected, tokenizer: MistralTokenizer, given: dict[str, Any]
+) -> Row:
     started = time.perf_counter()
-    model = backend.model_class("MistralForCausalLM").from_pretrained(path, dtype="float32")
+    model = backend.model_class("MistralForCausalLM").from_pretrained(path, **given)
     load_seconds = time.perf_counter() - started
     prompt, new = expected.tokens[:, : expected.prompt], expected.tokens.shape[1] - expected.prompt
     for _ in range(2):  # the first time compiles

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from .. import backend as backends
-from ..errors import MissingExtraError
 from ..text.stream import TextStreamer
 from ..text.tokenizer import MistralTokenizer
-from . import progress, stdin
+from . import backend_argument, loading, loading_arguments, progress, stdin
 
 OPTIONS = {
     "max_new_tokens": int,
@@ -43,8 +42,8 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 def model_arguments(command: argparse.ArgumentParser) -> None:
     """What every command takes that loads a model and writes text with it."""
-    command.add_argument("--backend", help="torch, flax or tf; default: the first that is installed")
-    command.add_argument("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's own")
+    backend_argument(command)
+    loading_arguments(command)
     for name, kind in OPTIONS.items():
         sampling = "; turns sampling on" if name in SAMPLING else ""
         command.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"{kind.__name__}{sampling}")
@@ -60,14 +59,11 @@ def generation_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def load(options: argparse.Namespace) -> tuple[backends.Backend, MistralTokenizer, Any]:
     """Backend, tokenizer and model that were asked for, with progress told; raises MissingExtraError."""
-    name = options.backend or next(backends.installed(), None)
-    if name is None:
-        raise MissingExtraError("no framework is installed; pip install 'mistral-frameworks[torch]' (or flax, or tf).")
-    backend = backends.get(name)
+    _tell_what_takes_long()
+    backend = backends.get(backends.chosen(options.backend))
     tokenizer = MistralTokenizer.from_pretrained(options.path)
     progress(f"loading {options.path} in {backends.version(backend)}")
-    model = backend.model_class("MistralForCausalLM").from_pretrained(options.path, dtype=options.dtype)
-    _tell_what_takes_long()
+    model = backend.model_class("MistralForCausalLM").from_pretrained(options.path, **loading(options))
     return backend, tokenizer, model
 
 

@@ -10,13 +10,13 @@ from ..errors import InputError
 from ..pictures import AttentionMaskVisualizer
 from ..pictures.inputs import is_chat
 from ..pictures.picture import Picture
-from . import progress, stdin
+from . import backend_argument, progress, stdin
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
     """What the command takes."""
     looked_at(command)
-    command.add_argument("--backend", help="torch, flax or tf: its own mask; default: the float64 reference's")
+    backend_argument(command, "torch, flax or tf: its own mask; default: the float64 reference's")
     command.add_argument("--layer", type=number_or_word, default="all", help="a number; default: one for each window")
 
 

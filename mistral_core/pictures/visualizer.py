@@ -12,24 +12,42 @@ import numpy as np
 
 from .. import backend as backends
 from ..config import MistralConfig
-from ..errors import InputError
+from ..errors import InputError, MissingExtraError
 from ..reference import ops
 from ..text.tokenizer import MistralTokenizer
 from .inputs import Rows, Source, read
 from .picture import Array, Panel, Picture, Reason
 
 REFERENCE = "reference"
+LOADING = ("dtype", "torch_dtype", "device", "device_map", "attn_implementation")
+"""Arguments that go to `from_pretrained`."""
 
 
 class _Visualizer:
     """What both have: a checkpoint, and the backend whose functions are looked at."""
 
-    def __init__(self, path: str | os.PathLike[str], *, backend: str | None = None, **overrides: Any) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        backend: str | None = None,
+        framework: str | None = None,
+        **overrides: Any,
+    ) -> None:
         self.path = path
+        self._loading = {name: overrides.pop(name) for name in LOADING if name in overrides}
         self.config = MistralConfig.from_pretrained(path, **overrides)
         self.tokenizer = MistralTokenizer.from_pretrained(path)
-        self.backend = None if backend in (None, REFERENCE) else backends.get(backend)
+        name = self._chosen(backend, framework)
+        self.backend = None if name == REFERENCE else backends.get(name)
         self._overrides = overrides
+
+    def _chosen(self, backend: str | None, framework: str | None) -> str:
+        """The backend that is named, or whose dtype or device is given; else the reference."""
+        given = list(self._loading.values())
+        if backend is None and framework is None and not any(map(backends.owner, given)):
+            return REFERENCE
+        return backends.chosen(backend, framework=framework, given=given)
 
     def _title(self, subject: str) -> str:
         made = "float64 reference" if self.backend is None else backends.version(self.backend)
@@ -107,10 +125,20 @@ class AttentionMaskVisualizer(_Visualizer):
 class AttentionVisualizer(_Visualizer):
     """Shows how the tokens divide their attention: `AttentionVisualizer(path)("Emma was", layer=0, head="all")`.
 
-    The weights are those that the model of `backend` returns in float32, or the reference in float64.
+    The weights are those that the model of `backend` returns, in float32 unless `dtype` says otherwise, or the
+    reference in float64. Without `backend` it is the one whose dtype or device is given, or else the first that is
+    installed, or else the reference. `overrides` are also dtype, device and attn_implementation.
     """
 
     _model: Any = None
+
+    def _chosen(self, backend: str | None, framework: str | None) -> str:
+        try:
+            return backends.chosen(backend, framework=framework, given=self._loading.values())
+        except MissingExtraError:
+            if backend is None and framework is None:
+                return REFERENCE
+            raise
 
     def __call__(self, source: Source, **options: Any) -> Picture:
         """Print the weights and return the picture; options and errors are those of `picture`."""
@@ -170,7 +198,8 @@ class AttentionVisualizer(_Visualizer):
             return list(forward(self.config, self._model, rows.input_ids, **inputs).attentions or ())
         if self._model is None:
             kind = self.backend.model_class("MistralModel")
-            self._model = kind.from_pretrained(self.path, dtype="float32", **self._overrides)
+            dtype = {} if {"dtype", "torch_dtype"} & self._loading.keys() else {"dtype": "float32"}
+            self._model = kind.from_pretrained(self.path, **dtype, **self._loading, **self._overrides)
         with self.backend.inference(self._model):
             out = self._model(rows.input_ids, output_attentions=True, use_cache=False, **inputs)
         return [np.asarray(self.backend.to_numpy(weights)) for weights in out.attentions]

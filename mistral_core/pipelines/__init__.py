@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import os
 from collections.abc import Mapping
 from typing import Any
 
 from .. import backend as backends
 from ..disk import reading
-from ..errors import InputError, MissingExtraError
+from ..errors import InputError
+from ..telling import shown
 from .base import Pipeline
 
 TASKS: Mapping[str, tuple[str, str]] = {
@@ -34,14 +34,16 @@ def pipeline(
     *,
     tokenizer: Any = None,
     backend: str | None = None,
+    framework: str | None = None,
     batch_size: int = 1,
     model_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Pipeline:
     """What turns texts into results: a task, and a model by its path, hub id or as an object.
 
-    Without `task`, it is the one that the model was saved for. `backend` is "torch", "flax" or "tf", by default the
-    first that is installed; an object has its own. A path brings its tokenizer; to an object, give one or its path.
+    Without `task`, it is the one that the model was saved for. `backend` is "torch", "flax" or "tf" (`framework`
+    "pt", "jax" or "tf"), by default the one whose dtype or device is given, or else the first that is installed; a
+    model object has its own. A path brings its tokenizer; to an object, give one or its path.
     `revision`, `token`, `cache_dir`, `local_files_only`, `config`, `dtype`, `device`, `attn_implementation` and
     `model_kwargs` go to `from_pretrained`; all other options are those of a call: see help(type(pipeline(...))).
     Raises InputError for what does not exist, and what `from_pretrained` raises.
@@ -54,12 +56,13 @@ def pipeline(
         model = reading.held_if_there(model)  # the model and its tokenizer are of one moment
         task = _task(task or _task_of(_own_architecture(model, loading.get("config"), hub)))
         tokenizer = model if tokenizer is None else tokenizer
-        found = backends.get(backend or _first())
-        model = found.model_class(TASKS[task][0]).from_pretrained(model, **{**loading, **(model_kwargs or {})})
+        loading |= model_kwargs or {}
+        found = backends.get(backends.chosen(backend, framework=framework, given=loading.values()))
+        model = found.model_class(TASKS[task][0]).from_pretrained(model, **loading)
     else:
         hub = {}
         task = _task(task or _task_of(getattr(model, "architecture", None)))
-        found = backends.get(backend or _name_of(model))
+        found = backends.get(_backend_of(model, backend, framework))
         _check_object(model, task, [*loading, *(model_kwargs or {})])
     if isinstance(tokenizer, str | os.PathLike):
         from ..text.tokenizer import MistralTokenizer
@@ -77,7 +80,7 @@ def pipeline(
 def _task(name: str) -> str:
     task = ALIASES.get(name, name)
     if task not in TASKS:
-        raise InputError(f"task: {name!r}, one of {', '.join((*TASKS, *ALIASES))} was expected.")
+        raise InputError(f"task: {shown(name)}, one of {', '.join((*TASKS, *ALIASES))} was expected.")
     return task
 
 
@@ -95,20 +98,13 @@ def _own_architecture(path: Any, config: Any, hub: Mapping[str, Any]) -> str | N
     return (config.architectures or ("MistralForCausalLM",))[0]
 
 
-def _first() -> str:
-    name = next(backends.installed(), None)
-    if name is None:
-        raise MissingExtraError("no framework is installed; pip install 'mistral-frameworks[torch]' (or flax, or tf).")
-    return name
-
-
-def _name_of(model: Any) -> str:
-    """The backend that a model's class comes from, or extends."""
-    packages = {kind.__module__.partition(".")[0] for kind in type(model).__mro__}
-    for point in importlib.metadata.entry_points(group=backends.GROUP):
-        if point.module.partition(".")[0] in packages:
-            return point.name
-    raise InputError(f"model: {type(model).__name__}; a path, or a model of a backend was expected, or give backend=.")
+def _backend_of(model: Any, backend: str | None, framework: str | None) -> str:
+    """The backend that a model's class comes from, or extends, or that is named for it."""
+    if backends.owner(model) is None and backend is None and framework is None:
+        raise InputError(
+            f"model: {type(model).__name__}; a path, or a model of a backend was expected, or give backend=."
+        )
+    return backends.chosen(backend, framework=framework, model=model)
 
 
 def _check_object(model: Any, task: str, loading: list[str]) -> None:

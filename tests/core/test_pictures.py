@@ -38,7 +38,7 @@ def masks():
 
 @pytest.fixture(scope="module")
 def weights():
-    return AttentionVisualizer(TINY_CHECKPOINT)
+    return AttentionVisualizer(TINY_CHECKPOINT, backend="reference")
 
 
 def drawn(*names, window=None, weights=None):
