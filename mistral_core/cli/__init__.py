@@ -8,10 +8,12 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from typing import Any
 
 from .. import backend as backends
 from ..errors import MistralError
+from ..telling import printable
 
 COMMANDS = {
     "demo": "the embedded checkpoint in every installed framework, compared with the float64 reference",
@@ -42,22 +44,28 @@ def main(argv: list[str] | None = None) -> int:
     for variable, value in POLITE.items():
         os.environ.setdefault(variable, value)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is removed
+    words = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"mistral: warning: {printable(str(message))}\n"
     try:
         status = int(importlib.import_module(f".{options.command}", __name__).run(options))
         print(end="", flush=True)  # a closed pipe shows here, not at exit
         return status
     except MistralError as error:
         if options.verbose:
-            traceback.print_exc()
-        print(f"mistral: {error}", file=sys.stderr)
+            _trace()
+        progress(str(error))
         return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
         return 141
+    except Exception:  # a fault of ours, or of a library: told whole, but to no terminal raw
+        _trace()
+        return 1
     finally:
         signal.signal(signal.SIGTERM, before)
+        warnings.formatwarning = words
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
@@ -111,6 +119,25 @@ def loading(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def put(text: object = "", *, end: str = "\n") -> None:
+    """Write what a command answers to stdout.
+
+    Texts of models and files may hold characters that a terminal obeys: there they are written as escapes. A file or a
+    pipe gets them as they are, because another program reads them as data.
+    """
+    print(printable(str(text)) if sys.stdout.isatty() else text, end=end, flush=True)
+
+
+def put_painted(text: str) -> None:
+    """The same of a text that is printable and that colours of ours were put around."""
+    print(text)
+
+
 def progress(text: str) -> None:
-    """Say on stderr what is being done."""
-    print(f"mistral: {text}", file=sys.stderr, flush=True)
+    """Say on stderr what is being done, or what is wrong."""
+    print(f"mistral: {printable(text)}", file=sys.stderr, flush=True)
+
+
+def _trace() -> None:
+    """The traceback of what is being handled, whose messages quote what they like."""
+    print(printable(traceback.format_exc()), end="", file=sys.stderr)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 
 from ..conversation import Conversation, Turn
 from ..errors import InputError
 from ..text.tokenizer import MistralTokenizer
-from . import generate, progress, repl, stdin
+from . import generate, progress, put, repl, stdin
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
@@ -66,16 +67,11 @@ def summary(turn: Turn) -> str:
 
 
 def _answer(conversation: Conversation, text: str, *, as_json: bool) -> int:
-    to_terminal = sys.stdout.isatty()
-
-    def show(piece: str) -> None:
-        print(repl.visible(piece) if to_terminal else piece, end="", flush=True)
-
-    answer = conversation.say(text, on_text=None if as_json else show)
+    answer = conversation.say(text, on_text=None if as_json else partial(put, end=""))
     assert conversation.last is not None
     if as_json:
-        print(json.dumps({"text": answer, **conversation.last._asdict(), "messages": conversation.messages}))
+        put(json.dumps({"text": answer, **conversation.last._asdict(), "messages": conversation.messages}))
     else:
-        print()
+        put()
     progress(summary(conversation.last))
     return 0

@@ -8,7 +8,7 @@ from .. import backend as backends
 from .. import devices
 from ..data import TINY_CHECKPOINT
 from ..errors import MissingExtraError, UnsupportedFeatureError
-from . import backends_argument, loading_arguments, progress
+from . import backends_argument, loading_arguments, progress, put
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
@@ -43,5 +43,5 @@ def run(options: argparse.Namespace) -> int:
             dtype="float32" if options.dtype in (None, "auto") else options.dtype,
             implementation=options.attn_implementation,
         )
-    print(report.as_json(found) if options.json else report.table(report.worst(found)))
+    put(report.as_json(found) if options.json else report.table(report.worst(found)))
     return 0 if all(item.passed for item in found) else 1

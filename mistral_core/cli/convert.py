@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from ..config import MistralConfig
 from ..weights import formats
 from ..weights.convert import VERIFY, convert
+from . import put
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
@@ -54,12 +55,12 @@ def run(options: argparse.Namespace) -> int:
             revision=options.revision,
         )
     if options.json:
-        print(json.dumps(dataclasses.asdict(report), indent=1))
+        put(json.dumps(dataclasses.asdict(report), indent=1))
         return 0
-    print(report)
+    put(report)
     if not options.dry_run:
         rate = report.bytes / report.seconds / 1e6 if report.seconds else 0.0
-        print(f"written in {report.seconds:.1f} s, {rate:.0f} MB/s")
+        put(f"written in {report.seconds:.1f} s, {rate:.0f} MB/s")
     return 0
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from ..generation import GenerationConfig
 from ..reference import heads
 from ..text.tokenizer import MistralTokenizer
 from ..weights import pretrained
-from . import backends_argument, loading, loading_arguments, progress
+from . import backends_argument, loading, loading_arguments, progress, put
 
 PROMPT = "Elizabeth was surprised"
 BOUND = 32.0
@@ -78,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
         rows.append(_framework(backend, path, expected, tokenizer, given))
     agree = all(row.agrees for row in rows) and len(rows) > 1
     if options.json:
-        print(json.dumps({"prompt": prompt, "agree": agree, "frameworks": [row._asdict() for row in rows]}, indent=1))
+        put(json.dumps({"prompt": prompt, "agree": agree, "frameworks": [row._asdict() for row in rows]}, indent=1))
     else:
         _print(prompt, rows, agree)
     return 0 if agree else 1
@@ -116,7 +117,11 @@ def _reference(path: Any, ids: np.ndarray, new: int, tokenizer: MistralTokenizer
 
 
 def _framework(
-    backend: backends.Backend, path: Any, expected: Expected, tokenizer: MistralTokenizer, given: dict[str, Any]
+    backend: backends.Backend,
+    path: Any,
+    expected: Expected,
+    tokenizer: MistralTokenizer,
+    given: Mapping[str, Any] = MappingProxyType({"dtype": "float32"}),
 ) -> Row:
     started = time.perf_counter()
     model = backend.model_class("MistralForCausalLM").from_pretrained(path, **given)
@@ -141,10 +146,10 @@ def _framework(
 
 
 def _print(prompt: str, rows: list[Row], agree: bool) -> None:
-    print(f"prompt: {prompt}\n")
+    put(f"prompt: {prompt}\n")
     for row in rows:
         same = row.text == rows[0].text
-        print(f"{row.framework} wrote{' the same' if same and row is not rows[0] else ''}:\n{row.text}\n")
+        put(f"{row.framework} wrote{' the same' if same and row is not rows[0] else ''}:\n{row.text}\n")
     head = (
         "framework", "max |logit - reference|", "ulp", "argmax agreement", "cached = one pass", "tokens/s", "load s",
     )  # fmt: skip
@@ -157,6 +162,6 @@ def _print(prompt: str, rows: list[Row], agree: bool) -> None:
     ]  # fmt: skip
     widths = [max(len(line[i]) for line in (head, *cells)) for i in range(len(head))]
     for line in (head, *cells):
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        put("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     verdict = "all agree" if agree else "THEY DISAGREE" if len(rows) > 1 else "no framework is installed"
-    print(f"\n{verdict} (same tokens, same argmax, logits within {BOUND:.0f} ulp of the float64 reference)")
+    put(f"\n{verdict} (same tokens, same argmax, logits within {BOUND:.0f} ulp of the float64 reference)")

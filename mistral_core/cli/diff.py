@@ -10,6 +10,7 @@ import numpy as np
 from ..text.tokenizer import MistralTokenizer
 from ..weights import difference, hub
 from ..weights.opened import Checkpoint
+from . import put
 
 SHOWN = 20
 
@@ -32,18 +33,18 @@ def run(options: argparse.Namespace) -> int:
     different = [item for item in found if not item.same_bits]
     if options.json:
         facts = {"tensors": [item._asdict() for item in found], "layers": [state._asdict() for state in states]}
-        print(json.dumps(facts, indent=1))
+        put(json.dumps(facts, indent=1))
         return int(bool(different))
-    print(f"{len(found) - len(different)} of {len(found)} tensors have the same bits")
+    put(f"{len(found) - len(different)} of {len(found)} tensors have the same bits")
     for item in different[:SHOWN]:
-        print(f"{item.name}: {_told(item)}")
+        put(f"{item.name}: {_told(item)}")
     if len(different) > SHOWN:
-        print(f"... and {len(different) - SHOWN} more (--json lists all)")
+        put(f"... and {len(different) - SHOWN} more (--json lists all)")
     for state in states:
-        print(f"after {state.layer}: max |difference| {state.max_abs:.3g}, relative {state.relative:.3g}")
+        put(f"after {state.layer}: max |difference| {state.max_abs:.3g}, relative {state.relative:.3g}")
     parted = next((state.layer for state in states if state.max_abs > 0), None)
     if states:
-        print(f"they part at {parted}" if parted else "every hidden state is the same")
+        put(f"they part at {parted}" if parted else "every hidden state is the same")
     return int(bool(different))
 
 

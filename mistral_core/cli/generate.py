@@ -13,7 +13,7 @@ import numpy as np
 from .. import backend as backends
 from ..text.stream import TextStreamer
 from ..text.tokenizer import MistralTokenizer
-from . import backend_argument, loading, loading_arguments, progress, stdin
+from . import backend_argument, loading, loading_arguments, progress, put, stdin
 
 OPTIONS = {
     "max_new_tokens": int,
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
     new = len(row) - ids.shape[1]
     progress(f"{new} tokens in {seconds:.1f} s, compilation included")
     if options.json:
-        print(
+        put(
             json.dumps(
                 {
                     "text": tokenizer.decode(row, skip_special_tokens=True),
@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
             )
         )
     elif not shown:
-        print(tokenizer.decode(row, skip_special_tokens=True))
+        put(tokenizer.decode(row, skip_special_tokens=True))
     return 0
 
 

@@ -11,6 +11,7 @@ from ..config import MistralConfig
 from ..errors import MistralError, UnsupportedFeatureError
 from ..parameters import HEADS, parameter_count
 from ..presets import PRESETS
+from . import put
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -24,11 +25,11 @@ def run(options: argparse.Namespace) -> int:
     """Print the facts of a path or a preset."""
     facts = describe(options.path)
     if options.json:
-        print(json.dumps(facts, indent=1))
+        put(json.dumps(facts, indent=1))
         return 0
     width = max(map(len, facts))
     for name, value in facts.items():
-        print(f"{name.replace('_', ' '):{width}}  {_shown(value)}")
+        put(f"{name.replace('_', ' '):{width}}  {_shown(value)}")
     return 0
 
 

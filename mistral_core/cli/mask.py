@@ -10,7 +10,7 @@ from ..errors import InputError
 from ..pictures import AttentionMaskVisualizer
 from ..pictures.inputs import is_chat
 from ..pictures.picture import Picture
-from . import backend_argument, progress, stdin
+from . import backend_argument, progress, put, stdin
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
@@ -78,7 +78,7 @@ def put_out(picture: Picture, options: argparse.Namespace) -> int:
         picture.png(options.png, font=options.font)
         progress(f"wrote {options.png}")
     if options.json:
-        print(json.dumps(picture.to_dict()))
+        put(json.dumps(picture.to_dict()))
     elif options.html is None and options.png is None:
         picture.print()
     return 0

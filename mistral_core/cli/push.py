@@ -6,6 +6,7 @@ import argparse
 import json
 
 from ..weights.push import push_to_hub
+from . import put
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
@@ -28,5 +29,5 @@ def run(options: argparse.Namespace) -> int:
         revision=options.revision,
         create_pr=options.create_pr,
     )
-    print(json.dumps({"commit": address}) if options.json else address)
+    put(json.dumps({"commit": address}) if options.json else address)
     return 0

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import signal
-import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from .. import strict_json
 from ..conversation import Conversation
 from ..disk import files
 from ..errors import InputError, MissingExtraError, MistralError, OutputExistsError, UnsafeFileError
+from ..telling import printable
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -38,8 +38,6 @@ COMMANDS = {
 """Command -> what it takes, and what it does."""
 KEYS = "Alt-Enter, or a backslash before Enter: a new line. Ctrl-C: stop the answer, or clear the line. Ctrl-D: leave."
 LINE = re.compile(r"/([A-Za-z]+!?)(?:\s+(.*))?\s*", re.DOTALL)
-DIRECTIONS = {*"\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"}
-"""Characters that turn the order of what follows them."""
 CONVERSATION_BYTES = 16 << 20
 
 
@@ -53,15 +51,6 @@ def require() -> None:
                 f"chat: in a terminal it needs {name}; pip install 'mistral-frameworks[chat]', or send a text "
                 "through a pipe."
             ) from cause
-
-
-def visible(text: str) -> str:
-    """A text without a character that a terminal obeys: they are written as escapes, all but line ends and tabs."""
-    return "".join(char if _is_harmless(char) else char.encode("unicode_escape").decode() for char in text)
-
-
-def _is_harmless(char: str) -> bool:
-    return char in "\n\t" or not (unicodedata.category(char) in ("Cc", "Cs") or char in DIRECTIONS)
 
 
 class Repl:
@@ -184,7 +173,7 @@ class Repl:
     def _print(self, text: str, style: str, **options: Any) -> None:
         from rich.text import Text
 
-        self.console.print(Text(visible(text), style=style), **options)
+        self.console.print(Text(printable(text), style=style), **options)
 
 
 def save(path: Path, messages: list[dict[str, Any]], *, replace: bool) -> None:

@@ -12,7 +12,7 @@ from ..errors import EmptyInputError
 from ..pictures.labels import labels
 from ..text.mistral_common import MistralCommonTokenizer
 from ..text.tokenizer import MistralTokenizer
-from . import stdin
+from . import progress, put, put_painted, stdin
 
 COLOURS = (18, 22, 52, 54, 94, 23)
 """Backgrounds of neighbouring tokens, of the terminal's 256 colours: dark, so that white is read on each."""
@@ -41,20 +41,20 @@ def run(options: argparse.Namespace) -> int:
     tokens = tokenizer.convert_ids_to_tokens(ids)
     decoded = tokenizer.decode(ids, skip_special_tokens=True)
     if options.json:
-        print(json.dumps({"ids": ids, "tokens": tokens, "text": decoded}, ensure_ascii=False))
+        put(json.dumps({"ids": ids, "tokens": tokens, "text": decoded}, ensure_ascii=False))
         return 0
     coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     pieces = labels(tokenizer, ids)
     if coloured:
         pieces = [_painted(piece, place) for place, piece in enumerate(pieces)]
-        print("".join(pieces), end="\n\n")
+        put_painted("".join(pieces) + "\n")
     width = len(str(max(ids, default=0)))
     for each, piece in zip(ids, pieces, strict=True):
-        print(f"{each:{width}}  {piece}")
+        (put_painted if coloured else put)(f"{each:{width}}  {piece}")
     characters = len(decoded)
-    print(f"{len(ids)} tokens, {characters} characters", file=sys.stderr)
+    progress(f"{len(ids)} tokens, {characters} characters")
     if options.decode:
-        print(decoded)
+        put(decoded)
     return 0
 
 

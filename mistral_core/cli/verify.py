@@ -7,6 +7,7 @@ import json
 
 from ..disk import files
 from ..weights import manifest
+from . import put
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
@@ -28,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
         "losses": found.get("losses", {}),
     }
     if options.json:
-        print(json.dumps(facts, indent=1))
+        put(json.dumps(facts, indent=1))
     else:
-        print(f"{directory}: {facts['files']} files, {facts['bytes']:,} bytes, {facts['tensors']} tensors: as written")
+        put(f"{directory}: {facts['files']} files, {facts['bytes']:,} bytes, {facts['tensors']} tensors: as written")
     return 0

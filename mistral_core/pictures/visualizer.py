@@ -14,6 +14,7 @@ from .. import backend as backends
 from ..config import MistralConfig
 from ..errors import InputError, MissingExtraError
 from ..reference import ops
+from ..telling import printable
 from ..text.tokenizer import MistralTokenizer
 from .inputs import Rows, Source, read
 from .picture import Array, Panel, Picture, Reason
@@ -51,7 +52,7 @@ class _Visualizer:
 
     def _title(self, subject: str) -> str:
         made = "float64 reference" if self.backend is None else backends.version(self.backend)
-        return f"{subject} of {Path(os.fspath(self.path)).name}, {made}"
+        return printable(f"{subject} of {Path(os.fspath(self.path)).name}, {made}")
 
     def _visible(self, rows: Rows, window: int | None) -> Array:
         """[B, T, T] bool, of the function that the model's attention calls."""

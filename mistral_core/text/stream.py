@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import queue
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from ..errors import InputError
+from ..telling import printable
 
 REPLACEMENT = "\ufffd"
 LONGEST_CHARACTER = 4
@@ -193,8 +195,8 @@ class TextStreamer:
             self.on_finalized_text(piece)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Print a piece of text; a subclass does with it what it likes."""
-        print(text, end="\n" if stream_end else "", flush=True)
+        """Print a piece of text, in a terminal what it would obey as escapes; a subclass does with it what it likes."""
+        print(printable(text) if sys.stdout.isatty() else text, end="\n" if stream_end else "", flush=True)
 
 
 class TextIteratorStreamer(TextStreamer):

@@ -286,7 +286,7 @@ def test_a_device_is_not_read(pipe):  # it may have no end
 
 
 def test_an_answer_cannot_command_the_terminal(pipe):
-    assert repl.visible("a\x1b]0;title\x07\r\x9b2J\u202e\n\tb\u00e9\U0001f600\ud800") == (
+    assert repl.printable("a\x1b]0;title\x07\r\x9b2J\u202e\n\tb\u00e9\U0001f600\ud800") == (
         "a\\x1b]0;title\\x07\\r\\x9b2J\\u202e\n\tb\u00e9\U0001f600\\ud800"
     )
     terminal = Terminal(pipe, "[red]a[/red] [bold")
