@@ -113,7 +113,8 @@ def owner(value: Any) -> str | None:
     """The backend whose framework a model, dtype, device or array comes from; None for what any of them takes."""
     if isinstance(value, Mapping):  # a device_map
         return next(filter(None, map(owner, value.values())), None)
-    packages = {_package(point.module): point.name for point in importlib.metadata.entry_points(group=GROUP)} | OWNERS
+    own = {_package(point.module): point.name for point in importlib.metadata.entry_points(group=GROUP)}
+    packages = {**own, **OWNERS}
     kinds = (value, type(value)) if isinstance(value, type) else (type(value),)
     bases = (_package(base.__module__) for kind in kinds for base in kind.__mro__)
     return next((packages[base] for base in bases if base in packages), None)

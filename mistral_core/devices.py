@@ -23,7 +23,7 @@ class Device(NamedTuple):
     """A kind of device and which one of it; no kind means any accelerator, no number the first."""
 
     kind: str | None
-    index: int | None
+    number: int | None
 
 
 def parse(given: Any) -> Device:
@@ -57,12 +57,12 @@ def find(given: Any, here: Mapping[str, Sequence[Any]], *, framework: str) -> An
     accelerators = [device for kind, devices in here.items() if kind not in (CPU, NOWHERE) for device in devices]
     if isinstance(given, str) and given == "auto":
         return accelerators[0] if accelerators else here[CPU][0]
-    kind, index = parse(given)
+    kind, number = parse(given)
     among = accelerators if kind is None else here.get(kind, ())
-    if (index or 0) >= len(among):
-        names = ", ".join(f"{each}:{number}" for each, devices in here.items() for number in range(len(devices)))
+    if (number or 0) >= len(among):
+        names = ", ".join(f"{each}:{place}" for each, devices in here.items() for place in range(len(devices)))
         raise ConfigError(f"device: {shown(given)} is not here; {framework} sees {names}.")
-    return among[index or 0]
+    return among[number or 0]
 
 
 def _words_of(device: Any) -> str | None:

@@ -51,7 +51,7 @@ def as_device(device: Any) -> torch.device | None:
     if device is None:
         return None
     found = devices.find(device, _devices(), framework="torch")
-    if found.index is None or devices.parse(device).index is not None:
+    if found.index is None or devices.parse(device).number is not None:
         return found
     return torch.device(found.type, torch.accelerator.current_device_index())  # a process may have chosen its own
 
