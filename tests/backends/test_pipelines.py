@@ -378,6 +378,7 @@ def test_inputs_that_are_none(torch_pipes):
 
 
 def test_what_a_pipeline_is_made_of(paths, torch_pipes, tmp_path):
+    jnp = pytest.importorskip("jax.numpy")
     for task, path in paths.items():
         pipe = pipeline(model=path, backend="torch", batch_size=2)
         assert (pipe.task, pipe.batch_size) == (task, 2)
@@ -388,7 +389,13 @@ def test_what_a_pipeline_is_made_of(paths, torch_pipes, tmp_path):
     assert copy(given) == torch_pipes["question-answering"](given)
     assert pipeline("ner", model=paths["token-classification"], backend="torch").task == "token-classification"
     first = pipeline("sentiment-analysis", model=paths["text-classification"])
-    assert (first.task, first.backend.name) == ("text-classification", "flax")
+    assert (first.task, first.backend.name) == ("text-classification", "torch")
+    meant = pipeline("sentiment-analysis", model=paths["text-classification"], dtype=jnp.dtype("float32").type)
+    assert meant.backend.name == "torch"  # a dtype of NumPy is nobody's
+    meant = pipeline("sentiment-analysis", model=paths["text-classification"], dtype=jnp.float32, device=-1)
+    assert meant.backend.name == "flax"
+    named = pipeline("sentiment-analysis", model=paths["text-classification"], framework="jax", device="cpu")
+    assert named.backend.name == "flax"
 
 
 def test_a_new_head_warns_as_from_pretrained_does(paths):
