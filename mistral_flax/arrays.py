@@ -12,6 +12,7 @@ from jax import Array
 
 from mistral_core import MistralConfig, devices, validate
 from mistral_core.errors import ConfigError, InputError
+from mistral_core.plain import dtype_name
 
 from .cache import KVCache
 
@@ -24,11 +25,8 @@ DTYPES = {
 
 
 def as_dtype(dtype: Any) -> Any:
-    """A JAX dtype from itself, its name or torch's; raises ConfigError for a dtype no model can have."""
-    try:
-        name = dtype if isinstance(dtype, str | None) else jnp.dtype(dtype).name  # jnp.dtype(None) is float64
-    except TypeError:
-        name = str(dtype).removeprefix("torch.")
+    """A JAX dtype from itself, its name, or any framework's; raises ConfigError for one no model can have."""
+    name = str(dtype_name(dtype))
     if name not in DTYPES:
         raise ConfigError(f"dtype: {dtype!r}, one of {', '.join(DTYPES)} was expected.")
     return DTYPES[name]

@@ -12,6 +12,7 @@ from tensorflow import Tensor
 
 from mistral_core import MistralConfig, devices, validate
 from mistral_core.errors import ConfigError, InputError
+from mistral_core.plain import dtype_name
 
 from .cache import KVCache
 
@@ -24,8 +25,8 @@ DTYPES = {
 
 
 def as_dtype(dtype: Any) -> Any:
-    """A TensorFlow dtype from itself or its name; raises ConfigError for a dtype no model can have."""
-    name = str(getattr(dtype, "name", dtype)).removeprefix("torch.")
+    """A TensorFlow dtype from itself, its name, or any framework's; raises ConfigError for one no model can have."""
+    name = str(dtype_name(dtype))
     if name not in DTYPES:
         raise ConfigError(f"dtype: {dtype!r}, one of {', '.join(DTYPES)} was expected.")
     return DTYPES[name]

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from mistral_core import MistralConfig, devices, outputs, validate
 from mistral_core.errors import ConfigError, InputError
+from mistral_core.plain import dtype_name
 
 from .cache import KVCache, is_mapped
 
@@ -36,8 +37,8 @@ DTYPES = {
 
 
 def as_dtype(dtype: Any) -> torch.dtype:
-    """A torch dtype from itself or its name; raises ConfigError for a dtype no model can have."""
-    name = str(dtype).removeprefix("torch.")
+    """A torch dtype from itself, its name, or any framework's; raises ConfigError for one no model can have."""
+    name = str(dtype_name(dtype))
     if name not in DTYPES:
         raise ConfigError(f"dtype: {dtype!r}, one of {', '.join(DTYPES)} was expected.")
     return DTYPES[name]

@@ -417,7 +417,7 @@ def test_what_does_not_exist(paths, torch_pipes):
         pipeline("text-generation")
     with pytest.raises(CheckpointNotFoundError):
         pipeline("text-generation", model=path / "nowhere", backend="torch")
-    with pytest.raises(MissingExtraError, match=r"known are \['flax', 'tf', 'torch'\]"):
+    with pytest.raises(MissingExtraError, match=r"known are \['torch', 'flax', 'tf'\]"):
         pipeline("text-generation", model=path, backend="mxnet")
     with pytest.raises(InputError, match="a MistralForCausalLM, for ner|for token-classification"):
         pipeline("ner", model=model, tokenizer=path)

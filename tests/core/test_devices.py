@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -61,3 +62,21 @@ def test_every_backend_takes_the_cpu_and_refuses_what_is_not_there(backend):
     for given in (77, "cuda:77", "gpu:77", "/GPU:77", "mps:9", "nowhere", SimpleNamespace(type="cuda", index=77)):
         with pytest.raises(ConfigError, match="device"):
             as_device(given)
+
+
+def test_every_backend_takes_every_frameworks_dtypes(backend):
+    import importlib
+
+    import ml_dtypes
+
+    arrays = importlib.import_module(f"{backend.__name__}.arrays")
+    own = arrays.as_dtype("bfloat16")
+    given = [own, "bfloat16", "torch.bfloat16", ml_dtypes.bfloat16, np.dtype(ml_dtypes.bfloat16)]
+    for package in ("torch", "jax.numpy", "tensorflow"):
+        if package.partition(".")[0] in sys.modules:
+            given.append(importlib.import_module(package).bfloat16)
+    assert [arrays.as_dtype(each) for each in given] == [own] * len(given)
+    assert arrays.as_dtype(np.float32) == arrays.as_dtype(np.dtype("float32")) == arrays.as_dtype("float32")
+    for wrong in ("int3", 3, ["float32"], np.int8, None, object()):
+        with pytest.raises(ConfigError, match="dtype"):
+            arrays.as_dtype(wrong)
