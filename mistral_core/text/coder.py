@@ -13,7 +13,7 @@ from ..errors import TokenizerError
 from . import decoder, fast
 from .guarded import load, typed
 from .rows import Columns, Frame
-from .segments import Control, Infill, Segment
+from .segments import Control, Infill, Part, Segment, Spans
 from .sentencepiece import SPACE
 
 if TYPE_CHECKING:
@@ -137,11 +137,8 @@ class Coder:
 
     def with_offsets(self, text: str, *, parse_special: bool) -> Columns:
         """The ids of a text and where each token begins and ends in it, in characters."""
-        if self._user_defined and not parse_special:
-            spaced = _spaced(text, self.prefix)
-            columns, more = self._with_user_defined(spaced), len(spaced) - len(text)
-            shifted = [(max(first - more, 0), last - more) for first, last in columns["offset_mapping"]]
-            return {**columns, "offset_mapping": shifted}
+        if self._user_defined and self._spaces_are_known and not parse_special:
+            return self._located(text, None)
         tokenizer = self._parsing if parse_special else self._tokenizer
         self._check_sizes([text])
         with typed(self._where, "a text cannot be encoded by it"):
@@ -160,9 +157,41 @@ class Coder:
             elif isinstance(segment, Infill):
                 ids += self.encode([_INFILL + segment.text], prefix=ALWAYS)[0][2:]
             else:
-                inside = (self.prefix == FIRST or self._joined) and place > 0
-                ids += self.encode([segment], prefix=ALWAYS if apart else NEVER if inside else None)[0]
+                ids += self.encode([segment], prefix=self._prefix_at(place, apart))[0]
         return ids
+
+    def said(self, parts: Sequence[Part], *, apart: bool) -> list[int]:
+        """For each id that `prompt` gives for the segments of parts, whether an assistant said any of it: 1, else 0."""
+        mask: list[int] = []
+        for place, (segment, spans) in enumerate(parts):
+            if isinstance(segment, Control):
+                mask.append(int(bool(spans)))
+            elif isinstance(segment, Infill):
+                mask += [int(bool(spans))] * len(self.prompt([segment], apart=apart))
+            else:
+                offsets = self._located(segment, self._prefix_at(place, apart))["offset_mapping"]
+                mask += [int(_touches(offset, spans)) for offset in offsets]
+        return mask
+
+    def _prefix_at(self, place: int, apart: bool) -> str | None:
+        """What space a text gets in this place of a prompt; None for the file's own rule."""
+        inside = (self.prefix == FIRST or self._joined) and place > 0
+        return ALWAYS if apart else NEVER if inside else None
+
+    def _located(self, text: str, prefix: str | None) -> Columns:
+        """The ids that `encode` gives, and where each begins and ends in the text."""
+        if not self._spaces_are_known:
+            return self.with_offsets(text, parse_special=False)
+        spaced = _spaced(text, prefix or self.prefix)
+        if self._user_defined:
+            columns = self._with_user_defined(spaced)
+        else:
+            with typed(self._where, "a text cannot be encoded by it"):
+                found = self._bare.encode(spaced, add_special_tokens=False)
+            columns = {"input_ids": found.ids, "offset_mapping": found.offsets}
+        more = len(spaced) - len(text)
+        shifted = [(max(first - more, 0), last - more) for first, last in columns["offset_mapping"]]
+        return {**columns, "offset_mapping": shifted}
 
     def shown(self, segments: Sequence[Segment], *, apart: bool) -> str:
         """A prompt as one text, with the space that stands before each text that is encoded for itself."""
@@ -330,6 +359,12 @@ def _isolated(part: dict[str, Any] | None) -> list[str]:
     pattern = part["pattern"].get("Regex", "")
     pieces = [re.sub(r"\\(.)", r"\1", each) for each in re.split(r"(?<!\\)\|", pattern)]
     return pieces if "|".join(map(re.escape, pieces)) == pattern and "" not in pieces else []
+
+
+def _touches(offset: tuple[int, int], spans: Spans) -> bool:
+    """Whether a token has a character in one of the spans; a space that is put before a text stands with its first."""
+    begin, end = offset[0], max(offset[1], offset[0] + 1)
+    return any(begin < last and end > first for first, last in spans)
 
 
 def _leading(mask: Sequence[int]) -> int:

@@ -8,13 +8,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 from ..compat import SeenAs
 from ..errors import TokenizerError, UnsupportedFeatureError
 from .encoding import Encoding, as_arrays
 from .inputs import check_ids, check_side, check_text, choice, given, is_ids, limits_of, listed, refuse, several
 from .rows import NO_FRAME, TRUNCATIONS, Columns, Frame, Options, cut, framed, pad
+
+
+class Chat(NamedTuple):
+    """A conversation as it is given to a model."""
+
+    ids: list[int]
+    text: str
+    """What the ids say."""
+    said: list[int] | None = None
+    """1 for each id of what an assistant said, 0 for others, where that was asked for."""
 
 
 class Tokenizer(SeenAs, ABC):
@@ -87,8 +97,8 @@ class Tokenizer(SeenAs, ABC):
         """The id of a token, or None."""
 
     @abstractmethod
-    def _chat(self, conversation: Any, tools: Any, **options: Any) -> tuple[list[int], str]:
-        """The ids of a conversation, and what they say."""
+    def _chat(self, conversation: Any, tools: Any, *, said: bool = False, **options: Any) -> Chat:
+        """A conversation in ids, with the mask of what an assistant said if asked for."""
 
     @abstractmethod
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> tuple[str, ...]:
@@ -347,27 +357,35 @@ class Tokenizer(SeenAs, ABC):
         max_length: int | None = None,
         return_tensors: str | None = None,
         return_dict: bool = False,
+        return_assistant_tokens_mask: bool = False,
         **variables: Any,
     ) -> Any:
         """The ids of a conversation, or of a list of them: [{"role": "user", "content": "Hello"}, ...].
 
         With `return_dict` an Encoding; without `tokenize` a text to look at, which is not to be encoded again: in it
         control tokens cannot be told from what a user wrote. `continue_final_message` leaves the last answer open.
+        `return_assistant_tokens_mask` adds `assistant_masks`: 1 for what the assistant said, which a jinja template
+        marks with {% generation %}, and the end of each answer.
         Raises TemplateError, a ValueError, for messages in an order that the model was not made for.
         """
         if not isinstance(truncation, bool):
             raise TokenizerError(f"truncation: {truncation!r}; for a conversation it is True or False.")
+        if return_assistant_tokens_mask and not (tokenize and return_dict):
+            raise TokenizerError("return_assistant_tokens_mask: a mask of ids; pass return_dict=True, and tokenize.")
         several = (
             isinstance(conversation, list | tuple) and bool(conversation) and isinstance(conversation[0], list | tuple)
         )
         options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        options["said"] = return_assistant_tokens_mask
         chats = [
             self._chat(each, tools, **options, **variables) for each in (conversation if several else [conversation])
         ]
         if not tokenize:
-            texts = [text for _, text in chats]
+            texts = [chat.text for chat in chats]
             return texts if several else texts[0]
-        rows = [{"input_ids": ids} for ids, _ in chats]
+        rows: list[Columns] = [
+            {"input_ids": chat.ids} | ({} if chat.said is None else {"assistant_masks": chat.said}) for chat in chats
+        ]
         encoding = self._prepared(rows, None, not several, {
             "add_special_tokens": False, "padding": padding, "truncation": truncation, "max_length": max_length,
             "return_tensors": return_tensors,

@@ -15,7 +15,7 @@ from ..disk import files, into, limits, reading
 from ..errors import MissingExtraError, TemplateError, TokenizerError, UnsupportedFeatureError
 from . import sources
 from .inputs import UNBOUNDED, refuse
-from .interface import Tokenizer
+from .interface import Chat, Tokenizer
 from .rows import Columns, Frame
 
 FILES = (sources.TEKKEN, *sources.MODELS)
@@ -190,10 +190,11 @@ class MistralCommonTokenizer(Tokenizer):
         conversation: Any,
         tools: Any,
         *,
+        said: bool = False,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
         **options: Any,
-    ) -> tuple[list[int], str]:
+    ) -> Chat:
         from mistral_common.exceptions import MistralCommonException
         from mistral_common.protocol.instruct.request import ChatCompletionRequest
         from pydantic import ValidationError
@@ -203,6 +204,10 @@ class MistralCommonTokenizer(Tokenizer):
         from .chat.functions import function_schema
 
         refuse("apply_chat_template", options)
+        if said:
+            raise UnsupportedFeatureError(
+                "return_assistant_tokens_mask: not of mistral-common; MistralTokenizer has it."
+            )
         if add_generation_prompt and continue_final_message:
             raise TemplateError("add_generation_prompt and continue_final_message contradict each other; pass one.")
         messages.read(conversation)  # refuses images and sounds, which mistral-common would fetch
@@ -218,7 +223,7 @@ class MistralCommonTokenizer(Tokenizer):
             raise TemplateError(f"{problem}.") from problem.__cause__
         except (*REFUSALS, MistralCommonException, ValidationError) as cause:
             raise TemplateError(f"conversation: refused by mistral-common ({cause}); correct the messages.") from cause
-        return ids, self._decode(ids, False)
+        return Chat(ids, self._decode(ids, False))
 
 
 def _loaded(path: Path, data: bytes, mode: str) -> Any:

@@ -11,7 +11,7 @@ TRUNCATIONS = {
     None: None, False: None, "do_not_truncate": None, True: "longest_first", "longest_first": "longest_first",
     "only_first": "only_first", "only_second": "only_second",
 }  # fmt: skip
-FILLS: dict[str, Any] = {"attention_mask": 0, "special_tokens_mask": 1, "offset_mapping": (0, 0)}
+FILLS: dict[str, Any] = {"attention_mask": 0, "special_tokens_mask": 1, "offset_mapping": (0, 0), "assistant_masks": 0}
 """What stands beside a padding token, and but for the attention mask beside those around a text, by the output."""
 
 

@@ -19,3 +19,23 @@ class Infill(NamedTuple):
 
 Segment = str | Control | Infill
 """Texts are encoded one by one: what SentencePiece puts before a text stands before each of them."""
+
+Spans = tuple[tuple[int, int], ...]
+"""Where some parts of a text begin and end, in characters."""
+
+
+class Part(NamedTuple):
+    """A segment of a conversation, and where in it stands what an assistant said."""
+
+    segment: Segment
+    said: Spans = ()
+
+
+def length(segment: Segment) -> int:
+    """Characters of a segment."""
+    return len(segment) if isinstance(segment, str) else len(segment[0])
+
+
+def whole(segment: Segment) -> Part:
+    """A segment that an assistant said all of."""
+    return Part(segment, ((0, length(segment)),))

@@ -13,9 +13,9 @@ from ..errors import TemplateError, TokenizerError
 from . import beside, sources
 from .chat.versions import VERSIONS
 from .inputs import check_side, refuse
-from .interface import Tokenizer
+from .interface import Chat, Tokenizer
 from .rows import Columns, Frame
-from .segments import Segment
+from .segments import Part
 from .templates import files as template_files
 
 SETTINGS = ("model_max_length", "padding_side", "truncation_side", "model_input_names")
@@ -194,16 +194,17 @@ class MistralTokenizer(Tokenizer):
         return self._source.templates
 
     def _chat(
-        self, conversation: Any, tools: Any, *, chat_template: str | None = None, **options: Any
-    ) -> tuple[list[int], str]:
+        self, conversation: Any, tools: Any, *, said: bool = False, chat_template: str | None = None, **options: Any
+    ) -> Chat:
         """By the built-in format of the version, or by a jinja template."""
         version = self._built_in(chat_template)
         if version is not None:
-            segments = self._segments(conversation, tools, version, **options)
+            parts = self._parts(conversation, tools, version, **options)
         else:
-            segments = self._rendered(conversation, tools, chat_template, **options)
-        apart = version is not None
-        return self._coder.prompt(segments, apart=apart), self._coder.shown(segments, apart=apart)
+            parts = self._rendered(conversation, tools, chat_template, said=said, **options)
+        apart, segments = version is not None, [part.segment for part in parts]
+        mask = self._coder.said(parts, apart=apart) if said else None
+        return Chat(self._coder.prompt(segments, apart=apart), self._coder.shown(segments, apart=apart), mask)
 
     def _built_in(self, chat_template: str | None) -> str | None:
         """The version whose built-in format is to be written, or None for a jinja template."""
@@ -219,9 +220,9 @@ class MistralTokenizer(Tokenizer):
             )
         return None
 
-    def _segments(
+    def _parts(
         self, conversation: Any, tools: Any, version: str, *, add_generation_prompt: bool = False, **options: Any
-    ) -> list[Segment]:
+    ) -> list[Part]:
         from .chat import prompt as chat
 
         known = ("continue_final_message", "reasoning_effort", "response_format")
@@ -229,9 +230,9 @@ class MistralTokenizer(Tokenizer):
         if add_generation_prompt and options.get("continue_final_message"):
             raise TemplateError("add_generation_prompt and continue_final_message contradict each other; pass one.")
         settings = self._source.settings
-        return chat.segments(conversation, tools, version=version, mode=self.mode, model_settings=settings, **options)
+        return chat.parts(conversation, tools, version=version, mode=self.mode, model_settings=settings, **options)
 
-    def _rendered(self, conversation: Any, tools: Any, chat_template: str | None, **options: Any) -> list[Segment]:
+    def _rendered(self, conversation: Any, tools: Any, chat_template: str | None, **options: Any) -> list[Part]:
         from .templates import prompt as template
 
         name = None if chat_template in (None, OWN) else chat_template
@@ -239,9 +240,9 @@ class MistralTokenizer(Tokenizer):
             text = template_files.choose(self.chat_templates, name=name, tools=bool(tools))
         else:
             text = name
-        tokens = {name: getattr(self, name) or "" for name in sources.TOKENS}
+        tokens: dict[str, Any] = {name: getattr(self, name) or "" for name in sources.TOKENS}
         controls = list(self._coder.controls.values())
-        return template.segments(text, controls=controls, messages=conversation, tools=tools, **tokens, **options)
+        return template.parts(text, controls=controls, messages=conversation, tools=tools, **tokens, **options)
 
     def encode_fim(self, prompt: str, suffix: str | None = None) -> list[int]:
         """The ids that ask for what stands between two texts of code.

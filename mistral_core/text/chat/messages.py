@@ -195,8 +195,9 @@ def _end_problems(messages: Sequence[Message], mode: Mode) -> Iterator[str]:
         yield f"{last.where}: role {last.role!r} alone; begin with a user or system message"
     elif last.role == "assistant" and not last.continued:
         yield (
-            f"{last.where}: role 'assistant' at the end; end with a user or tool message, "
-            "or pass continue_final_message=True"
+            f"{last.where}: role 'assistant' at the end; end with a user or tool message, pass "
+            "continue_final_message=True to have that answer gone on with, or, to train on it, load the tokenizer with "
+            'mode="finetuning"'
         )
 
 

@@ -5,11 +5,11 @@ Control tokens come from the structure alone: what a message says stays text, wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ...errors import TemplateError
-from ..segments import Control, Infill, Segment
+from ..segments import Control, Infill, Part, Segment, whole
 from . import messages as conversations
 from .checks import Problem, as_json, from_json, text, told
 from .messages import NO_ID, Call, Message, Mode, Thought
@@ -21,7 +21,12 @@ from .versions import Version, version_named
 BEGIN, END = Control("<s>"), Control("</s>")
 
 
-def segments(
+def segments(conversation: Any, tools: Any = None, **options: Any) -> list[Segment]:
+    """The segments of `parts`, whose arguments it takes; raises what that raises."""
+    return [part.segment for part in parts(conversation, tools, **options)]
+
+
+def parts(
     conversation: Any,
     tools: Any = None,
     *,
@@ -31,8 +36,10 @@ def segments(
     model_settings: Mapping[str, Any] | None = None,
     reasoning_effort: str | None = None,
     response_format: Mapping[str, Any] | None = None,
-) -> list[Segment]:
+) -> list[Part]:
     """The prompt of a conversation: messages and tools as OpenAI writes them, `version` as the tokenizer file says.
+
+    What an assistant said are its texts and calls, the end of each answer with them.
 
     In mode "test" the last turn waits for an answer, or with `continue_final_message` is the beginning of one; in
     mode "finetuning" it is an answer. `model_settings` is the section model_settings_builder of a tekken.json of v15,
@@ -52,7 +59,7 @@ def segments(
         elif reasoning_effort is not None or response_format is not None:
             raise Problem(f"reasoning_effort, response_format: {version} has no such settings; leave them out")
         extras = [part for each in before_user if each[1] for part in each]
-        return [BEGIN, *(each for each in _segments(found, traits, extras, prompt) if each != "")]
+        return [Part(BEGIN), *_parts(found, traits, extras, prompt)]
 
 
 def fim_segments(prompt: str, suffix: str | None = None, *, version: str) -> list[Segment]:
@@ -65,18 +72,27 @@ def fim_segments(prompt: str, suffix: str | None = None, *, version: str) -> lis
     return [BEGIN, Control("[SUFFIX]"), *middle, Control("[PREFIX]"), *written]
 
 
-def _segments(found: Sequence[Message], version: Version, extras: Sequence[Segment], prompt: str) -> Iterator[Segment]:
+def _parts(found: Sequence[Message], version: Version, extras: Sequence[Segment], prompt: str) -> Iterator[Part]:
+    for turn, written in _turns(found, version, extras, prompt):
+        said = turn.role == "assistant"
+        yield from (whole(each) if said else Part(each) for each in written if each != "")
+
+
+def _turns(
+    found: Sequence[Message], version: Version, extras: Sequence[Segment], prompt: str
+) -> Iterator[tuple[Message, Iterable[Segment]]]:
+    """Each turn that is written, and how."""
     users = [index for index, turn in enumerate(found) if turn.role == "user"]
     place = {"first": users[0], "last": users[-1]} if users else {}
     for index, turn in enumerate(found):
         if turn.role == "user":
             begun = f"{prompt}\n\n" if prompt and index == place.get(version.system) else ""
             here = extras if index == place.get(version.tools) else ()
-            yield from _user(begun + only_text(turn.content), version, here)
+            yield turn, _user(begun + only_text(turn.content), version, here)
         elif turn.role == "system":
-            yield from (Control("[SYSTEM_PROMPT]"), *_chunks(turn.content), Control("[/SYSTEM_PROMPT]"))
+            yield turn, (Control("[SYSTEM_PROMPT]"), *_chunks(turn.content), Control("[/SYSTEM_PROMPT]"))
         elif version.history or index > place["last"] or not (turn.calls or turn.role == "tool"):
-            yield from _answer(turn, version) if turn.role == "assistant" else _result(turn, version)
+            yield turn, _answer(turn, version) if turn.role == "assistant" else _result(turn, version)
 
 
 def _user(said: str, version: Version, extras: Sequence[Segment]) -> list[Segment]:

@@ -14,9 +14,10 @@ from typing import Any
 
 from ...errors import TemplateError, TemplateSecurityError, TemplateTimeoutError
 from .. import utf8
-from ..segments import Segment
+from ..segments import Part, Segment
 from .marks import Marks, unused_characters
 from .process import PROCESS
+from .said import NOT_ASKED, check_tag, with_spans, without_ends
 from .worker import MAX_MEMORY, MAX_TEMPLATE_BYTES
 
 MAX_DEPTH = 64
@@ -38,9 +39,17 @@ def render(template: str, /, **arguments: Any) -> str:
 def segments(template: str, /, *, controls: Collection[str], **arguments: Any) -> list[Segment]:
     """The segments of a `Prompt`: control tokens where the template wrote them, everything else as text.
 
-    Raises what `Prompt` and `Prompt.segments` raise.
+    Raises what `Prompt` and `Prompt.parts` raise.
     """
-    return Prompt(template, **arguments).segments(controls)
+    return [part.segment for part in parts(template, controls=controls, **arguments)]
+
+
+def parts(template: str, /, *, controls: Collection[str], said: bool = False, **arguments: Any) -> list[Part]:
+    """The segments of a `Prompt` and, if asked, where in them stands what the template marks as an assistant's.
+
+    Raises what `Prompt` and `Prompt.parts` raise.
+    """
+    return Prompt(template, **arguments).parts(controls, said=said)
 
 
 class Prompt:
@@ -92,37 +101,49 @@ class Prompt:
         return self._render(self._written)
 
     def segments(self, controls: Collection[str]) -> list[Segment]:
+        """The segments of `parts`; raises what that raises."""
+        return [part.segment for part in self.parts(controls)]
+
+    def parts(self, controls: Collection[str], *, said: bool = False) -> list[Part]:
         """What the template writes, with those of the control tokens in it that are the template's own.
 
-        Raises what `text` raises, and TemplateError where the template takes what a user wrote for a control token.
+        `said` asks for what stands in its {% generation %} blocks. Raises what `text` raises, and TemplateError where
+        the template takes what a user wrote for a control token, or has no such block.
         """
+        if said:
+            check_tag(self._template)
         plain, marks = self.text(), Marks(tuple(controls), self._unused)
+        ends = (next(self._unused), next(self._unused)) if said else NOT_ASKED
         for mark in (marks.everywhere, marks.where_needed):
-            marked = self._marked(mark, plain)
-            if marked is not None and marks.removed(marked) == plain:
-                return marks.split(marked)
+            marked = self._marked(mark, plain, ends)
+            if marked is None:
+                continue
+            marked, spans = without_ends(marked, ends)
+            if marks.removed(marked) == plain:
+                return with_spans(marks.split(marked), spans)
         raise TemplateError(
             "chat template: reads control tokens out of a message, and what users write is no control token; "
             "remove them from the messages, or encode the rendered text with parse_special=True if you trust it."
         )
 
-    def _marked(self, mark: Callable[[str], str], plain: str) -> str | None:
+    def _marked(self, mark: Callable[[str], str], plain: str, ends: tuple[str, str]) -> str | None:
         written = _changed(self._written, mark)
-        if written == self._written:
+        if written == self._written and ends == NOT_ASKED:
             return plain
         try:
-            return self._render(written)
+            return self._render(written, ends)
         except TemplateTimeoutError:
             raise
         except TemplateError:  # it looks into the messages, and refuses what the marks make of them
             return None
 
-    def _render(self, written: Mapping[str, Any]) -> str:
+    def _render(self, written: Mapping[str, Any], ends: tuple[str, str] = NOT_ASKED) -> str:
         answer = PROCESS.ask(
             {
                 "template": self._template,
                 "variables": {**written, **self._given},
                 "own": self._names,
+                "said": ends,
                 "now": self._now,
             }
         )

@@ -112,6 +112,7 @@ class Renderer:
     def _text(self, template: Any, request: dict[str, Any]) -> str:
         # one moment and one seed for all renderings of a prompt: they are compared
         self.environment.now = datetime.fromtimestamp(request["now"])
+        self.environment.said = request.get("said", ("", ""))
         random.seed(request["now"])
         pieces, size = [], 0
         for piece in template.root_render_func(template.new_context(request["variables"])):
@@ -173,6 +174,7 @@ def make_environment() -> Any:
     functions = (("raise_exception", raise_exception), ("strftime_now", strftime_now), ("dict", make_dict))
     environment.globals.update(functions, namespace=make_namespace())
     environment.filters["tojson"] = tojson
+    environment.said = ("", "")  # before and after what an assistant says
     return environment
 
 
@@ -243,7 +245,7 @@ def make_namespace() -> Any:
 
 
 def make_generation_tag() -> Any:
-    """`{% generation %}`, with which templates mark what an assistant says: rendered as what it holds."""
+    """`{% generation %}`, with which templates mark what an assistant says: what it holds, between marks if asked."""
     from jinja2 import nodes
     from jinja2.ext import Extension
 
@@ -253,7 +255,16 @@ def make_generation_tag() -> Any:
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
+            begin, end = (nodes.Output([self.call_method(name)], lineno=line) for name in ("begin", "end"))
+            return nodes.Scope([begin, *body, end], lineno=line)
+
+        def begin(self) -> str:
+            environment: Any = self.environment
+            return str(environment.said[0])
+
+        def end(self) -> str:
+            environment: Any = self.environment
+            return str(environment.said[1])
 
     return Generation
 
