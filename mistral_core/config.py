@@ -277,9 +277,12 @@ class MistralConfig:
 
     @classmethod
     def _read(cls, root: Path, strict: bool) -> MistralConfig:
+        from .weights import unread
+
         files = [root] if root.is_file() else [root / name for name in CONFIG_FILES if (root / name).exists()]
         if not files:
-            raise CheckpointNotFoundError(f"{root}: neither {' nor '.join(CONFIG_FILES)} is there.")
+            text = unread.told(reading.names(root)) or "check the path"
+            raise CheckpointNotFoundError(f"{root}: neither {' nor '.join(CONFIG_FILES)} is there; {text}.")
         configs = []
         for file in files:
             data = strict_json.read_object(file, error=ConfigError)

@@ -106,6 +106,20 @@ def sweep_files(directory: Path) -> None:
 
 
 @contextlib.contextmanager
+def renamed(temporary: Path, name: PathLike) -> Iterator[None]:
+    """Let errors name what the user gave, not the temporary path by which it was reached."""
+    try:
+        yield
+    except (MistralError, OSError) as error:
+        old, new = str(temporary), os.fsdecode(name)
+        error.args = tuple(each.replace(old, new) if isinstance(each, str) else each for each in error.args)
+        for field in ("strerror", "filename"):
+            if isinstance(text := getattr(error, field, None), str):
+                setattr(error, field, text.replace(old, new))
+        raise
+
+
+@contextlib.contextmanager
 def opened_to_write(path: Path, *, new: bool = False) -> Iterator[int]:
     """A descriptor of a file that is there, or of one that is `new`; no link is followed. Raises OSError."""
     flags = os.O_CREAT | os.O_EXCL if new else 0
@@ -172,7 +186,8 @@ def os_errors(path: PathLike) -> Iterator[None]:
         if cause.errno in _FULL:
             message = f"{where}: {cause.strerror}; free some space, what was there before is untouched."
             raise NoSpaceError(cause.errno, message) from cause
-        raise ConversionError(f"{where}: cannot be written ({cause}); check the path and its rights.") from cause
+        reason = cause.strerror or type(cause).__name__
+        raise ConversionError(f"{where}: cannot be written ({reason}); check the path and its rights.") from cause
 
 
 def check_bare_name(name: str, where: str) -> None:
@@ -222,7 +237,8 @@ def atomic_directory(
             mode = _mode(path) or _mode(temporary) or 0o700
             temporary.chmod(0o700)  # until it is known to be as closed as it has to be
             try:
-                yield temporary
+                with renamed(temporary, path):
+                    yield temporary
                 if path.exists():
                     _keep_modes(path, temporary)
                     _carry(path, temporary, replaces)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from functools import cached_property
@@ -245,4 +246,5 @@ def _loaded(path: Path, data: bytes, mode: str) -> Any:
             "a tokenizer.model needs sentencepiece; pip install 'mistral-frameworks[mistral-common]'."
         ) from cause
     except Exception as cause:  # sentencepiece raises RuntimeError, mistral-common whatever json and pydantic raise
-        raise TokenizerError(f"{path}: not a tokenizer of mistral-common ({cause}); fetch it again.") from cause
+        reason = re.sub(r"\S*" + re.escape(f"/{path.name}"), path.name, str(cause))  # the copy is no name of the user's
+        raise TokenizerError(f"{path}: not a tokenizer of mistral-common ({reason}); fetch it again.") from cause

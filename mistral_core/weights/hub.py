@@ -21,7 +21,7 @@ from ..errors import (
     OfflineError,
     UnsafeFileError,
 )
-from . import hub_cache, hub_wire
+from . import hub_cache, hub_wire, unread
 from .hub_errors import Repository, translated
 from .hub_files import CONFIGS, HEADS, heads, small_files, weight_files
 from .hub_wire import Announced
@@ -29,6 +29,7 @@ from .hub_wire import Announced
 ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only")
 
 _DOWNLOADS_AT_ONCE = 4
+_SUFFIXES = (".gguf", ".safetensors", ".json", ".bin", ".pth", ".pt", ".h5", ".keras", ".msgpack", ".model", ".npz")
 
 
 def resolve(
@@ -82,9 +83,9 @@ def resolve(
 
 
 def _looks_like_path(text: str, path: Path) -> bool:
-    """Hub ids have at most one slash, no leading dot, and no directory on this disk before it."""
-    several = text.count("/") > 1 or (os.sep != "/" and os.sep in text)
-    if text.startswith((".", "/", "~")) or several:
+    """Hub ids have at most one slash, no leading dot, no weights' suffix, and no directory on this disk before it."""
+    several = text.count("/") > 1 or "\\" in text
+    if text.startswith((".", "/", "~")) or text.endswith(("/", *_SUFFIXES)) or several:
         return True
     return len(path.parts) > 1 and os.path.exists(path.parent)
 
@@ -98,7 +99,8 @@ def _download(repository: Repository, wanted: Sequence[str] | None, format: str 
     else:
         names = [name for name in wanted if name in announced]
     if not names and wanted is not None:
-        raise FileNotOnHubError(f"{repository}: the repository has none of {', '.join(wanted)}; check the id.")
+        advice = unread.told(announced) or "check the id"
+        raise FileNotOnHubError(f"{repository}: the repository has none of {', '.join(wanted)}; {advice}.")
     _fetch(repository, commit, names, announced)
     if wanted is None:
         weights = weight_files(hub_cache.snapshot(repository, commit), announced, first)

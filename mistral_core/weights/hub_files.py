@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ..errors import ConversionError, FileNotOnHubError
+from . import unread
 from .formats import FORMATS, PICKLES, keras_hub
 from .formats.base import TEXT_FILES
 from .shards import weight_map_of
@@ -45,7 +46,11 @@ def heads(names: Collection[str], format: str | None, where: str, *, one: bool =
         return chosen
     safe = [name for name in found if name not in PICKLES] or list(found)
     if not safe:
-        raise FileNotOnHubError(f"{where}: has no weights under a name that is known (it has: {_others(names)}).")
+        text = unread.told(names)
+        raise FileNotOnHubError(
+            f"{where}: has no weights under a name that is known (it has: {_others(names)})"
+            f"{f'; {text}' if text else ''}."
+        )
     if len(safe) > 1 and (one or "hf" not in safe):
         raise ConversionError(f"{where}: holds {', '.join(safe)}; say which one by format= or --from.")
     return found["hf" if "hf" in safe else safe[0]]

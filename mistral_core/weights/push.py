@@ -78,7 +78,7 @@ def push_files(
 
 def save_and_push(save: Callable[[Path], object], repo_id: str, **options: Any) -> str:
     """Let `save` write a checkpoint into a directory that is pushed and removed; `options` are `push_to_hub`'s."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, files.renamed(Path(folder) / "model", repo_id):
         save(Path(folder) / "model")
         return push_to_hub(Path(folder) / "model", repo_id, **options)
 

@@ -20,7 +20,7 @@ from ...errors import (
     MissingExtraError,
     UnsupportedFeatureError,
 )
-from .. import tensor_file
+from .. import tensor_file, unread
 from ..hdf5 import file as hdf5_file
 from ..opened import Checkpoint
 from ..safetensors_file import SafetensorsFile
@@ -205,16 +205,7 @@ def _of_hdf5(path: Path) -> str:
 
 def _nothing(directory: Path, names: Collection[str]) -> Exception:
     """The error for a directory in which no format is found."""
-    for name in sorted(names):
-        if name.endswith((".bin", ".pth", ".pt", ".ckpt")):
-            return UnsupportedFeatureError(
-                f"{directory}: {quoted(name)} is a PyTorch pickle under a name that no format has; re-save it as "
-                "safetensors."
-            )
-        if name == ".metadata" or name.endswith(".distcp"):
-            return UnsupportedFeatureError(
-                f"{directory}: a distributed checkpoint of PyTorch, whose metadata is a pickle that is never read; "
-                "re-save it as safetensors."
-            )
+    if text := unread.told(names):
+        return UnsupportedFeatureError(f"{directory}: {text}.")
     looked_for = ", ".join(row.files[0] for row in FORMATS.values() if row.files)
     return CheckpointNotFoundError(f"{directory}: none of {looked_for} is there; check the path.")

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from ... import quantization
 from ...config import MistralConfig
+from ...errors import UnsupportedFeatureError
 from ...parameters import BASE_PREFIX
+from .. import unread
 from ..opened import Checkpoint, stored_as_it_is
 from ..quantized import checkpoint as quantized
 from ..shards import create_shards, open_files
@@ -23,6 +25,11 @@ def open(path: Path, config: MistralConfig | None) -> Checkpoint:
 def from_shards(path: Path, format: str, shards: list[TensorFile], config: MistralConfig | None) -> Checkpoint:
     """The checkpoint of opened files with Hugging Face's names."""
     directory = path if path.is_dir() else path.parent
+    if unread.is_mlx({name for shard in shards for name in shard.tensors}):
+        raise UnsupportedFeatureError(
+            f"{path}: packed by MLX (scales and biases beside the weights), which is not read; write it with "
+            "mlx_lm.convert --dequantize."
+        )
     views = quantized.dequantised(shards, directory / "config.json", "quantization_config", quantization.read, config)
     return Checkpoint(
         path,
