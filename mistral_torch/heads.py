@@ -19,6 +19,7 @@ from mistral_core.outputs import (
 )
 
 from .arrays import integers, is_traced, labels_array, to_numpy
+from .compat import generate_for_clients
 from .foreign_cache import is_foreign
 from .generate import compute_transition_scores, generate, stream
 from .layers import Head, last_token
@@ -88,7 +89,7 @@ class MistralForCausalLM(PreTrainedModel):
 
     def generate(self, input_ids: Any = None, **options: Any) -> Tensor | GenerateOutput:
         """Continue token ids [B, T] to [B, T + new]; see `mistral_torch.generate.generate`."""
-        return generate(self, input_ids, **options)
+        return generate_for_clients(generate, self, input_ids, options)
 
     def stream(self, input_ids: Any = None, *, tokenizer: Any, **options: Any) -> Iterator[str]:
         """Yield the continuation of token ids [1, T] as text; see `mistral_torch.generate.stream`."""
@@ -107,7 +108,7 @@ class MistralForCausalLM(PreTrainedModel):
         ids = input_ids
         if is_foreign(past_key_values):
             ids = input_ids[:, past_key_values.get_seq_length() :]
-        elif past_key_values is not None:
+        elif past_key_values is not None and past_key_values.get_seq_length():
             ids = input_ids[:, -1:]
         return {
             "input_ids": ids,

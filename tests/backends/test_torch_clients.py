@@ -181,6 +181,7 @@ def test_a_saved_file_is_a_whole_state_dict(tied, tmp_path):
 # accelerate
 
 
+@pytest.mark.client("accelerate", "init_empty_weights, load_checkpoint_and_dispatch, tied or not")
 @TIED
 def test_empty_weights_are_loaded(tied, tmp_path):
     model = make(tied=tied)
@@ -199,6 +200,7 @@ def test_empty_weights_are_loaded(tied, tmp_path):
 # Packing
 
 
+@pytest.mark.client("transformers", "DataCollatorWithFlattening: rows are apart")
 def test_rows_of_the_flattening_collator_are_apart():
     rows = [{"input_ids": ids.tolist(), "labels": ids.tolist()} for ids in (IDS[0, :4], IDS[1], IDS[2, :7])]
     collator = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
@@ -234,6 +236,7 @@ def windowed(window):
     return model.load_arrays(random_parameters(config, "MistralForCausalLM")).eval()
 
 
+@pytest.mark.client("transformers", "DynamicCache and StaticCache in and out of the forward pass")
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("window", [None, 4, 7])
 @pytest.mark.parametrize("cuts", [(10,), (4, 5, 6, 10), (8, 9, 10)])
@@ -249,6 +252,7 @@ def test_their_cache_gives_what_ours_gives(kind, window, cuts):
     assert torch.allclose(torch.cat(logits, 1)[LEFT == 1], model(IDS, LEFT).logits[LEFT == 1], atol=1e-4)
 
 
+@pytest.mark.client("transformers", "a cache filled by their model and read by ours, and the reverse")
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("window", [None, 4])
 def test_a_cache_goes_between_our_model_and_theirs(kind, window):
@@ -345,6 +349,9 @@ def load_and_dispatch(model, tmp_path):
     )
 
 
+@pytest.mark.client(
+    "accelerate", "cpu_offload, disk_offload, infer_auto_device_map and dispatch: logits, generate, save_pretrained"
+)
 @TIED
 @pytest.mark.parametrize("offload", [cpu_offload, disk_offload, load_and_dispatch])
 def test_an_offloaded_model_computes_generates_and_is_saved(offload, tied, tmp_path):
@@ -369,3 +376,60 @@ def test_the_options_we_write_leave_theirs_in_force(tmp_path):
     assert written.max_new_tokens is None
     other = transformers.MistralForCausalLM.from_pretrained(tmp_path)
     assert other.generate(IDS, max_length=13, do_sample=False, eos_token_id=None).shape == (3, 13)
+
+
+@pytest.mark.client("transformers", "generate(past_key_values=DynamicCache())")
+@pytest.mark.parametrize("window", [None, 4])
+def test_generate_continues_and_fills_a_cache_of_theirs(window):
+    model, cache = windowed(window), transformers.DynamicCache()
+    options = {"max_new_tokens": 3, "eos_token_id": None}
+    whole = model.generate(IDS, attention_mask=LEFT, max_new_tokens=6, eos_token_id=None)
+    first = model.generate(IDS, attention_mask=LEFT, past_key_values=cache, **options)
+    assert cache.get_seq_length() == 12
+    mask = torch.nn.functional.pad(LEFT, (0, 3), value=1)
+    out = model.generate(first, attention_mask=mask, past_key_values=cache, return_dict_in_generate=True, **options)
+    assert torch.equal(out.sequences, whole)
+    assert out.past_key_values is cache
+    assert cache.get_seq_length() == 15
+
+
+# peft
+
+TUNERS = {
+    "prompt tuning": lambda peft: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+    "p-tuning": lambda peft: peft.PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=5, encoder_hidden_size=8
+    ),
+    "prefix tuning": lambda peft: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+}
+
+
+@pytest.mark.client("peft", "prompt tuning, p-tuning, prefix tuning: train, generate, save and load")
+@pytest.mark.parametrize("kind", TUNERS)
+@pytest.mark.parametrize("window", [None, 12])
+def test_virtual_tokens_count(kind, window, tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    tuned = peft.get_peft_model(windowed(window), TUNERS[kind](peft))
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    tuned(input_ids=IDS, attention_mask=LEFT, labels=IDS).loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in tuned.parameters() if p.requires_grad)
+    tuned.eval()
+    ids, mask = IDS, LEFT
+    with torch.no_grad():
+        for _ in range(3):
+            token = tuned(input_ids=ids, attention_mask=mask).logits[:, -1:].argmax(-1)
+            ids, mask = torch.cat([ids, token], 1), torch.nn.functional.pad(mask, (0, 1), value=1)
+        options = {"attention_mask": LEFT, "max_new_tokens": 3, "eos_token_id": None}
+        assert torch.equal(tuned.generate(input_ids=IDS, **options), ids)
+        assert torch.equal(tuned.generate(IDS, attention_mask=LEFT, max_length=13, eos_token_id=None), ids)
+        assert torch.equal(tuned.generate(input_ids=IDS, return_dict_in_generate=True, **options).sequences, ids)
+        plain = tuned.get_base_model().generate(IDS, **options)
+        assert not torch.equal(plain, ids)
+        assert torch.equal(plain, windowed(window).generate(IDS, **options))
+        tuned.save_pretrained(tmp_path)
+        loaded = peft.PeftModel.from_pretrained(windowed(window), tmp_path).eval()
+        assert torch.equal(loaded.generate(input_ids=IDS, **options), ids)
