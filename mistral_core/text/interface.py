@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
 from ..compat import SeenAs
-from ..errors import TokenizerError, UnsupportedFeatureError
+from ..errors import TemplateError, TokenizerError, UnsupportedFeatureError
 from .encoding import Encoding, as_arrays
 from .inputs import check_ids, check_side, check_text, choice, given, is_ids, limits_of, listed, refuse, several
 from .rows import NO_FRAME, TRUNCATIONS, Columns, Frame, Options, cut, framed, pad
@@ -343,6 +343,16 @@ class Tokenizer(SeenAs, ABC):
         return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in sequences]
 
     # Conversations
+
+    chat_template: str | None = None
+    """The jinja template of conversations, where there is one."""
+
+    def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
+        """The jinja template in use, or the given one; raises TemplateError where there is none."""
+        template = self.chat_template if chat_template is None else chat_template
+        if template is None:
+            raise TemplateError("the tokenizer has no chat template; pass chat_template=, or assign one.")
+        return template
 
     def apply_chat_template(
         self,

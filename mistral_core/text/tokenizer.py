@@ -188,15 +188,39 @@ class MistralTokenizer(Tokenizer):
 
     # Conversations
 
+    _assigned_template: str | None = None
+
     @property
     def chat_templates(self) -> dict[str, str]:
         """The checkpoint's own jinja templates, by name; "default" is the one that is used."""
+        if self._assigned_template is not None:
+            return {template_files.DEFAULT: self._assigned_template}
         return self._source.templates
+
+    @property
+    def chat_template(self) -> str | None:
+        """The jinja template in use, or one that writes the built-in format and marks answers; None without any.
+
+        An assigned one is used in place of it and of the built-in format; None takes it back.
+        """
+        own = self.chat_templates
+        if self._assigned_template is not None or self.version is None or not _is_of_mistral(own):
+            return own.get(template_files.DEFAULT)
+        from .templates import saved
+
+        settings = self._source.settings
+        return saved.made(self.version, prefix=self._coder.prefix, model_settings=settings, marked=True)
+
+    @chat_template.setter
+    def chat_template(self, template: str | None) -> None:
+        self._assigned_template = template
 
     def _chat(
         self, conversation: Any, tools: Any, *, said: bool = False, chat_template: str | None = None, **options: Any
     ) -> Chat:
         """By the built-in format of the version, or by a jinja template."""
+        if chat_template is None and self._assigned_template is not None:
+            chat_template = OWN
         version = self._built_in(chat_template)
         if version is not None:
             parts = self._parts(conversation, tools, version, **options)
@@ -211,8 +235,8 @@ class MistralTokenizer(Tokenizer):
         if chat_template is not None:
             return chat_template if chat_template in VERSIONS else None
         own = self.chat_templates
-        if self.version is not None and (not own or any("[INST]" in text for text in own.values())):
-            return self.version  # a template that knows nothing of [INST] is of another format than Mistral's
+        if self.version is not None and _is_of_mistral(own):
+            return self.version
         if not own:
             raise TemplateError(
                 f"{self._where}: neither a chat template nor a version of Mistral's; pass version= to from_pretrained, "
@@ -295,6 +319,11 @@ class MistralTokenizer(Tokenizer):
 
     def __repr__(self) -> str:
         return f"MistralTokenizer({self._where!r}, vocab_size={self.vocab_size}, version={self.version!r})"
+
+
+def _is_of_mistral(templates: Mapping[str, str]) -> bool:
+    """Whether templates, if any, are of Mistral's format: one that knows nothing of [INST] is of another."""
+    return not templates or any("[INST]" in text for text in templates.values())
 
 
 def _setting(name: str, value: Any, where: str) -> Any:

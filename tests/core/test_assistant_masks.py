@@ -179,3 +179,37 @@ def test_what_cannot_be_masked_is_a_typed_error(tiny):
 def test_a_conversation_that_ends_with_an_answer_names_the_mode(made):
     with pytest.raises(TemplateError, match='mode="finetuning"'):
         made("v3", "test").apply_chat_template(CHAT)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_template_of_a_built_in_format_marks_the_same(made, version):
+    """Clients such as trl look for the marks in `chat_template`, and may give the text back."""
+    tokenizer = made(version)
+    told = tokenizer.apply_chat_template(CHAT[:1] + CHAT[1:2], **MASK)
+    text = tokenizer.get_chat_template()
+    assert text == tokenizer.chat_template
+    assert text.count("{%- generation %}") == text.count("{%- endgeneration %}") > 0
+    plain = [{"role": "user", "content": "Who came?"}, *CHAT[1:]]
+    expected = tokenizer.apply_chat_template(plain, **MASK)
+    assert dict(tokenizer.apply_chat_template(plain, chat_template=text, **MASK)) == dict(expected)
+    assert sum(told["assistant_masks"]) > 0
+
+
+def test_an_assigned_template_is_used_saved_and_taken_back(made, tmp_path):
+    tokenizer = made("v7")
+    built_in = tokenizer.apply_chat_template(CHAT)
+    tokenizer.chat_template = MARKED.replace("Q", "[INST]")
+    assert tokenizer.get_chat_template() == tokenizer.chat_template == MARKED.replace("Q", "[INST]")
+    assigned = tokenizer.apply_chat_template(CHAT)
+    assert assigned == tokenizer.apply_chat_template(CHAT, chat_template=tokenizer.chat_template) != built_in
+    tokenizer.save_pretrained(tmp_path)
+    assert (tmp_path / "chat_template.jinja").read_text() == tokenizer.chat_template
+    tokenizer.chat_template = None
+    assert tokenizer.apply_chat_template(CHAT) == built_in
+
+
+def test_a_tokenizer_without_a_template(tiny, monkeypatch):
+    monkeypatch.setattr(type(tiny), "chat_template", None)
+    with pytest.raises(TemplateError, match="no chat template"):
+        tiny.get_chat_template()
+    assert tiny.get_chat_template("given") == "given"

@@ -24,11 +24,14 @@ if TYPE_CHECKING:
 SOURCE = Path(data.__file__).parent / "chat_template.jinja"
 
 
-def made(version: str, *, prefix: str | None, model_settings: Mapping[str, Any] | None = None) -> str:
+def made(
+    version: str, *, prefix: str | None, model_settings: Mapping[str, Any] | None = None, marked: bool = False
+) -> str:
     """The template of a version, a key of VERSIONS, for a tokenizer.json that puts a space as `prefix` says.
 
     That is `Coder.prefix`: where the tokenizer puts no space before a text, the template does. `model_settings` is as
-    in `chat.segments`. Raises TemplateError for another version, TokenizerError for malformed settings.
+    in `chat.segments`. `marked` puts {% generation %} around answers, which not every reader of jinja knows. Raises
+    TemplateError for another version, TokenizerError for malformed settings.
     """
     traits = version_named(version)
     settings = ""
@@ -42,6 +45,7 @@ def made(version: str, *, prefix: str | None, model_settings: Mapping[str, Any] 
         spaced=prefix == FIRST or (prefix == ALWAYS and plain),
         place=traits.system if plain else traits.tools,
         settings=settings,
+        marked=marked,
     )
 
 
