@@ -17,7 +17,7 @@ from .telling import shown, warn
 if TYPE_CHECKING:
     from .config import MistralConfig
 
-MAX_PARAMETERS = 1 << 42
+MAX_PARAMETERS = limits.PARAMETERS
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 

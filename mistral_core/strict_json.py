@@ -12,7 +12,7 @@ from typing import Any
 from .disk import limits, reading
 from .errors import CheckpointError, MistralError
 
-MAX_DEPTH = 16
+MAX_DEPTH = limits.JSON_DEPTH
 MAX_BYTES = limits.JSON_BYTES
 
 

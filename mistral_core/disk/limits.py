@@ -18,6 +18,22 @@ FILES = 200_000  # files of a directory; a tree of zarr has one a chunk
 ATTEMPTS = 5  # times that a directory is opened anew which others replace while it is read
 KEPT_FILES = 64  # files of weights that are kept open: a process has some thousand
 
+# Containers of weights
+
+TENSORS = 20_000  # arrays of a checkpoint; the deepest published Mistral has 800
+RANK = 4  # axes of an array; Mistral's have one or two, MaxText's three
+SHARDS = 1000  # files of weights that an index names; the largest published have 200
+JSON_DEPTH = 16  # objects and lists in each other; a config has four
+SAFETENSORS_HEADER_BYTES = 25_000_000  # of a header; 150 a tensor, the library takes four times as much
+ZIP_DIRECTORY_BYTES = 4 << 20  # of a zip's table of contents; 100 a member
+ZIP_MEMBERS = 1000  # files in a .keras archive; it has three
+GGUF_HEADER_BYTES = 64 << 20  # of a header; a tokenizer is in it
+GGUF_KEYS = 10_000  # keys and values; published files have 50
+GGUF_ITEMS = 2_000_000  # items of one list; a tokenizer has a million merges
+GGUF_ALIGNMENT = 1 << 16  # bytes to which tensors are aligned; 32 is usual
+HDF5_BYTES = 64 << 20  # of all that is no number: names, groups, attributes
+CONTAINER_DEPTH = 16  # groups in each other in HDF5, maps in msgpack; Keras has nine
+NAME_BYTES = 256  # of a tensor's, a key's or a group's name; published ones have 100
 PICKLE_BYTES = 1 << 20  # bytes of a pickle without its numbers; 300 a tensor
 PICKLE_DEPTH = 32  # containers within one another in a pickle; a state dict has four
 PICKLE_OPS = 1 << 20  # steps of a pickle; 25 a tensor
@@ -34,8 +50,15 @@ HEAD_SECONDS = 60  # seconds until an answer begins, however slowly its head com
 SLOW_SECONDS = 20  # seconds over which the speed of a download is looked at
 SLOW_BYTES = 1024  # bytes a second that a download must have, over those: also its longest time, size / SLOW_BYTES
 
+# Chat templates
+
+TEMPLATES = 64  # of one checkpoint; published ones have three
+TEMPLATE_DEPTH = 64  # lists and dicts in each other, of messages and tools
+TEMPLATE_INTEGER_BITS = 64  # of a number in them
+
 # Config
 
+PARAMETERS = 1 << 42  # numbers of a model; the largest published have 2^40
 LAYERS = 1024  # the deepest published Mistral has 88
 LABELS = 1 << 17  # classes of a head: as many as the largest vocabulary
 VOCABULARY = 1 << 22  # tokens; the largest published tokenizers have 2^18
@@ -47,6 +70,7 @@ POSITIONS = (1 << 31) - 1  # tokens of a text or a window: only compared, nothin
 # Tokenizers
 
 TOKEN_CHARACTERS = 4096  # of one token, whose every place is looked at; the longest that were published have 256
+TEKKEN_WORDS = 1 << 20  # of a tekken.json, special ones included; published ones have 2^17
 SPECIAL_TOKENS = 1 << 14  # Tekken has 1000; each is looked for in what users write
 TOKENS_AROUND = 1024  # special tokens that a post-processor puts around a text
 WORD_CHARACTERS = 1024  # of a word that WordPiece reads, in the square of it; 100 is usual

@@ -25,7 +25,7 @@ LLAMA_PATTERN = (
 )
 """What some published tokenizer.json of Tekken have in its place by mistake (huggingface/transformers#42299)."""
 
-MAX_TOKENS = 1 << 20
+MAX_TOKENS = limits.TEKKEN_WORDS
 
 _OLD_SPECIALS = (
     "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",

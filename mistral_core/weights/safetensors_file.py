@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..disk import files, reading
+from ..disk import files, limits, reading
 from ..errors import CorruptCheckpointError, DtypeMismatchError, LimitExceededError, TruncatedFileError
 from .tensor_file import (
     DTYPES,
@@ -27,7 +27,7 @@ from .tensor_file import (
     supported,
 )
 
-MAX_HEADER_BYTES = 25_000_000
+MAX_HEADER_BYTES = limits.SAFETENSORS_HEADER_BYTES
 
 _BITS = {
     **{code: 8 * dtype.itemsize for code, dtype in DTYPES.items()},

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import strict_json
-from ..disk import files
+from ..disk import files, limits
 from ..errors import (
     CheckpointIndexError,
     CheckpointNotFoundError,
@@ -24,8 +24,8 @@ from ..errors import (
 from . import safetensors_file
 from .tensor_file import DTYPES, TensorFile, TensorInfo, quoted
 
-MAX_INDEX_BYTES = 10 << 20
-MAX_SHARDS = 1000
+MAX_INDEX_BYTES = limits.MANIFEST_BYTES
+MAX_SHARDS = limits.SHARDS
 
 Specs = Mapping[str, tuple[str, tuple[int, ...]]]
 """Name in the file -> (dtype code, shape in the file)."""

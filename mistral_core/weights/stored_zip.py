@@ -9,10 +9,11 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from ..disk import limits
 from ..errors import CorruptCheckpointError, LimitExceededError, TruncatedFileError, UnsafeFileError
 from .tensor_file import check_size, quoted, read_at
 
-MAX_DIRECTORY_BYTES = 4 << 20
+MAX_DIRECTORY_BYTES = limits.ZIP_DIRECTORY_BYTES
 
 
 class Member(NamedTuple):

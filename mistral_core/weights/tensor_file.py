@@ -12,7 +12,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from ..disk import files
+from ..disk import files, limits
 from ..disk.reading import opened
 from ..errors import (
     CorruptCheckpointError,
@@ -22,8 +22,8 @@ from ..errors import (
     TruncatedFileError,
 )
 
-MAX_TENSORS = 20_000
-MAX_RANK = 4
+MAX_TENSORS = limits.TENSORS
+MAX_RANK = limits.RANK
 
 DTYPES = {
     "F64": np.dtype("<f8"),

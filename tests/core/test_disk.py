@@ -10,7 +10,7 @@ import pytest
 
 import mistral_core
 from mistral_core.config import MistralConfig
-from mistral_core.disk import reading
+from mistral_core.disk import limits, reading
 from mistral_core.disk.reading import held
 from mistral_core.errors import (
     CheckpointError,
@@ -273,3 +273,29 @@ def test_only_disk_opens_files():
 def test_the_search_finds(call):
     assert openings(call)
     assert not openings("Checkpoint.open(p); formats.module_of(x).open(p, None); reading.opened(p); json.loads(t)")
+
+
+# One table of limits
+
+
+OWN_LIMITS = ("pictures/", "text/templates/worker.py", "text/templates/process.py", "weights/hdf5/file.py")
+"""What a picture can show; a program of its own, which imports nothing; how an attribute is written."""
+
+
+def test_limits_stand_in_one_table():
+    found = [
+        f"{path.relative_to(CORE)}: {ast.unparse(node)}"
+        for path in CORE.rglob("*.py")
+        if not path.relative_to(CORE).as_posix().startswith(("disk/", *OWN_LIMITS))
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Assign)
+        and ast.unparse(node.targets[0]).lstrip("_").startswith(("MAX_", "MOST_", "LIMIT"))
+        and not any(name in ast.unparse(node.value) for name in ("limits.", "MAX_"))
+    ]
+    assert not found, "put it into disk/limits.py, with its unit and reason"
+
+
+def test_every_limit_has_a_unit_and_a_reason():
+    lines = [line for line in Path(limits.__file__).read_text().splitlines() if line[:1].isupper()]
+    assert len(lines) > 40
+    assert not [line for line in lines if "  # " not in line]

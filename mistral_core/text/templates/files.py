@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import strict_json
-from ...disk import reading
+from ...disk import limits, reading
 from ...disk.files import check_bare_name
 from ...errors import TemplateError, UnsafeFileError
 from .worker import MAX_TEMPLATE_BYTES
@@ -16,7 +16,7 @@ from .worker import MAX_TEMPLATE_BYTES
 FILE = "chat_template.jinja"
 OLD_FILE = "chat_template.json"
 DIRECTORY = "additional_chat_templates"
-MAX_TEMPLATES = 64
+MAX_TEMPLATES = limits.TEMPLATES
 DEFAULT, WITH_TOOLS = "default", "tool_use"
 
 

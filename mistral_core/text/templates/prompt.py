@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from ...disk import limits
 from ...errors import TemplateError, TemplateSecurityError, TemplateTimeoutError
 from .. import utf8
 from ..segments import Part, Segment
@@ -20,9 +21,9 @@ from .process import PROCESS
 from .said import NOT_ASKED, check_tag, with_spans, without_ends
 from .worker import MAX_MEMORY, MAX_TEMPLATE_BYTES
 
-MAX_DEPTH = 64
+MAX_DEPTH = limits.TEMPLATE_DEPTH
 """Of lists and dicts in each other."""
-MAX_INTEGER_BITS = 64
+MAX_INTEGER_BITS = limits.TEMPLATE_INTEGER_BITS
 
 Records = Sequence[Mapping[str, Any]]
 """Messages, tools or documents: dicts of plain data (dict, list, str, finite numbers, bool, None)."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from ... import strict_json
 from ...config import MistralConfig
-from ...disk import files, reading
+from ...disk import files, limits, reading
 from ...errors import ConfigError, CorruptCheckpointError, UnsupportedFeatureError
 from ...parameters import BASE_PREFIX, HEADS, Parameter, layer_of, parameters
 from .. import layouts
@@ -28,7 +28,7 @@ from .base import Outline, Target
 
 ARCHIVE, WEIGHTS = "model.keras", "model.weights.h5"
 SUFFIXES = (".keras", ".weights.h5")
-MAX_MEMBERS = 1000
+MAX_MEMBERS = limits.ZIP_MEMBERS
 
 _ALLOWED = re.compile(r"(metadata|config)\.json|model\.weights\.(h5|npz)|assets/(?!.*\.\.)[\w./-]*")
 _BODY = "layers/mistral_model/"

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ...disk import limits
 from ...errors import (
     CorruptCheckpointError,
     DtypeMismatchError,
@@ -30,11 +31,11 @@ from ..tensor_file import (
 )
 from .kinds import BY_NUMBER, KINDS, nbytes
 
-MAX_HEADER_BYTES = 64 << 20
-MAX_KEYS = 10_000
-MAX_ITEMS = 2_000_000
-MAX_NAME = 256
-MAX_ALIGNMENT = 1 << 16
+MAX_HEADER_BYTES = limits.GGUF_HEADER_BYTES
+MAX_KEYS = limits.GGUF_KEYS
+MAX_ITEMS = limits.GGUF_ITEMS
+MAX_NAME = limits.NAME_BYTES
+MAX_ALIGNMENT = limits.GGUF_ALIGNMENT
 ALIGNMENT = "general.alignment"
 
 MAGIC = b"GGUF"

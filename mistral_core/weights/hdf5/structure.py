@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from ...disk import limits
 from ...errors import (
     CheckpointError,
     CorruptCheckpointError,
@@ -26,9 +27,9 @@ from . import messages
 from .messages import Dataset
 
 MAX_OBJECTS = MAX_TENSORS
-MAX_DEPTH = 16
-MAX_NAME = 256
-MAX_BYTES = 64 << 20
+MAX_DEPTH = limits.CONTAINER_DEPTH
+MAX_NAME = limits.NAME_BYTES
+MAX_BYTES = limits.HDF5_BYTES
 """What is read of a file besides its numbers."""
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"

@@ -13,7 +13,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from ...disk import files, reading
+from ...disk import files, limits, reading
 from ...errors import CorruptCheckpointError, DtypeMismatchError, LimitExceededError, TruncatedFileError
 from ..tensor_file import (
     DTYPES,
@@ -28,8 +28,8 @@ from ..tensor_file import (
     supported,
 )
 
-MAX_DEPTH = 16
-MAX_NAME = 256
+MAX_DEPTH = limits.CONTAINER_DEPTH
+MAX_NAME = limits.NAME_BYTES
 CHUNKED = "__msgpack_chunked_array__"
 
 ARRAY = 1  # the extension type

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ... import strict_json
-from ...disk import files, reading
+from ...disk import files, limits, reading
 from ...errors import (
     CorruptCheckpointError,
     LimitExceededError,
@@ -24,8 +24,8 @@ from ..tensor_file import CODES, DTYPES, MAX_TENSORS, TensorFile, TensorInfo, qu
 
 METADATA = "_METADATA"
 UNFINISHED = ".orbax-checkpoint-tmp"
-MAX_METADATA_BYTES = 10 << 20
-MAX_FILES = 200_000
+MAX_METADATA_BYTES = limits.MANIFEST_BYTES
+MAX_FILES = limits.FILES
 
 ZARR_NAMES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "bfloat16"}
 """Dtype code -> what zarr version 2 calls it."""
