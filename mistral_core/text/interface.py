@@ -414,7 +414,8 @@ class Tokenizer(SeenAs, ABC):
         with tempfile.TemporaryDirectory() as folder:
             written = [Path(name) for name in self.save_pretrained(folder)]
             message = options.pop("commit_message", None) or "Upload tokenizer"
-            return push_files({path.name: path for path in written}, repo_id, message, **options)
+            names = {path.relative_to(folder).as_posix(): path for path in written}
+            return push_files(names, repo_id, message, **options)
 
     def add_tokens(self, *_: Any, **__: Any) -> Any:
         """Raises UnsupportedFeatureError: the vocabulary is the model's."""

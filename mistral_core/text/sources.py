@@ -28,8 +28,8 @@ NAMES = (TEKKEN, JSON, *MODELS)
 """Files that hold a vocabulary, the first that is there is read: tekken.json is what its tokenizer.json is made from,
 and a tokenizer.json is what users of tokenizer.model expect."""
 
-TEMPLATES = (template_files.FILE, template_files.OLD_FILE)
-"""Files of a chat template, which are fetched with those."""
+TEMPLATES = (template_files.FILE, template_files.OLD_FILE, template_files.DIRECTORY)
+"""Files and the folder of chat templates, which are fetched with those."""
 
 Files = Mapping[str, Callable[[], bytes]]
 """Readers of files, by name."""

@@ -27,7 +27,7 @@ from ..errors import (
 )
 from ..parameters import Parameter, shapes
 from . import casting, fingerprint, formats, hub, manifest
-from .formats.base import TEXT_FILES, Outline
+from .formats.base import TEMPLATES, TEXT_FILES, Outline
 from .layouts import Layout
 from .matching import canonical_names, match, own_class
 from .opened import Checkpoint, fits_in_cache
@@ -310,7 +310,7 @@ REPLACED = (
     *files.WEIGHT_FILES,
     *(name.partition("/")[0] for row in formats.FORMATS.values() for name in row.files),
     *("flax_model-*.msgpack", "tf_model-*.h5", "model_*.weights.h5", "consolidated.*.pth", "pytorch_model-*.bin"),
-    *("config.json", "params.json", "metadata.json", "task.json", "preprocessor.json", "assets"),
+    *("config.json", "params.json", "metadata.json", "task.json", "preprocessor.json", "assets", TEMPLATES),
     *TEXT_FILES,
 )
 """What a converted checkpoint never keeps from the directory that it replaces; everything else stays."""

@@ -22,6 +22,7 @@ from ..errors import (
     UnsafeFileError,
 )
 from . import hub_cache, hub_wire, unread
+from .formats.base import TEMPLATES, is_template
 from .hub_errors import Repository, translated
 from .hub_files import CONFIGS, HEADS, heads, small_files, weight_files
 from .hub_wire import Announced
@@ -97,7 +98,7 @@ def _download(repository: Repository, wanted: Sequence[str] | None, format: str 
         first = heads(announced, format, str(repository), one=one)
         names = small_files(announced, first)
     else:
-        names = [name for name in wanted if name in announced]
+        names = [name for name in announced if name in wanted or (TEMPLATES in wanted and is_template(name))]
     if not names and wanted is not None:
         advice = unread.told(announced) or "check the id"
         raise FileNotOnHubError(f"{repository}: the repository has none of {', '.join(wanted)}; {advice}.")

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import ConversionError, FileNotOnHubError
 from . import unread
 from .formats import FORMATS, PICKLES, keras_hub
-from .formats.base import TEXT_FILES
+from .formats.base import TEXT_FILES, is_template
 from .shards import weight_map_of
 
 CONFIGS = ("config.json", "params.json")
@@ -26,6 +26,7 @@ def small_files(names: Collection[str], heads: Collection[str]) -> list[str]:
     wanted = (*CONFIGS, *TEXT_FILES, "mistral_manifest.json", *(head for head in heads if head.endswith(".json")))
     if any(head.startswith("model.weights.") for head in heads):
         wanted = (*wanted, *PRESET_FILES, *(name for name in names if name.startswith("assets/")))
+    wanted = (*wanted, *filter(is_template, names))
     return [name for name in dict.fromkeys(wanted) if name in names]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from ..disk import files
 from ..errors import CheckpointError, HubError, MistralError
 from . import formats, manifest
-from .formats.base import TEXT_FILES
+from .formats.base import TEXT_FILES, template_names
 from .hub_errors import Repository, translated
 from .hub_files import CONFIGS, PRESET_FILES
 from .opened import Checkpoint
@@ -89,7 +89,7 @@ def files_of(checkpoint: Checkpoint) -> list[str]:
     weights = {Path(path).absolute().relative_to(folder.absolute()).as_posix() for path in checkpoint.shards}
     found = {name for name in weights if not _is_debris(name)}
     found |= {name for name in (*COMPANIONS, manifest.NAME) if (folder / name).is_file()}
-    found |= set(_indexes(folder, weights))
+    found |= {*template_names(folder), *_indexes(folder, weights)}
     if checkpoint.format == "keras-hub":
         assets = (path for path in (folder / "assets").rglob("*") if path.is_file())
         found |= {name for path in assets if not _is_debris(name := path.relative_to(folder).as_posix())}

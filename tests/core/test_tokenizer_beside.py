@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -217,6 +218,36 @@ def test_what_is_written_names_the_inputs_of_a_model(tmp_path):
     MistralTokenizer(json.dumps(TINY)).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert written["model_input_names"] == ["input_ids", "attention_mask"]
+
+
+@pytest.mark.parametrize("to", ["hf", "flax-msgpack"])
+def test_what_travels_with_a_checkpoint_survives_conversion_and_a_push(tmp_path, to):
+    from mistral_core.weights.convert import convert
+    from mistral_core.weights.opened import Checkpoint
+    from mistral_core.weights.push import files_of
+
+    source = Path(shutil.copytree(TINY_CHECKPOINT, tmp_path / "source"))
+    (source / "mistral_manifest.json").unlink()
+    more = {
+        "added_tokens.json": json.dumps({END: SIZE}),
+        "special_tokens_map.json": json.dumps({"pad_token": "<unk>"}),
+        "chat_template.jinja": "plain",
+        "additional_chat_templates/tool_use.jinja": "{{ 'tools' }}",
+    }
+    for name, content in more.items():
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(content)
+    convert(source, tmp_path / "out", to=to)
+    found = files_of(Checkpoint.open(tmp_path / "out"))
+    for name, content in more.items():
+        assert (tmp_path / "out" / name).read_text() == content
+        assert name in found
+    tokenizer = MistralTokenizer.from_pretrained(tmp_path / "out")
+    assert set(tokenizer.chat_templates) == {"default", "tool_use"}
+    assert set(saved(tokenizer, tmp_path / "again").chat_templates) == {"default", "tool_use"}
+    assert tokenizer.convert_tokens_to_ids(END) == SIZE
+    convert(TINY_CHECKPOINT, tmp_path / "out", to=to, overwrite=True)
+    assert not (tmp_path / "out" / "additional_chat_templates").exists()
 
 
 TRANSFORMERS = Path(__file__).parents[1] / "data" / "tokenizer_config_keys.txt"

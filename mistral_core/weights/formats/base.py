@@ -33,6 +33,9 @@ TEXT_FILES = (
 )
 """What travels with the weights, by Hugging Face's names."""
 
+TEMPLATES = "additional_chat_templates"
+"""The folder of further chat templates, which travel too."""
+
 
 @dataclass(frozen=True)
 class Outline:
@@ -81,8 +84,25 @@ def opened_config(path: Path, config: MistralConfig | None) -> Callable[[], Mist
 
 
 def texts_in(directory: Path) -> dict[str, Callable[[], bytes]]:
-    """Readers of the `TEXT_FILES` that lie in a directory."""
-    return {name: reader(directory / name) for name in TEXT_FILES if (directory / name).exists()}
+    """Readers of the `TEXT_FILES` that lie in a directory, and of more chat templates."""
+    names = (*(name for name in TEXT_FILES if (directory / name).exists()), *template_names(directory))
+    return {name: reader(directory / name) for name in names}
+
+
+def template_names(directory: Path) -> list[str]:
+    """The chat templates that a directory has beside the usual one, by their names below it."""
+    folder = directory / TEMPLATES
+    if not folder.is_dir():
+        return []
+    found = [f"{TEMPLATES}/{name}" for name in reading.names(folder) if is_template(f"{TEMPLATES}/{name}")]
+    limits.check(len(found), limits.TEMPLATES, what="chat templates", where=str(folder))
+    return found
+
+
+def is_template(name: str) -> bool:
+    """Whether a name below a directory, or in a repository, is that of a further chat template."""
+    folder, _, file = name.partition("/")
+    return folder == TEMPLATES and "/" not in file and file.endswith(".jinja") and not file.startswith(".")
 
 
 def reader(path: Path) -> Callable[[], bytes]:
