@@ -150,13 +150,14 @@ class GenerationConfig:
         if options := effective(config.extra):
             warnings.warn(
                 f"{where}: options that are not used here, so tokens may be others than elsewhere: "
-                f"{explained(options, config.to_dict())}.",
+                f"{explained(options, config.__dict__)}.",
                 stacklevel=2,
             )
         rare = [name for name in RARE if getattr(config, name) != getattr(GenerationConfig, name)]
         if rare:
             warnings.warn(
-                f"{where}: {', '.join(rare)} shape every answer; give generate other values where that is not wanted.",
+                f"{where}: every answer is shaped by {', '.join(rare)}; give generate other values where that is not "
+                "wanted.",
                 stacklevel=2,
             )
         for name in ("num_beams", "num_return_sequences"):
@@ -189,7 +190,7 @@ class GenerationConfig:
             raise GenerationConfigError(f"generation_config: {type(config).__name__}, a GenerationConfig was expected.")
         made = cls._from_dict(data)
         if options := effective({name: value for name, value in made.extra.items() if value is not None}):
-            raise GenerationConfigError(f"generation_config: {explained(options, made.to_dict())}.")
+            raise GenerationConfigError(f"generation_config: {explained(options, made.__dict__)}.")
         return made
 
     @classmethod

@@ -79,7 +79,8 @@ def _embedded(
         validate.check_ids("input_ids", ids_BT, config.vocab_size)
     if len(ids_BT) != batch:
         raise InputError(f"input_ids: {len(ids_BT)} rows beside inputs_embeds of {batch}; as many were expected.")
-    mask_BT = mask_BE if ids_BT.shape == mask_BE.shape else np.ones_like(ids_BT)
+    first = mask_BE.shape[1] - ids_BT.shape[1]  # embeddings that stand before those of the ids
+    mask_BT = mask_BE[:, first:] if first >= 0 else np.ones_like(ids_BT)
     columns = embeds_BED.shape[1] if generation.max_length is not None else ids_BT.shape[1]
     return Prompt(ids_BT, mask_BT, generation.for_prompt(columns), hooks, embeds_BED, mask_BE)
 

@@ -19,6 +19,7 @@ from mistral_core.text.stream import beginning
 from .arrays import from_numpy, to_numpy
 from .cache import KVCache
 from .compiled import compiled
+from .foreign_calls import own_past, prepared, with_their_cache
 from .layers import project
 from .sampling import Choice, choose
 
@@ -55,10 +56,11 @@ def generate(
     """
     with beginning(streamer):
         prompt = _prompt(model, input_ids, attention_mask, generation_config, options)
+        prompt, past = own_past(model, prompt, past_key_values)
         engine, assistant = _engines(model, assistant_model, prompt)
-    out = decoding.generate(
-        engine, prompt, past=past_key_values, assistant=assistant, streamer=streamer, tokenizer=tokenizer
-    )
+    out = decoding.generate(engine, prompt, past=past, assistant=assistant, streamer=streamer, tokenizer=tokenizer)
+    with without_dropout(model):
+        out = with_their_cache(model, out, past_key_values)
     return decoding.returned(engine, prompt, out)
 
 
@@ -78,8 +80,9 @@ def stream(
     A piece holds no half character, and nothing of a stop string. Options and errors are those of `generate`.
     """
     prompt = _prompt(model, input_ids, attention_mask, generation_config, options)
+    prompt, past = own_past(model, prompt, past_key_values)
     engine, assistant = _engines(model, assistant_model, prompt)
-    return decoding.stream(engine, prompt, tokenizer=tokenizer, past=past_key_values, assistant=assistant)
+    return decoding.stream(engine, prompt, tokenizer=tokenizer, past=past, assistant=assistant)
 
 
 def compute_transition_scores(
@@ -105,6 +108,7 @@ def _prompt(
 ) -> decoding.Prompt:
     own = model.generation_config
     given = own if generation_config is None else generation_config
+    input_ids, attention_mask, options = prepared(model, input_ids, attention_mask, options)
     options = options | {"input_ids": input_ids, "attention_mask": attention_mask}
     options = {name: _numpy(x) if isinstance(x, Tensor) else x for name, x in options.items()}
     ids, mask = options.pop("input_ids"), options.pop("attention_mask")

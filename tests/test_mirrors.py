@@ -64,6 +64,7 @@ OWN_FILES = {
     "scan.py": "JAX compiles every layer anew unless it scans",
     "fit.py": "Keras models train themselves",
     "saving.py": "Keras and TensorFlow have files of their own, and look for what to write in them",
+    "foreign_calls.py": "what transformers' and peft's PyTorch clients hand to generate",
     "pickles.py": "PyTorch's own files, which only torch may read; a format of checkpoints, no part of the backend",
     "traces.py": "TensorFlow: what it traced stays as it was; torch guards it, JAX finds it by its graph",
 }

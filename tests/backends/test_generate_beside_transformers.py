@@ -8,7 +8,7 @@ from conftest import REQUESTED
 
 from conformance.weights import random_parameters
 from mistral_core import GenerationConfig
-from mistral_core.errors import GenerationConfigError
+from mistral_core.errors import GenerationConfigError, InputError, UnsupportedFeatureError
 from mistral_core.presets import TINY
 
 if "torch" not in REQUESTED:
@@ -242,3 +242,72 @@ def test_generate_draws_no_dropout_and_leaves_the_mode_as_it_was(ours):
     with pytest.raises(ZeroDivisionError):
         model.generate(IDS, logits_processor=[lambda ids, scores: 1 / 0])
     assert [module.training for module in model.modules()] == modes
+
+
+# Their caches, and peft's prompts
+
+
+@pytest.mark.parametrize("ends", [None, ENDS])
+def test_their_cache_is_filled_as_they_fill_it(ours, theirs, ends):
+    mine, wanted = transformers.DynamicCache(), transformers.DynamicCache()
+    options = {"max_new_tokens": 6, "eos_token_id": ends, "pad_token_id": PAD, "attention_mask": MASK}
+    first = ours.generate(IDS, past_key_values=mine, return_dict_in_generate=True, **options)
+    assert first.past_key_values is mine
+    assert torch.equal(first.sequences, theirs.generate(IDS, past_key_values=wanted, **options))
+    real = first.attention_mask[:, :-1].bool()
+    for one, other in zip(mine.layers, wanted.layers, strict=True):
+        assert one.keys.shape == other.keys.shape
+        for a, b in ((one.keys, other.keys), (one.values, other.values)):
+            assert torch.allclose(a.transpose(1, 2)[real], b.transpose(1, 2)[real], atol=1e-4)
+    ids = torch.cat([first.sequences, IDS[:, :3]], 1)
+    options["attention_mask"] = torch.cat([first.attention_mask, torch.ones(2, 3, dtype=torch.int64)], 1)
+    plain = ours.generate(ids, **options)
+    assert torch.equal(ours.generate(ids, past_key_values=mine, **options), plain)
+    assert mine.get_seq_length() == plain.shape[1] - 1
+    mask, past = options["attention_mask"][:1], row_of(wanted, first, theirs)
+    tokens = ours.stream(
+        ids[:1], tokenizer=Numbers(), past_key_values=past, max_new_tokens=2, eos_token_id=None, attention_mask=mask
+    )
+    assert "".join(tokens) == Numbers().decode(plain[0, ids.shape[1] : ids.shape[1] + 2].tolist())
+    for wrong in ({"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}):
+        with pytest.raises(InputError, match="past_key_values"):
+            ours.generate(ids, past_key_values=transformers.DynamicCache(), **wrong)
+    with pytest.raises(InputError, match="it holds"):
+        ours.generate(IDS, past_key_values=mine)
+
+
+class Numbers:
+    def decode(self, ids, skip_special_tokens=False):
+        return "".join(f"{int(each)}," for each in ids)
+
+
+def row_of(cache, out, model):
+    """A cache of theirs with the first row of one that the real tokens of a call filled."""
+    row = transformers.DynamicCache()
+    mask = out.attention_mask[:1, :-1]
+    with torch.no_grad():
+        model(out.sequences[:1, :-1], attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+              past_key_values=row)  # fmt: skip
+    return row
+
+
+def test_a_tuned_prompt_stands_before_the_text(ours):
+    peft = pytest.importorskip("peft")
+    model = mistral_torch.MistralForCausalLM(CONFIG).load_arrays(random_parameters(CONFIG, "MistralForCausalLM"))
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    tuned = peft.get_peft_model(model, config).eval()
+    with torch.no_grad():
+        tuned.prompt_encoder.default.embedding.weight.normal_(generator=torch.Generator().manual_seed(3))
+        ids = IDS
+        for _ in range(4):
+            mask = torch.cat([MASK, torch.ones(2, ids.shape[1] - 9, dtype=torch.int64)], 1)
+            logits = tuned(input_ids=ids, attention_mask=mask).logits[:, -1]
+            ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+    options = {"max_new_tokens": 4, "eos_token_id": None, "attention_mask": MASK}
+    assert torch.equal(tuned.generate(input_ids=IDS, **options), ids)
+    assert not torch.equal(ours.generate(IDS, **options), ids)
+    assert torch.equal(model.generate(IDS, **options), ours.generate(IDS, **options))  # peft is gone again
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    prefixed = peft.get_peft_model(mistral_torch.MistralForCausalLM(CONFIG), config)
+    with pytest.raises(UnsupportedFeatureError, match="prefix tuning"):
+        prefixed.generate(input_ids=IDS, **options)

@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mistral_core.data import TINY_CHECKPOINT
-from mistral_core.text.stream import StoppingStream, TextIteratorStreamer, TextStream, TextStreamer
+from mistral_core.errors import InputError
+from mistral_core.text.stream import (
+    StoppingStream,
+    TextIteratorStreamer,
+    TextStream,
+    TextStreamer,
+    beginning,
+    telling,
+)
 from mistral_core.text.tokenizer import MistralTokenizer
 
 TOKENIZER = MistralTokenizer.from_pretrained(TINY_CHECKPOINT)
@@ -138,3 +146,78 @@ def test_an_iterator_in_another_thread():
     thread.join()
     with pytest.raises(queue.Empty):
         next(TextIteratorStreamer(TOKENIZER, timeout=0.01))
+
+
+def failing(streamer, *, after):
+    """A call that fails before it tells anything, or after so many tokens."""
+    try:
+        with beginning(streamer):
+            if after is None:
+                raise InputError("no")
+        with telling(streamer):
+            ids = TOKENIZER.encode("Emma was pleased")
+            streamer.put(np.array([ids[:1]]))
+            for each in ids[1 : 1 + after]:
+                streamer.put(np.array([each]))
+            raise InputError("no")
+    except InputError:
+        pass
+
+
+@pytest.mark.parametrize("after", [None, 0, 2])
+def test_an_iteration_ends_with_the_error(after):
+    streamer = TextIteratorStreamer(TOKENIZER, timeout=5)
+    for _ in range(2):  # and again
+        thread = threading.Thread(target=failing, args=(streamer,), kwargs={"after": after})
+        thread.start()
+        list(streamer)
+        thread.join()
+        assert isinstance(streamer.error, InputError)
+    told(streamer, "Emma was")
+    assert "".join(streamer) == "Emma was"
+    assert streamer.error is None
+
+
+def test_a_streamer_of_another_kind_is_told_the_end_once():
+    class Other:
+        ended = 0
+
+        def put(self, value):
+            pass
+
+        def end(self):
+            self.ended += 1
+
+    for after in (None, 2):
+        failing(other := Other(), after=after)
+        assert other.ended == 1
+
+
+def test_a_loop_that_was_left_does_not_go_on_with_another_call():
+    streamer = TextIteratorStreamer(TOKENIZER, timeout=5)
+    told(streamer, "Emma was not at all pleased")
+    for piece in streamer:
+        assert piece
+        break
+    told(streamer, "Emma came")
+    assert "".join(streamer) == "Emma came"
+    told(streamer, "Emma was pleased")  # a look at the first piece, and the rest
+    first = next(streamer)
+    assert first + "".join(streamer) == "Emma was pleased"
+    told(streamer, "Emma was pleased")
+    first = next(iter(streamer))
+    assert first + "".join(streamer) == "Emma was pleased"
+    told(streamer, "Emma came")  # two calls before the first is read
+    told(streamer, "Emma was")
+    assert ["".join(streamer), "".join(streamer)] == ["Emma came", "Emma was"]
+
+
+def test_several_rows_or_two_calls_at_once_are_refused():
+    streamer = TextStreamer(TOKENIZER)
+    with pytest.raises(InputError, match="2 rows"):
+        streamer.put(np.ones((2, 3), int))
+    streamer.put(np.array([[5, 6]]))
+    with pytest.raises(InputError, match="2 rows"):
+        streamer.put(np.array([5, 6]))
+    with pytest.raises(InputError, match="before the last one ended"):
+        streamer.put(np.array([[5, 6]]))

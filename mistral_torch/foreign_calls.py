@@ -1,0 +1,83 @@
+"""What transformers' clients hand to `generate`: a cache of theirs, and inputs that peft prepares in its own way."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mistral_core import decoding
+from mistral_core.errors import InputError, UnsupportedFeatureError
+from mistral_core.outputs import GenerateOutput
+
+from .arrays import integers
+from .foreign_cache import given_back, is_foreign, own_cache
+from .layers import token_order
+
+if TYPE_CHECKING:
+    from .heads import MistralForCausalLM
+
+
+def prepared(
+    model: MistralForCausalLM, input_ids: Any, attention_mask: Any, options: dict[str, Any]
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Ids, mask and options of a call, with the embeddings that a client puts before the prompt.
+
+    peft's prompt tuning sets a `prepare_inputs_for_generation` of its own on the model that it tunes.
+    Raises UnsupportedFeatureError for one that fills the cache beforehand, as prefix tuning does.
+    """
+    own = vars(model).get("prepare_inputs_for_generation")
+    if own is None or getattr(own, "__func__", None) is type(model).prepare_inputs_for_generation:
+        return input_ids, attention_mask, options
+    options = dict(options)
+    given = options.pop("inputs", None) if input_ids is None else input_ids
+    ids = integers("input_ids", given, model.device)
+    if ids is None:
+        raise InputError("generate: give input_ids; the model's adapter puts its own embeddings before them.")
+    mask = torch.ones_like(ids) if attention_mask is None else torch.as_tensor(attention_mask, device=ids.device)
+    tasks = {"task_ids": options.pop("task_ids")} if "task_ids" in options else {}
+    with torch.no_grad():
+        made = own(ids, attention_mask=mask, past_key_values=None, use_cache=True, **tasks)
+    if made.get("past_key_values") is not None:
+        raise UnsupportedFeatureError(
+            "generate: the adapter fills the cache beforehand, as prefix tuning does; use prompt tuning, or a loop "
+            "over the model's forward pass."
+        )
+    if made.get("inputs_embeds") is None:
+        return ids, attention_mask, options
+    return ids, made["attention_mask"], {**options, "inputs_embeds": made["inputs_embeds"]}
+
+
+def own_past(model: MistralForCausalLM, prompt: decoding.Prompt, past: Any) -> tuple[decoding.Prompt, Any]:
+    """The prompt and a KVCache of what a cache of transformers holds; anything else as it is. Raises InputError."""
+    if not is_foreign(past):
+        return prompt, past
+    generation, columns = prompt.generation, int(past.get_seq_length())
+    if generation.num_beams > 1 or generation.num_return_sequences > 1 or prompt.embeds is not None:
+        raise InputError(
+            "past_key_values: a cache of transformers is taken with one sequence a row and input_ids; leave it out."
+        )
+    batch, tokens = prompt.ids.shape
+    if columns >= tokens:
+        raise InputError(f"past_key_values: it holds {columns} of {tokens} columns; give the ids of all, and new ones.")
+    prompt = prompt._replace(generation=generation.replace(cache="full"))
+    if not columns:
+        return prompt, None
+    like = torch.empty(0, dtype=model.dtype, device=model.device)
+    mask = torch.from_numpy(prompt.mask)
+    return prompt, own_cache(model.config, past, mask, tokens - columns, batch=batch, like=like)
+
+
+@torch.no_grad()
+def with_their_cache(model: MistralForCausalLM, out: GenerateOutput, past: Any) -> GenerateOutput:
+    """What was generated with a cache of transformers: theirs, with all columns but the last."""
+    cache, columns = out.past_key_values, out.sequences.shape[1] - 1
+    if not is_foreign(past) or cache is None or columns <= past.get_seq_length() or not bool(cache.length.any()):
+        return out
+    device = cache.length.device
+    ids, mask = (torch.from_numpy(x).to(device)[:, :columns] for x in (out.sequences, out.attention_mask))
+    order = token_order(mask, torch.zeros_like(cache.length))
+    missing = (order >= cache.length[:, None]).long()  # the end of a row that ended before the others
+    if missing.any():
+        cache = model.model(ids, attention_mask=missing, past_key_values=cache, return_dict=True).past_key_values
+    return out._replace(past_key_values=given_back(past, cache, order[:, past.get_seq_length() :]))
