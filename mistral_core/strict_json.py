@@ -40,14 +40,13 @@ def parse_object(data: bytes, *, where: str, error: type[MistralError]) -> dict[
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as cause:
         raise error(f"{where}: not UTF-8 at byte {cause.start}; save the file as UTF-8.") from cause
-    if _depth(text) > MAX_DEPTH:
-        raise error(f"{where}: nested deeper than {MAX_DEPTH} levels; this is not a config.")
+    too_deep = f"{where}: nested deeper than {MAX_DEPTH} levels; this is not a config."
 
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         counts = Counter(key for key, _ in pairs)
         twice = sorted(key for key, count in counts.items() if count > 1)
         if twice:
-            raise error(f"{where}: the keys {twice} stand there twice; keep one of each.")
+            raise error(f"{where}: the keys {twice[:20]} stand there twice; keep one of each.")
         return dict(pairs)
 
     def refuse_constant(name: str) -> float:
@@ -56,7 +55,7 @@ def parse_object(data: bytes, *, where: str, error: type[MistralError]) -> dict[
     def finite(text: str) -> float:
         value = float(text)
         if value in (float("inf"), float("-inf")):
-            raise error(f"{where}: {text} is beyond float64; write a finite number.")
+            raise error(f"{where}: {text[:40]} is beyond float64; write a finite number.")
         return value
 
     def bounded(text: str) -> int:
@@ -74,6 +73,10 @@ def parse_object(data: bytes, *, where: str, error: type[MistralError]) -> dict[
         )
     except json.JSONDecodeError as cause:
         raise error(f"{where}: not valid JSON at line {cause.lineno}, column {cause.colno}: {cause.msg}.") from cause
+    except RecursionError as cause:
+        raise error(too_deep) from cause
+    if _is_deeper([value], MAX_DEPTH):
+        raise error(too_deep)
     if not isinstance(value, dict):
         raise error(f"{where}: the top level is {type(value).__name__}, a JSON object was expected.")
     if _has_surrogate(text, value):
@@ -81,26 +84,18 @@ def parse_object(data: bytes, *, where: str, error: type[MistralError]) -> dict[
     return value
 
 
-def _depth(text: str) -> int:
-    """Deepest nesting of brackets outside strings, found without recursion."""
-    depth = deepest = 0
-    in_string = escaped = False
-    for char in text:
-        if in_string:
-            if escaped:
-                escaped = False
-            elif char == "\\":
-                escaped = True
-            elif char == '"':
-                in_string = False
-        elif char == '"':
-            in_string = True
-        elif char in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif char in "]}":
-            depth -= 1
-    return deepest
+def _is_deeper(value: Any, most: int) -> bool:
+    """Whether lists and objects are nested deeper, found without recursion."""
+    level = [value]
+    for _ in range(most + 1):
+        inner: list[Any] = []
+        for each in level:
+            if isinstance(each, dict):
+                inner += [item for item in each.values() if isinstance(item, (dict, list))]
+            elif isinstance(each, list):
+                inner += [item for item in each if isinstance(item, (dict, list))]
+        level = inner
+    return bool(level)
 
 
 def _has_surrogate(text: str, value: Any) -> bool:

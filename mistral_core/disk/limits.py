@@ -18,6 +18,8 @@ FILES = 200_000  # files of a directory; a tree of zarr has one a chunk
 ATTEMPTS = 5  # times that a directory is opened anew which others replace while it is read
 KEPT_FILES = 64  # files of weights that are kept open: a process has some thousand
 
+LISTED = 200  # names in one message; a model of 20 layers has so many
+
 # Containers of weights
 
 TENSORS = 20_000  # arrays of a checkpoint; the deepest published Mistral has 800
@@ -33,6 +35,7 @@ GGUF_ITEMS = 2_000_000  # items of one list; a tokenizer has a million merges
 GGUF_ALIGNMENT = 1 << 16  # bytes to which tensors are aligned; 32 is usual
 HDF5_BYTES = 64 << 20  # of all that is no number: names, groups, attributes
 CONTAINER_DEPTH = 16  # groups in each other in HDF5, maps in msgpack; Keras has nine
+TREE_KEYS = 200_000  # keys of a tree of msgpack, chunks among them; ten for each array
 NAME_BYTES = 256  # of a tensor's, a key's or a group's name; published ones have 100
 PICKLE_BYTES = 1 << 20  # bytes of a pickle without its numbers; 300 a tensor
 PICKLE_DEPTH = 32  # containers within one another in a pickle; a state dict has four

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from ..config import MistralConfig
+from ..disk import limits
 from ..errors import (
     DtypeMismatchError,
     MissingTensorsError,
@@ -108,9 +109,15 @@ def _check(infos: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, 
     wrong = [(error, kind, lines) for error, kind, lines in kinds if lines]
     if not wrong:
         return
-    lists = "; ".join(f"{len(lines)} {kind}: {', '.join(lines)}" for _, kind, lines in wrong)
+    lists = "; ".join(f"{len(lines)} {kind}: {_listed(lines)}" for _, kind, lines in wrong)
     error = wrong[0][0] if len(wrong) == 1 else TensorMismatchError
     raise error(f"{where}: {lists}. {_hint(missing, unexpected, infos, own)}")
+
+
+def _listed(lines: list[str]) -> str:
+    """Lines in one, but no more than a reader reads."""
+    more = len(lines) - limits.LISTED
+    return ", ".join(lines[: limits.LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _hint(missing: list[str], unexpected: list[str], infos: Mapping[str, StoredTensor], own: str) -> str:

@@ -102,6 +102,7 @@ def weight_map_of(index: Path, suffix: str = ".safetensors") -> tuple[dict[str, 
     weight_map = data.get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map):
         raise CheckpointIndexError(f"{index}: weight_map, a mapping of tensors to files, was expected.")
+    limits.check(len(weight_map), limits.TENSORS, what="tensors", where=str(index))
     for name, file in weight_map.items():
         if not isinstance(file, str):
             raise CheckpointIndexError(f"{index}: the file of {quoted(name)} is {type(file).__name__}, not a name.")

@@ -76,7 +76,7 @@ class _Walk:
 
     def __init__(self, path: Path, descriptor: int, size: int) -> None:
         self.path, self.descriptor, self.size, self.at = path, descriptor, size, 0
-        self._start, self._buffer = 0, b""
+        self._start, self._buffer, self.keys = 0, b"", 0
 
     def peek(self) -> bytes:
         """The bytes that come next, not taken."""
@@ -115,6 +115,8 @@ class _Walk:
             if key in seen:
                 raise self._bad(f"{where} holds {quoted(key)} twice")
             seen.add(key)
+            self.keys += 1
+            limits.check(self.keys, limits.TREE_KEYS, what="keys in the tree", where=str(self.path))
             yield key
 
     def _is_chunked(self, entries: int) -> bool:
