@@ -333,7 +333,7 @@ def modules(subject: Subject, case: Case) -> Iterator[Comparison]:
     for run, function in runs.items():
         calls.clear()
         function()
-        counted = np.float32([len(calls)])
+        counted = np.array([len(calls)], np.float32)
         yield compare(subject.key, case.name, f"modules of {run}", counted, np.array([len(names)]), Tolerance(0.0, 1.0))
 
 

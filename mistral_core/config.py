@@ -195,7 +195,11 @@ class MistralConfig:
     # What clients of transformers' configs read
 
     is_encoder_decoder = False
-    keys_to_ignore_at_inference = ("past_key_values",)
+
+    @property
+    def keys_to_ignore_at_inference(self) -> list[str]:
+        """What a trainer does not collect of the outputs of an evaluation."""
+        return ["past_key_values"]
 
     def note(self, **facts: str) -> None:
         """Tell a model's copy its `name_or_path` and `attn_implementation`: for those who ask, no part of the value."""

@@ -89,7 +89,8 @@ class MistralForCausalLM(PreTrainedModel):
         if labels is not None:
             loss = cross_entropy(logits[:, :-1], labels[:, 1:])
             logits = _kept(logits, logits_to_keep)
-        return self.returned(CausalLMOutput(loss, logits, *out[1:]), return_dict)
+        output = CausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
+        return self.returned(output, return_dict)
 
     def generate(self, input_ids: Any = None, **options: Any) -> Array | GenerateOutput:
         """Continue token ids [B, T] to [B, T + new]; see `mistral_flax.generate.generate`."""
@@ -166,7 +167,8 @@ class MistralForSequenceClassification(PreTrainedModel):
         if labels is not None:
             labels = labels_array(self.config, labels, logits)
             loss = classification_loss(self.config, logits, labels)
-        return self.returned(SequenceClassifierOutput(loss, logits, *out[1:]), return_dict)
+        output = SequenceClassifierOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
+        return self.returned(output, return_dict)
 
     def _real_tokens(self, input_ids: Any, attention_mask: Any, x_BTD: Array) -> Array:
         """[B, T]: what counts as a token when looking for the last one."""
@@ -228,7 +230,8 @@ class MistralForTokenClassification(PreTrainedModel):
             if not is_traced(x_BTD):
                 validate.check_labels("labels", to_numpy(labels), x_BTD.shape[:2], self.config.num_labels)
             loss = cross_entropy(logits, labels)
-        return self.returned(TokenClassifierOutput(loss, logits, *out[2:]), return_dict)
+        output = TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions)
+        return self.returned(output, return_dict)
 
 
 class MistralForQuestionAnswering(PreTrainedModel):
@@ -282,4 +285,5 @@ class MistralForQuestionAnswering(PreTrainedModel):
             start = integers("start_positions", start_positions, rank=1)
             end = integers("end_positions", end_positions, rank=1)
             loss = span_loss(start_logits, end_logits, start, end)
-        return self.returned(QuestionAnsweringOutput(loss, start_logits, end_logits, *out[2:]), return_dict)
+        output = QuestionAnsweringOutput(loss, start_logits, end_logits, out.hidden_states, out.attentions)
+        return self.returned(output, return_dict)

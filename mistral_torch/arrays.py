@@ -11,22 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mistral_core import MistralConfig, devices, outputs, validate
+from mistral_core import MistralConfig, devices, validate
 from mistral_core.errors import ConfigError, InputError
 from mistral_core.plain import dtype_name
 
 from .cache import KVCache, is_mapped
 
-for _output in (
-    KVCache,
-    outputs.ModelOutput,
-    outputs.CausalLMOutput,
-    outputs.SequenceClassifierOutput,
-    outputs.TokenClassifierOutput,
-    outputs.QuestionAnsweringOutput,
-):  # torch.export writes the types of a program's outputs by name
-    if _output not in pytree.SUPPORTED_NODES:
-        pytree._register_namedtuple(_output, serialized_type_name=f"{_output.__module__}.{_output.__qualname__}")
+if KVCache not in pytree.SUPPORTED_NODES:  # torch.export writes the types of a program's outputs by name
+    pytree._register_namedtuple(KVCache, serialized_type_name=f"{KVCache.__module__}.{KVCache.__qualname__}")
 
 DTYPES = {
     "float64": torch.float64,

@@ -10,13 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mistral_core import MistralConfig, validate
-from mistral_core.outputs import (
-    CausalLMOutput,
-    GenerateOutput,
-    QuestionAnsweringOutput,
-    SequenceClassifierOutput,
-    TokenClassifierOutput,
-)
+from mistral_core.outputs import GenerateOutput
 
 from .arrays import integers, is_traced, labels_array, to_numpy
 from .compat import generate_for_clients
@@ -25,6 +19,7 @@ from .generate import compute_transition_scores, generate, stream
 from .layers import Head, last_token
 from .losses import classification_loss, cross_entropy, span_loss
 from .model import MistralModel
+from .outputs import CausalLMOutput, QuestionAnsweringOutput, SequenceClassifierOutput, TokenClassifierOutput
 from .weights import PreTrainedModel
 
 
@@ -85,7 +80,8 @@ class MistralForCausalLM(PreTrainedModel):
         if labels is not None:
             loss = cross_entropy(logits[:, :-1], labels[:, 1:])
             logits = _kept(logits, logits_to_keep)
-        return self.returned(CausalLMOutput(loss, logits, *out[1:]), return_dict)
+        output = CausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
+        return self.returned(output, return_dict)
 
     def generate(self, input_ids: Any = None, **options: Any) -> Tensor | GenerateOutput:
         """Continue token ids [B, T] to [B, T + new]; see `mistral_torch.generate.generate`."""
@@ -169,7 +165,8 @@ class MistralForSequenceClassification(PreTrainedModel):
         if labels is not None:
             labels = labels_array(self.config, labels, logits)
             loss = classification_loss(self.config, logits, labels)
-        return self.returned(SequenceClassifierOutput(loss, logits, *out[1:]), return_dict)
+        output = SequenceClassifierOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
+        return self.returned(output, return_dict)
 
     def _real_tokens(self, input_ids: Any, attention_mask: Any, x_BTD: Tensor) -> Tensor:
         """[B, T]: what counts as a token when looking for the last one."""
@@ -222,7 +219,8 @@ class MistralForTokenClassification(PreTrainedModel):
             if not is_traced(x_BTD):
                 validate.check_labels("labels", to_numpy(labels), x_BTD.shape[:2], self.config.num_labels)
             loss = cross_entropy(logits, labels)
-        return self.returned(TokenClassifierOutput(loss, logits, *out[2:]), return_dict)
+        output = TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions)
+        return self.returned(output, return_dict)
 
 
 class MistralForQuestionAnswering(PreTrainedModel):
@@ -266,4 +264,5 @@ class MistralForQuestionAnswering(PreTrainedModel):
             start = integers("start_positions", start_positions, self.device, rank=1)
             end = integers("end_positions", end_positions, self.device, rank=1)
             loss = span_loss(start_logits, end_logits, start, end)
-        return self.returned(QuestionAnsweringOutput(loss, start_logits, end_logits, *out[2:]), return_dict)
+        output = QuestionAnsweringOutput(loss, start_logits, end_logits, out.hidden_states, out.attentions)
+        return self.returned(output, return_dict)

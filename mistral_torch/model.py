@@ -9,7 +9,6 @@ from torch import nn
 
 from mistral_core import MistralConfig
 from mistral_core.compat import documents_told
-from mistral_core.outputs import ModelOutput
 
 from .arrays import model_inputs
 from .cache import KVCache
@@ -17,6 +16,7 @@ from .checkpointing import checkpointed
 from .compat import attention_name
 from .foreign_cache import takes_foreign_caches
 from .layers import DecoderLayer, RMSNorm, rotary, token_order, token_positions
+from .outputs import ModelOutput
 from .weights import PreTrainedModel
 
 

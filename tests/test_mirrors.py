@@ -61,6 +61,7 @@ OWN_FILES = {
     "compiled.py": "torch's compiler is asked for, function by function; JAX and TensorFlow always compile",
     "compat.py": "each framework has other guests: torch trainers and adapters, Flax and TF old names of classes",
     "foreign_cache.py": "torch: decode loops and adapters bring transformers' caches; its Flax and TF ones are gone",
+    "outputs.py": "torch's clients ask for dictionaries; JAX and TensorFlow take core's named tuples as they are",
     "scan.py": "JAX compiles every layer anew unless it scans",
     "fit.py": "Keras models train themselves",
     "saving.py": "Keras and TensorFlow have files of their own, and look for what to write in them",

@@ -33,7 +33,7 @@ def causal_lm(
     out = forward(config, parameters, input_ids, **inputs)
     logits = ops.linear(out.last_hidden_state, head_weight(config, parameters))
     loss = None if labels is None else ops.cross_entropy(logits[:, :-1], np.asarray(labels)[:, 1:])
-    return CausalLMOutput(loss, logits, *out[1:])
+    return CausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
 
 
 def sequence_classification(
@@ -52,7 +52,7 @@ def sequence_classification(
     pooled = out.last_hidden_state[np.arange(len(column)), column]
     logits = ops.linear(pooled, np.asarray(parameters["score.weight"]).astype(np.float64))
     loss = None if labels is None else classification_loss(config, logits, np.asarray(labels))
-    return SequenceClassifierOutput(loss, logits, *out[1:])
+    return SequenceClassifierOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
 
 
 def classification_loss(config: MistralConfig, logits: Array, labels: Array) -> Array:
@@ -73,7 +73,7 @@ def token_classification(
     out = forward(config, parameters, input_ids, **inputs)
     logits = _biased(out.last_hidden_state, parameters, "score")
     loss = None if labels is None else ops.cross_entropy(logits, np.asarray(labels))
-    return TokenClassifierOutput(loss, logits, *out[2:])
+    return TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions)
 
 
 def question_answering(
@@ -92,7 +92,7 @@ def question_answering(
             for scores, positions in ((start, start_positions), (end, end_positions))
         ]
         loss = (losses[0] + losses[1]) / 2
-    return QuestionAnsweringOutput(loss, start, end, *out[2:])
+    return QuestionAnsweringOutput(loss, start, end, out.hidden_states, out.attentions)
 
 
 def _biased(x_BTD: Array, parameters: Parameters, name: str) -> Array:

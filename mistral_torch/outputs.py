@@ -1,0 +1,111 @@
+"""What a model returns in PyTorch: the outputs of `mistral_core.outputs` as dictionaries of the fields that are there.
+
+Trainers, pipelines and wrappers written for transformers ask `isinstance(outputs, dict)` and take an output apart by
+its `items()`, leaving out the cache. Index, slice, iteration and `len` are those of a tuple all the same.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Self
+
+from torch.utils import _pytree as pytree
+
+from mistral_core import outputs
+from mistral_core.outputs import fields_given
+
+
+class Dictionary(OrderedDict[str, Any]):
+    """The fields that are there by name; a field that is not there is None."""
+
+    _fields: tuple[str, ...]
+
+    def __new__(cls, *values: Any, **named: Any) -> Self:
+        return OrderedDict.__new__(cls)
+
+    def __init__(self, *values: Any, **named: Any) -> None:
+        """The output of these fields, in the order of the class, by name, or of one mapping."""
+        super().__init__()
+        if len(values) == 1 and isinstance(values[0], Mapping | Iterator) and not named:  # as libraries make one anew
+            values, named = (), dict(values[0])
+        for name, value in fields_given(type(self), values, named).items():
+            super().__setitem__(name, value)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        pytree.register_pytree_node(
+            cls,
+            lambda output: (list(output.values()), list(output.keys())),
+            lambda values, names: cls._made(names, values),
+            serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+            flatten_with_keys_fn=lambda output: (
+                [(pytree.MappingKey(name), value) for name, value in output.items()],
+                list(output.keys()),
+            ),
+        )
+
+    @classmethod
+    def _made(cls, names: Iterable[str], values: Iterable[Any]) -> Self:
+        output = cls()
+        for name, value in zip(names, values, strict=True):
+            output[name] = value
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        if name in type(self)._fields:
+            return OrderedDict.get(self, name)
+        raise AttributeError(f"{type(self).__name__} has no field {name!r}; it has {', '.join(self._fields)}.")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in type(self)._fields:
+            super().__setattr__(name, value)
+        elif value is None:
+            self.pop(name, None)
+        else:
+            self[name] = value
+
+    def __getitem__(self, key: Any) -> Any:
+        if not isinstance(key, str):
+            return self.to_tuple()[key]
+        if key in self._fields:
+            return OrderedDict.get(self, key)
+        raise KeyError(f"{type(self).__name__} has no field {key!r}; it has {', '.join(self._fields)}.")
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.to_tuple())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.items())})"
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields that are there."""
+        return tuple(self.values())
+
+    def _asdict(self) -> dict[str, Any]:
+        """Name -> field, of those that are there."""
+        return dict(self.items())
+
+    def _replace(self, **named: Any) -> Self:
+        """The same output with other fields; None takes one away."""
+        return type(self)(**{**self._asdict(), **named})
+
+
+class ModelOutput(Dictionary, outputs.ModelOutput):
+    """Of MistralModel."""
+
+
+class CausalLMOutput(Dictionary, outputs.CausalLMOutput):
+    """Of MistralForCausalLM."""
+
+
+class SequenceClassifierOutput(Dictionary, outputs.SequenceClassifierOutput):
+    """Of MistralForSequenceClassification."""
+
+
+class TokenClassifierOutput(Dictionary, outputs.TokenClassifierOutput):
+    """Of MistralForTokenClassification."""
+
+
+class QuestionAnsweringOutput(Dictionary, outputs.QuestionAnsweringOutput):
+    """Of MistralForQuestionAnswering."""
