@@ -320,6 +320,19 @@ def gradients(subject: Subject, case: Case) -> Iterator[Comparison]:
     yield compare(subject.key, case.name, "gradients", actual if finite else actual * np.nan, target, bound)
 
 
+def parts(subject: Subject, case: Case) -> Iterator[Comparison]:
+    """The losses of rows alone, as parts of a step of whose labels they are told the number, add up to the step's."""
+    adapter, count = subject.adapter, 7
+    parameters = weights(case.config, case.architecture, subject.dtype)
+    wanted = REFERENCE[case.architecture](case.config, parameters, **case.inputs, num_items_in_batch=count).loss
+    instance, inputs = subject.model(case), subject.inputs(case)
+    losses = []
+    for row in range(len(LENGTHS)):
+        alone = {name: value[row : row + 1] for name, value in inputs.items()}
+        losses.append(adapter.numpy(adapter.call(instance, **alone, num_items_in_batch=count).loss))
+    yield subject.compare(case.name, "loss of parts", np.array(sum(losses), np.float32), wanted, wanted)
+
+
 def modules(subject: Subject, case: Case) -> Iterator[Comparison]:
     """How many modules that own a parameter are called, by a call and by `generate`, where each has been replaced."""
     adapter, calls = subject.adapter, Counter[str]()

@@ -66,6 +66,8 @@ def _checks() -> Iterator[Check]:
     for name in ("window", "sequence", "token", "question"):
         run = _partial(pieces.modules, pieces.by_name(name))
         yield Check(f"modules {name}", run, ("float32",), attention=False)
+    for name in ("window", "sequence", "sequence-number", "sequence-many", "token", "question"):
+        yield Check(f"parts {name}", _partial(pieces.parts, pieces.by_name(name)), ("float32",), attention=False)
     yield Check("noise", sampling.noise, ("float32",), attention=False)
     for name in sampling.CHOICES:
         yield Check(f"choice {name}", _partial(sampling.choices, name), ("float32",), attention=False)

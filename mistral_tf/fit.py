@@ -21,7 +21,16 @@ from tensorflow import Tensor
 from mistral_core import outputs
 from mistral_core.errors import InputError
 
-from .losses import ALIASES, IGNORED, LOSSES, METRICS
+from .losses import (
+    ALIASES,
+    IGNORED,
+    LOSSES,
+    METRICS,
+    classification_loss,
+    cross_entropy,
+    divided,
+    over_replicas,
+)
 from .saving import SavedModel
 from .traces import changed
 
@@ -214,23 +223,27 @@ class KerasModel(SavedModel):
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
     ) -> Tensor:
-        """The loss asked for by `compile`; the model's own is a mean, with weights of their product with each loss."""
+        """The loss asked for by `compile`; the model's own is a mean, with weights of their product with each loss.
+
+        Over the rows of all replicas: each one's gradients are of its part, and each tells the whole.
+        """
         y, scores, sample_weight = self._pairs(y, y_pred, sample_weight)
         if not self._own_loss:
             return super().compute_loss(x, y, scores, sample_weight, training)
         if isinstance(y, dict):
-            own = tf.add_n([self._mean_loss(y[name], scores[name], sample_weight) for name in y]) / len(y)
+            sums = [self._own_sum(y[name], scores[name], sample_weight) for name in y]
         else:
-            own = self._mean_loss(y, scores, sample_weight)
+            sums = [self._own_sum(y, scores, sample_weight)]
+        part = divided(*map(tf.stack, zip(*sums, strict=True)))
+        # Keras takes the mean of what the replicas tell, weighted by their rows
+        told = over_replicas(part) / tf.distribute.get_strategy().num_replicas_in_sync
+        own = part + tf.stop_gradient(told - part)
         return tf.add_n([own, *map(self._aggregate_additional_loss, self.losses)])
 
-    def _mean_loss(self, y: Tensor, scores: Tensor, weight: Tensor | None) -> Tensor:
-        kind = self._problem(y)
-        if kind == "single_label_classification":
-            return LOSSES["sparse_categorical_crossentropy"]()(tf.reshape(y, tf.shape(scores)[:-1]), scores, weight)
-        y = tf.reshape(tf.cast(y, tf.float32), tf.shape(scores))
-        loss = keras.losses.MeanSquaredError() if kind == "regression" else LOSSES["binary_crossentropy"]()
-        return loss(y, scores, weight)
+    def _own_sum(self, y: Tensor, scores: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.architecture == "MistralForSequenceClassification":
+            return classification_loss(self.config, scores, y, sample_weight=weight)
+        return cross_entropy(scores, tf.reshape(tf.cast(y, tf.int32), tf.shape(scores)[:-1]), sample_weight=weight)
 
     def _problem(self, y: Tensor) -> str:
         """What the own loss takes labels for."""

@@ -20,7 +20,7 @@ from mistral_core.outputs import (
 from .arrays import as_policy, integers, is_traced, labels_array, to_numpy
 from .generate import compute_transition_scores, generate, stream
 from .layers import Head, last_token
-from .losses import classification_loss, cross_entropy, span_loss
+from .losses import classification_loss, cross_entropy, divided, span_loss
 from .model import MistralModel
 from .weights import PreTrainedModel, default_initializer
 
@@ -54,6 +54,7 @@ class MistralForCausalLM(PreTrainedModel):
         labels: Any = None,
         *,
         logits_to_keep: Any = 0,
+        num_items_in_batch: Any = None,
         document_ids: Any = None,
         return_dict: bool | None = None,
         training: bool = False,
@@ -61,7 +62,8 @@ class MistralForCausalLM(PreTrainedModel):
     ) -> CausalLMOutput | tuple[Any, ...]:
         """Logits [B, T, V]; with labels [B, T], the loss of predicting each next label that is not -100.
 
-        `logits_to_keep` is how many last columns to compute (0: all) or their indices. Options are those of
+        `logits_to_keep` is how many last columns to compute (0: all) or their indices. `num_items_in_batch` is how many
+        labels the whole step has, of which this call is a part: the parts' losses then add up. Options are those of
         MistralModel.
         """
         out = self.model(
@@ -85,7 +87,7 @@ class MistralForCausalLM(PreTrainedModel):
         head = self.model.embed_tokens.as_linear if self.lm_head is None else self.lm_head
         logits = head(_kept(x_BTD, 0 if labels is not None else logits_to_keep))
         if labels is not None:
-            loss = cross_entropy(logits[:, :-1], labels[:, 1:])
+            loss = divided(*cross_entropy(logits[:, :-1], labels[:, 1:]), num_items_in_batch)
             logits = _kept(logits, logits_to_keep)
         output = CausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
         return self.returned(output, return_dict)
@@ -138,6 +140,7 @@ class MistralForSequenceClassification(PreTrainedModel):
         inputs_embeds: Any = None,
         labels: Any = None,
         *,
+        num_items_in_batch: Any = None,
         document_ids: Any = None,
         return_dict: bool | None = None,
         training: bool = False,
@@ -165,7 +168,7 @@ class MistralForSequenceClassification(PreTrainedModel):
         loss = None
         if labels is not None:
             labels = labels_array(self.config, labels, logits)
-            loss = classification_loss(self.config, logits, labels)
+            loss = divided(*classification_loss(self.config, logits, labels), num_items_in_batch)
         output = SequenceClassifierOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
         return self.returned(output, return_dict)
 
@@ -207,6 +210,7 @@ class MistralForTokenClassification(PreTrainedModel):
         inputs_embeds: Any = None,
         labels: Any = None,
         *,
+        num_items_in_batch: Any = None,
         document_ids: Any = None,
         return_dict: bool | None = None,
         training: bool = False,
@@ -233,7 +237,7 @@ class MistralForTokenClassification(PreTrainedModel):
         if labels is not None:
             if not is_traced(x_BTD):
                 validate.check_labels("labels", to_numpy(labels), x_BTD.shape[:2], self.config.num_labels)
-            loss = cross_entropy(logits, labels)
+            loss = divided(*cross_entropy(logits, labels), num_items_in_batch)
         output = TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions)
         return self.returned(output, return_dict)
 
@@ -266,6 +270,7 @@ class MistralForQuestionAnswering(PreTrainedModel):
         start_positions: Any = None,
         end_positions: Any = None,
         *,
+        num_items_in_batch: Any = None,
         document_ids: Any = None,
         return_dict: bool | None = None,
         training: bool = False,
@@ -289,6 +294,6 @@ class MistralForQuestionAnswering(PreTrainedModel):
         if start_positions is not None and end_positions is not None:
             start = integers("start_positions", start_positions, rank=1)
             end = integers("end_positions", end_positions, rank=1)
-            loss = span_loss(start_logits, end_logits, start, end)
+            loss = divided(*span_loss(start_logits, end_logits, start, end), num_items_in_batch)
         output = QuestionAnsweringOutput(loss, start_logits, end_logits, out.hidden_states, out.attentions)
         return self.returned(output, return_dict)

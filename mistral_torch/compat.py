@@ -29,7 +29,8 @@ class AsTransformers(SeenAs):
     output_modalities = ("text",)
     base_model_prefix = "model"
     model_tags: list[str] | None = None
-    accepts_loss_kwargs = False  # what the Trainer asks: the loss is a mean over this call's own labels
+    accepts_loss_kwargs = True  # what the Trainer asks: whether the loss takes num_items_in_batch
+    loss_type: str | None = None  # and whether it is of the next token, so that a row's first label does not count
 
     # What stays on one device, and what hooks that move arguments leave where it is
     _no_split_modules = ("DecoderLayer",)

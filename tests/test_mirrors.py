@@ -24,6 +24,7 @@ FRAMEWORK_PARAMETERS = {
     "std": "JAX's",
     "bias": "our own Linear; torch has one",
     "device": "JAX and TensorFlow place arrays by themselves",
+    "sample_weight": "Keras' fit takes them",
 }
 OWN_NAMES = {
     "Layer": "Keras: what our layers share (dtypes left alone)",
@@ -52,6 +53,7 @@ OWN_NAMES = {
     "param_dtype": "JAX: see the parameter",
     "is_mapped": "torch: torch.func",
     "without_dropout": "torch modules know whether they train; JAX and TensorFlow are told in each call",
+    "over_replicas": "TensorFlow: a strategy's replicas; torch and JAX say how many items a step has",
     "one_by_one": "JAX: one of two ways to run the layers (scan.py)",
     "dropout_seeds": "TensorFlow: seeds for dropout",
     "replace_weight": "Keras tracks variables",

@@ -157,9 +157,13 @@ MUTANTS = (
            everywhere("heads.py", "cross_entropy(logits[:, :-1], labels[:, 1:])", "cross_entropy(logits, labels)")),
     Mutant("-100 counted", "whole window", spelled(
         "losses.py",
-        torch=("counted.sum().clamp(min=1)", "counted.numel()"),
-        flax=("jnp.maximum(counted.sum(), 1)", "counted.size"),
-        tf=("tf.maximum(tf.reduce_sum(tf.cast(counted, tf.float32)), 1)", "tf.cast(tf.size(counted), tf.float32)"),
+        torch=("picked, 0).sum(), counted.sum()", "picked, 0).sum(), torch.ones_like(counted).sum()"),
+        flax=("picked, 0).sum(), counted.sum()", "picked, 0).sum(), jnp.ones_like(counted).sum()"),
+        tf=("tf.reduce_sum(tf.cast(counted, tf.float32))", "tf.cast(tf.size(counted), tf.float32)"),
+    )),
+    Mutant("a part of a step divided by its own count", "parts window", everywhere(
+        "heads.py", "cross_entropy(logits[:, :-1], labels[:, 1:]), num_items_in_batch)",
+        "cross_entropy(logits[:, :-1], labels[:, 1:]))",
     )),
     Mutant("classifier reads one token early", "whole sequence-right",
            everywhere("heads.py", "column_B = last_token(", "column_B = -1 + last_token(")),

@@ -27,18 +27,20 @@ def head_weight(config: MistralConfig, parameters: Parameters) -> Array:
 
 def causal_lm(
     config: MistralConfig, parameters: Parameters, input_ids: Array | None = None, *, labels: Array | None = None,
-    **inputs: Any,
+    num_items_in_batch: Any = None, **inputs: Any,
 ) -> CausalLMOutput:  # fmt: skip
     """Logits [B, T, V]; the loss of position t is that of predicting label t + 1."""
     out = forward(config, parameters, input_ids, **inputs)
     logits = ops.linear(out.last_hidden_state, head_weight(config, parameters))
-    loss = None if labels is None else ops.cross_entropy(logits[:, :-1], np.asarray(labels)[:, 1:])
+    loss = None
+    if labels is not None:
+        loss = ops.divided(*ops.cross_entropy(logits[:, :-1], np.asarray(labels)[:, 1:]), num_items_in_batch)
     return CausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
 
 
 def sequence_classification(
     config: MistralConfig, parameters: Parameters, input_ids: Array | None = None, *, labels: Array | None = None,
-    attention_mask: Array | None = None, **inputs: Any,
+    attention_mask: Array | None = None, num_items_in_batch: Any = None, **inputs: Any,
 ) -> SequenceClassifierOutput:  # fmt: skip
     """Scores [B, C] at the last real token: by the mask if given, else by pad_token_id, else the last column."""
     out = forward(config, parameters, input_ids, attention_mask, **inputs)
@@ -51,15 +53,17 @@ def sequence_classification(
     column = ops.last_token(np.where(real, 0, -1))
     pooled = out.last_hidden_state[np.arange(len(column)), column]
     logits = ops.linear(pooled, np.asarray(parameters["score.weight"]).astype(np.float64))
-    loss = None if labels is None else classification_loss(config, logits, np.asarray(labels))
+    loss = None
+    if labels is not None:
+        loss = ops.divided(*classification_loss(config, logits, np.asarray(labels)), num_items_in_batch)
     return SequenceClassifierOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
 
 
-def classification_loss(config: MistralConfig, logits: Array, labels: Array) -> Array:
-    """By problem_type; without one, a single label is regression, integers are classes, and floats are many classes."""
+def classification_loss(config: MistralConfig, logits: Array, labels: Array) -> tuple[Array, Array]:
+    """Sum and count by problem_type; without one, a single label is regression, integers are classes, floats many."""
     kind = config.problem(float_labels=labels.dtype.kind not in "iu")
     if kind == "regression":
-        return ops.mean_squared_error(logits.reshape(labels.shape), labels)
+        return ops.squared_error(logits.reshape(labels.shape), labels)
     if kind == "single_label_classification":
         return ops.cross_entropy(logits, labels.reshape(-1))
     return ops.binary_cross_entropy(logits, labels)
@@ -67,18 +71,21 @@ def classification_loss(config: MistralConfig, logits: Array, labels: Array) -> 
 
 def token_classification(
     config: MistralConfig, parameters: Parameters, input_ids: Array | None = None, *, labels: Array | None = None,
-    **inputs: Any,
+    num_items_in_batch: Any = None, **inputs: Any,
 ) -> TokenClassifierOutput:  # fmt: skip
     """Scores [B, T, C] of every token."""
     out = forward(config, parameters, input_ids, **inputs)
     logits = _biased(out.last_hidden_state, parameters, "score")
-    loss = None if labels is None else ops.cross_entropy(logits, np.asarray(labels))
+    loss = None
+    if labels is not None:
+        loss = ops.divided(*ops.cross_entropy(logits, np.asarray(labels)), num_items_in_batch)
     return TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions)
 
 
 def question_answering(
     config: MistralConfig, parameters: Parameters, input_ids: Array | None = None, *,
-    start_positions: Array | None = None, end_positions: Array | None = None, **inputs: Any,
+    start_positions: Array | None = None, end_positions: Array | None = None,
+    num_items_in_batch: Any = None, **inputs: Any,
 ) -> QuestionAnsweringOutput:  # fmt: skip
     """Scores [B, T] of where an answer starts and ends; a position beyond the text is not counted."""
     out = forward(config, parameters, input_ids, **inputs)
@@ -87,11 +94,12 @@ def question_answering(
     loss = None
     if start_positions is not None and end_positions is not None:
         length = start.shape[1]
-        losses = [
+        sums = [
             ops.cross_entropy(scores, np.clip(np.asarray(positions).reshape(-1), 0, length), ignore=length)
             for scores, positions in ((start, start_positions), (end, end_positions))
         ]
-        loss = (losses[0] + losses[1]) / 2
+        total, count = map(np.stack, zip(*sums, strict=True))
+        loss = ops.divided(total, count, num_items_in_batch)
     return QuestionAnsweringOutput(loss, start, end, out.hidden_states, out.attentions)
 
 

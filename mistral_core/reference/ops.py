@@ -169,23 +169,29 @@ def last_token(order_BT: Array) -> Array:
     return np.max(np.where(order_BT >= 0, np.arange(order_BT.shape[1]), 0), axis=1)
 
 
-# Losses, each a mean; nothing to predict is a loss of 0
+# Losses, each a sum and how many numbers are in it: those of parts of a step add up, and are divided once
 
 
-def cross_entropy(logits: Array, labels: Array, *, ignore: int = -100) -> Array:
-    """Mean of -log softmax(logits)[label] over the labels that are not `ignore`; logits [..., V], labels [...]."""
+def cross_entropy(logits: Array, labels: Array, *, ignore: int = -100) -> tuple[Array, Array]:
+    """Sum of -log softmax(logits)[label] over the labels that are not `ignore`; logits [..., V], labels [...]."""
     top = logits.max(axis=-1, keepdims=True)
     log_probability = logits - top - np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))
     counted = labels != ignore
     picked = np.take_along_axis(log_probability, np.where(counted, labels, 0)[..., None], axis=-1)[..., 0]
-    return -np.where(counted, picked, 0).sum() / max(counted.sum(), 1)
+    return -np.where(counted, picked, 0).sum(), counted.sum()
 
 
-def binary_cross_entropy(logits: Array, labels: Array) -> Array:
-    """Mean of -[y log s(x) + (1 - y) log(1 - s(x))], s the logistic function, in its stable form."""
-    return np.mean(np.maximum(logits, 0) - logits * labels + np.log1p(np.exp(-np.abs(logits))))
+def binary_cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
+    """Sum of -[y log s(x) + (1 - y) log(1 - s(x))], s the logistic function, in its stable form."""
+    losses = np.maximum(logits, 0) - logits * labels + np.log1p(np.exp(-np.abs(logits)))
+    return losses.sum(), np.array(losses.size)
 
 
-def mean_squared_error(predictions: Array, labels: Array) -> Array:
-    """Mean of (x - y)^2."""
-    return np.mean((predictions - labels) ** 2)
+def squared_error(predictions: Array, labels: Array) -> tuple[Array, Array]:
+    """Sum of (x - y)^2."""
+    return ((predictions - labels) ** 2).sum(), np.array(predictions.size)
+
+
+def divided(total: Array, count: Array, num_items_in_batch: Any = None) -> Array:
+    """A loss: a sum over its count, or over that of the whole step; of two sums [2] the mean. Nothing counted is 0."""
+    return (total / np.maximum(count if num_items_in_batch is None else num_items_in_batch, 1)).mean()

@@ -1,0 +1,149 @@
+"""A step is the same however its rows were split: over accumulated batches, devices and replicas."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mistral_core.presets import TINY
+
+CONFIG = TINY.replace(num_hidden_layers=1, layer_types=None)
+IDS = np.random.default_rng(0).integers(3, CONFIG.vocab_size, (4, 9))
+LABELS = np.where(np.arange(9) < np.array([[9], [2], [5], [3]]), IDS, -100)  # rows of unequal numbers of labels
+COUNT = int((LABELS[:, 1:] != -100).sum())
+
+
+@pytest.mark.feature("Gradient accumulation: num_items_in_batch")
+def test_accumulated_gradients_are_those_of_the_step_torch():
+    torch = pytest.importorskip("torch")
+    import mistral_torch
+
+    model, ids, labels = mistral_torch.MistralForCausalLM(CONFIG), torch.from_numpy(IDS), torch.from_numpy(LABELS)
+    model(ids, labels=labels).loss.backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
+    for count in (COUNT, torch.tensor(COUNT), np.int64(COUNT)):
+        model.zero_grad()
+        for row in range(4):
+            model(ids[row], labels=labels[row], num_items_in_batch=count).loss.backward()
+        for name, p in model.named_parameters():
+            assert torch.allclose(p.grad, wanted[name], atol=1e-6), name
+
+
+@pytest.mark.feature("transformers' Trainer")
+@pytest.mark.filterwarnings("ignore")  # theirs
+def test_the_trainer_s_step_is_the_same_however_it_is_split(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    import mistral_torch
+
+    rows = [{"input_ids": row, "labels": labels} for row, labels in zip(IDS, LABELS, strict=True)]
+    models = []
+    for batch, accumulated in ((4, 1), (2, 2), (1, 4)):
+        torch.manual_seed(0)
+        model = mistral_torch.MistralForCausalLM(CONFIG)
+        arguments = transformers.TrainingArguments(
+            tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated, max_steps=1, seed=0,
+            learning_rate=1.0, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0, report_to=[], use_cpu=True,
+            disable_tqdm=True, save_strategy="no", dataloader_pin_memory=False,
+        )  # fmt: skip
+        transformers.Trainer(model, arguments, train_dataset=rows).train()
+        models.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert all(torch.allclose(models[0], other, atol=1e-6) for other in models[1:])
+
+
+@pytest.mark.feature("Gradient accumulation: num_items_in_batch")
+def test_devices_add_up_sums_and_counts_flax():
+    jax = pytest.importorskip("jax")
+    import jax.numpy as jnp
+
+    from mistral_flax import MistralForCausalLM
+    from mistral_flax.losses import cross_entropy, divided
+
+    model = MistralForCausalLM(CONFIG)
+    wanted, gradients = jax.value_and_grad(lambda p: model(IDS, labels=LABELS, params=p).loss)(model.params)
+
+    def over_the_mapped_axis(params, ids, labels):
+        def loss(params):
+            logits = model(ids, params=params, use_cache=False).logits
+            sums = cross_entropy(logits[:, :-1], labels[:, 1:])
+            total, count = jax.lax.psum(sums, "rows")
+            return divided(total, count)
+
+        return jax.value_and_grad(loss)(params)
+
+    split = jax.vmap(over_the_mapped_axis, (None, 0, 0), axis_name="rows")
+    found, parts = split(model.params, IDS[:, None], LABELS[:, None])  # what jax.pmap does, on one device
+    assert np.allclose(found, wanted, atol=1e-6)
+    # each row's gradient of the sum of all rows' losses, of which the whole is the mean
+    assert all(np.allclose(parts[name].mean(0), g, atol=1e-5) for name, g in gradients.items())
+
+    def part(params, row):
+        return model(IDS[row], labels=LABELS[row], params=params, num_items_in_batch=jnp.int32(COUNT)).loss
+
+    whole = jax.tree.map(lambda *leaves: sum(leaves), *(jax.grad(part)(model.params, row) for row in range(4)))
+    assert all(np.allclose(whole[name], g, atol=1e-6) for name, g in gradients.items())
+
+
+REPLICAS = """
+import keras, numpy as np, tensorflow as tf
+cpu, = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+from mistral_core.presets import TINY
+import mistral_tf
+ids = np.random.default_rng(0).integers(3, TINY.vocab_size, (9, 9))
+labels = np.where(np.arange(9) < np.array([[9], [8], [2], [5], [3], [1], [7], [2], [2]]), ids, -100)
+weight = np.float32([1, 3, 0, 2, 0.5, 1, 1, 2, 4])
+config = TINY.replace(num_hidden_layers=1, layer_types=None, classifier_dropout=0.0)
+classes = {"labels": ids[:, 0] % config.num_labels}
+KINDS = {
+    "MistralForCausalLM": {"labels": labels},
+    "MistralForSequenceClassification": classes,
+    "MistralForTokenClassification": {"labels": np.where(labels < 0, labels, labels % config.num_labels)},
+    "MistralForQuestionAnswering": {
+        "start_positions": np.array([0, 40, 40, 1, 2, 3, 40, 4, 5]), "end_positions": ids[:, 1] % 9,
+    },
+}
+
+def trained(strategy, kind, loop):
+    with strategy.scope():
+        keras.utils.set_random_seed(0)
+        model = getattr(mistral_tf, kind)(config)
+        model.compile(keras.optimizers.SGD(0.1))
+    data = tf.data.Dataset.from_tensor_slices({"input_ids": ids, **KINDS[kind]}).batch(6)
+    if loop == "weighted":
+        data = tf.data.Dataset.from_tensor_slices(({"input_ids": ids}, KINDS[kind]["labels"], weight)).batch(6)
+    if loop != "own":
+        losses = model.fit(data, epochs=2, verbose=0).history["loss"]
+    else:
+        def step(rows):
+            with tf.GradientTape() as tape:
+                loss = model(**rows, training=True).loss
+            variables = model.trainable_variables
+            model.optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables))
+            return loss
+        @tf.function
+        def whole(rows):
+            return strategy.reduce("SUM", strategy.run(step, (rows,)), None)
+        losses = [float(whole(rows)) for _ in range(2) for rows in strategy.experimental_distribute_dataset(data)]
+    return losses, np.concatenate([np.ravel(w) for w in model.get_weights()])
+
+TWO, ONE = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), tf.distribute.OneDeviceStrategy("CPU:0")
+for kind, loops in zip(KINDS, (("fit", "own", "weighted"), ("fit", "weighted"), ("fit",), ("fit", "own")), strict=True):
+    for loop in loops:
+        two = trained(TWO, kind, loop)
+        one = trained(ONE, kind, loop)
+        assert np.allclose(two[0], one[0], rtol=1e-4), (kind, loop, two[0], one[0])
+        assert np.allclose(two[1], one[1], atol=1e-5), (kind, loop, np.abs(two[1] - one[1]).max())
+"""
+
+
+@pytest.mark.feature("tf.distribute strategies")
+def test_two_replicas_train_as_one_device_does_tf():
+    pytest.importorskip("tensorflow")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run([sys.executable, "-c", REPLICAS], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
