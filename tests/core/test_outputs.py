@@ -62,7 +62,7 @@ def test_fields_are_replaced_by_name():
 
 @pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda output: pickle.loads(pickle.dumps(output))])
 def test_copies(again):
-    for output in (WITH, WITHOUT, QuestionAnsweringOutput(end_logits=1), GenerateOutput([1], [2])):
+    for output in (WITH, WITHOUT, QuestionAnsweringOutput(end_logits=1), GenerateOutput([1], attention_mask=[2])):
         assert again(output) == output
         assert type(again(output)) is type(output)
 
@@ -71,5 +71,5 @@ def test_every_class_names_all_its_fields():
     classes = outputs.Output.__subclasses__()
     assert {each.__name__ for each in classes} >= {"ModelOutput", "CausalLMOutput", "GenerateOutput"}
     for each in classes:
-        assert each._fields[-1] in ("attentions", "past_key_values")
+        assert each._fields[-1] in ("attentions", "attention_mask")
         assert tuple(each(*range(len(each._fields)))) == tuple(range(len(each._fields)))
