@@ -221,8 +221,8 @@ MUTANTS = (
     Mutant("prefill reads the first column", "greedy", spelled(
         "generate.py",
         torch=("out.last_hidden_state[:, -1:]", "out.last_hidden_state[:, :1]"),
-        flax=("logits_to_keep=0 if rule.every else 1", "logits_to_keep=0 if rule.every else [0]"),
-        tf=("logits_to_keep=0 if rule.every else 1", "logits_to_keep=0 if rule.every else [0]"),
+        flax=("keep = 0 if rule.every else 1", "keep = 0 if rule.every else [0]"),
+        tf=("keep = 0 if rule.every else 1", "keep = 0 if rule.every else [0]"),
     )),
     # Choosing tokens
     Mutant("rotations of another block", "noise",
@@ -260,8 +260,8 @@ MUTANTS = (
 )  # fmt: skip
 
 CORE = (
-    Edit("decoding.py", "else padding for row in made", "else 1 for row in made"),
-    Edit("decoding.py", "or row[-1] in self.ids", "or False"),
-    Edit("decoding.py", "return self.most - self.made(index, row)", "return self.most + 1 - self.made(index, row)"),
+    Edit("ending.py", "else padding for row in made", "else 1 for row in made"),
+    Edit("ending.py", "or row[-1] in self.ids", "or False"),
+    Edit("ending.py", "return self.most - self.made(index, row)", "return self.most + 1 - self.made(index, row)"),
 )
 """Errors of core's decode loop, which every backend's greedy check must find: wrong padding, rows that never stop, or late."""
