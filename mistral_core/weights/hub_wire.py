@@ -11,9 +11,10 @@ import functools
 import json
 import os
 import queue
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -225,18 +226,45 @@ def _in_time(start: Callable[[], Any], repository: Repository) -> Any:
     return response
 
 
+def bound(response: Any) -> None:
+    """Let an answer that huggingface_hub reads have an end as ours have: a hook of its HTTP library.
+
+    Downloads, which other threads may have under way, are left alone.
+    """
+    http: Any = sys.modules[type(response).__module__.partition(".")[0]]  # httpx or httpx2
+    if "/resolve/" in response.request.url.path:
+        return
+
+    class Bounded(http.SyncByteStream):
+        def __init__(self, stream: Any) -> None:
+            self.stream = stream
+
+        def __iter__(self) -> Iterator[bytes]:
+            yield from _within(self.stream, "the hub", limits.API_BYTES)
+
+        def close(self) -> None:
+            self.stream.close()
+
+    response.stream = Bounded(response.stream)
+
+
 def _arriving(response: Any, repository: Repository, limit: int) -> Iterator[bytes]:
-    """The body's pieces; raises LimitExceededError, or HubTimeoutError where fewer bytes come than bear waiting for."""
+    """The body's pieces; raises what `_within` raises."""
+    return _within(response.iter_raw(), repository, limit)
+
+
+def _within(pieces: Iterable[bytes], where: object, limit: int) -> Iterator[bytes]:
+    """The pieces; raises LimitExceededError, or HubTimeoutError where fewer bytes come than bear waiting for."""
     came, since, before = 0, time.monotonic(), 0
-    for data in response.iter_raw():
+    for data in pieces:
         came += len(data)
         if came > limit:
-            raise LimitExceededError(f"{repository}: an answer of more than {limit} bytes; check HF_ENDPOINT.")
+            raise LimitExceededError(f"{where}: an answer of more than {limit} bytes; check HF_ENDPOINT.")
         yield data
         now = time.monotonic()
         if now - since > limits.SLOW_SECONDS:
             if came - before < limits.SLOW_SECONDS * limits.SLOW_BYTES:
                 raise HubTimeoutError(
-                    f"{repository}: the hub sends less than {limits.SLOW_BYTES} bytes a second; load again to resume."
+                    f"{where}: the hub sends less than {limits.SLOW_BYTES} bytes a second; load again to resume."
                 )
             since, before = now, came

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..disk import files
+from ..disk import files, limits, reading
 from ..errors import CheckpointError, HubError, MistralError
-from . import formats, manifest
+from . import formats, hub_wire, manifest
 from .formats.base import TEXT_FILES, template_names
 from .hub_errors import Repository, translated
 from .hub_files import CONFIGS, PRESET_FILES
@@ -91,8 +91,8 @@ def files_of(checkpoint: Checkpoint) -> list[str]:
     found |= {name for name in (*COMPANIONS, manifest.NAME) if (folder / name).is_file()}
     found |= {*template_names(folder), *_indexes(folder, weights)}
     if checkpoint.format == "keras-hub":
-        assets = (path for path in (folder / "assets").rglob("*") if path.is_file())
-        found |= {name for path in assets if not _is_debris(name := path.relative_to(folder).as_posix())}
+        assets = reading.files_below(folder / "assets") if (folder / "assets").is_dir() else ()
+        found |= {f"assets/{name}" for name in assets if not _is_debris(f"assets/{name}")}
         found |= {name for name in _KERAS_HUB if (folder / name).is_file()}
     return sorted(found)
 
@@ -114,8 +114,11 @@ def _indexes(folder: Path, weights: set[str]) -> Iterator[str]:
 def _contents(checkpoint: Checkpoint) -> dict[str, Path | bytes]:
     """Name in the repository -> file, or its content; the manifest lists what is there and nothing else."""
     folder = checkpoint.directory
-    names = files_of(checkpoint)
-    contents: dict[str, Path | bytes] = {name: folder / name for name in names}
+    weights = {checkpoint.name_of(path) for path in checkpoint.shards}  # opened as files of the directory already
+    contents: dict[str, Path | bytes] = {
+        name: folder / name if name in weights else reading.read(folder / name, limit=limits.TEXT_BYTES)
+        for name in files_of(checkpoint)
+    }
     if manifest.NAME in contents:
         described = manifest.read(folder)
         kept = {name: entry for name, entry in described["files"].items() if name in contents}
@@ -139,32 +142,51 @@ def _commit(
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi(token=repository.token)
-    full_id = api.create_repo(repository.id, private=private, exist_ok=True).repo_id
+    full_id = _own(api.create_repo(repository.id, private=private, exist_ok=True).repo_id, repository)
     if repository.revision not in (None, "main") and not create_pr:
         api.create_branch(full_id, branch=str(repository.revision), exist_ok=True)
-    return str(
-        api.create_commit(
-            full_id,
-            [CommitOperationAdd(name, content) for name, content in contents.items()],
-            commit_message=message,
-            revision=repository.revision,
-            create_pr=create_pr,
-        ).commit_url
+    made = api.create_commit(
+        full_id,
+        [CommitOperationAdd(name, content) for name, content in contents.items()],
+        commit_message=message,
+        revision=repository.revision,
+        create_pr=create_pr,
     )
+    return _address(made.commit_url, full_id)
+
+
+def _own(full_id: str, repository: Repository) -> str:
+    """The id that the hub gives a repository, if it is the one that was asked for, with its owner."""
+    from huggingface_hub.utils import validate_repo_id
+
+    validate_repo_id(full_id)
+    if full_id != repository.id and full_id.partition("/")[2] != repository.id:
+        raise HubError(f"{repository}: the hub answers with another repository, {full_id[:100]!a}; check HF_ENDPOINT.")
+    return full_id
+
+
+def _address(told: object, full_id: str) -> str:
+    """The address of a commit as the hub tells it, or of the repository where that is no address of the hub's."""
+    from huggingface_hub import constants
+
+    url = str(told)
+    good = url.startswith(f"{constants.ENDPOINT}/") and url.isascii() and url.isprintable() and " " not in url
+    return url if good and len(url) <= limits.PATH_LETTERS else f"{constants.ENDPOINT}/{full_id}"
 
 
 @contextlib.contextmanager
 def _in_time() -> Iterator[None]:
-    """Bound the waiting for each answer, which huggingface_hub leaves open."""
+    """Bound each answer, and the waiting for it, which huggingface_hub leaves open."""
     from huggingface_hub import get_session
 
     session = get_session()
-    before = session.timeout
+    before, hooks = session.timeout, session.event_hooks
     session.timeout = SILENCE_SECONDS
+    session.event_hooks = {**hooks, "response": [*hooks.get("response", ()), hub_wire.bound]}
     try:
         yield
     finally:
-        session.timeout = before
+        session.timeout, session.event_hooks = before, hooks
 
 
 def _failure(error: Exception, repository: Repository) -> Exception:

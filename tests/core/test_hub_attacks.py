@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants, hf_hub_download
-from local_hub import COMMIT, serving
+from local_hub import COMMIT, COMMITTED, serving
 
 from mistral_core import errors
 from mistral_core.disk import limits
 from mistral_core.weights import hub, hub_wire
+from mistral_core.weights.push import push_files
 
 REPO = "someone/m"
 FILES = {"config.json": b'{"a": 1}', "model.safetensors": b"numbers" * 20}
@@ -283,3 +284,42 @@ def test_a_link_out_of_the_cache_is_no_file_of_it(server, get, tmp_path):
         with pytest.raises(errors.UnsafeFileError, match="leads out"):
             get(files=["config.json"], local_files_only=offline)
     assert (tmp_path / "secret").read_bytes() == b"secret"
+
+
+# What a hub answers to an upload
+
+
+@pytest.fixture
+def push(server, tmp_path):
+    server.files, server.repositories = {}, ()
+    return lambda: push_files({"config.json": b"{}"}, REPO, "message", token="hf_x")
+
+
+def test_an_upload_s_address_is_the_hub_s(server, push):
+    assert push() == f"{server.url}/{REPO}/commit/{COMMITTED}"
+
+
+@pytest.mark.parametrize("url", ["javascript:alert(1)", "\x1b[2J", "http://elsewhere/x", "x" * 5000, 7])
+def test_an_address_that_is_none_is_not_told(server, push, url):
+    told = {"commitUrl": url, "commitOid": COMMITTED}
+    server.fault = lambda path: (200, {}, json.dumps(told).encode()) if "/commit/" in path else None
+    try:
+        assert push() == f"{server.url}/{REPO}"
+    except errors.HubError as error:
+        assert "cannot be read" in str(error) or "upload failed" in str(error)  # noqa: PT017
+
+
+def test_another_repository_is_not_written_to(server, push):
+    told = json.dumps({"url": f"{server.url}/attacker/other"}).encode()
+    server.fault = lambda path: (200, {}, told) if path == "/api/repos/create" else None
+    with pytest.raises(errors.HubError, match="another repository, 'attacker/other'"):
+        push()
+    assert not server.commits
+
+
+@pytest.mark.parametrize("path", ["/api/repos/create", "/commit/", "/preupload/"])
+def test_answers_to_an_upload_are_bounded(server, push, monkeypatch, path):
+    monkeypatch.setattr(limits, "API_BYTES", 1000)
+    server.fault = lambda asked: (200, {}, b" " * 2000) if path in asked else None
+    with pytest.raises(errors.LimitExceededError, match="more than 1000 bytes"):
+        push()
