@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
-from ..compat import SeenAs
 from ..errors import TemplateError, TokenizerError, UnsupportedFeatureError
+from .clients import AsTokenizer
 from .encoding import Encoding, as_arrays
 from .inputs import check_ids, check_side, check_text, choice, given, is_ids, limits_of, listed, refuse, several
 from .rows import NO_FRAME, TRUNCATIONS, Columns, Frame, Options, cut, framed, pad
@@ -27,18 +27,12 @@ class Chat(NamedTuple):
     """1 for each id of what an assistant said, 0 for others, where that was asked for."""
 
 
-class Tokenizer(SeenAs, ABC):
+class Tokenizer(AsTokenizer, ABC):
     """Text to token ids and back, one text or many, with the arguments that transformers' users know.
 
     What a user wrote never becomes a control token unless `parse_special=True` asks for it. Sides are "left" or
     "right". Every method raises TokenizerError, which is a ValueError, for what it cannot take.
     """
-
-    seen_as = (
-        "transformers.tokenization_python.PreTrainedTokenizer",  # of version 5; then of version 4
-        "transformers.tokenization_utils.PreTrainedTokenizer",
-        "transformers.tokenization_utils_base.PreTrainedTokenizerBase",
-    )
 
     bos_token: str | None
     eos_token: str | None

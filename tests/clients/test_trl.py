@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 
 import datasets
+import peft
 import pytest
+import torch
 import trl
+
+import mistral_torch
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 
@@ -77,3 +81,30 @@ def test_group_relative_policy_optimization(model, tokenizer, tmp_path):
     )
     assert any(row.get("reward", 0) > 0 for row in trainer.state.log_history)
     assert any((old != new).any() for old, new in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.client(
+    "trl", "SFTTrainer(assistant_only_loss=True), our tokenizer in mode 'finetuning': labels are the answers alone"
+)
+def test_assistant_only_loss(path, model, tmp_path):
+    tokenizer = mistral_torch.AutoTokenizer.from_pretrained(path, mode="finetuning")
+    config = {"config": trl.SFTConfig, "assistant_only_loss": True}
+    rows = datasets.Dataset.from_dict({"messages": [CHAT] * 8})
+    _, trainer = trained(trl.SFTTrainer, model, config, tmp_path, train_dataset=rows, processing_class=tokenizer)
+    batch = next(iter(trainer.get_train_dataloader()))
+    labels = batch["labels"][0]
+    assert tokenizer.decode(labels[labels != -100], skip_special_tokens=True).strip() == CHAT[1]["content"]
+    assert (labels == tokenizer.eos_token_id).any()
+
+
+@pytest.mark.client("trl", "SFTTrainer with a peft LoRA config: adapters train, the folder loads")
+def test_lora(path, model, tokenizer, tmp_path):
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    adapter = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")
+    options = {"train_dataset": TEXTS, "processing_class": tokenizer, "peft_config": adapter}
+    _, trainer = trained(trl.SFTTrainer, model, {"config": trl.SFTConfig}, tmp_path, **options)
+    trainer.save_model(tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(type(model).from_pretrained(path), tmp_path / "adapter")
+    assert all(torch.equal(p, before[name]) for name, p in type(model).from_pretrained(path).named_parameters())
+    changed = [name for name, p in loaded.named_parameters() if "lora_B" in name and p.abs().max() > 0]
+    assert len(changed) == 7 * model.config.num_hidden_layers  # every linear but the head

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 import warnings
 
 import numpy as np
@@ -303,3 +305,19 @@ def test_arrays_of_every_framework(kind):
     assert np.asarray(OURS([], return_tensors=kind)["input_ids"]).shape == (0, 0)
     assert OURS.decode(OURS.encode("Emma", return_tensors=kind)[0]) == "<s> Emma"
     assert OURS.batch_decode(found["input_ids"], skip_special_tokens=True)[:2] == TEXTS[:2]
+
+
+def test_what_clients_read(ours, theirs):
+    transformers = pytest.importorskip("transformers")
+    assert isinstance(ours, transformers.PreTrainedTokenizerBase)
+    assert isinstance(ours, transformers.PreTrainedTokenizer)
+    assert not isinstance(ours, transformers.PreTrainedTokenizerFast)
+    assert type(ours) is MistralTokenizer
+    assert ours.get_added_vocab() == ours.added_tokens_encoder == theirs.get_added_vocab()
+    assert ours.vocab == ours.get_vocab()
+    assert ours.special_tokens_map == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    assert str(TINY_CHECKPOINT) in ours.name_or_path
+    assert (ours.is_fast, ours.mask_token) == (False, None)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(ours)))
+    assert type(again) is MistralTokenizer
+    assert again(TEXTS) == ours(TEXTS)
