@@ -17,7 +17,10 @@ from .base import Pipeline, check_names, check_one_of, padded
 DEFAULTS: Mapping[str, Any] = {"max_new_tokens": 256, "do_sample": True, "temperature": 0.7}
 """As in transformers: where neither the call nor the checkpoint's generation config says otherwise."""
 OF_GENERATE = {field.name for field in dataclasses.fields(GenerationConfig)} - {"extra"} | {*IGNORED}
-ONLY_GENERATE = ("return_dict_in_generate", "output_scores", "past_key_values")
+ONLY_GENERATE = (
+    "return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states",
+    "past_key_values",
+)  # fmt: skip
 """What concerns arrays: for who calls `generate`."""
 
 Chat = Sequence[Mapping[str, Any]]
@@ -40,7 +43,10 @@ class Options:
     tokenizer_encode_kwargs: Mapping[str, Any] = field(default_factory=dict)
     streamer: Any = None
     assistant_model: Any = None
-    generation_config: GenerationConfig | None = None
+    logits_processor: Any = None
+    stopping_criteria: Any = None
+    prefix_allowed_tokens_fn: Any = None
+    generation_config: Any = None
     generate: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -107,6 +113,8 @@ class TextGenerationPipeline(Pipeline):
             if config.max_length is not None:
                 unset.pop("max_new_tokens", None)
             config = config.replace(**unset)
+        else:
+            config = GenerationConfig.taken(config).over(self.model.generation_config)
         stops = {} if options.stop_sequence is None else {"stop_strings": options.stop_sequence}
         given = config.replace(**stops, **options.generate)
         if isinstance(given.seed, tuple):
@@ -160,6 +168,9 @@ class TextGenerationPipeline(Pipeline):
                 generation_config=generation.replace(**alike, return_dict_in_generate=True, output_scores=False),
                 streamer=options.streamer,
                 assistant_model=options.assistant_model,
+                logits_processor=options.logits_processor,
+                stopping_criteria=options.stopping_criteria,
+                prefix_allowed_tokens_fn=options.prefix_allowed_tokens_fn,
                 tokenizer=self.tokenizer,
             )
         sequences, masks = (np.asarray(self.backend.to_numpy(out[name])) for name in ("sequences", "attention_mask"))

@@ -176,6 +176,75 @@ def test_the_output_object(model):
         assert np.allclose(one, other, atol=1e-4)
 
 
+def test_a_caller_s_functions_get_the_framework_s_arrays(model):
+    options, kind, asked = {"max_new_tokens": 5, "eos_token_id": None}, type(model.generate(IDS, max_new_tokens=0)), []
+
+    def processor(ids, scores):
+        asked.append((isinstance(ids, kind), isinstance(scores, kind), tuple(ids.shape), tuple(scores.shape)))
+        return scores * 1
+
+    def criterion(ids, scores):
+        return ids[:, -1] != ids[:, -1] if ids.shape[1] < 12 else ids[:, -1] == ids[:, -1]
+
+    for beams in (1, 2):
+        asked.clear()
+        found = model.generate(
+            IDS, attention_mask=MASK, logits_processor=[processor], stopping_criteria=[criterion], num_beams=beams,
+            **options,
+        )  # fmt: skip
+        wanted = reference(attention_mask=MASK, num_beams=beams, **{**options, "max_new_tokens": 3})
+        assert np.array_equal(found, wanted.sequences)
+        assert asked == [(True, True, (2 * beams, n), (2 * beams, TINY.vocab_size)) for n in (9, 10, 11)]
+
+
+def test_embeddings_and_what_is_told_of_each_step(model):
+    options = {"max_new_tokens": 3, "eos_token_id": None, "attention_mask": MASK}
+    told = dict.fromkeys(("output_logits", "output_scores", "output_hidden_states", "output_attentions"), True)
+    wanted = reference(**options, **told)
+    embeds = np.asarray(PARAMETERS["model.embed_tokens.weight"])[IDS].astype(np.float32)
+    out = model.generate(inputs_embeds=embeds, inputs=IDS, return_dict_in_generate=True, **options, **told)
+    assert np.array_equal(out.sequences, wanted.sequences)
+    assert all(np.allclose(a, b, atol=1e-4) for a, b in zip(out.logits, wanted.logits, strict=True))
+    for name in ("hidden_states", "attentions"):
+        for found, other in zip(out[name], wanted[name], strict=True):
+            assert [tuple(x.shape) for x in found] == [x.shape for x in other]
+            assert all(np.allclose(a[..., -1, :], b[..., -1, :], atol=1e-3) for a, b in zip(found, other, strict=True))
+    scores = model.compute_transition_scores(out.sequences, out.scores, normalize_logits=True)
+    assert isinstance(scores, type(out.sequences))
+    assert np.asarray(scores).shape == (2, 3)
+    assert np.array_equal(model.generate(inputs_embeds=embeds, **options), wanted.sequences[:, 9:])
+
+
+def test_options_that_no_step_has_are_the_reference_s(model):
+    options = {
+        "do_sample": True, "seed": 3, "epsilon_cutoff": 0.02, "eta_cutoff": 0.01, "forced_eos_token_id": 5,
+        "exponential_decay_length_penalty": (2, 1.3), "eos_token_id": 5, "max_new_tokens": 7,
+        "sequence_bias": [[[17, 3], 4.0]],
+    }  # fmt: skip
+    assert np.array_equal(model.generate(IDS, **options), reference(**options).sequences)
+
+
+def test_what_decode_loops_ask_a_cache(backend, model):
+    cache = model(IDS, attention_mask=MASK, use_cache=True).past_key_values
+    assert cache.get_seq_length() == 9
+    assert cache.get_max_cache_shape() == -1
+    assert backend.KVCache.allocate(TINY, 2, 30).get_max_cache_shape() == 30
+    pair = cache.batch_repeat_interleave(2)
+    assert np.asarray(pair.length).tolist() == [5, 5, 9, 9]
+    assert np.asarray(pair.reorder_cache(np.array([2, 0])).length).tolist() == [9, 5]
+    assert np.asarray(pair.batch_select_indices(np.array([3])).length).tolist() == [9]
+    full = backend.KVCache.allocate(TINY, 2, 30, rolling=False)
+    full = model(IDS, attention_mask=MASK, past_key_values=full).past_key_values
+    for cropped in (full.crop(7), full.crop(-2)):
+        assert np.asarray(cropped.length).tolist() == [5, 7]
+    assert np.asarray(full.length).tolist() == [5, 9]
+    again = model(IDS[:, 7:], attention_mask=np.array([[0, 0], [1, 1]]), past_key_values=full.crop(7)).logits
+    again, whole = (x.detach() if hasattr(x, "detach") else x for x in (again, model(IDS).logits))
+    assert np.allclose(np.asarray(again)[1], np.asarray(whole)[1, 7:], atol=1e-4)
+    with pytest.raises(InputError, match="crop"):
+        cache.crop(3)  # a window has rolled on
+
+
 # Guesses, chunks, turns, loops
 
 

@@ -247,6 +247,26 @@ def test_the_defaults_of_transformers(torch_pipes, paths):
         pipe("Emma", temperature=-1.0)
 
 
+def test_functions_and_configs_of_others_reach_generate(torch_pipes):
+    pipe, asked = torch_pipes["text-generation"], []
+
+    class Theirs:
+        def to_diff_dict(self):
+            return {"max_new_tokens": 4, "top_k": 7}
+
+    made = pipe("Emma", generation_config=Theirs(), return_tensors=True)
+    assert len(made[0]["generated_token_ids"]) <= len(pipe.tokenizer.encode("Emma")) + 4
+    options = {"max_new_tokens": 4, "do_sample": False, "return_tensors": True}
+    functions = {
+        "logits_processor": [lambda ids, scores: asked.append(ids.shape) or scores],
+        "stopping_criteria": [lambda ids, scores: len(asked) == 2],
+    }
+    (row,) = pipe("Emma", **functions, **options)
+    assert len(asked) == 2
+    (whole,) = pipe("Emma", **options)
+    assert row["generated_token_ids"] == whole["generated_token_ids"][:-2]
+
+
 def test_max_length_counts_each_prompt_alone(torch_pipes):
     options = {"do_sample": False, "max_length": 20, "return_tensors": True}
     made = torch_pipes["text-generation"](TEXTS, batch_size=3, **options)
