@@ -13,7 +13,7 @@ from typing import Any
 from . import strict_json
 from .config import MistralConfig
 from .config_checks import is_int
-from .disk import files, limits
+from .disk import files, into, limits
 from .disk.reading import as_path
 from .errors import GenerationConfigError
 from .generation_checks import CHECKS, IGNORED, biases, effective, explained, problems, several
@@ -218,8 +218,7 @@ class GenerationConfig:
     def save_pretrained(self, directory: str | os.PathLike[str], config_file_name: str = FILE) -> None:
         """Write generation_config.json into a directory, which is made where there is none."""
         files.check_bare_name(config_file_name, "config_file_name")
-        os.makedirs(directory, exist_ok=True)
-        files.write_file(as_path(directory) / config_file_name, self.to_json_string().encode())
+        into.write_into(directory, {config_file_name: self.to_json_string().encode()})
 
     def update(self, **options: Any) -> dict[str, Any]:
         """Set the options that there are; returns those that there are not."""

@@ -13,6 +13,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from ..errors import CorruptCheckpointError, UnsafeFileError
 
@@ -46,6 +47,13 @@ class Folder:
         """Let go of it; it is done at the end of its life at the latest."""
         while self._held:
             os.close(self._held.pop())
+
+    def __deepcopy__(self, memo: object) -> Folder:
+        """Itself: a copy would close what it has not opened."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an opened directory is no other process's")
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError, OSError):

@@ -49,7 +49,7 @@ ADDRESS_LETTERS = 16_384  # letters of an address that a redirect gives; signed 
 REDIRECTS = 8  # one after the other; the hub has two
 DOWNLOAD_BYTES = 1 << 40  # bytes of one file
 UNANNOUNCED_BYTES = 64 << 20  # bytes of a file whose size nobody told: not one of weights
-HEAD_SECONDS = 60  # seconds until an answer begins, however slowly its head comes
+HEAD_SECONDS = 30  # seconds until an answer begins, however slowly its head comes
 SLOW_SECONDS = 20  # seconds over which the speed of a download is looked at
 SLOW_BYTES = 1024  # bytes a second that a download must have, over those: also its longest time, size / SLOW_BYTES
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import ml_dtypes
 import numpy as np
@@ -135,6 +135,13 @@ class Kept:
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = os.dup(descriptor)
+
+    def __deepcopy__(self, memo: object) -> Kept:
+        """Itself: a copy would close what it has not opened."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an opened file is no other process's")
 
     def __del__(self) -> None:
         os.close(self.descriptor)

@@ -1,9 +1,12 @@
 """The safe write: old or new, never between; locks; what is carried along; full disks."""
 
+import copy
 import errno
 import json
 import os
+import pickle
 import resource
+import shutil
 import signal
 import socket
 import stat
@@ -15,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from mistral_core.config import MistralConfig
 from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.disk import files, into, reading
 from mistral_core.errors import (
@@ -27,8 +31,11 @@ from mistral_core.errors import (
     OutputExistsError,
     UnsafeFileError,
 )
+from mistral_core.generation import GenerationConfig
+from mistral_core.text.tokenizer import MistralTokenizer
 from mistral_core.weights import manifest
 from mistral_core.weights.convert import convert
+from mistral_core.weights.opened import Checkpoint
 
 
 def tree(directory: Path) -> dict[str, bytes]:
@@ -400,10 +407,14 @@ def test_nothing_is_more_open_than_its_source(tmp_path, umask):
 
 KILLED = """
 import os, sys
+from mistral_core.config import MistralConfig
 from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.disk import files, into, reading
+from mistral_core.generation import GenerationConfig
+from mistral_core.text.tokenizer import MistralTokenizer
 from mistral_core.weights import manifest
 from mistral_core.weights.convert import convert
+from mistral_core.weights.opened import Checkpoint
 files.os.replace = lambda *_: os.kill(os.getpid(), 9)
 files.write_file(sys.argv[1], b"new")
 """
@@ -531,3 +542,31 @@ def test_a_lock_that_is_no_file(tmp_path, kind):
     {"pipe": os.mkfifo, "link": lambda path: os.symlink("/dev/zero", path), "directory": os.mkdir}[kind](lock)
     with pytest.raises(ConversionError):
         put(tmp_path / "model", a=b"1")
+
+
+@pytest.mark.parametrize("which", ["config", "generation", "tokenizer"])
+def test_what_is_saved_into_a_checkpoint_s_directory_is_in_its_manifest(tmp_path, which):
+    shutil.copytree(TINY_CHECKPOINT, tmp_path / "m")
+    manifest.verify(tmp_path / "m")
+    if which == "config":
+        MistralConfig.from_pretrained(tmp_path / "m", rope_theta=7.0).save_pretrained(tmp_path / "m")
+    elif which == "generation":
+        GenerationConfig(temperature=0.5).save_pretrained(tmp_path / "m")
+    else:
+        tokenizer = MistralTokenizer.from_pretrained(tmp_path / "m", padding_side="left")
+        tokenizer.chat_template = "{{ messages }}"
+        tokenizer.save_pretrained(tmp_path / "m")
+    manifest.verify(tmp_path / "m")
+    before = json.loads((TINY_CHECKPOINT / into.MANIFEST).read_text())["files"]
+    assert listed(tmp_path / "m") != {name: entry["sha256"] for name, entry in before.items()}
+
+
+def test_what_is_held_open_is_copied_as_itself(tmp_path):
+    opened = Checkpoint.open(TINY_CHECKPOINT)
+    for _ in range(3):
+        copied = copy.deepcopy(opened.shards)
+        assert next(iter(copied.values())).kept is next(iter(opened.shards.values())).kept
+        del copied
+    opened.read(next(iter(opened.tensors)))
+    with pytest.raises(TypeError):
+        pickle.dumps(next(iter(opened.shards.values())))
