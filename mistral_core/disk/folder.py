@@ -19,7 +19,8 @@ from ..errors import CorruptCheckpointError, UnsafeFileError
 
 MOST_LINKS = 16  # one after the other, as a path may have; the hub's cache has one
 _HUB_FOLDERS = ("models--", "datasets--", "spaces--")
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_DIRECTORY = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC  # one may be passed but not listed
+_LISTED = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _KINDS = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"),
           (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))  # fmt: skip
@@ -104,7 +105,7 @@ class Folder:
     def names(self, name: str, where: str) -> list[str]:
         """What is in the directory under a name ("." is this one), sorted; raises what `opened` raises."""
         with self._found(name, where) as (directory, last):
-            inner = os.open(last, _DIRECTORY | os.O_NOFOLLOW, dir_fd=directory)
+            inner = os.open(last, _LISTED, dir_fd=directory)
             try:
                 return sorted(os.listdir(inner))
             finally:
