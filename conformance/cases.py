@@ -73,6 +73,9 @@ _LLAMA3 = {
 _ALL_PADDING = padded("left") * np.array([[1], [0], [1]])
 _EMBEDS = np.random.default_rng(8).normal(size=(len(LENGTHS), T, TINY.hidden_size)).astype(np.float32)
 _DOCUMENTS = np.array([[0] * 9 + [1] * 8, [0] * 2 + [1] * 7 + [2] * 8, [0] * 17])
+_BEGIN_AGAIN = np.array(
+    [[*range(9), *range(8)], [*range(3, 5), *range(7), *range(8)], [*range(1), *range(1), *range(15)]]
+)
 
 CAUSAL = (
     _causal("window", "2-5: W keys, itself included, no more and no fewer"),
@@ -95,6 +98,7 @@ CAUSAL = (
     _causal("holes", "93: positions are counted in real tokens", {"attention_mask": padded("holes")}),
     _causal("all-padding", "18, 92: a row that sees nothing", {"attention_mask": _ALL_PADDING}),
     _causal("documents", "17: packed documents see each other", {"document_ids": _DOCUMENTS}),
+    _causal("begin-again", "17: packed documents told by positions alone", {"position_ids": _BEGIN_AGAIN}),
     _causal("far-positions", "21: angles in bfloat16 or rounded tables",
             {"position_ids": np.arange(T)[None] * 7001 + np.array([[0], [1], [2]])}),
     _causal("embeddings", "inputs_embeds instead of ids", {"input_ids": None, "inputs_embeds": _EMBEDS}),

@@ -180,6 +180,30 @@ def _check_positions(config: MistralConfig, positions: Array, batch: int, tokens
         )
 
 
+def begins_again(
+    position_ids: Array | None, attention_mask: Array | None, document_ids: Array | None, past_length: Array | None
+) -> bool:
+    """Whether positions tell packed documents, each of which begins where a position is not above the one before it.
+
+    Raises PositionError where they do and a mask or a cache leaves open which tokens belong together.
+    """
+    if position_ids is None or document_ids is not None:
+        return False
+    columns, real = position_ids.shape[1], np.ones_like(position_ids)
+    if attention_mask is not None:
+        position_ids, real = np.broadcast_arrays(position_ids, attention_mask[:, attention_mask.shape[1] - columns :])
+    for positions, is_real in zip(position_ids, real, strict=True):
+        steps = np.diff(positions[is_real != 0])
+        if (steps <= 0).any() and (attention_mask is not None or past_length is not None):
+            raise PositionError(
+                "position_ids: they begin again, beside an attention_mask or past_key_values; tell packed documents "
+                "apart by document_ids, or leave the mask out."
+            )
+        if (steps <= 0).any():
+            return True
+    return False
+
+
 def check_logits_to_keep(logits_to_keep: Any, tokens: int) -> None:
     """An int from 0 (all) to T, or indices in [0, T); raises InputError."""
     if isinstance(logits_to_keep, int) and not isinstance(logits_to_keep, bool):

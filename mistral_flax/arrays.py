@@ -123,11 +123,23 @@ def model_inputs(
             past_shape=None if past is None else (len(past.keys), *past.keys[0].shape),
             capacity=None if past is None else past.capacity,
         )
+    told = traced and positions is not None and documents is None and mask is None and past_key_values is None
+    if not traced:
+        length = None if past_key_values is None else to_numpy(past_key_values.length)
+        told = validate.begins_again(_values(positions), mask, _values(documents), length)
     shape = ids.shape if ids is not None else embeds.shape[:2]
+    if told:
+        documents = jnp.broadcast_to(documents_of(positions), shape)
     if mask is None:
         mask = jnp.ones(shape, jnp.int32)
     mask = jnp.asarray(mask).astype(jnp.int32)
     return Inputs(ids, embeds, mask[:, mask.shape[1] - shape[1] :], positions, documents)
+
+
+def documents_of(position_BT: Array) -> Array:
+    """[B, T]: the packed document of each token where none are told: one begins where positions begin again."""
+    again = position_BT[:, 1:] <= position_BT[:, :-1]
+    return jnp.concatenate([jnp.zeros_like(position_BT[:, :1]), again.cumsum(1, dtype=jnp.int32)], axis=1)
 
 
 def integers(name: str, value: Any, *, rank: int = 2) -> Array | None:

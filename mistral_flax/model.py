@@ -70,9 +70,10 @@ class MistralModel(PreTrainedModel):
     ) -> ModelOutput | tuple[Any, ...]:
         """Hidden states [B, T, D] of ids [B, T] or embeddings [B, T, D]; None options mean the config's.
 
-        `attention_mask` [B, T] is 1 for real tokens; with a cache it may cover the past too. `position_ids` feed
-        the rotary embeddings only. `document_ids` tell packed documents apart; `others` may hold what transformers'
-        collators say instead, and its arguments without effect here. Raises InputError and its kinds.
+        `attention_mask` [B, T] is 1 for real tokens; with a cache it may cover the past too. `position_ids` feed the
+        rotary embeddings; without a mask, where they begin again a packed document begins. `document_ids` tell packed
+        documents apart; `others` may hold what transformers' collators say instead, and its arguments without effect
+        here. Raises InputError and its kinds.
         With `params`, those are used instead of the model's own; with `rngs` (a key or nnx.Rngs), dropout is on.
         """
         config = self.config
@@ -93,7 +94,7 @@ class MistralModel(PreTrainedModel):
         past = past_key_values
         if use_cache is None:
             trains = rngs is not None or self.gradient_checkpointing is not None
-            use_cache = config.use_cache and not trains and document_ids is None
+            use_cache = config.use_cache and not trains and inputs.document_ids is None
         if past is None and use_cache:
             past = KVCache.allocate(config, x_BTD.shape[0], dtype=x_BTD.dtype)
         length_B = jnp.zeros_like(inputs.attention_mask[:, 0]) if past is None else past.length

@@ -130,12 +130,24 @@ def model_inputs(
             past_shape=None if past is None else (len(past.keys), *past.keys[0].shape),
             capacity=None if past is None else past.capacity,
         )
+    told = traced and positions is not None and documents is None and mask is None and past_key_values is None
+    if not traced:
+        length = None if past_key_values is None else to_numpy(past_key_values.length)
+        told = validate.begins_again(_values(positions), mask, _values(documents), length)
     embeds = None if inputs_embeds is None else tf.convert_to_tensor(inputs_embeds)
     new = ids if ids is not None else embeds[:, :, 0]
+    if told:
+        documents = tf.broadcast_to(documents_of(positions), tf.shape(new))
     if mask is None:
         mask = tf.ones_like(new, tf.int32)
     mask = tf.cast(mask, tf.int32)[:, -tf.shape(new)[1] :]
     return Inputs(ids, embeds, tf.ensure_shape(mask, new.shape), positions, documents)
+
+
+def documents_of(position_BT: Tensor) -> Tensor:
+    """[B, T]: the packed document of each token where none are told: one begins where positions begin again."""
+    again = tf.cast(position_BT[:, 1:] <= position_BT[:, :-1], tf.int32)
+    return tf.concat([tf.zeros_like(position_BT[:, :1]), tf.cumsum(again, 1)], axis=1)
 
 
 def integers(name: str, value: Any, *, rank: int = 2) -> Tensor | None:

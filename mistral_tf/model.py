@@ -62,9 +62,10 @@ class MistralModel(PreTrainedModel):
     ) -> ModelOutput | tuple[Any, ...]:
         """Hidden states [B, T, D] of ids [B, T] or embeddings [B, T, D]; None options mean the config's.
 
-        `attention_mask` [B, T] is 1 for real tokens; with a cache it may cover the past too. `position_ids` feed
-        the rotary embeddings only. `document_ids` tell packed documents apart; `others` may hold what transformers'
-        collators say instead, and its arguments without effect here. Raises InputError and its kinds.
+        `attention_mask` [B, T] is 1 for real tokens; with a cache it may cover the past too. `position_ids` feed the
+        rotary embeddings; without a mask, where they begin again a packed document begins. `document_ids` tell packed
+        documents apart; `others` may hold what transformers' collators say instead, and its arguments without effect
+        here. Raises InputError and its kinds.
         """
         config = self.config
         document_ids = documents_told(others, document_ids)
@@ -83,7 +84,7 @@ class MistralModel(PreTrainedModel):
             x_BTD = tf.cast(inputs.inputs_embeds, self.compute_dtype)
         past = past_key_values
         if use_cache is None:  # a ring's size is static: a text of unknown length has no room in it
-            use_cache = config.use_cache and not training and document_ids is None and x_BTD.shape[1] is not None
+            use_cache = config.use_cache and not training and inputs.document_ids is None and x_BTD.shape[1] is not None
         if past is None and use_cache:
             past = KVCache.allocate(config, tf.shape(x_BTD)[0], dtype=x_BTD.dtype)
         length_B = tf.zeros_like(inputs.attention_mask[:, 0]) if past is None else past.length

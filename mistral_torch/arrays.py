@@ -137,11 +137,23 @@ def model_inputs(
             past_shape=None if past is None else (len(past.keys), *past.keys[0].shape),
             capacity=None if past is None else past.capacity,
         )
+    told = traced and positions is not None and documents is None and mask is None and past_key_values is None
+    if not traced:
+        length = None if past_key_values is None else to_numpy(past_key_values.length)
+        told = validate.begins_again(_values(positions), _values(mask), _values(documents), length)
     embeds = None if inputs_embeds is None else inputs_embeds.to(device)
     shape = ids.shape if ids is not None else embeds.shape[:2]
+    if told:
+        documents = documents_of(positions).expand(shape)
     if mask is None:
         mask = torch.ones(shape, dtype=torch.int64, device=device)
     return Inputs(ids, embeds, mask[:, mask.shape[1] - shape[1] :].to(device, torch.int64), positions, documents)
+
+
+def documents_of(position_BT: Tensor) -> Tensor:
+    """[B, T]: the packed document of each token where none are told: one begins where positions begin again."""
+    again = position_BT[:, 1:] <= position_BT[:, :-1]
+    return torch.cat([torch.zeros_like(position_BT[:, :1]), again.cumsum(1)], dim=1)
 
 
 def integers(name: str, value: Any, device: torch.device, *, rank: int = 2) -> Tensor | None:

@@ -64,6 +64,10 @@ MUTANTS = (
     Mutant("documents see each other in a block mask", "whole documents", spelled(
         "attention.py", torch=("seen if document_ids is None else seen & (document_ids[b, t] == document_ids[b, s])", "seen"),
     ), implementation="flex"),
+    Mutant("positions that begin again taken for one text", "whole begin-again",
+           everywhere("arrays.py", "    if told:\n", "    if False:\n")),
+    Mutant("a document of one token seen by the next", "whole begin-again",
+           everywhere("arrays.py", "position_BT[:, 1:] <= position_BT[:, :-1]", "position_BT[:, 1:] < position_BT[:, :-1]")),
     Mutant("not causal", "whole window", everywhere("attention.py", "(key <= query)", "(key <= query + 1)")),
     Mutant("padding mask ignored", "whole holes",
            everywhere("layers.py", "attention_mask_BT != 0, order", "attention_mask_BT != 2, order")),

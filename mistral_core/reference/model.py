@@ -38,6 +38,8 @@ def forward(
         past = KVCache.allocate(config, len(x_BTD))
     length_B = np.zeros(len(x_BTD), int) if past is None else past.length
     order_BT = ops.token_order(mask_BT, length_B)
+    if document_ids is None and position_ids is not None and attention_mask is None and past is None:
+        document_ids = ops.documents_of(np.broadcast_to(position_ids, mask_BT.shape))
     if position_ids is None:
         position_ids = ops.token_positions(mask_BT, length_B, document_ids)
     cos_sin = ops.rotary(np.asarray(position_ids), config)

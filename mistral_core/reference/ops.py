@@ -71,6 +71,12 @@ def token_positions(attention_mask_BT: Array, past_length_B: Array, document_ids
     return position - np.maximum.accumulate(np.where(starts != 0, position, 0), axis=1)
 
 
+def documents_of(position_BT: Array) -> Array:
+    """The packed document of each token where none are told: one begins where positions begin again."""
+    again = position_BT[:, 1:] <= position_BT[:, :-1]
+    return np.concatenate([np.zeros_like(position_BT[:, :1]), np.cumsum(again, axis=1)], axis=1)
+
+
 def attention_mask(
     query_order_BT: Array,
     key_order_BS: Array,
