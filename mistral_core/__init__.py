@@ -56,7 +56,9 @@ __all__ = [*_PUBLIC, "__version__"]
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from .missing_names import named
+
+        return named(__name__, name)
     module, attribute = _PUBLIC[name]
     return getattr(importlib.import_module(module, __name__), attribute)
 

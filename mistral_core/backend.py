@@ -6,6 +6,7 @@ A fourth backend is a package that registers an object of this protocol there an
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -84,6 +85,16 @@ def get(name: str) -> Backend:
             f"backend {name!r} needs {cause.name or cause}; pip install 'mistral-frameworks[{name}]'."
         ) from cause
     return backend
+
+
+def lacking(extra: str, *packages: str) -> MissingExtraError | None:
+    """The error of a backend whose packages are not all installed, before an import of them says something else."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if not missing:
+        return None
+    return MissingExtraError(
+        f"mistral_{extra} needs {' and '.join(missing)}; pip install 'mistral-frameworks[{extra}]'."
+    )
 
 
 def chosen(backend: Any = None, *, framework: Any = None, model: Any = None, given: Iterable[Any] = ()) -> str:

@@ -64,6 +64,7 @@ def _as_fields(given: dict[str, Any]) -> dict[str, Any]:
     Raises UnknownFieldError for a name that nobody knows, with the nearest one that there is.
     """
     from . import config_dialects
+    from .weights import hf_arguments
 
     known = config_checks.field_names()
     if given.keys() <= known:
@@ -71,7 +72,8 @@ def _as_fields(given: dict[str, Any]) -> dict[str, Any]:
     extra = given.get("extra") or {}
     fields, unknown = config_dialects.read_arguments({k: v for k, v in given.items() if k != "extra"})
     if unknown:
-        told = ", ".join(f"{name!r}{nearest(name, known)}" for name in sorted(unknown))
+        known_to_loading = {*known, *hf_arguments.KNOWN}
+        told = ", ".join(f"{name!r}{nearest(name, known_to_loading)}" for name in sorted(unknown))
         raise UnknownFieldError(f"MistralConfig has no field {told}; see help(MistralConfig).")
     own = {name: value for name, value in given.items() if name in known}
     return {**own, **fields, "extra": {**extra, **fields["extra"]}}

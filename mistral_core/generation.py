@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ from .disk import files, into, limits
 from .disk.reading import as_path
 from .errors import GenerationConfigError
 from .generation_checks import CHECKS, IGNORED, biases, effective, explained, problems, several
+from .telling import warn
 
 __all__ = ["CHECKS", "IGNORED", "GenerationConfig"]
 
@@ -148,17 +148,15 @@ class GenerationConfig:
         """
         config = cls._from_dict(data)
         if options := effective(config.extra):
-            warnings.warn(
+            warn(
                 f"{where}: options that are not used here, so tokens may be others than elsewhere: "
-                f"{explained(options, config.__dict__)}.",
-                stacklevel=2,
+                f"{explained(options, config.__dict__)}."
             )
         rare = [name for name in RARE if getattr(config, name) != getattr(GenerationConfig, name)]
         if rare:
-            warnings.warn(
+            warn(
                 f"{where}: every answer is shaped by {', '.join(rare)}; give generate other values where that is not "
-                "wanted.",
-                stacklevel=2,
+                "wanted."
             )
         for name in ("num_beams", "num_return_sequences"):
             if is_int(count := getattr(config, name)):
@@ -242,7 +240,7 @@ class GenerationConfig:
         for new, whole in PAIRS:
             if given.get(new) is not None:
                 if given.get(whole):
-                    warnings.warn(f"{whole}: {new} is given too and counts; give one of them.", stacklevel=3)
+                    warn(f"{whole}: {new} is given too and counts; give one of them.")
                 changes[whole] = fields[whole].default
         made = dataclasses.replace(self, **changes)
         object.__setattr__(made, "_said", self._said | changes.keys())

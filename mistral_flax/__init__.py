@@ -1,5 +1,12 @@
 """Mistral in JAX, with Flax NNX: the mirror of mistral_torch and mistral_tf."""
 
+from typing import Any
+
+from mistral_core.backend import lacking as _lacking
+
+if (_error := _lacking("flax", "jax", "flax")) is not None:
+    raise _error
+
 from mistral_core import (
     AutoConfig,
     AutoTokenizer,
@@ -13,7 +20,7 @@ from mistral_core import (
     TextIteratorStreamer,
     TextStreamer,
 )
-from mistral_core.missing_names import missing as _missing
+from mistral_core.missing_names import named as _named
 
 from .auto import (
     AutoModel,
@@ -61,5 +68,5 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    raise _missing(__name__, name)
+def __getattr__(name: str) -> Any:
+    return _named(__name__, name)

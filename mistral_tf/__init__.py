@@ -1,5 +1,12 @@
 """Mistral in TensorFlow, with Keras 3: the mirror of mistral_torch and mistral_flax."""
 
+from typing import Any
+
+from mistral_core.backend import lacking as _lacking
+
+if (_error := _lacking("tf", "tensorflow", "keras")) is not None:
+    raise _error
+
 import keras as _keras
 
 from mistral_core import (
@@ -16,7 +23,7 @@ from mistral_core import (
     TextStreamer,
 )
 from mistral_core.errors import UnsupportedFeatureError as _UnsupportedFeatureError
-from mistral_core.missing_names import missing as _missing
+from mistral_core.missing_names import named as _named
 
 if _keras.backend.backend() != "tensorflow":
     raise _UnsupportedFeatureError(
@@ -72,5 +79,5 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    raise _missing(__name__, name)
+def __getattr__(name: str) -> Any:
+    return _named(__name__, name)

@@ -66,7 +66,7 @@ def test_backends(backend):
 def test_registered_backends():
     from mistral_core import backend as registry
 
-    assert registry.names() == ["flax", "tf", "torch"]
+    assert registry.names() == ["torch", "flax", "tf"]
     for name in registry.names():
         found = registry.get(name)
         assert found.name == name

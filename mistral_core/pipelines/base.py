@@ -14,6 +14,8 @@ import numpy as np
 from ..backend import Backend
 from ..config_checks import is_int
 from ..errors import EmptyInputError, InputError
+from ..plain import plain
+from ..telling import nearest, shown
 from ..validate import Array, check_call
 
 NARROWEST = 32
@@ -73,7 +75,7 @@ class Pipeline:
     def _chosen(self, given: Mapping[str, Any]) -> Any:
         """The options in force; raises InputError for names that are none."""
         check_names(self.task, given, {field.name for field in dataclasses.fields(self.options_class)})
-        return dataclasses.replace(self._defaults, **given)
+        return dataclasses.replace(self._defaults, **{name: plain(value) for name, value in given.items()})
 
     # The model
 
@@ -96,25 +98,35 @@ class Pipeline:
 
 
 def check_names(task: str, given: Iterable[str], known: Iterable[str], others: str = "") -> None:
-    """Raise InputError for options that a task has not, naming those it has."""
+    """Raise InputError for options that a task has not, naming the nearest that it has, or all where there are few."""
+    known = sorted(known)
     unknown = sorted(set(given) - set(known))
     if unknown:
-        raise InputError(f"{task} has no option {unknown}; it has {sorted(known)}{others}.")
+        told = ", ".join(f"{name!r}{nearest(name, known)}" for name in map(str, unknown))
+        has = f"it has {', '.join(known)}" if len(known) <= FEW else "help() of the pipeline lists them"
+        raise InputError(f"{task} has no option {told}; {has}{others}.")
+
+
+FEW = 12
+"""So many names are still read in a message."""
 
 
 def check_count(name: str, value: Any, *, low: int = 1, or_none: bool = False) -> None:
     """Raise InputError for an option that is not an integer of `low` or more."""
     if not (or_none and value is None) and not (is_int(value) and value >= low):
-        raise InputError(f"{name}: {value!r}, an integer of {low} or more{' or None' if or_none else ''} was expected.")
+        raise InputError(
+            f"{name}: {shown(value)}, an integer of {low} or more{' or None' if or_none else ''} was expected."
+        )
 
 
 def check_one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Raise InputError for an option that is none of some."""
     if value not in choices:
-        raise InputError(f"{name}: {value!r}, one of {', '.join(map(str, choices))} was expected.")
+        raise InputError(f"{name}: {shown(value)}, one of {', '.join(map(str, choices))} was expected.")
 
 
 def _checked_size(size: Any) -> int:
+    size = plain(size)
     check_count("batch_size", size)
     return int(size)
 

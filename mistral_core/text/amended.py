@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import TokenizerError
+from ..telling import warn
 from .beside import Said
-from .caller import stack_level
 from .guarded import load
 
 if TYPE_CHECKING:
@@ -110,7 +109,7 @@ def _add(entries: list[Any], by_name: dict[Any, Any], vocabulary: Mapping[str, i
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=stack_level())
+    warn(message)
 
 
 def _name(entries: list[Any], by_name: dict[Any, Any], vocabulary: Mapping[str, int], said: Said, where: str) -> None:

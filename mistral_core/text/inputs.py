@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
 from ..errors import TokenizerError
+from ..telling import warn
 from . import utf8
 from .rows import PADDINGS, TRUNCATIONS, Limits, Options
 
@@ -38,7 +38,7 @@ def limits_of(defaults: Defaults, options: Options) -> Limits:
         if padding is None and options.get("truncation") is None:
             truncation = "longest_first"
             if options.get("verbose", True):
-                warnings.warn("max_length cuts texts; say truncation=True, or leave it out.", stacklevel=5)
+                warn("max_length cuts texts; say truncation=True, or leave it out.")
     elif defaults.model_max_length < UNBOUNDED:
         limit = int(defaults.model_max_length)
     elif padding == "max_length" or truncation is not None:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..disk import reading
 from ..errors import TokenizerError
+from ..telling import warn
 from . import beside, bpe, description, sentencepiece, tekken
 from .amended import amend, amended, check_ids
 from .beside import CONFIG, TOKENS, Said
-from .caller import stack_level
 from .chat.versions import VERSIONS
 from .coder import Coder
 from .guarded import load
@@ -122,7 +121,7 @@ def _read(path: Path, fix_mistral_regex: bool | None) -> Source:
     templates = template_files.read(path if path.is_dir() else path.parent, fields)
     if said.told:
         message = f"{path}: {CONFIG}: {'; '.join(said.told)}: not done here; see that the model does not need it."
-        warnings.warn(message, stacklevel=stack_level())
+        warn(message)
     data, where = files[name](), f"{path}: {name}"
     if name == JSON:
         fix = bool(said.config.get("fix_mistral_regex")) if fix_mistral_regex is None else fix_mistral_regex
@@ -161,10 +160,9 @@ def _of_json(
     check_ids(tokenizer, whole, where)
     coder = Coder(tokenizer, marks=found.marks, factor=factor, where=where)
     if wrong in data and coder.vocab_size >= 1 << 17 and coder.token_id("[INST]") is not None:
-        warnings.warn(
+        warn(
             f"{where}: cuts words by Llama 3's pattern where Tekken has its own: some ids are not those that the model "
-            "was trained on; put its tekken.json beside it, or pass fix_mistral_regex=True.",
-            stacklevel=stack_level(),
+            "was trained on; put its tekken.json beside it, or pass fix_mistral_regex=True."
         )
     tokens, version = _tokens(coder, said, where), _version(coder, names)
     return Source(coder, tokens, said, version, (JSON, data), templates, as_read=not found.space)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from ..errors import (
     UnsupportedFeatureError,
 )
 from ..parameters import HEADS, initial_value, parameters
+from ..telling import warn
 from . import hub, manifest
 from .formats.base import Outline
 from .matching import EMBEDDING, match
@@ -60,7 +60,7 @@ def load(
     manifest.verify(checkpoint.directory, verify)
     where = str(checkpoint.path)
     if checkpoint.losses:
-        warnings.warn(f"{where}: {'; '.join(checkpoint.losses)}.", stacklevel=2)
+        warn(f"{where}: {'; '.join(checkpoint.losses)}.")
     sources = match(checkpoint.tensors, config, architecture, read=checkpoint.read, where=where)
     if check_finite:
         _check_finite(checkpoint, sources.values())

@@ -85,6 +85,13 @@ ADVICE: Mapping[str, str] = {
 """Argument -> what to use instead of a value that means something."""
 
 
+KNOWN = frozenset({
+    *RENAMED, *RENAMED.values(), *NO_EFFECT, "config", "attn_implementation", "seed", "verify", "revision", "cache_dir",
+    "local_files_only", "gguf_file", "use_flash_attention_2",
+})  # fmt: skip
+"""Names that `from_pretrained` knows beside the fields of the config."""
+
+
 def translated(options: Mapping[str, Any], **ours: Any) -> dict[str, Any]:
     """Arguments of `from_pretrained`, `ours` under our own names (None: not given), in one mapping under our names.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..errors import (
     OfflineError,
     UnsafeFileError,
 )
+from ..telling import warn
 from . import hub_cache, hub_wire, unread
 from .formats.base import TEMPLATES, is_template
 from .hub_errors import Repository, translated
@@ -79,7 +79,7 @@ def resolve(
             if failure is error:
                 raise
             raise failure from error
-        warnings.warn(f"{failure} Its copy in the cache, commit {snapshot.name}, is used.", stacklevel=2)
+        warn(f"{failure} Its copy in the cache, commit {snapshot.name}, is used.")
         return snapshot
 
 

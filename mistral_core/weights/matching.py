@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -18,6 +17,7 @@ from ..errors import (
     UnexpectedTensorsError,
 )
 from ..parameters import BASE_PREFIX, BODY, HEADS, parameters, shape_of
+from ..telling import warn
 from .opened import StoredTensor
 from .tensor_file import DTYPES, quoted
 
@@ -53,11 +53,11 @@ def match(
     if dropped and architecture == "MistralForCausalLM":
         _check_tied(read, sources, where)
     elif dropped:
-        warnings.warn(f"{where}: {LM_HEAD} is not used by {architecture} and dropped.", stacklevel=3)
+        warn(f"{where}: {LM_HEAD} is not used by {architecture} and dropped.")
     if fresh:
         names = ", ".join(sorted(fresh))
         message = f"{where}: holds a {own}; {names} of {architecture} are initialised: train them before use."
-        warnings.warn(message, stacklevel=3)
+        warn(message)
     return {name: None if name in fresh else sources[name] for name in rows}
 
 

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from ..errors import (
     ShardMissingError,
     UnsafeFileError,
 )
+from ..telling import warn
 from . import safetensors_file
 from .tensor_file import DTYPES, TensorFile, TensorInfo, quoted
 
@@ -131,7 +131,7 @@ def _open_index(index: Path, family: Family) -> list[TensorFile]:
     size = sum(info.nbytes for shard in shards for info in shard.tensors.values())
     if total_size is not None and total_size != size:
         # transformers itself wrote this number wrong at times
-        warnings.warn(f"{index}: total_size is {total_size}, the shards hold {size} bytes.", stacklevel=4)
+        warn(f"{index}: total_size is {total_size}, the shards hold {size} bytes.")
     return shards
 
 

@@ -355,7 +355,11 @@ WRONG = [
     ({"question": QUESTION, "context": "\n"}, EmptyInputError, "context: nothing but blanks"),
     ({"question": QUESTION, "context": EMMA, "doc_stride": 30, "max_seq_len": 20}, InputError, "have room for"),
     ({"question": QUESTION, "context": EMMA, "top_k": 0}, InputError, "top_k: 0"),
-    ({"question": QUESTION, "context": EMMA, "topk": 1}, InputError, r"no option \['topk'\]; it has .*'top_k'"),
+    (
+        {"question": QUESTION, "context": EMMA, "topk": 1},
+        InputError,
+        r"no option 'topk' \(did you mean 'top_k'\?\); it has .*top_k",
+    ),
     ({"inputs": [EMMA]}, InputError, "a dictionary of question and context was expected"),
     ({"inputs": [{"question": QUESTION, "contxt": EMMA}]}, InputError, "contxt"),
     ({}, InputError, "give question= and context="),

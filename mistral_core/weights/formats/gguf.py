@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from ...errors import (
     UnsupportedFeatureError,
 )
 from ...parameters import Parameter, layer_of, parameters, shape_of
+from ...telling import warn
 from .. import carried, layouts, tensor_file
 from ..casting import narrowed, widened
 from ..gguf import config as gguf_config
@@ -155,10 +155,9 @@ def create(directory: Path, outline: Outline, limit: int) -> dict[str, Target]:
     specs = {names[name]: (_code(name, row, outline), shape_of(row, config)) for name, row in rows.items()}
     files.require_space(directory, sum(nbytes(*spec) for spec in specs.values()))
     if config.layer_windows[0] is not None and config.layer_windows[0] < config.max_position_embeddings:
-        warnings.warn(
+        warn(
             f"gguf: llama.cpp ignores sliding_window {config.layer_windows[0]}; there, longer texts are answered as "
-            "by a model without a window.",
-            stacklevel=2,
+            "by a model without a window."
         )
     infos = gguf_file.create(directory / SINGLE, _values(outline, specs), specs)
     return {name: _target(infos[names[name]], row, outline) for name, row in rows.items()}

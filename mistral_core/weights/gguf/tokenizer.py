@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from ...errors import TokenizerError
+from ...telling import warn
 from ...text import sentencepiece, tekken
 from ...text.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from ..formats.base import Outline
@@ -43,7 +43,7 @@ def keys(outline: Outline) -> dict[str, Value | list[str]]:
     values: dict[str, Value | list[str]] = dict(_templates(texts))
     if vocabulary is None or problem:
         if has_tokenizer(texts):
-            warnings.warn(f"gguf: {problem}; llama.cpp will take and give token ids only.", stacklevel=4)
+            warn(f"gguf: {problem}; llama.cpp will take and give token ids only.")
         return {f"{PREFIX}model": "no_vocab", **values}
     begins, ends = _added(texts, whole)
     padded = [vocabulary.tokens.get(each, (f"[PAD{each}]", UNUSED)) for each in range(size)]
