@@ -1,7 +1,8 @@
 """Runs tests that others wrote for their classes on ours, and holds each that does not pass against a list of reasons.
 
-A reason is a full sentence beside a pattern of test names (`Class::test_name`, with `*`). Nothing fails, and nothing
-is skipped, without one; a reason whose tests pass, or are not there, is wrong too, so no list is longer than needed.
+A reason is a full sentence beside a pattern of test names (`Class::test_name`, with `*`), which may go on with an error
+(`Class::test_name: *error*`). Nothing fails, and nothing is skipped, without one; a reason whose tests pass, or are not
+there, is wrong too, so no list is longer than needed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Outcome(NamedTuple):
 
 
 class Reasons(NamedTuple):
-    """Why tests do not pass: patterns of names, and of skipping messages, each with a sentence."""
+    """Why tests do not pass: patterns of names and errors, and of skipping messages, each with a sentence."""
 
     different: Mapping[str, str]
     """Contracts of ours that are documented and differ."""
@@ -51,7 +52,13 @@ def judge(outcomes: Mapping[str, Outcome], reasons: Reasons) -> Verdict:
     problems, used = [], set()
     kinds = {"different by design": reasons.different, "not applicable": reasons.not_applicable}
     for name, (result, message) in outcomes.items():
-        found = [(kind, pattern) for kind, listed in kinds.items() for pattern in listed if fnmatchcase(name, pattern)]
+        texts = name, f"{name}: {message}"
+        found = [
+            (kind, each)
+            for kind, listed in kinds.items()
+            for each in listed
+            if any(fnmatchcase(t, each) for t in texts)
+        ]
         used |= {pattern for _, pattern in found}
         if result == "skipped":
             found = [("skipped by the suite", each) for each in reasons.skipped if fnmatchcase(message, each)]
@@ -73,9 +80,17 @@ def judge(outcomes: Mapping[str, Outcome], reasons: Reasons) -> Verdict:
 class Recorder:
     """The plugin of pytest that keeps outcomes."""
 
-    def __init__(self) -> None:
+    def __init__(self, left_out: Sequence[str] = ()) -> None:
+        self.patterns = left_out
         self.outcomes: dict[str, Outcome] = {}
         self.not_collected: list[str] = []
+        self.left_out: list[str] = []
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        names = {item: item.nodeid.partition("::")[2] for item in items}
+        out = [item for item in items if any(fnmatchcase(names[item], pattern) for pattern in self.patterns)]
+        self.left_out += [names[item] for item in out]
+        items[:] = [item for item in items if item not in out]
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -97,12 +112,13 @@ def _message(report: pytest.TestReport | pytest.CollectReport) -> str:
     return (crash.message if crash is not None else report.longreprtext).strip().split("\n")[0]
 
 
-def run(files: Sequence[Path], reasons: Reasons, *, arguments: Sequence[str] = ()) -> int:
+def run(files: Sequence[Path], reasons: Reasons, *, left_out: Sequence[str] = (), arguments: Sequence[str] = ()) -> int:
     """Run test files, print the counts, the reasons and what has none; 1 where there is any of it, else 0.
 
-    With `arguments` of pytest, as `-k greedy`, tests are left out, and reasons may have none.
+    `left_out` are patterns of tests that ask no class of ours: that they pass says nothing, so they are not run. With
+    `arguments` of pytest, as `-k greedy`, fewer tests are run, and reasons may have none.
     """
-    recorder = Recorder()
+    recorder = Recorder(left_out)
     alone = ["-c", os.devnull, "--noconftest", "-p", "no:cacheprovider", "-W", "ignore", "-q", "--tb=short"]
     pytest.main([*alone, "--rootdir", str(files[0].parent), *map(str, files), *arguments], plugins=[recorder])
     counts, problems = judge(recorder.outcomes, reasons)
@@ -114,6 +130,7 @@ def run(files: Sequence[Path], reasons: Reasons, *, arguments: Sequence[str] = (
         for pattern, sentence in listed.items():
             print(f"  {pattern}: {sentence}")
     print(f"\nof {sum(counts.values())} tests: " + ", ".join(f"{counts[kind]} {kind}" for kind in KINDS))
+    print(f"left out, as they ask no class of ours: {len(recorder.left_out)}")
     for problem in problems:
         print(f"  {problem}")
     return 1 if problems or not counts else 0

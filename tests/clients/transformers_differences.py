@@ -10,11 +10,12 @@ from __future__ import annotations
 from peers_suite import Reasons
 
 ADAPTED = {
+    "processors of logits": "Those that an option of generate means are ours, by their names: `our_processors.py`.",
     "the config": "The suite gives every model the same fields; those that a Mistral has not are left out, because our "
     "config refuses what nobody reads, and so is an epsilon of 1, which no Mistral has.",
     "remove_invalid_values": "It is left out of the common options: logits that are no numbers are an error here.",
     "use_cache=False": "generate computes each column once whatever it says, so that later steps have the states of "
-    "one column, and only beams hand out no cache.",
+    "one column; beams hand out no cache.",
     "past_key_values": "A cache is asked in our layout, [B, R, K, H] a layer, which counts real tokens.",
     "output_loading_info": "What is missing is told by a warning, here put into the form that is asked for.",
     "outputs of generate": "They are tuples; the suite assigns to their fields, so they are put into a namespace.",
@@ -25,16 +26,11 @@ ADAPTED = {
 
 _TEXTS = "The numbers, texts or lengths that are expected are those of a published checkpoint of another architecture."
 _ENCODER = "It is about the inputs of an encoder, and a Mistral is a decoder alone."
-_GROUPS = "Beams in groups are not here: GenerationConfigError names num_beams, and do_sample for beams that differ."
 _CONSTRAINTS = (
     "Constrained beams are not here: GenerationConfigError names prefix_allowed_tokens_fn and logits_processor."
 )
-_CONTRASTIVE = "Contrastive search is not here: GenerationConfigError names what is."
-_WATERMARK = "watermarking_config is not here: GenerationConfigError names the processors that can be given instead."
-_HEALING = "heal_tokens is not here: where a text is cut is the affair of who wrote it."
 _STATE = "from_pretrained reads checkpoints; parameters in memory are given by load_arrays or load_state_dict."
 _SCRIPT = "torch.jit.trace, which PyTorch deprecates, cannot return our cache; torch.compile and torch.export can."
-_CANDIDATES = "It asks transformers' generator of candidates; ours makes its guesses in the decode driver."
 _REFUSED = "A call that is contradictory is refused by another error, or has a meaning here: "
 
 DIFFERENT = {
@@ -61,25 +57,30 @@ DIFFERENT = {
     "pickles run code.",
     "MistralModelTest::test_torchscript_*": _SCRIPT,
     # Generation
-    "MistralModelTest::test_*group_beam_search_generate*": _GROUPS,
-    "GenerationIntegrationTests::test_diverse_beam_search": _GROUPS,
-    "MistralModelTest::test_constrained_beam_search_generate*": _CONSTRAINTS,
-    "GenerationIntegrationTests::test_constrained_beam_search": _CONSTRAINTS,
+    "*: *GenerationConfigError: *num_beam_groups is not here*": "There are no beams in groups; the error names "
+    "num_beams, and do_sample for beams that differ.",
+    "*: *GenerationConfigError: *constraints is not here*": _CONSTRAINTS,
+    "*: *GenerationConfigError: *force_words_ids is not here*": _CONSTRAINTS,
+    "*: *GenerationConfigError: generate: penalty_alpha is not here*": "There is no contrastive search; the error "
+    "names what is.",
     "GenerationIntegrationTests::test_constrained_beam_search_mixed*": _CONSTRAINTS,
-    "GenerationIntegrationTests::test_constrained_beam_search_example_translation_mixin": _CONSTRAINTS,
-    "MistralModelTest::test_contrastive_generate*": _CONTRASTIVE,
-    "GenerationIntegrationTests::test_contrastive_search_batched": _CONTRASTIVE,
-    "GenerationIntegrationTests::test_padding_input_contrastive_search_gpt2": _CONTRASTIVE,
-    "MistralModelTest::test_dola_decoding_sample": "DoLa is not here: GenerationConfigError says so.",
-    "MistralModelTest::test_generate_without_input_ids": "remove_invalid_values is not here: logits that are no "
-    "numbers are an error.",
+    "*: *GenerationConfigError: *dola_layers is not here*": "There is no DoLa, and the error says so.",
+    "*: *GenerationConfigError: generate: remove_invalid_values is not here*": "Logits that are no numbers are an "
+    "error.",
+    "*: *GenerationConfigError: *guidance_scale is not here*": "The error names the processor that can be given "
+    "instead.",
+    "LogitsProcessorTest::test_no_bad_words_dist_processor": "An end of sequence among the bad words is forbidden as "
+    "it is asked; transformers leaves it out in silence.",
+    "LogitsProcessorTest::test_top_p_dist_warper": "Probabilities are summed from the likeliest on, in transformers "
+    "from the least likely: where a sum is exactly p, as in this test, rounding decides otherwise.",
+    "*: *GenerationConfigError: *watermarking_config is not here*": "The error names the processors that can be given "
+    "instead.",
+    "*: *GenerationConfigError: *assistant_tokenizer is not here*": "An assistant must have the model's own tokenizer.",
+    "*: *has no attribute 'heal_tokens'*": "Where a text is cut is the affair of who wrote it.",
     "MistralModelTest::test_generate_continue_from_*": "The caches of two calls are compared layer by layer in "
     "transformers' layout; ours is a value of its own.",
     "MistralModelTest::test_past_key_values_format": "A cache is [B, R, K, H] a layer here, with as many slots as it "
     "has room for, and counts real tokens.",
-    "GenerationIntegrationTests::test_cfg_mixin": "guidance_scale is not here: GenerationConfigError names the "
-    "processor that can be given instead.",
-    "GenerationIntegrationTests::test_*_watermark_generation*": _WATERMARK,
     "GenerationIntegrationTests::test_compare_unprocessed_logit_scores": "generate computes the head for the last "
     "column alone, and a product of another shape is rounded otherwise: the logits are equal to 1e-6, not by bits.",
     "GenerationIntegrationTests::test_custom_logits_processor": _REFUSED
@@ -96,17 +97,13 @@ DIFFERENT = {
     "compiles its steps.",
     "GenerationIntegrationTests::test_assisted_decoding_num_assistant_tokens_heuristic_schedule": "The number of "
     "guesses is what was asked for, and the config of an assistant is never changed.",
-    "GenerationIntegrationTests::test_speculative_decoding_equals_regular_decoding": "An assistant must have the "
-    "model's own tokenizer: GenerationConfigError says so.",
     "GenerationIntegrationTests::test_prepare_inputs_for_generation_decoder_llm": "prepare_inputs_for_generation is "
     "our own, for decode loops that others wrote.",
-    "TokenHealingTestCase::test_prompts_*": _HEALING,
 }
 
 NOT_APPLICABLE = {
-    "UtilsFunctionsTest::test_cache_dependant_input_preparation_exporting": "It exports a function of transformers "
-    "itself, which torch 2.13 refuses; no class of ours is asked.",
-    "TestAssistedCandidateGeneratorUpdateStrategy::*": _CANDIDATES,
+    "LogitsProcessorTest::*: *is no option of generate": "It is an argument of the class alone: no option of generate, "
+    "here or there, says it.",
     "StoppingCriteriaTestCase::test_criterias_per_row*": "The number of tokens of a text, which the criterion of a "
     "length counts, is that of GPT-2's vocabulary.",
     "StoppingCriteriaTestCase::test_single_letter_stop_string": "That 'abc' is one token is so in GPT-2's vocabulary.",
@@ -135,6 +132,29 @@ NOT_APPLICABLE = {
     "GenerationIntegrationTests::test_transition_scores_group_beam_search_encoder_decoder": _ENCODER,
     "GenerationIntegrationTests::test_validate_assistant": _ENCODER,
 }
+
+LEFT_OUT = (
+    "UtilsFunctionsTest::*",
+    "TestAssistedCandidateGenerator*",
+    "MistralModelTest::test_prompt_lookup_decoding_stops_at_eos",
+    "MistralModelTest::test_generate_with_head_masking",
+    "MistralModelTest::test_generation_tester_mixin_inheritance",
+    "GenerationIntegrationTests::test_default_assisted_generation",
+    "LogitsProcessorTest::test_*watermark*",
+    "LogitsProcessorTest::test_classifier_free_guidance",
+    "LogitsProcessorTest::test_early_stop_processor*",
+    "LogitsProcessorTest::test_encoder_*",
+    "LogitsProcessorTest::test_hamming_diversity",
+    "LogitsProcessorTest::test_remove_nan_inf_logits_processor",
+    "StoppingCriteriaTestCase::test_confidence_criteria",
+    "StoppingCriteriaTestCase::test_eos_token_criteria",
+    "StoppingCriteriaTestCase::test_list_criteria",
+    "StoppingCriteriaTestCase::test_max_*_criteria",
+    "StoppingCriteriaTestCase::test_stop_string_embedding_vecs",
+    "StoppingCriteriaTestCase::test_stop_string_matching_positions",
+    "StoppingCriteriaTestCase::test_validate_stopping_criteria",
+)
+"""Tests of transformers' own functions, of encoders, or of the suite itself: no class of ours is asked."""
 
 _OF_ITSELF = "The suite skips it for transformers' own Mistral too."
 _CACHES = "Caches of transformers' other kinds are not asked for: ours has a fixed size where a step is compiled."

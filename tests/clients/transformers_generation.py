@@ -24,7 +24,8 @@ os.environ.setdefault("RUN_SLOW", "1")
 import peers_suite
 import torch
 import transformers
-from transformers_differences import ADAPTED, REASONS
+from our_processors import PROCESSORS
+from transformers_differences import ADAPTED, LEFT_OUT, REASONS
 
 import mistral_torch
 from mistral_core.data import TINY_CHECKPOINT
@@ -199,6 +200,8 @@ def substitute(folder: Path) -> list[Path]:
         there.update(dict.fromkeys(outputs & there.keys(), Generated))
         there.update(dict.fromkeys(set(HUB_MODELS) & there.keys(), HubModel))
         there.update(dict.fromkeys(set(HUB_TOKENIZERS) & there.keys(), tokenizer))
+    modules.append(importlib.import_module("tests.generation.test_logits_process"))
+    vars(modules[-1]).update(PROCESSORS)
     return [Path(module.__file__) for module in modules]
 
 
@@ -207,7 +210,7 @@ def main() -> int:
     if len(sys.argv) < 2 or not (Path(sys.argv[1]) / "generation").is_dir():
         print(__doc__)
         return 2
-    code = peers_suite.run(substitute(Path(sys.argv[1]).absolute()), REASONS, arguments=sys.argv[2:])
+    code = peers_suite.run(substitute(Path(sys.argv[1]).absolute()), REASONS, left_out=LEFT_OUT, arguments=sys.argv[2:])
     print(f"transformers {transformers.__version__}, torch {torch.__version__}; the suite is told beforehand:")
     for what, sentence in ADAPTED.items():
         print(f"  {what}: {sentence}")
