@@ -57,7 +57,7 @@ class Folder:
         raise TypeError("an opened directory is no other process's")
 
     def __del__(self) -> None:
-        with contextlib.suppress(AttributeError, OSError):
+        with contextlib.suppress(AttributeError, OSError, TypeError):  # at the end of the interpreter
             self.close()
 
     @property
@@ -160,7 +160,8 @@ class Folder:
 
     def _leads_out(self, where: str, target: str) -> UnsafeFileError:
         return UnsafeFileError(
-            f"{where}: a link that leads out of its directory (to {target[:200]!a}); put the file itself there."
+            f"{where}: a link that leads out of its directory (to {target[:200]!a}); name that, or put the file itself "
+            "there."
         )
 
 

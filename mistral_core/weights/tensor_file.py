@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -82,7 +82,8 @@ class TensorFile:
         """Keep the file whose header was read, whatever its name leads to later; raises CorruptCheckpointError."""
         with opened(self.path) as descriptor:
             self._check_stamp(descriptor)
-            self.kept = Kept(descriptor)
+            with suppress(OSError):  # too many are open: it is opened for each read
+                self.kept = Kept(descriptor)
 
     def read(self, name: str, *, cached: bool = True) -> np.ndarray:
         """A fresh array with the stored bits of one tensor; the system keeps no copy of it unless `cached`.
@@ -144,7 +145,8 @@ class Kept:
         raise TypeError("an opened file is no other process's")
 
     def __del__(self) -> None:
-        os.close(self.descriptor)
+        with suppress(AttributeError, OSError, TypeError):  # at the end of the interpreter
+            os.close(self.descriptor)
 
 
 def _aligned(size: int) -> np.ndarray:

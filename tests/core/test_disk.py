@@ -1,6 +1,7 @@
 """The one way to read a file: what is refused, what links may do, and a directory that is held while it is replaced."""
 
 import ast
+import errno
 import os
 import re
 import shutil
@@ -300,3 +301,12 @@ def test_every_limit_has_a_unit_and_a_reason():
     lines = [line for line in Path(limits.__file__).read_text().splitlines() if re.match(r"[A-Z_]+ = ", line)]
     assert len(lines) > 40
     assert not [line for line in lines if "  # " not in line]
+
+
+def test_a_process_without_descriptors_to_spare_reads_too(monkeypatch):
+    def full(descriptor: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "dup", full)
+    opened = Checkpoint.open(TINY)
+    assert opened.read(next(iter(opened.tensors))).size
