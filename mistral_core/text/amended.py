@@ -37,13 +37,11 @@ class Amended(NamedTuple):
 
 
 def amend(whole: dict[str, Any], said: Said, templates: Iterable[str], where: str) -> Amended:
-    """Change the object of a tokenizer.json to what is said of it.
+    """Change the object of a tokenizer.json, which is checked, to what is said of it.
 
     Raises TokenizerError where what is said contradicts the file.
     """
-    entries = whole.setdefault("added_tokens", [])
-    if not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
-        raise TokenizerError(f"{where}: added_tokens is no list of objects; fetch it again.")
+    entries = whole["added_tokens"]
     before = [dict(each) for each in entries]
     by_name = {each.get("content"): each for each in entries}
     vocabulary = whole["model"].get("vocab")

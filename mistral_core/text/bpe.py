@@ -32,19 +32,21 @@ def of_sentencepiece(model: Model, where: str) -> Tokenizer:
     unknown = model.pieces[kinds.index(UNKNOWN)][0] if UNKNOWN in kinds else None
     merges = merges_by_score({text: score for text, score, kind in model.pieces if kind == NORMAL})
     own = sorted((text for text, _, kind in model.pieces if kind == USER_DEFINED), key=len, reverse=True)
-    tokenizer = Tokenizer(
-        models.BPE(
-            {text: number for number, (text, _, _) in enumerate(model.pieces)},
-            merges,
-            unk_token=unknown,
-            fuse_unk=True,
-            byte_fallback=True,
-            ignore_merges=bool(own),  # user-defined pieces are not made of others
+    numbers = {text: number for number, (text, _, _) in enumerate(model.pieces)}
+    with typed(where, "no vocabulary of a BPE"):
+        tokenizer = Tokenizer(
+            models.BPE(
+                numbers,
+                merges,
+                unk_token=unknown,
+                fuse_unk=True,
+                byte_fallback=True,
+                ignore_merges=bool(own),  # user-defined pieces are not made of others
+            )
         )
-    )
+        if own:
+            tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, own))), "isolated")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
-    if own:
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, own))), "isolated")
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -60,7 +62,8 @@ def of_tekken(tekken: Tekken, where: str) -> Tokenizer:
     words = ["".join(map(letters.__getitem__, word)) for word in tekken.words]
     numbers = {text: number for number, text in enumerate([*tekken.special, *words])}
     ranks = {text: -float(rank) for rank, text in enumerate(words)}
-    tokenizer = Tokenizer(models.BPE(numbers, merges_by_score(ranks)))
+    with typed(where, "no vocabulary of a BPE"):
+        tokenizer = Tokenizer(models.BPE(numbers, merges_by_score(ranks)))
     with typed(where, "its pattern is no regular expression"):
         words_of = pre_tokenizers.Split(Regex(tekken.pattern), "isolated")
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

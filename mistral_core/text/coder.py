@@ -38,7 +38,8 @@ class Coder:
 
     `unknown` is what the unknown token reads like where special tokens are skipped; `marks` are control tokens that are
     not skipped there. `factor` is what `description.check` says; `joined` whether a text that follows a control token
-    gets no space, as SentencePiece's own way has it where `legacy` is false. `where` names the file in errors.
+    gets no space, as SentencePiece's own way has it where `legacy` is false; `size` one more than the highest id, where
+    ids have gaps. `where` names the file in errors.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Coder:
         marks: Collection[str] = (),
         factor: int = 1,
         joined: bool = False,
+        size: int | None = None,
         where: str = "tokenizer",
     ) -> None:
         tokenizer.no_padding()
@@ -63,7 +65,7 @@ class Coder:
         """What `skip_special_tokens` leaves out."""
         self._added = {each: token.content for each, token in added.items() if each not in self.special}
         self._words = self._added.keys() - self.controls.keys()
-        self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+        self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True) if size is None else size
         self._encoded = 0
         self._take_out_user_defined()
 

@@ -46,11 +46,19 @@ def read(data: bytes, where: str) -> dict[str, Any]:
     return whole
 
 
-def check(whole: Part, where: str) -> int:
+def size(whole: Part) -> int:
+    """One more than the highest id of a checked tokenizer.json, whose ids may have gaps."""
+    vocabulary = whole["model"].get("vocab")
+    ids = vocabulary.values() if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+    return 1 + max(max(ids, default=-1), max((each["id"] for each in whole["added_tokens"]), default=-1))
+
+
+def check(whole: dict[str, Any], where: str) -> int:
     """The bytes that a tokenizer may make of each byte of a text before it is cut into tokens.
 
     Raises TokenizerError for what is malformed, or may never end, LimitExceededError for what is out of proportion.
     """
+    _check_ids(whole, where)
     _check_model(whole["model"], where)
     longest = _longest_token(whole, where)
     _check_frame(whole, where)
@@ -59,6 +67,23 @@ def check(whole: Part, where: str) -> int:
     factor = _factor(whole, "normalizer", where) * _factor(whole, "pre_tokenizer", where)
     limits.check(factor, limits.EXPANSION, what="bytes made of one before a text is cut into tokens", where=where)
     return factor
+
+
+def _check_ids(whole: dict[str, Any], where: str) -> None:
+    """Ids are small integers: the library counts up to the highest one."""
+    vocabulary, added = whole["model"].get("vocab"), whole.setdefault("added_tokens", [])
+    if not isinstance(vocabulary, dict | list) or not isinstance(added, list):
+        raise TokenizerError(f"{where}: no vocabulary, or added_tokens that are no list; fetch it again.")
+    for each in added:
+        if not isinstance(each, dict) or not isinstance(each.get("content"), str):
+            raise TokenizerError(
+                f"{where}: the added token {str(each)[:80]!a}; an object was expected: fetch it again."
+            )
+    ids = [*(vocabulary.values() if isinstance(vocabulary, dict) else ()), *(each.get("id") for each in added)]
+    wrong = next((each for each in ids if isinstance(each, bool) or not isinstance(each, int) or each < 0), None)
+    if wrong is not None or None in ids:
+        raise TokenizerError(f"{where}: the id {str(wrong)[:40]!a}; an integer of at least 0 was expected.")
+    limits.check(max(ids, default=0), limits.VOCABULARY, what="as an id", where=where)
 
 
 def _check_model(model: Part, where: str) -> None:
@@ -106,11 +131,9 @@ def _check_merges(merges: Any, prefix: str, where: str) -> None:
 
 def _longest_token(whole: Part, where: str) -> int:
     """Characters of the longest token; raises LimitExceededError for one that is too long, or too many added ones."""
-    names = _names(whole["model"].get("vocab")) or ()
-    added = whole.get("added_tokens")
-    listed = [each for each in added if isinstance(each, dict)] if isinstance(added, list) else []
-    limits.check(len(listed), limits.SPECIAL_TOKENS, what="added tokens", where=where)
-    texts = (name for name in (*names, *(each.get("content") for each in listed)) if isinstance(name, str))
+    names, added = _names(whole["model"].get("vocab")) or (), whole["added_tokens"]
+    limits.check(len(added), limits.SPECIAL_TOKENS, what="added tokens", where=where)
+    texts = (name for name in (*names, *(each["content"] for each in added)) if isinstance(name, str))
     longest = max(map(len, texts), default=0)
     limits.check(longest, limits.TOKEN_CHARACTERS, what="characters of one token", where=where)
     return longest
@@ -133,8 +156,8 @@ def _many(step: Part, piece: Any) -> int:
     """How many ids a special token of a template stands for."""
     if not isinstance(piece, dict):
         return 0
-    tokens = step.get("special_tokens")
-    token = tokens.get(piece.get("id")) if isinstance(tokens, dict) else None
+    tokens, name = step.get("special_tokens"), piece.get("id")
+    token = tokens.get(name) if isinstance(tokens, dict) and isinstance(name, str) else None
     ids = token.get("ids") if isinstance(token, dict) else None
     return max(len(ids), 1) if isinstance(ids, list) else 1
 
@@ -197,4 +220,6 @@ def _flat(part: Any, kind: str, where: str, depth: int) -> Iterator[Part]:
         for each in steps if isinstance(steps, list) else ():
             yield from _flat(each, kind, where, depth + 1)
     elif isinstance(part, dict):
+        if not isinstance(part.get("type"), str):
+            raise TokenizerError(f"{where}: {kind}: a step of type {str(part.get('type'))[:40]!a}; fetch it again.")
         yield part

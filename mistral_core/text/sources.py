@@ -158,7 +158,7 @@ def _of_json(
     found = amend(whole, said, templates.values(), where)
     tokenizer = load(json.dumps(whole) if found.tokens or found.space else data.decode(), where)
     check_ids(tokenizer, whole, where)
-    coder = Coder(tokenizer, marks=found.marks, factor=factor, where=where)
+    coder = Coder(tokenizer, marks=found.marks, factor=factor, size=description.size(whole), where=where)
     if wrong in data and coder.vocab_size >= 1 << 17 and coder.token_id("[INST]") is not None:
         warn(
             f"{where}: cuts words by Llama 3's pattern where Tekken has its own: some ids are not those that the model "

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ..disk import limits
 from ..errors import TokenizerError
-from . import patterns
+from . import patterns, utf8
 from .chat.versions import VERSIONS
 
 PATTERN = (
@@ -85,7 +85,7 @@ def _specials(listed: list[dict[str, Any]] | None, count: int) -> list[str]:
     """The text of each special token, those that have no name included."""
     names = dict(enumerate(_OLD_SPECIALS[:count])) if listed is None else {}
     for token in listed or ():
-        names[int(token["rank"])] = str(token["token_str"])
+        names[int(token["rank"])] = _string(token["token_str"])
     found = [names.get(rank, f"<SPECIAL_{rank}>") for rank in range(count)]
     if len(set(found)) != count or max(names, default=0) >= count:
         raise ValueError(f"{len(names)} special tokens for {count} places, not all different")
@@ -94,5 +94,7 @@ def _specials(listed: list[dict[str, Any]] | None, count: int) -> list[str]:
 
 def _string(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} instead of a string")
+        raise TypeError(f"{str(value)[:80]!a} instead of a string")
+    if problem := utf8.problem(value):
+        raise ValueError(problem)
     return value

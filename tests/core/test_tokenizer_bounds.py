@@ -63,6 +63,15 @@ REFUSED = {
                           "rstrip": False, "single_word": False}]
     },
     "added tokens that are no list": {"added_tokens": {"<x>": 1}},
+    "added tokens that are no objects": {"added_tokens": [7]},
+    "an added token without an id": {"added_tokens": [{"content": "<x>", "special": True}]},
+    "a token that is a list": {"added_tokens": [{"id": 9, "content": ["<x>"]}]},
+    "an id that is an object": {"model": {"type": "BPE", "vocab": {"a": {}}, "merges": []}},
+    "an id below 0": {"model": {"type": "WordLevel", "vocab": {"a": 0, "b": -1}, "unk_token": "a"}},
+    "a vocabulary that is a number": {"model": {"type": "BPE", "vocab": 7, "merges": []}},
+    "a step whose type is a list": {"normalizer": {"type": ["NFC"]}},
+    "an unknown token that is a list": {"model": {"type": "BPE", "vocab": LETTERS, "merges": [], "unk_token": ["a"]}},
+    "a special token that is an object": {"post_processor": template([{"SpecialToken": {"id": {}}}, A])},
     "no model": {"model": None},
 }  # fmt: skip
 TOO_MUCH = {
@@ -89,6 +98,7 @@ TOO_MUCH = {
         "model": {"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "a", "max_input_chars_per_word": 10**6,
                   "continuing_subword_prefix": "##"}
     },
+    "an id to which the library would count": {"model": {"type": "BPE", "vocab": {"a": 0, "b": 2**31}, "merges": []}},
     "a long token": {"model": {"type": "BPE", "vocab": {"a" * 5000: 0}, "merges": []}},
     "many added tokens": {"added_tokens": [{"id": each, "content": f"<{each}>"} for each in range(20_000)]},
 }  # fmt: skip
@@ -157,6 +167,14 @@ def test_the_user_is_not_swallowed_with_a_panic():
         raise LimitExceededError
 
 
+def test_ids_with_gaps_are_all_taken():
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 7}, "merges": []}
+    tokenizer = MistralTokenizer(json_file(model=model))
+    assert tokenizer.vocab_size == 8
+    assert tokenizer.decode(tokenizer.encode("b")) == "b"
+    assert tokenizer.decode([3]) == ""
+
+
 def small_tekken(words=(), special=("<unk>", "<s>", "</s>"), pattern=r"\S+|\s+", **config):
     vocabulary = [{"token_bytes": base64.b64encode(word).decode()} for word in (*map(bytes, zip(range(256))), *words)]
     sizes = {"default_vocab_size": len(vocabulary) + len(special), "default_num_special_tokens": len(special)}
@@ -174,8 +192,19 @@ def small_tekken(words=(), special=("<unk>", "<s>", "</s>"), pattern=r"\S+|\s+",
         small_tekken(default_num_special_tokens=float("inf")),
         small_tekken(pattern="(?"),
         small_tekken(version="\x1b[2J"),
+        small_tekken(special=["<unk>", "<s>", "\ud800"]),
+        small_tekken(pattern="\ud800"),
     ],
-    ids=["a long word", "a long special token", "a pattern", "endless special tokens", "no pattern", "a version"],
+    ids=[
+        "a long word",
+        "a long special token",
+        "a pattern",
+        "endless special tokens",
+        "no pattern",
+        "a version",
+        "half a character",
+        "half a pattern",
+    ],
 )
 def test_a_tekken_file_out_of_proportion_is_a_typed_error(tmp_path, content):
     (tmp_path / "tekken.json").write_text(content)
