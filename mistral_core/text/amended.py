@@ -103,11 +103,7 @@ def _add(entries: list[Any], by_name: dict[Any, Any], vocabulary: Mapping[str, i
             entries.append(dict(entry))
             by_name[name] = entries[-1]
     if others:
-        _warn(f"{where}: has other tokens than the files beside it say, {', '.join(others[:8])}; its own are taken.")
-
-
-def _warn(message: str) -> None:
-    warn(message)
+        warn(f"{where}: has other tokens than the files beside it say, {', '.join(others[:8])}; its own are taken.")
 
 
 def _name(entries: list[Any], by_name: dict[Any, Any], vocabulary: Mapping[str, int], said: Said, where: str) -> None:
@@ -123,7 +119,7 @@ def _name(entries: list[Any], by_name: dict[Any, Any], vocabulary: Mapping[str, 
             missing.append(name)
     if missing:
         shown = ", ".join(ascii(each[:40]) for each in missing[:8])
-        _warn(f"{where}: {shown}: called special tokens beside it, and no tokens of it; left out.")
+        warn(f"{where}: {shown}: called special tokens beside it, and no tokens of it; left out.")
 
 
 def _marks(by_name: Mapping[Any, Any], templates: Iterable[str], named: Any) -> frozenset[str]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..disk import limits
 from ..errors import TokenizerError
+from ..telling import shown
 from . import patterns
 
 Part = Mapping[str, Any]
@@ -76,9 +77,7 @@ def _check_ids(whole: dict[str, Any], where: str) -> None:
         raise TokenizerError(f"{where}: no vocabulary, or added_tokens that are no list; fetch it again.")
     for each in added:
         if not isinstance(each, dict) or not isinstance(each.get("content"), str):
-            raise TokenizerError(
-                f"{where}: the added token {str(each)[:80]!a}; an object was expected: fetch it again."
-            )
+            raise TokenizerError(f"{where}: the added token {shown(each)}; an object was expected: fetch it again.")
     ids = [*(vocabulary.values() if isinstance(vocabulary, dict) else ()), *(each.get("id") for each in added)]
     wrong = next((each for each in ids if isinstance(each, bool) or not isinstance(each, int) or each < 0), None)
     if wrong is not None or None in ids:
@@ -123,9 +122,8 @@ def _check_merges(merges: Any, prefix: str, where: str) -> None:
     for merge in merges if isinstance(merges, list) else ():
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not (isinstance(pair, list) and len(pair) == 2 and str(pair[1]).startswith(prefix)):
-            shown = str(merge)[:80]
             raise TokenizerError(
-                f"{where}: the merge {shown!a}, whose end does not begin with {prefix[:80]!a}; fetch it again."
+                f"{where}: the merge {shown(merge)}, whose end does not begin with {prefix[:80]!a}; fetch it again."
             )
 
 

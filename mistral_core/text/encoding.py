@@ -26,9 +26,18 @@ class Encoding(dict[str, Any]):
         except KeyError:
             raise AttributeError(f"Encoding has {', '.join(self)}, not {name!r}.") from None
 
-    def to(self, device: Any) -> Encoding:
-        """The same on a device; arrays of frameworks that place them by themselves stay where they are."""
-        return Encoding({key: value.to(device) if hasattr(value, "to") else value for key, value in self.items()})
+    @property
+    def data(self) -> dict[str, Any]:
+        """The same as a dict and no more, as callers of transformers ask for it."""
+        return dict(self)
+
+    def to(self, device: Any, **options: Any) -> Encoding:
+        """The same on a device; arrays of frameworks that place them by themselves stay where they are.
+
+        `options` are those of torch's `to`, such as `non_blocking`.
+        """
+        moved = {key: value.to(device, **options) if hasattr(value, "to") else value for key, value in self.items()}
+        return Encoding(moved)
 
 
 def as_arrays(columns: Mapping[str, list[Any]], return_tensors: str) -> Encoding:
@@ -36,6 +45,7 @@ def as_arrays(columns: Mapping[str, list[Any]], return_tensors: str) -> Encoding
 
     Raises TokenizerError for rows of several lengths or another name, MissingExtraError without the framework.
     """
+    return_tensors = getattr(return_tensors, "value", return_tensors)  # an enum of transformers
     if return_tensors != "np" and return_tensors not in FRAMEWORKS:
         names = ", ".join(("np", *FRAMEWORKS))
         raise TokenizerError(f"return_tensors: {return_tensors!r}; None or one of {names} was expected.")

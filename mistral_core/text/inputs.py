@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
 from ..errors import TokenizerError
-from ..telling import warn
+from ..telling import nearest, shown, warn
 from . import utf8
 from .rows import PADDINGS, TRUNCATIONS, Limits, Options
 
@@ -34,7 +35,7 @@ def limits_of(defaults: Defaults, options: Options) -> Limits:
     limit, multiple = options.get("max_length"), options.get("pad_to_multiple_of")
     multiple = 1 if multiple is None else check_integer("pad_to_multiple_of", multiple, 1)
     if limit is not None:
-        check_integer("max_length", limit, 0)
+        limit = check_integer("max_length", limit, 0)
         if padding is None and options.get("truncation") is None:
             truncation = "longest_first"
             if options.get("verbose", True):
@@ -55,27 +56,39 @@ def choice(name: str, value: Any, known: dict[Any, Any]) -> Any:
     value = getattr(value, "value", value)  # an enum of transformers
     if (value is None or isinstance(value, bool | str)) and value in known:
         return known[value]
-    raise TokenizerError(f"{name}: {value!r}; one of {', '.join(map(repr, known))} was expected.")
+    raise TokenizerError(f"{name}: {shown(value)}; one of {', '.join(map(repr, known))} was expected.")
 
 
 def check_side(name: str, side: Any) -> str:
     """The side; raises TokenizerError for another."""
     if side not in ("left", "right"):
-        raise TokenizerError(f"{name}: {str(side)[:40]!a}; 'left' or 'right' was expected.")
+        raise TokenizerError(f"{name}: {shown(side)}; 'left' or 'right' was expected.")
     return str(side)
 
 
 def check_integer(name: str, value: Any, least: int) -> int:
     """An integer; raises TokenizerError for less than `least` and for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise TokenizerError(f"{name}: {value!r}; an integer of at least {least} was expected.")
-    return value
+    number = integer(value)
+    if number is None or number < least:
+        raise TokenizerError(f"{name}: {shown(value)}; an integer of at least {least} was expected.")
+    return number
 
 
-def refuse(where: str, arguments: Mapping[str, Any]) -> None:
-    """Raise TokenizerError naming arguments that mean nothing here."""
+def integer(value: Any) -> int | None:
+    """Python's own number for an integer of any library, an array of one without dimensions too; None for others."""
+    if isinstance(value, bool | np.bool_) or getattr(value, "shape", ()) != ():
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def refuse(where: str, arguments: Mapping[str, Any], known: Iterable[str] = ()) -> None:
+    """Raise TokenizerError naming arguments that mean nothing here, and the nearest of those that do."""
     if arguments:
-        raise TokenizerError(f"{where} does not take {', '.join(arguments)}; leave it out.")
+        told = ", ".join(f"{name}{nearest(name, known)}" for name in arguments)
+        raise TokenizerError(f"{where} does not take {told}; leave it out.")
 
 
 def given(**arguments: Any) -> dict[str, Any]:
@@ -85,7 +98,13 @@ def given(**arguments: Any) -> dict[str, Any]:
 
 def is_ids(text: Any) -> bool:
     """Whether this is one sequence of ids; no ids at all are a batch of no texts."""
-    return isinstance(text, list | tuple) and bool(text) and isinstance(text[0], int | np.integer)
+    return isinstance(text, list | tuple) and bool(text) and integer(text[0]) is not None
+
+
+def plain(value: Any) -> Any:
+    """Lists of what may be an array of any framework, or a table's column; other things as they are."""
+    is_array = hasattr(value, "shape") and (hasattr(value, "tolist") or hasattr(value, "numpy"))
+    return listed(value) if is_array else value
 
 
 def several(name: str, texts: Any) -> list[Any]:
@@ -100,7 +119,7 @@ def several(name: str, texts: Any) -> list[Any]:
 def listed(value: Any) -> Any:
     """A list of what may be an array of any framework."""
     given = value.numpy() if hasattr(value, "numpy") and not hasattr(value, "tolist") else value  # TensorFlow
-    return given.tolist() if hasattr(given, "tolist") else list(given)
+    return given.tolist() if hasattr(given, "tolist") else [plain(each) for each in given]
 
 
 def check_text(name: str, text: Any) -> str:
@@ -114,11 +133,15 @@ def check_text(name: str, text: Any) -> str:
 
 def check_ids(ids: int | Iterable[int], size: int) -> list[int]:
     """Ids in [0, size), of a single id, a list or an array; raises TokenizerError, which is an IndexError if beyond."""
-    sequence = [ids] if isinstance(ids, int) else listed(ids)
-    sequence = sequence if isinstance(sequence, list) else [sequence]  # an array of one
+    if integer(ids) is None and not hasattr(ids, "__iter__"):
+        raise TokenizerError(f"ids: {shown(ids)}; an integer, or a list or an array of them, was expected.")
+    sequence = [ids] if integer(ids) is not None else listed(ids)
+    checked = []
     for at, each in enumerate(sequence):
-        if isinstance(each, bool) or not isinstance(each, int | np.integer):
-            raise TokenizerError(f"ids[{at}]: {each!r}; an integer was expected: decode row by row.")
-        if not 0 <= each < size:
-            raise TokenIndexError(f"ids[{at}]: {each} is not in [0, {size}); take the tokenizer of the model.")
-    return [int(each) for each in sequence]
+        number = each if type(each) is int else integer(each)
+        if number is None:
+            raise TokenizerError(f"ids[{at}]: {shown(each)}; an integer was expected: decode row by row.")
+        if not 0 <= number < size:
+            raise TokenIndexError(f"ids[{at}]: {shown(number)} is not in [0, {size}); take the tokenizer of the model.")
+        checked.append(number)
+    return checked

@@ -13,7 +13,20 @@ from typing import Any, NamedTuple, Unpack
 from ..errors import TemplateError, TokenizerError, UnsupportedFeatureError
 from .clients import AsTokenizer
 from .encoding import Encoding, as_arrays
-from .inputs import check_ids, check_side, check_text, choice, given, is_ids, limits_of, listed, refuse, several
+from .inputs import (
+    check_ids,
+    check_side,
+    check_text,
+    choice,
+    given,
+    integer,
+    is_ids,
+    limits_of,
+    listed,
+    plain,
+    refuse,
+    several,
+)
 from .rows import NO_FRAME, TRUNCATIONS, Columns, Frame, Options, cut, framed, pad
 
 
@@ -159,12 +172,13 @@ class Tokenizer(AsTokenizer, ABC):
         """The token of an id, or those of several."""
         checked = self._checked(ids)
         kept = [each for each in checked if not (skip_special_tokens and each in self.all_special_ids)]
-        if isinstance(ids, int) and not kept:
+        single = integer(ids) is not None
+        if single and not kept:
             raise TokenizerError(
                 f"ids: {ids} is a special token, which is to be skipped; leave skip_special_tokens out."
             )
         tokens = [self._token(each) for each in kept]
-        return tokens[0] if isinstance(ids, int) else tokens
+        return tokens[0] if single else tokens
 
     def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> int | list[int] | None:
         """The id of a token, or those of several; what is no token has `unk_token_id`."""
@@ -205,6 +219,7 @@ class Tokenizer(AsTokenizer, ABC):
 
         Ids are taken as they are unless `add_special_tokens=True` is said.
         """
+        text = plain(text)
         if not isinstance(text, str):
             if not is_ids(text):
                 check_text("text", text)
@@ -229,6 +244,7 @@ class Tokenizer(AsTokenizer, ABC):
         `offset_mapping`: where in its text each token begins and ends, in characters. `options` are those of `Options`.
         """
         refuse("a call", given(text_target=text_target, text_pair_target=text_pair_target))
+        text, text_pair = plain(text), plain(text_pair)
         single = isinstance(text, str) or is_ids(text)
         texts = [text] if single else several("text", text)
         firsts = self._columns("text", texts, parse_special, return_offsets_mapping)
@@ -286,6 +302,8 @@ class Tokenizer(AsTokenizer, ABC):
                 f"encoded_inputs: {', '.join(encoded_inputs) or 'nothing'}, no {ids}; pass what a call returned."
             )
         columns = {name: listed(value) for name, value in encoded_inputs.items()}
+        for name in columns.keys() & self.model_input_names:
+            columns[name] = [list(row) if isinstance(row, tuple) else row for row in columns[name]]
         single = not columns[ids] or not isinstance(columns[ids][0], list)
         if single:
             columns = {name: [value] for name, value in columns.items()}
@@ -433,7 +451,8 @@ class Tokenizer(AsTokenizer, ABC):
         self, firsts: list[Columns], seconds: list[Columns] | None, single: bool, options: Options
     ) -> Encoding:
         """Rows framed, cut and padded, with the outputs that were asked for."""
-        refuse("this", {name: value for name, value in options.items() if name not in Options.__annotations__})
+        known = Options.__annotations__
+        refuse("this", {name: value for name, value in options.items() if name not in known}, known)
         limits = limits_of(self, options)
         if not self.takes_pairs and (seconds is not None or limits.truncation in ("only_first", "only_second")):
             raise TokenizerError(f"{type(self).__name__} does not take pairs of texts; MistralTokenizer does.")

@@ -99,7 +99,7 @@ class MistralCommonTokenizer(Tokenizer):
                 local_files_only=local_files_only,
             )
         )
-        refuse("from_pretrained", {name: value for name, value in settings.items() if name not in SETTINGS})
+        refuse("from_pretrained", {name: value for name, value in settings.items() if name not in SETTINGS}, SETTINGS)
         directory = path if path.is_dir() else path.parent
         saved = {}
         if (directory / sources.CONFIG).exists():

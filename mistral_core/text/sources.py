@@ -120,8 +120,7 @@ def _read(path: Path, fix_mistral_regex: bool | None) -> Source:
         fields["chat_template"] = files[template_files.FILE]().decode(errors="replace")
     templates = template_files.read(path if path.is_dir() else path.parent, fields)
     if said.told:
-        message = f"{path}: {CONFIG}: {'; '.join(said.told)}: not done here; see that the model does not need it."
-        warn(message)
+        warn(f"{path}: {CONFIG}: {'; '.join(said.told)}: not done here; see that the model does not need it.")
     data, where = files[name](), f"{path}: {name}"
     if name == JSON:
         fix = bool(said.config.get("fix_mistral_regex")) if fix_mistral_regex is None else fix_mistral_regex

@@ -104,7 +104,7 @@ class MistralTokenizer(Tokenizer):
 
         settings = {name: value for name, value in settings.items() if value not in NO_EFFECT.get(name, ())}
         known = (*SETTINGS, *sources.TOKENS)
-        refuse("from_pretrained", {name: value for name, value in settings.items() if name not in known})
+        refuse("from_pretrained", {name: value for name, value in settings.items() if name not in known}, known)
         names = (*sources.NAMES, *beside.FILES, *sources.TEMPLATES)
         path = Path(hub.resolve(
             pretrained_model_name_or_path, files=names, revision=revision, cache_dir=cache_dir, token=token,
@@ -250,7 +250,7 @@ class MistralTokenizer(Tokenizer):
         from .chat import prompt as chat
 
         known = ("continue_final_message", "reasoning_effort", "response_format")
-        refuse("Mistral's format", {name: value for name, value in options.items() if name not in known})
+        refuse("Mistral's format", {name: value for name, value in options.items() if name not in known}, known)
         if add_generation_prompt and options.get("continue_final_message"):
             raise TemplateError("add_generation_prompt and continue_final_message contradict each other; pass one.")
         settings = self._source.settings

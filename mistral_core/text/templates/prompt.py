@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from ...disk import limits
 from ...errors import TemplateError, TemplateSecurityError, TemplateTimeoutError
 from .. import utf8
@@ -173,6 +175,8 @@ def _records(given: Any, where: str) -> list[dict[str, Any]]:
 
 def _plain(value: Any, where: str, depth: int = 0) -> Any:
     """A copy of plain data; anything with methods of its own is refused: a template could call them."""
+    if isinstance(value, np.generic):  # out of an array or a table
+        value = value.item()
     if depth > MAX_DEPTH:
         raise TemplateError(f"{where[:200]}: deeper than {MAX_DEPTH} levels; a conversation was expected.")
     if value is None or isinstance(value, bool):
