@@ -1,7 +1,9 @@
-"""Checkpoints that transformers 4.56.2 reads and writes through torch, Flax and TensorFlow, for `conformance.exchange`.
+"""Checkpoints that transformers 4.56.2 reads and writes through torch, Flax and TensorFlow, for
+`conformance.exchange` and `conformance.directories`.
 
     PYTHON -P exchange_transformers4.py read FORMAT PATH IDS.npy OUT.npz
     PYTHON -P exchange_transformers4.py write FORMAT WEIGHTS.npz CONFIG.json OUT_DIR
+    PYTHON -P exchange_transformers4.py run FRAMEWORK PATH TEXTS.json OUT.json
 
 This file runs without any package of ours.
 """
@@ -122,5 +124,31 @@ def write(format, weights, config, out):
         model.save_pretrained(out, safe_serialization=format == "tf-safetensors")
 
 
+def run(framework, path, texts, out):
+    """The prompts' and the likeliest tokens, as a user of this framework asks for them."""
+    import transformers
+
+    auto, tensors, loading = {
+        "torch": (transformers.AutoModelForCausalLM, "pt", {"torch_dtype": "float32"}),
+        "flax": (transformers.FlaxAutoModelForCausalLM, "np", {}),
+        "tf": (transformers.TFAutoModelForCausalLM, "tf", {}),
+    }[framework]
+    # without it Flax and TensorFlow do not load what transformers' own torch model saved
+    told = {"from_pt": True} if framework != "torch" and os.path.exists(f"{path}/model.safetensors") else {}
+    with open(texts, encoding="utf-8") as file:
+        given = json.load(file)
+    tokenizer, model = transformers.AutoTokenizer.from_pretrained(path), auto.from_pretrained(path, **loading, **told)
+    end, rows = model.config.eos_token_id, []
+    for text in given["texts"]:
+        inputs = tokenizer(text, return_tensors=tensors)
+        found = model.generate(**inputs, max_new_tokens=given["new"], do_sample=False, pad_token_id=end)
+        found = np.asarray(getattr(found, "sequences", found))[0].tolist()
+        length = np.asarray(inputs["input_ids"]).shape[1]
+        new = found[length:]
+        rows.append(found[:length] + (new[: new.index(end) + 1] if end in new else new))
+    with open(out, "w", encoding="utf-8") as file:
+        json.dump(rows, file)
+
+
 if __name__ == "__main__":
-    {"read": read, "write": write}[sys.argv[1]](*sys.argv[2:])
+    {"read": read, "write": write, "run": run}[sys.argv[1]](*sys.argv[2:])

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 
 def read(format, path, ids, out):
@@ -25,5 +25,20 @@ def write(format, weights, config, out):
     model.save_pretrained(out, max_shard_size="50KB")
 
 
+def run(framework, path, texts, out):
+    """The prompts' and the likeliest tokens, as a user asks for them."""
+    with open(texts, encoding="utf-8") as file:
+        given = json.load(file)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    rows = []
+    for text in given["texts"]:
+        inputs = tokenizer(text, return_tensors="pt")
+        found = model.generate(**inputs, max_new_tokens=given["new"], do_sample=False)[0].tolist()
+        rows.append(found)
+    with open(out, "w", encoding="utf-8") as file:
+        json.dump(rows, file)
+
+
 if __name__ == "__main__":
-    {"read": read, "write": write}[sys.argv[1]](*sys.argv[2:])
+    {"read": read, "write": write, "run": run}[sys.argv[1]](*sys.argv[2:])
