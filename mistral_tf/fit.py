@@ -211,8 +211,7 @@ class KerasModel(SavedModel):
         if isinstance(y, tuple | list) and len(main) > 1:
             y = dict(zip(main, y, strict=True))
         if isinstance(y, Mapping):
-            y = {LABELS.get(name, name): value for name, value in y.items()}
-            y = y if len(main) > 1 else y.get(main[0])
+            y, weight = _by_output(y, main), _by_output(weight, main)
         if y is None or (isinstance(y, Mapping) and set(y) != set(main)):
             expected = " and ".join(name for name, field in LABELS.items() if field in main) or "y"
             raise InputError(f"fit and evaluate: no labels; give {expected} in the dictionary, or (x, y).")
@@ -231,7 +230,8 @@ class KerasModel(SavedModel):
         if not self._own_loss:
             return super().compute_loss(x, y, scores, sample_weight, training)
         if isinstance(y, dict):
-            sums = [self._own_sum(y[name], scores[name], sample_weight) for name in y]
+            weights = sample_weight if isinstance(sample_weight, dict) else dict.fromkeys(y, sample_weight)
+            sums = [self._own_sum(y[name], scores[name], weights[name]) for name in y]
         else:
             sums = [self._own_sum(y, scores, sample_weight)]
         part = divided(*map(tf.stack, zip(*sums, strict=True)))
@@ -319,6 +319,14 @@ def _named(table: Mapping[str, Callable[[], Any]], chosen: Any) -> Any:
     name = re.sub("(?<=[a-z])(?=[A-Z])", "_", chosen).lower() if isinstance(chosen, str) else ""
     name = ALIASES.get(name, name)
     return table[name]() if name in table else chosen
+
+
+def _by_output(given: Any, main: tuple[str, ...]) -> Any:
+    """Labels by name as those of outputs, one as itself; weights too, to which Keras gives the labels' names."""
+    if not isinstance(given, Mapping):
+        return given
+    named = {LABELS.get(name, name): value for name, value in given.items()}
+    return named if len(main) > 1 else named.get(main[0])
 
 
 def _several(value: Any) -> bool:

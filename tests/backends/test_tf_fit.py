@@ -122,6 +122,20 @@ def test_weights_of_a_language_model_s_tokens_are_those_of_the_labels():
 
 
 @pytest.mark.feature("compile, fit, evaluate, predict")
+@pytest.mark.parametrize(
+    "head", ["MistralForSequenceClassification", "MistralForTokenClassification", "MistralForQuestionAnswering"]
+)
+def test_weights_beside_labels_by_name(head):
+    model = make(head)
+    rows = RANDOM.uniform(0, 2, B)
+    labels = HEADS[head]
+    wanted = model.test_on_batch(INPUTS, tuple(labels.values()) if len(labels) > 1 else labels["labels"], rows)
+    assert model.evaluate(INPUTS, labels, sample_weight=rows, batch_size=B, verbose=0) == pytest.approx(
+        wanted, rel=1e-6
+    )
+
+
+@pytest.mark.feature("compile, fit, evaluate, predict")
 @pytest.mark.parametrize("head", ["MistralForCausalLM", "MistralForTokenClassification"])
 def test_losses_and_metrics_by_name_are_of_logits_and_skip_ignored_labels(head):
     name = "sparse_categorical_crossentropy"
@@ -316,7 +330,7 @@ def test_losses_added_by_layers_count():
         (IDS, TOKENS[:, :7], r"labels: shape \(None, 7\), \[None, 9\]"),
         (IDS, CLASSES, r"labels: shape \(None,\), \[None, 9\]"),
         (IDS.tolist(), TOKENS, "Unrecognized data type"),
-        ({**INPUTS, "token_type_ids": IDS}, TOKENS, "token_type_ids"),
+        ({**INPUTS, "entity_ids": IDS}, TOKENS, "entity_ids"),
         (IDS + 0.5, TOKENS, "integers were expected"),
     ],
 )
