@@ -74,6 +74,8 @@ class FlaxMistralPreTrainedModel:
     model_class: type[PreTrainedModel]
     framework = "flax"
     main_input_name = "input_ids"
+    base_model_prefix = "model"
+    config_class = MistralConfig
 
     def __init__(
         self,

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import keras
+import tensorflow as tf
+from tensorflow import Tensor
 
 from mistral_core import MistralConfig
 from mistral_core.compat import path_by_either_name
@@ -20,6 +22,7 @@ from mistral_core.errors import UnsupportedFeatureError
 from .auto import AutoModel
 from .heads import MistralForCausalLM, MistralForSequenceClassification
 from .model import MistralModel
+from .saving import served
 from .weights import PreTrainedModel
 
 OWN_LOSS = ("auto", "auto_with_warning", "passthrough")
@@ -28,6 +31,9 @@ OWN_LOSS = ("auto", "auto_with_warning", "passthrough")
 
 class TFMistralPreTrainedModel(PreTrainedModel):
     """What differs from this package's classes: what `from_pretrained` loads into, and arguments by position."""
+
+    base_model_prefix = "model"
+    config_class = MistralConfig
 
     @classmethod
     @path_by_either_name
@@ -92,6 +98,27 @@ class TFMistralPreTrainedModel(PreTrainedModel):
     def num_parameters(self, only_trainable: bool = False, **options: Any) -> int:
         """How many numbers the model has; tied ones count once."""
         return super().num_parameters(only_trainable=only_trainable, **options)
+
+    @property
+    def input_signature(self) -> dict[str, tf.TensorSpec]:
+        """Name -> shape [B, T] of any size and dtype of what a call takes at least."""
+        return {name: tf.TensorSpec([None, None], tf.int32, name) for name in ("input_ids", "attention_mask")}
+
+    @property
+    def dummy_inputs(self) -> dict[str, Tensor]:
+        """Token ids [3, 5] to call a model with."""
+        return {"input_ids": tf.constant([[7, 6, 0, 0, 1], [1, 2, 3, 0, 0], [0, 0, 0, 4, 5]], tf.int32)}
+
+    def serving_output(self, output: Any) -> dict[str, Tensor]:
+        """What a SavedModel gives of an output: named tensors, those of all layers as one, without the cache."""
+        return served(output)
+
+    def get_lm_head(self) -> Any:
+        """The projection to the vocabulary; None where the class has none."""
+        return self.get_output_embeddings()
+
+    def get_bias(self) -> None:
+        """None: a Mistral's projection to the vocabulary has no bias."""
 
 
 class TFMistralModel(TFMistralPreTrainedModel, MistralModel):

@@ -40,9 +40,7 @@ class SavedModel(keras.Model):
         archive.write_out(filepath, **options)
 
     def _served(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Named tensors; those of all layers are one, layers first."""
-        output = self.predict_step(inputs)
-        return {name: tf.stack(value) if isinstance(value, tuple) else value for name, value in output.items()}
+        return served(self.predict_step(inputs))
 
     def _trackable_children(self, save_type: str = "checkpoint", **options: Any) -> dict[str, Any]:
         """What TensorFlow's own checkpoints and SavedModels hold: parts that lie in a list or dictionary too.
@@ -81,6 +79,17 @@ class SavedModel(keras.Model):
         for layer, trainable in zip(model._flatten_layers(), config["trainable"], strict=True):
             layer.trainable = trainable  # of those inside too, which come later
         return model
+
+
+def served(output: Any) -> dict[str, Tensor]:
+    """An output as named tensors: those of all layers are one, layers first; the cache is left out."""
+    there = dict(output if isinstance(output, dict) else output._asdict())
+    there.pop("past_key_values", None)
+    return {
+        name: tf.stack(value) if isinstance(value, tuple) else value
+        for name, value in there.items()
+        if value is not None
+    }
 
 
 _OTHER = {tf.int32: tf.int64, tf.int64: tf.int32}

@@ -128,6 +128,23 @@ def test_embeddings_parameters_and_config():
     assert TFMistralForCausalLM.from_config(CONFIG).config == CONFIG
 
 
+def test_what_scripts_and_servers_ask_a_model_for(checkpoint):
+    model = make()
+    assert model(model.dummy_inputs).logits.shape == (3, 5, CONFIG.vocab_size)
+    assert {name: spec.dtype for name, spec in model.input_signature.items()} == {
+        "input_ids": "int32",
+        "attention_mask": "int32",
+    }
+    output = model(IDS, output_hidden_states=True)
+    served = model.serving_output(output)
+    assert served.keys() == {"logits", "hidden_states"}
+    assert served["hidden_states"].shape[0] == CONFIG.num_hidden_layers + 1
+    assert model.get_lm_head() is model.get_output_embeddings() is not None
+    assert TFMistralModel(CONFIG).get_lm_head() is None
+    assert model.get_bias() is None
+    assert model.config_class is type(model.config)
+
+
 def test_saving(tmp_path):
     model = make()
     model.save_pretrained(tmp_path / "a", False, 1, False, None, "20KB")
