@@ -19,7 +19,7 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from mistral_core import outputs
-from mistral_core.errors import InputError
+from mistral_core.errors import InputError, MistralError
 
 from .losses import (
     ALIASES,
@@ -45,6 +45,9 @@ OUTPUTS: dict[str, tuple[type[tuple[Any, ...]], tuple[str, ...]]] = {
 
 LABELS = {"labels": "logits", "start_positions": "start_logits", "end_positions": "end_logits"}
 """Argument of a call -> the field of the output that it is about."""
+
+# so Keras leaves our errors what they are: it would make new ones of them, with its arguments and bold type around
+MistralError._keras_call_info_injected = True
 
 
 class KerasModel(SavedModel):

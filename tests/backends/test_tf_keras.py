@@ -13,7 +13,7 @@ import tensorflow as tf
 
 import mistral_tf
 from conformance.weights import random_parameters
-from mistral_core.errors import UnsupportedFeatureError
+from mistral_core.errors import InputError, UnsupportedFeatureError
 from mistral_core.parameters import shapes
 from mistral_core.presets import TINY
 from mistral_tf import (
@@ -321,3 +321,10 @@ def test_what_keras_traced_follows_a_changed_model(change):
     change(model)
     assert np.allclose(model.predict(ids, verbose=0).logits, model(ids).logits, atol=1e-5)
     assert model.evaluate(ids, ids, verbose=0) == pytest.approx(float(model(ids, labels=ids).loss), rel=1e-5)
+
+
+def test_keras_leaves_our_errors_what_they_are():
+    model = MistralForCausalLM(CONFIG)
+    with pytest.raises(InputError) as found:
+        model(IDS, past_key_values=((1, 2), (3, 4)))
+    assert str(found.value).startswith("past_key_values: tuple, a KVCache was expected")
