@@ -111,6 +111,16 @@ class Folder:
             finally:
                 os.close(inner)
 
+    def statuses(self, name: str, where: str) -> dict[str, os.stat_result]:
+        """What is in the directory under a name, and what the system says of it, be it a link; raises as `opened`."""
+        with self._found(name, where) as (directory, last):
+            inner = os.open(last, _LISTED, dir_fd=directory)
+            try:
+                with os.scandir(inner) as entries:
+                    return {entry.name: entry.stat(follow_symlinks=False) for entry in entries}
+            finally:
+                os.close(inner)
+
     @contextlib.contextmanager
     def _found(self, name: str, where: str) -> Iterator[tuple[int, str]]:
         """The descriptor of the directory that a name at last leads to, and its name there, which is no link's."""

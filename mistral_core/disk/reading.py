@@ -205,23 +205,38 @@ def names(path: Path) -> list[str]:
 
 
 def files_below(path: Path, *, most: int = limits.FILES) -> dict[str, Path]:
-    """Every file below a directory by its relative name, links to files among them; no other directory is entered.
+    """Every file below a directory by its relative name, links to files among them; no linked directory is entered.
 
-    Raises UnsafeFileError for what is neither a file nor a directory, LimitExceededError.
+    Raises LimitExceededError, and what `names` raises.
     """
     root = held(path)
-    found: dict[str, Path] = {}
+    return {name: root / name for name in _entries_below(root, most)}
+
+
+def statuses_below(path: Path, *, most: int = limits.FILES) -> dict[Path, os.stat_result]:
+    """The same files with what the system says of each, links followed; raises UnsafeFileError for what is no file."""
+    root = held(path)
+    found = {}
+    for name, status in _entries_below(root, most).items():
+        if not stat.S_ISREG(status.st_mode):
+            status = status_of(root / name)
+        found[root / name] = status
+    return found
+
+
+def _entries_below(root: Path, most: int) -> dict[str, os.stat_result]:
+    """Everything but directories below a directory, by its relative name, as it lies there."""
+    found: dict[str, os.stat_result] = {}
     pending = [""]
-    while pending:
-        before = pending.pop()
-        for name in names(root / before):
-            each = root / before / name
-            inner = f"{before}/{name}" if before else name
-            if each.is_dir() and not each.is_symlink():
-                pending.append(inner)
-            else:
-                found[inner] = each
-        limits.check(len(found) + len(pending), most, what="files", where=str(path))
+    with _typed(root), _placed(root) as (folder, base):
+        while pending:
+            before = pending.pop()
+            for name, status in folder.statuses(f"{base}/{before}", f"{root}/{before}").items():
+                if stat.S_ISDIR(status.st_mode):
+                    pending.append(f"{before}{name}/")
+                else:
+                    found[before + name] = status
+            limits.check(len(found) + len(pending), most, what="files", where=str(root))
     return dict(sorted(found.items()))
 
 

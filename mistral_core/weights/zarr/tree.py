@@ -228,11 +228,8 @@ def library() -> Any:
 
 def _stamps(directory: Path) -> dict[Path, tuple[int, int, int, int]]:
     """What changes when a file does, of every file; raises UnsafeFileError for anything but files and directories."""
-    found: dict[Path, tuple[int, int, int, int]] = {}
-    for path in reading.files_below(directory, most=MAX_FILES).values():
-        status = reading.status_of(path)
-        found[path] = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-    return found
+    found = reading.statuses_below(directory, most=MAX_FILES)
+    return {path: (each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns) for path, each in found.items()}
 
 
 # To and from the table's tensors
