@@ -115,7 +115,7 @@ def _message(report: pytest.TestReport | pytest.CollectReport) -> str:
 def run(files: Sequence[Path], reasons: Reasons, *, left_out: Sequence[str] = (), arguments: Sequence[str] = ()) -> int:
     """Run test files, print the counts, the reasons and what has none; 1 where there is any of it, else 0.
 
-    `left_out` are patterns of tests that ask no class of ours: that they pass says nothing, so they are not run. With
+    `left_out` are patterns of tests that do not ask what our classes do: that they pass says nothing. With
     `arguments` of pytest, as `-k greedy`, fewer tests are run, and reasons may have none.
     """
     recorder = Recorder(left_out)
@@ -130,7 +130,7 @@ def run(files: Sequence[Path], reasons: Reasons, *, left_out: Sequence[str] = ()
         for pattern, sentence in listed.items():
             print(f"  {pattern}: {sentence}")
     print(f"\nof {sum(counts.values())} tests: " + ", ".join(f"{counts[kind]} {kind}" for kind in KINDS))
-    print(f"left out, as they ask no class of ours: {len(recorder.left_out)}")
+    print(f"left out, as they do not ask what our classes do: {len(recorder.left_out)}")
     for problem in problems:
         print(f"  {problem}")
     return 1 if problems or not counts else 0
