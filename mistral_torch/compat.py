@@ -14,7 +14,6 @@ from mistral_core.compat import SeenAs
 from mistral_core.errors import InputError, UnsupportedFeatureError
 
 from .attention import ALIASES, checked
-from .foreign_cache import generate_with, is_foreign, own_past
 
 
 class AsTransformers(SeenAs):
@@ -131,43 +130,6 @@ class AsTransformers(SeenAs):
     def disable_input_require_grads(self) -> None:
         """Undo `enable_input_require_grads`."""
         self._require_grads_hook.remove()
-
-
-def generate_for_clients(generate: Any, model: Any, input_ids: Any, options: dict[str, Any]) -> Any:
-    """`generate`, with what an adapter puts before the prompt, and with a cache of transformers' in and out."""
-    own = vars(model).get("prepare_inputs_for_generation")
-    if own is not None and getattr(own, "__self__", model) is not model:
-        return _after_virtual_tokens(generate, model, options.pop("inputs", input_ids), options)
-    if is_foreign(options.get("past_key_values")):
-        return generate_with(generate, model, options.pop("inputs", input_ids), options)
-    return generate(model, input_ids, **options)
-
-
-def _after_virtual_tokens(generate: Any, model: Any, input_ids: Any, options: dict[str, Any]) -> Any:
-    """`generate` after the virtual tokens of peft's prompt tuning, which are no part of the sequences.
-
-    While it generates, peft has a `prepare_inputs_for_generation` of its own on the model: it returns the prompt as
-    embeddings with the virtual tokens in front, or a cache that holds them already.
-    """
-    ids = torch.as_tensor(input_ids, device=model.device)
-    mask = options.pop("attention_mask", None)
-    mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask, device=model.device)
-    tasks = {name: options.pop(name) for name in ("task_ids",) if name in options}
-    inputs = model.prepare_inputs_for_generation(ids, attention_mask=mask, **tasks)
-    mask = inputs["attention_mask"].long()
-    before = mask.shape[1] - ids.shape[1]
-    if options.get("max_length") is not None:
-        options["max_length"] += before
-    if inputs.get("inputs_embeds") is not None:
-        embeds = inputs["inputs_embeds"].detach()
-        return generate(model, ids, inputs_embeds=embeds, attention_mask=mask, **options)
-    past = own_past(model, inputs["past_key_values"], mask, len(ids))
-    # the cache holds the virtual tokens; as their ids stands one of the row's own, so that no other counts as repeated
-    ids = torch.cat([ids[:, -1:].expand(-1, before), ids], dim=1)
-    out = generate(model, ids, past_key_values=past, attention_mask=mask, **options)
-    if isinstance(out, Tensor):
-        return out[:, before:]
-    return out._replace(sequences=out.sequences[:, before:], attention_mask=out.attention_mask[:, before:])
 
 
 def attention_name(implementation: str | None) -> str:

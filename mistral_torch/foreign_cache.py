@@ -129,27 +129,3 @@ def given_back(past: Any, cache: KVCache, order_BT: Tensor) -> Any:
         new = [torch.where(real_BT, x[row_B1, order_BT.clamp(min=0)], 0).transpose(1, 2) for x in layer]
         past.update(*new, index)
     return past
-
-
-def generate_with(generate: Any, model: Any, input_ids: Any, options: dict[str, Any]) -> Any:
-    """`generate` where the past is a cache of theirs, which gets the new columns: all but the last token's."""
-    past = options.pop("past_key_values")
-    start = int(past.get_seq_length())
-    own = own_past(model, past, options.get("attention_mask"), np.shape(input_ids)[0])
-    wanted = options.pop("return_dict_in_generate", None)
-    if wanted is None:
-        config = options.get("generation_config") or model.generation_config
-        wanted = bool(getattr(config, "return_dict_in_generate", False))
-    out = generate(model, input_ids, past_key_values=own, cache="full", return_dict_in_generate=True, **options)
-    mask = torch.as_tensor(out.attention_mask)[:, :-1]
-    orders = torch.where(mask != 0, mask.cumsum(1) - 1, -1)
-    given_back(past, out.past_key_values, orders[:, start:].to(model.device))
-    return out._replace(past_key_values=past) if wanted else out.sequences
-
-
-def own_past(model: Any, past: Any, attention_mask: Any, batch: int) -> KVCache:
-    """A KVCache of what a cache of theirs holds, the first columns of a mask telling which of them are real."""
-    columns = int(past.get_seq_length())
-    mask = None if attention_mask is None else torch.as_tensor(attention_mask)[:, :columns]
-    like = torch.empty(0, dtype=model.dtype, device=model.device)
-    return own_cache(model.config, past, mask, 0, batch=batch, like=like)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mistral_core import decoding
-from mistral_core.errors import InputError, UnsupportedFeatureError
+from mistral_core.errors import InputError
 from mistral_core.outputs import GenerateOutput
 
 from .arrays import integers
@@ -24,11 +25,49 @@ def prepared(
     """Ids, mask and options of a call, with the embeddings that a client puts before the prompt.
 
     peft's prompt tuning sets a `prepare_inputs_for_generation` of its own on the model that it tunes.
-    Raises UnsupportedFeatureError for one that fills the cache beforehand, as prefix tuning does.
     """
+    ids, made, options = _adapted(model, input_ids, attention_mask, options)
+    if made is None or made.get("inputs_embeds") is None:
+        return input_ids if made is None else ids, attention_mask, options
+    if options.get("max_length") is not None:  # which counts the embeddings too
+        options["max_length"] += made["attention_mask"].shape[1] - ids.shape[1]
+    return ids, made["attention_mask"], {**options, "inputs_embeds": made["inputs_embeds"]}
+
+
+def takes_prefixes(generate: Any) -> Any:
+    """`generate` where an adapter may fill the cache beforehand, as peft's prefix tuning does."""
+
+    @functools.wraps(generate)
+    def after_prefix(model: MistralForCausalLM, input_ids: Any = None, **options: Any) -> Any:
+        ids, made, rest = _adapted(model, input_ids, options.get("attention_mask"), options)
+        if made is None or made.get("past_key_values") is None:
+            return generate(model, input_ids, **options)
+        mask = made["attention_mask"].long()
+        before = mask.shape[1] - ids.shape[1]
+        # the cache holds the prefix; as its ids stands one of the row's own, so that no other counts as repeated
+        ids = torch.cat([ids[:, -1:].expand(-1, before), ids], dim=1)
+        rest |= {"attention_mask": mask, "past_key_values": made["past_key_values"]}
+        if rest.get("max_length") is not None:
+            rest["max_length"] += before
+        adapter = vars(model).pop("prepare_inputs_for_generation")
+        try:
+            out = generate(model, ids, **rest)
+        finally:
+            model.prepare_inputs_for_generation = adapter
+        if isinstance(out, torch.Tensor):
+            return out[:, before:]
+        return out._replace(sequences=out.sequences[:, before:], attention_mask=out.attention_mask[:, before:])
+
+    return after_prefix
+
+
+def _adapted(
+    model: MistralForCausalLM, input_ids: Any, attention_mask: Any, options: dict[str, Any]
+) -> tuple[Any, dict[str, Any] | None, dict[str, Any]]:
+    """The ids, what an adapter makes of them, None where there is no adapter, and the other options."""
     own = vars(model).get("prepare_inputs_for_generation")
     if own is None or getattr(own, "__func__", None) is type(model).prepare_inputs_for_generation:
-        return input_ids, attention_mask, options
+        return input_ids, None, options
     options = dict(options)
     given = options.pop("inputs", None) if input_ids is None else input_ids
     ids = integers("input_ids", given, model.device)
@@ -37,15 +76,7 @@ def prepared(
     mask = torch.ones_like(ids) if attention_mask is None else torch.as_tensor(attention_mask, device=ids.device)
     tasks = {"task_ids": options.pop("task_ids")} if "task_ids" in options else {}
     with torch.no_grad():
-        made = own(ids, attention_mask=mask, past_key_values=None, use_cache=True, **tasks)
-    if made.get("past_key_values") is not None:
-        raise UnsupportedFeatureError(
-            "generate: the adapter fills the cache beforehand, as prefix tuning does; use prompt tuning, or a loop "
-            "over the model's forward pass."
-        )
-    if made.get("inputs_embeds") is None:
-        return ids, attention_mask, options
-    return ids, made["attention_mask"], {**options, "inputs_embeds": made["inputs_embeds"]}
+        return ids, own(ids, attention_mask=mask, past_key_values=None, use_cache=True, **tasks), options
 
 
 def own_past(model: MistralForCausalLM, prompt: decoding.Prompt, past: Any) -> tuple[decoding.Prompt, Any]:

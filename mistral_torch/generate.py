@@ -19,7 +19,7 @@ from mistral_core.text.stream import beginning
 from .arrays import from_numpy, to_numpy
 from .cache import KVCache
 from .compiled import compiled
-from .foreign_calls import own_past, prepared, with_their_cache
+from .foreign_calls import own_past, prepared, takes_prefixes, with_their_cache
 from .layers import project
 from .sampling import Choice, choose
 
@@ -30,6 +30,7 @@ FEW = 16
 """The most columns of a step that is frozen: a token and guesses, not a prompt."""
 
 
+@takes_prefixes
 def generate(
     model: MistralForCausalLM,
     input_ids: Any = None,

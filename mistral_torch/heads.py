@@ -13,7 +13,6 @@ from mistral_core import MistralConfig, validate
 from mistral_core.outputs import GenerateOutput
 
 from .arrays import integers, is_traced, labels_array, to_numpy
-from .compat import generate_for_clients
 from .foreign_cache import is_foreign
 from .generate import compute_transition_scores, generate, stream
 from .layers import Head, last_token
@@ -89,7 +88,7 @@ class MistralForCausalLM(PreTrainedModel):
 
     def generate(self, input_ids: Any = None, **options: Any) -> Tensor | GenerateOutput:
         """Continue token ids [B, T] to [B, T + new]; see `mistral_torch.generate.generate`."""
-        return generate_for_clients(generate, self, input_ids, options)
+        return generate(self, input_ids, **options)
 
     def stream(self, input_ids: Any = None, *, tokenizer: Any, **options: Any) -> Iterator[str]:
         """Yield the continuation of token ids [1, T] as text; see `mistral_torch.generate.stream`."""
