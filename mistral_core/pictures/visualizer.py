@@ -13,6 +13,7 @@ import numpy as np
 from .. import backend as backends
 from ..config import MistralConfig
 from ..errors import InputError, MissingExtraError
+from ..plain import plain_int
 from ..reference import ops
 from ..telling import printable
 from ..text.tokenizer import MistralTokenizer
@@ -221,6 +222,7 @@ def _with_suffix(source: Source, suffix: str) -> Source:
 
 def _among(wanted: int | str, count: int, name: str) -> list[int]:
     """The numbers meant by a number or "all"."""
+    wanted = plain_int(wanted)
     if wanted == "all":
         return list(range(count))
     if not isinstance(wanted, int) or isinstance(wanted, bool) or not -count <= wanted < count:

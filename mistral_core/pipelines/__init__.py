@@ -11,7 +11,7 @@ from .. import backend as backends
 from ..disk import reading
 from ..errors import InputError
 from ..telling import shown
-from .base import Pipeline
+from .base import HUB, LOADING, Pipeline
 
 TASKS: Mapping[str, tuple[str, str]] = {
     "text-generation": ("MistralForCausalLM", "text_generation.TextGenerationPipeline"),
@@ -21,11 +21,6 @@ TASKS: Mapping[str, tuple[str, str]] = {
 }
 """Task -> the class of its model, and its pipeline."""
 ALIASES = {"sentiment-analysis": "text-classification", "ner": "token-classification"}
-HUB = ("revision", "token", "cache_dir", "local_files_only")
-LOADING = (
-    *HUB, "config", "dtype", "torch_dtype", "device", "device_map", "attn_implementation", "trust_remote_code",
-)  # fmt: skip
-"""Arguments that go to `from_pretrained`."""
 
 
 def pipeline(

@@ -18,6 +18,11 @@ from ..plain import plain
 from ..telling import nearest, shown
 from ..validate import Array, check_call
 
+HUB = ("revision", "token", "cache_dir", "local_files_only")
+LOADING = (
+    *HUB, "config", "dtype", "torch_dtype", "device", "device_map", "attn_implementation", "trust_remote_code",
+)  # fmt: skip
+"""Arguments of `pipeline` that go to `from_pretrained`."""
 NARROWEST = 32
 """Columns of the narrowest batch where shapes are compiled; wider ones are powers of two."""
 
@@ -42,6 +47,8 @@ class Pipeline:
         `options` come before those the pipeline was made with. `batch_size` is how many rows the model gets at once;
         it changes the speed and no result. Raises InputError, TokenizerError and their kind.
         """
+        if hasattr(inputs, "dtype") and hasattr(inputs, "shape"):  # a column of a table, an array of texts
+            inputs = plain(inputs)
         chosen, size = self._chosen(options), self.batch_size if batch_size is None else _checked_size(batch_size)
         if self._is_one(inputs, chosen):
             return self._of_one(inputs, next(self._results([inputs], chosen, size)), chosen)
@@ -102,7 +109,7 @@ def check_names(task: str, given: Iterable[str], known: Iterable[str], others: s
     known = sorted(known)
     unknown = sorted(set(given) - set(known))
     if unknown:
-        told = ", ".join(f"{name!r}{nearest(name, known)}" for name in map(str, unknown))
+        told = ", ".join(f"{name!r}{nearest(name, [*known, *LOADING])}" for name in map(str, unknown))
         has = f"it has {', '.join(known)}" if len(known) <= FEW else "help() of the pipeline lists them"
         raise InputError(f"{task} has no option {told}; {has}{others}.")
 

@@ -9,6 +9,7 @@ import numpy as np
 from ..config import MistralConfig
 from ..config_checks import is_int
 from ..errors import ConfigError
+from ..plain import plain_int
 from .matching import EMBEDDING, LM_HEAD
 
 VOCABULARY = frozenset({EMBEDDING, LM_HEAD})
@@ -17,7 +18,8 @@ VOCABULARY = frozenset({EMBEDDING, LM_HEAD})
 
 def resized_config(config: MistralConfig, new_num_tokens: int | None, pad_to_multiple_of: int | None) -> MistralConfig:
     """The config with another vocab_size, rounded up to a multiple; raises ConfigError for no number of tokens."""
-    size = config.vocab_size if new_num_tokens is None else new_num_tokens
+    size = config.vocab_size if new_num_tokens is None else plain_int(new_num_tokens)
+    pad_to_multiple_of = plain_int(pad_to_multiple_of)
     for name, value in (("new_num_tokens", size), ("pad_to_multiple_of", pad_to_multiple_of)):
         if value is not None and (not is_int(value) or value < 1):
             raise ConfigError(f"{name}: {value!r}, an integer of 1 or more was expected.")

@@ -268,3 +268,14 @@ def test_numbers_of_arrays_and_tables_are_stored_as_plain_python():
     assert config.to_json_string() == plain.to_json_string()
     assert MistralConfig(eos_token_id=range(2, 4)).eos_token_id == (2, 3)
     assert MistralConfig(dtype=ml_dtypes.bfloat16).dtype == "bfloat16"
+
+
+def test_numbers_of_arrays_are_taken_by_tokenizers_pipelines_and_resizing():
+    from mistral_core.pipelines.base import _checked_size
+    from mistral_core.text.inputs import check_integer
+    from mistral_core.weights.resizing import resized_config
+
+    for number in (np.int64(3), np.array(3), np.uint8(3)):
+        assert type(check_integer("max_length", number, 0)) is int
+        assert type(_checked_size(number)) is int
+        assert resized_config(TINY, number, number).vocab_size == 3
