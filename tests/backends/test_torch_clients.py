@@ -433,3 +433,31 @@ def test_virtual_tokens_count(kind, window, tmp_path):
         tuned.save_pretrained(tmp_path)
         loaded = peft.PeftModel.from_pretrained(windowed(window), tmp_path).eval()
         assert torch.equal(loaded.generate(input_ids=IDS, **options), ids)
+
+
+# transformers' Trainer
+
+
+@pytest.mark.client("transformers", "Trainer: checkpoints of tied models, resume, load_best_model_at_end, predict")
+@pytest.mark.filterwarnings("ignore")  # theirs
+@TIED
+def test_trainer_saves_resumes_and_loads_the_best(tied, tmp_path):
+    rows = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids} for ids in IDS]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=4, save_steps=2, eval_steps=2, eval_strategy="steps", load_best_model_at_end=True,
+        per_device_train_batch_size=3, learning_rate=1e-3, report_to=[], use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    model = make(tied=tied)
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    best = type(model).from_pretrained(trainer.state.best_model_checkpoint)
+    assert same(best, model)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    resumed = make(tied=tied)
+    again = transformers.Trainer(resumed, arguments, train_dataset=rows, eval_dataset=rows)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(resumed.parameters(), model.parameters(), strict=True))
+    predicted = trainer.predict(rows)
+    assert predicted.predictions.shape == (*IDS.shape, CONFIG.vocab_size)
+    trainer.save_model(str(tmp_path / "saved"))
+    assert same(model, type(model).from_pretrained(tmp_path / "saved"))
