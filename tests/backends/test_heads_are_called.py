@@ -159,7 +159,7 @@ def test_hooks_on_heads_and_on_the_root_run_in_torch():
 @pytest.mark.feature("LoRA with peft")
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # theirs
 @pytest.mark.parametrize("tied", [False, True])
-def test_lora_on_the_head(tied):
+def test_lora_on_the_head_of_torch(tied):
     peft = pytest.importorskip("peft")
     import torch
 
