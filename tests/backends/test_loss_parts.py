@@ -35,7 +35,7 @@ def test_accumulated_gradients_are_those_of_the_step_torch():
 
 @pytest.mark.feature("transformers' Trainer")
 @pytest.mark.filterwarnings("ignore")  # theirs
-def test_the_trainer_s_step_is_the_same_however_it_is_split(tmp_path):
+def test_the_trainer_s_step_is_the_same_however_it_is_split_torch(tmp_path):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     import mistral_torch
