@@ -229,6 +229,7 @@ def test_a_file_s_keys_of_ids_are_ids_and_others_stay_wrong():
         {"sequence_bias": [[[5], 1.0]] * 10**5},
         {"suppress_tokens": [5] * 10**5},
         {"length_penalty": 1e300},
+        {"temperature": 1e300},
         {"max_new_tokens": 10**12},
         *({name: 10**400} for name in ("top_k", "temperature", "repetition_penalty", "max_time", "num_beams")),
     ],
