@@ -105,8 +105,9 @@ def attend_dot_product(
 ) -> tuple[Array, Array | None]:
     """jax.nn.dot_product_attention; it never returns the weights."""
     visible_BTS = attention_mask(query_order_BT, key_order_BS, window, document_ids_BT=document_ids)
-    # without this, float32 is multiplied in less on GPUs and TPUs
-    with jax.default_matmul_precision("highest" if q_BTNH.dtype == jnp.float32 else None):
+    precision = "highest" if q_BTNH.dtype == jnp.float32 else None
+    # without the first, float32 is multiplied in less on GPUs and TPUs; JAX's own function mixes dtypes
+    with jax.default_matmul_precision(precision), jax.numpy_dtype_promotion("standard"):
         o = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=visible_BTS[:, None])
     # for a row that sees nothing it returns the mean of v
     return jnp.where(visible_BTS.any(-1)[:, :, None, None], o, 0), None

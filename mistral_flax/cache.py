@@ -121,7 +121,7 @@ def _grown(x_BRKH: Array, slots: int) -> Array:
 def slot_order(length_B: Array, slots: int) -> Array:
     """[B, R]: the order of the token in each slot, -1 where there is none."""
     newest = length_B[:, None] - 1
-    order = newest - (newest - jnp.arange(slots)) % slots
+    order = newest - (newest - jnp.arange(slots)[None]) % slots
     return jnp.maximum(order, -1)
 
 
@@ -173,6 +173,6 @@ def write(x_BRKH: Array, new_BTKH: Array, slot_BT: Array, slots: int) -> Array:
     new_BTKH = new_BTKH.astype(x_BRKH.dtype)
     if slot_BT.shape[1] == 1 and x_BRKH.dtype.itemsize == 2 and jax.default_backend() == "cpu":
         # XLA for CPUs scatters into 16 bits through a float32 copy of the whole cache
-        return jnp.where((jnp.arange(slots) == slot_BT)[:, :, None, None], new_BTKH, x_BRKH)
+        return jnp.where((jnp.arange(slots)[None] == slot_BT)[:, :, None, None], new_BTKH, x_BRKH)
     row_B1 = jnp.arange(slot_BT.shape[0])[:, None]
     return x_BRKH.at[row_B1, slot_BT].set(new_BTKH)

@@ -65,7 +65,12 @@ class RMSNorm(nnx.Module):
     def __call__(self, x_BTD: Array) -> Array:
         h = x_BTD.astype(jnp.float32)
         h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.eps)
-        return h.astype(x_BTD.dtype) * self.weight[...].astype(x_BTD.dtype)
+        return h.astype(x_BTD.dtype) * _beside(x_BTD, self.weight[...].astype(x_BTD.dtype))
+
+
+def _beside(x: Array, weight: Array) -> Array:
+    """A vector with as many axes as x: JAX can be told to add none by itself."""
+    return jnp.expand_dims(weight, range(x.ndim - 1))
 
 
 def matmul(x: Array, weight: Array) -> Array:
@@ -120,7 +125,7 @@ def rotary(position_BT: Array, config: MistralConfig) -> tuple[Array, Array]:
     """cos and sin [B, T, H/2] in float32, whatever the dtype of the model."""
     table = rotary_table(config)
     inverse_frequency = jnp.array(table.inverse_frequency, jnp.float32)
-    angle = position_BT.astype(jnp.float32)[..., None] * inverse_frequency
+    angle = position_BT.astype(jnp.float32)[..., None] * inverse_frequency[None, None]
     return jnp.cos(angle) * table.attention_factor, jnp.sin(angle) * table.attention_factor
 
 
@@ -252,10 +257,10 @@ class Head(Linear):
 def project(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """A head's product x W^T + b, accumulated and returned in float32."""
     y = matmul(x, weight)
-    return y if bias is None else y + bias.astype(x.dtype).astype(jnp.float32)
+    return y if bias is None else y + _beside(y, bias.astype(x.dtype).astype(jnp.float32))
 
 
 def last_token(attention_mask_BT: Array) -> Array:
     """[B]: the column of each row's last real token, 0 where a row has none."""
-    column = jnp.arange(attention_mask_BT.shape[1])
+    column = jnp.arange(attention_mask_BT.shape[1])[None]
     return jnp.where(attention_mask_BT != 0, column, 0).max(1)

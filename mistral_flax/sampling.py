@@ -118,7 +118,7 @@ def choose(logits: Array, rule: Rule, values: Values) -> Choice:
         scores = FILTERS[name](scores, values.number(name))
     noisy = scores
     if rule.sample:
-        step_BT = values.step[:, None] + jnp.arange(logits.shape[1])
+        step_BT = values.step[:, None] + jnp.arange(logits.shape[1])[None]
         noisy = scores + gumbel(values.key, step_BT, logits.shape[-1])
     # the largest of what holds a NaN is NaN
     token = jnp.where(jnp.isfinite(noisy.max(-1)), noisy.argmax(-1), -1).astype(jnp.int32)

@@ -101,7 +101,7 @@ class Adapter(abc.ABC):
     def choose(self, logits: Array, rule: Rule, values: Values) -> Choice:
         """What is chosen from logits."""
         given = Values(*(None if value is None else self.array(value) for value in values))
-        token, scores, candidates = self.sampling.choose(self.array(logits), rule, given)
+        token, scores, candidates, _ = self.sampling.choose(self.array(logits), rule, given)
         best = None
         if candidates is not None:
             noisy, scored, tokens = map(self.numpy, candidates)
