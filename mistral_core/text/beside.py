@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from .. import strict_json
 from ..disk import limits
 from ..errors import TokenizerError
+from .inputs import check_side
 
 CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 FILES = (CONFIG, MAP, ADDED)
@@ -103,6 +104,28 @@ def with_names(text: bytes, names: Mapping[str, str | None]) -> bytes:
         return text
     whole = {key: value for key, value in (told | changed).items() if value is not None}
     return (json.dumps(whole, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def setting(name: str, value: Any, where: str) -> Any:
+    """A setting of a tokenizer_config.json; raises TokenizerError for one of another kind."""
+    at = f"{where}: {CONFIG}: {name}"
+    if name == "model_max_length":
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            raise TokenizerError(f"{at}: {str(value)[:40]!a}; a number of tokens was expected.")
+        return int(value)
+    if name != "model_input_names":
+        return check_side(at, value)
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value) or "input_ids" not in value:
+        raise TokenizerError(f"{at}: {str(value)[:80]!a}; a list of names, input_ids among them, was expected.")
+    return tuple(value)
+
+
+def flag(config: Mapping[str, Any], name: str, where: str) -> bool | None:
+    """A key of a tokenizer_config.json that is true or false, or not there; raises TokenizerError for others."""
+    value = config.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise TokenizerError(f"{where}: {name}: {value!a}; true or false was expected: correct {CONFIG}.")
+    return value
 
 
 def _object(data: bytes, where: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..disk import limits
 from ..errors import TokenizerError
-from . import decoder, fast
+from . import decoder, fast, framing
 from .guarded import load, typed
 from .rows import Columns, Frame
 from .segments import Control, Infill, Part, Segment, Spans
@@ -238,7 +238,7 @@ class Coder:
         for token in data["added_tokens"]:
             token["special"] = token["id"] in self.special
         if frame is not None and frame != self.frame:
-            data["post_processor"] = self._template(frame)
+            data["post_processor"] = framing.post_processor(frame, self.token)
         merges = data["model"].get("merges", [])
         if merges and not any(" " in part for merge in merges for part in merge):
             data["model"]["merges"] = [" ".join(merge) for merge in merges]
@@ -254,29 +254,6 @@ class Coder:
         elif self._is_joined:
             copy.normalizer, copy.pre_tokenizer = None, pre_tokenizers.Metaspace(SPACE, FIRST, split=False)
         return copy
-
-    def _template(self, frame: Frame) -> dict[str, Any] | None:
-        """A post-processor of tokenizer.json that puts a frame around a text."""
-        if not any(frame):
-            return None
-        names = {each: self.token(each) for part in frame for each in part}
-
-        def written(*parts: tuple[list[int], int] | str) -> list[dict[str, Any]]:
-            pieces: list[dict[str, Any]] = []
-            for part in parts:
-                if isinstance(part, str):
-                    pieces.append({"Sequence": {"id": part, "type_id": "AB".index(part)}})
-                else:
-                    pieces += [{"SpecialToken": {"id": names[each], "type_id": part[1]}} for each in part[0]]
-            return pieces
-
-        first, last = (frame.before, 0), (frame.after, 0)
-        return {
-            "type": "TemplateProcessing",
-            "single": written(first, "A", last),
-            "pair": written(first, "A", (frame.between, 1), "B", (frame.after, 1)),
-            "special_tokens": {name: {"id": name, "ids": [each], "tokens": [name]} for each, name in names.items()},
-        }
 
     @property
     def _is_joined(self) -> bool:

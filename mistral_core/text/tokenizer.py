@@ -12,7 +12,7 @@ from typing import Any, Literal
 from ..errors import TemplateError, TokenizerError
 from . import beside, sources
 from .chat.versions import VERSIONS
-from .inputs import check_side, refuse
+from .inputs import refuse
 from .interface import Chat, Tokenizer
 from .rows import Columns, Frame
 from .segments import Part
@@ -71,11 +71,11 @@ class MistralTokenizer(Tokenizer):
         self.bos_token, self.eos_token, self.unk_token, self.pad_token = (
             source.tokens[name] for name in sources.TOKENS
         )
-        self.add_bos_token, self.add_eos_token = (_flag(source.config, name, where) for name in FRAME)
+        self.add_bos_token, self.add_eos_token = (beside.flag(source.config, name, where) for name in FRAME)
         """Whether bos_token begins a text and eos_token ends it; None where the vocabulary's file says it."""
         for name in SETTINGS:
             if source.config.get(name) is not None:
-                setattr(self, name, _setting(name, source.config[name], where))
+                setattr(self, name, beside.setting(name, source.config[name], where))
 
     @classmethod
     def from_pretrained(
@@ -324,27 +324,6 @@ class MistralTokenizer(Tokenizer):
 def _is_of_mistral(templates: Mapping[str, str]) -> bool:
     """Whether templates, if any, are of Mistral's format: one that knows nothing of [INST] is of another."""
     return not templates or any("[INST]" in text for text in templates.values())
-
-
-def _setting(name: str, value: Any, where: str) -> Any:
-    """A setting of a tokenizer_config.json; raises TokenizerError for one of another kind."""
-    at = f"{where}: {beside.CONFIG}: {name}"
-    if name == "model_max_length":
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            raise TokenizerError(f"{at}: {str(value)[:40]!a}; a number of tokens was expected.")
-        return int(value)
-    if name != "model_input_names":
-        return check_side(at, value)
-    if not isinstance(value, list) or not all(isinstance(each, str) for each in value) or "input_ids" not in value:
-        raise TokenizerError(f"{at}: {str(value)[:80]!a}; a list of names, input_ids among them, was expected.")
-    return tuple(value)
-
-
-def _flag(config: Mapping[str, Any], name: str, where: str) -> bool | None:
-    value = config.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise TokenizerError(f"{where}: {name}: {value!a}; true or false was expected: correct {beside.CONFIG}.")
-    return value
 
 
 def _with(ids: list[int], token_id: int | None, wanted: bool | None, name: str, *, at: int) -> list[int]:
