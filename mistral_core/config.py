@@ -45,6 +45,20 @@ BUILT_IN = (
 )
 """What a model takes from its config when it is made; everything else it asks when it is called."""
 
+NO_PROGRAM = (
+    "architectures",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "extra",
+    "id2label",
+    "initializer_range",
+    "label2id",
+)
+"""What no compiled program of a model depends on."""
+OF_SCORES = ("pad_token_id", "problem_type")
+"""What only the programs of MistralForSequenceClassification depend on."""
+
 
 def _taking_other_names(kind: type[MistralConfig]) -> type[MistralConfig]:
     """Let a config be made with every argument of transformers' constructor: `torch_dtype`, `rope_parameters`, ..."""
@@ -161,6 +175,16 @@ class MistralConfig:
     def rebuilt(self, **changes: Any) -> None:
         """Change fields that the model is built of; for the one who changes the model with them."""
         self.__dict__.update(vars(self.replace(**changes)))
+
+    def program(self, architecture: str) -> MistralConfig:
+        """A copy in which all that no compiled program of a class depends on is None.
+
+        Models whose copies are equal share their programs: changing anything else compiles nothing anew.
+        """
+        copied = copy.copy(self)
+        names = NO_PROGRAM if architecture == "MistralForSequenceClassification" else (*NO_PROGRAM, *OF_SCORES)
+        copied.__dict__.update(dict.fromkeys(names))
+        return copied
 
     # What the models ask
 

@@ -204,6 +204,11 @@ def begins_again(
     return False
 
 
+def count_or_indices(given: Any) -> Any:
+    """A count of NumPy or a framework as Python's int; indices as they are."""
+    return int(given) if not isinstance(given, int) and getattr(given, "ndim", None) == 0 else given
+
+
 def check_logits_to_keep(logits_to_keep: Any, tokens: int) -> None:
     """An int from 0 (all) to T, or indices in [0, T); raises InputError."""
     if isinstance(logits_to_keep, int) and not isinstance(logits_to_keep, bool):

@@ -23,6 +23,7 @@ from mistral_core.text.stream import beginning
 from .arrays import to_numpy
 from .cache import KVCache
 from .sampling import Choice, choose
+from .weights import as_program
 
 if TYPE_CHECKING:
     from .heads import MistralForCausalLM
@@ -128,7 +129,7 @@ class Engine:
     def __init__(self, model: MistralForCausalLM, compile: str) -> None:
         self.model, self.config = model, model.config
         self.fixed_prompts = self.fixed_caches = compile != "off"
-        graph, self.state = nnx.split(model)
+        graph, self.state = nnx.split(as_program(model))
         self._step, self._loop = _compiled(graph) if self.fixed_caches else _plain(graph)
 
     def allocate(self, batch: int, capacity: int, *, rolling: bool, lookback: int) -> KVCache:

@@ -43,6 +43,16 @@ class _Snapshot:
         return cls(config)
 
 
+def as_program(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same parts whose graph is equal where compiled programs are: settings of other kinds are gone."""
+    shell = copy.copy(model)
+    if shell.base_model is not shell:
+        shell.model = copy.copy(shell.model)
+    shell.generation_config = None
+    shell.base_model._config = nnx.data(_Snapshot(model.config.program(model.architecture)))
+    return shell
+
+
 class PreTrainedModel(nnx.Module):
     """A Mistral class: its config, and its way to and from checkpoints."""
 

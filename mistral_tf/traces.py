@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from typing import Any
 
@@ -10,8 +9,11 @@ _traced: weakref.WeakKeyDictionary[Any, dict[str, tuple[Any, list[Any]]]] = weak
 
 
 def changed(model: Any, function: str) -> bool:
-    """Whether a model has another config, or other layers or variables, than when last asked for a function's sake."""
-    now = copy.copy(model.config), [*model.weights, *model._flatten_layers(include_self=False)]
+    """Whether a model has other layers or variables than when last asked for a function's sake, or another config.
+
+    Of the config only what a program depends on counts.
+    """
+    now = model.config.program(model.architecture), [*model.weights, *model._flatten_layers(include_self=False)]
     config, parts = _traced.setdefault(model, {}).get(function, now)
     _traced[model][function] = now
     return config != now[0] or [*map(id, parts)] != [*map(id, now[1])]

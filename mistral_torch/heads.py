@@ -75,6 +75,7 @@ class MistralForCausalLM(PreTrainedModel):
         x_BTD = out.last_hidden_state
         loss = None
         labels = integers("labels", labels, self.device)
+        logits_to_keep = validate.count_or_indices(logits_to_keep)
         if not is_traced(x_BTD):
             validate.check_logits_to_keep(logits_to_keep, x_BTD.shape[1])
             if labels is not None:

@@ -36,6 +36,7 @@ OWN_NAMES = {
     "tie_weights": "torch modules share a tensor; the others look it up (Embedding.as_linear)",
     "initialise": "torch initialises after construction",
     "functional": "JAX: the argument params",
+    "as_program": "JAX: compiled functions are found by a model's graph",
     "bind": "JAX: the argument params",
     "params": "JAX: the parameters as a pytree",
     "dropout_keys": "JAX: keys for dropout",

@@ -170,6 +170,13 @@ def test_a_changed_config_is_used(backend):
     assert len(model(IDS).hidden_states) == TINY.num_hidden_layers + 1
 
 
+@pytest.mark.parametrize("one", [np.int64(1), np.array(1), np.uint8(1)], ids=repr)
+def test_a_number_of_an_array_is_a_number(backend, one):
+    model = model_of(backend)
+    kept = numpy(backend, model(IDS, logits_to_keep=one).logits)
+    assert np.array_equal(kept, numpy(backend, model(IDS, logits_to_keep=1).logits))
+
+
 def test_generate_whatever_a_call_returns(backend):
     model = model_of(backend)
     tokens = numpy(backend, model.generate(IDS, max_new_tokens=4)).tolist()

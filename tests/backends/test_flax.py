@@ -248,13 +248,14 @@ def test_an_id_out_of_range_under_jit_makes_nan(model):
 
 
 def test_generate_compiles_once_for_a_shape_whatever_the_weights(model):
-    from mistral_flax.generate import _compiled
+    from mistral_flax.generate import _compiled, as_program
 
+    graph = nnx.graphdef(as_program(model))
     other = MistralForCausalLM(CONFIG, rngs=nnx.Rngs(1))
     tokens = [m.generate(IDS, max_new_tokens=5) for m in (model, model, other)]
     assert np.array_equal(tokens[0], tokens[1])
     assert not np.array_equal(tokens[0], tokens[2])
-    assert [jitted._cache_size() for jitted in _compiled(nnx.graphdef(model))] == [2, 0]  # prefill, decode; loop
+    assert [jitted._cache_size() for jitted in _compiled(graph)] == [2, 0]  # prefill, decode; loop
 
 
 def test_generate_follows_the_config_and_a_tuple_is_no_hindrance(model):

@@ -395,14 +395,40 @@ def test_prompts_of_fifty_lengths_are_few_compilations(backend, monkeypatch):
     assert 1 < counted() <= 8
 
 
+def test_a_setting_that_changes_no_program_compiles_nothing_anew(backend, monkeypatch):
+    model = backend.MistralForCausalLM(TINY).load_arrays(PARAMETERS)
+    counted = counting(backend.__name__, model, monkeypatch)
+
+    def run(**options):
+        return model.generate(IDS, **{"max_new_tokens": 3, "eos_token_id": None, "compile": "on", **options})
+
+    run(do_sample=True, temperature=0.9)
+    once = counted()
+    assert once > 0
+    model.config.pad_token_id, model.config.bos_token_id, model.config.eos_token_id = 5, 6, 7
+    model.config.id2label, model.config.initializer_range = {i: f"label {i}" for i in range(TINY.num_labels)}, 0.5
+    model.generation_config.temperature, model.generation_config.pad_token_id = 0.5, 8
+    run(do_sample=True, temperature=np.float32(0.7), seed=3, max_new_tokens=np.int64(4), eos_token_id=9)
+    assert counted() == once
+
+
 def counting(name, model, monkeypatch):
     """A function that tells how often a model's step has been compiled since."""
     module = importlib.import_module(f"{name}.generate")
     if name == "mistral_flax":
-        step = module._compiled(importlib.import_module("flax").nnx.graphdef(model))[0]
-        return step._cache_size
+        nnx = importlib.import_module("flax").nnx
+        step, known = module._compiled(nnx.graphdef(module.as_program(model)))[0], module._compiled.cache_info().misses
+        return lambda: step._cache_size() + module._compiled.cache_info().misses - known  # another graph is one more
     if name == "mistral_tf":
-        return lambda: sum(f.experimental_get_tracing_count() for f in module._compiled[model])
+        traced = {}
+
+        def traces():
+            traced.update(
+                {id(f): f for f in module._compiled[model]}
+            )  # those before stay where others took their place
+            return sum(f.experimental_get_tracing_count() for f in traced.values())
+
+        return traces
     torch = importlib.import_module("torch")
     graphs = []
 
