@@ -50,7 +50,7 @@ def test_supervised_fine_tuning(model, their_model, tokenizer, tmp_path):
     type(model).from_pretrained(tmp_path / "saved")
 
 
-@pytest.mark.client("trl", "SFTTrainer(packing=True): the losses of the rows alone")
+@pytest.mark.client("trl", "SFTTrainer(packing=True): no padding, a first loss near that of the rows alone")
 def test_packing(path, model, tokenizer, tmp_path):
     options = {"train_dataset": TEXTS, "processing_class": tokenizer}
     alone, _ = trained(trl.SFTTrainer, model, {"config": trl.SFTConfig, "shuffle_dataset": False}, tmp_path, **options)
