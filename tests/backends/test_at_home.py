@@ -91,11 +91,14 @@ SAVING = {
     "create_pr", "is_main_process", "push_to_hub", "safe_serialization", "save_peft_format", "saved_model",
     "signatures", "state_dict", "variant", "version",
 }  # fmt: skip
+TAKEN_BY_TORCH = {"is_main_process", "state_dict"}
 
 
 @pytest.mark.feature("What transformers has and we have not says what to use")
 @pytest.mark.parametrize("name", sorted(hf_arguments.ADVICE))
 def test_what_is_not_here_says_what_to_use(backend, checkpoint, name):
+    if backend.__name__ == "mistral_torch" and name in TAKEN_BY_TORCH:
+        pytest.skip("torch takes it: test_torch_clients.py")
     harmless = hf_arguments.NO_EFFECT[name][0]
     saves = name in SAVING
     model = model_of(backend)

@@ -226,7 +226,7 @@ def test_a_device_is_asked_for_by_name(tmp_path, model):
         ([IDS, None, None, ((IDS, IDS),)], "KVCache was expected"),
         ([IDS, None, None, None, None, True, 1], "too many positional"),
         ([[IDS, IDS, IDS, IDS, IDS, IDS, IDS]], "too many positional"),
-        ([{"input_ids": IDS, "token_type_ids": IDS}], "token_type_ids"),
+        ([{"input_ids": IDS, "entity_ids": IDS}], "entity_ids"),
         ([tf.ragged.constant([[1, 2], [3]])], "rows of different lengths"),
     ],
 )

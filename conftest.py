@@ -1,0 +1,38 @@
+"""What holds for every test: the memory that compilers keep is bounded."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+STEP = 1 << 30
+"""Bytes by which a process may grow until what its frameworks have compiled is let go."""
+
+_after = [0]
+
+
+@pytest.fixture(autouse=True)
+def bounded_memory():
+    """JAX, TensorFlow and torch keep whatever they have compiled; thousands of tests compile many gigabytes."""
+    yield
+    if _resident() > _after[0] + STEP:
+        if "jax" in sys.modules:
+            sys.modules["jax"].clear_caches()
+        if "torch._dynamo" in sys.modules:
+            sys.modules["torch._dynamo"].reset()
+        gc.collect()
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)
+        _after[0] = _resident()
+
+
+def _resident() -> int:
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # no such file on other systems
+        return 0
