@@ -1,4 +1,4 @@
-"""What holds for every test: the memory that compilers keep is bounded."""
+"""A pytest plugin for all tests: the memory that compilers keep is bounded (pyproject.toml, addopts)."""
 
 from __future__ import annotations
 
