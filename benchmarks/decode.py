@@ -24,8 +24,8 @@ import tempfile
 from typing import Any
 
 from mistral_core import MistralConfig
+from mistral_core.config.presets import PRESETS, TINY
 from mistral_core.parameters import parameters, shape_of
-from mistral_core.presets import PRESETS, TINY
 
 from .common import keep, listed, machine, measure, middle, report, shown, table_row, versions
 

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mistral_core.presets import TINY
+from mistral_core.config.presets import TINY
 from mistral_flax import MistralForCausalLM
 from mistral_flax.scan import scan_layers
 

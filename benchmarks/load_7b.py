@@ -26,8 +26,8 @@ import ml_dtypes
 import numpy as np
 
 from mistral_core.cli import POLITE
+from mistral_core.config.presets import PRESETS
 from mistral_core.parameters import shapes
-from mistral_core.presets import PRESETS
 from mistral_core.weights.checkpoint import save
 
 CONFIG = PRESETS["mistral-7b-v0.1"]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mistral_core.config import MistralConfig
-from mistral_core.presets import TINY
+from mistral_core.config.presets import TINY
 
 T = 17
 LENGTHS = (17, 11, 6)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mistral_core.config import MistralConfig
-from mistral_core.presets import TINY
+from mistral_core.config.presets import TINY
 from mistral_core.reference import heads
 from mistral_core.weights.checkpoint import save
 from mistral_core.weights.convert import convert

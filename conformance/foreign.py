@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from mistral_core.config import MistralConfig
-from mistral_core.presets import TINY
+from mistral_core.config.presets import TINY
 from mistral_core.reference import heads
 
 from .adapters.base import Array

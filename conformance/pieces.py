@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from mistral_core.config import MistralConfig
-from mistral_core.presets import TINY
+from mistral_core.config.presets import TINY
 from mistral_core.reference import heads, model, ops
 from mistral_core.reference.cache import KVCache, slot_order
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from mistral_core.config.presets import TINY
 from mistral_core.generation import GenerationConfig
-from mistral_core.presets import TINY
+from mistral_core.generation.sampling import Rule, Values, numbers
 from mistral_core.reference import engine
 from mistral_core.reference import sampling as reference
-from mistral_core.sampling import Rule, Values, numbers
 
 from .cases import Case, padded, token_ids
 from .compare import Array, Comparison, compare

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from mistral_core.presets import TINY
+from mistral_core.config.presets import TINY
 
 from . import adapters, pieces, sampling
 from .cases import CAUSAL, HEADS, T

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import MistralConfig as MistralConfig
-    from .conversation import Conversation as Conversation
     from .generation import GenerationConfig as GenerationConfig
-    from .hooks import LogitsProcessor as LogitsProcessor
-    from .hooks import LogitsProcessorList as LogitsProcessorList
-    from .hooks import StoppingCriteria as StoppingCriteria
-    from .hooks import StoppingCriteriaList as StoppingCriteriaList
+    from .generation.hooks import LogitsProcessor as LogitsProcessor
+    from .generation.hooks import LogitsProcessorList as LogitsProcessorList
+    from .generation.hooks import StoppingCriteria as StoppingCriteria
+    from .generation.hooks import StoppingCriteriaList as StoppingCriteriaList
     from .pictures import AttentionMaskVisualizer as AttentionMaskVisualizer
     from .pictures import AttentionVisualizer as AttentionVisualizer
     from .pipelines import pipeline as pipeline
+    from .pipelines.conversation import Conversation as Conversation
     from .text.mistral_common import MistralCommonTokenizer as MistralCommonTokenizer
     from .text.stream import TextIteratorStreamer as TextIteratorStreamer
     from .text.stream import TextStreamer as TextStreamer
@@ -35,15 +35,15 @@ _PUBLIC = {
     "MistralCommonTokenizer": (".text.mistral_common", "MistralCommonTokenizer"),
     "TextStreamer": (".text.stream", "TextStreamer"),
     "TextIteratorStreamer": (".text.stream", "TextIteratorStreamer"),
-    "LogitsProcessor": (".hooks", "LogitsProcessor"),
-    "LogitsProcessorList": (".hooks", "LogitsProcessorList"),
-    "StoppingCriteria": (".hooks", "StoppingCriteria"),
-    "StoppingCriteriaList": (".hooks", "StoppingCriteriaList"),
+    "LogitsProcessor": (".generation.hooks", "LogitsProcessor"),
+    "LogitsProcessorList": (".generation.hooks", "LogitsProcessorList"),
+    "StoppingCriteria": (".generation.hooks", "StoppingCriteria"),
+    "StoppingCriteriaList": (".generation.hooks", "StoppingCriteriaList"),
     "AutoConfig": (".config", "MistralConfig"),
     "AutoTokenizer": (".text.tokenizer", "MistralTokenizer"),
-    "PRESETS": (".presets", "PRESETS"),
-    "TINY": (".presets", "TINY"),
-    "Conversation": (".conversation", "Conversation"),
+    "PRESETS": (".config.presets", "PRESETS"),
+    "TINY": (".config.presets", "TINY"),
+    "Conversation": (".pipelines.conversation", "Conversation"),
     "pipeline": (".pipelines", "pipeline"),
     "AttentionMaskVisualizer": (".pictures", "AttentionMaskVisualizer"),
     "AttentionVisualizer": (".pictures", "AttentionVisualizer"),
@@ -56,7 +56,7 @@ __all__ = [*_PUBLIC, "__version__"]
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
-        from .missing_names import named
+        from .compat.names import named
 
         return named(__name__, name)
     module, attribute = _PUBLIC[name]

@@ -20,7 +20,7 @@ from mistral_core import (
     TextIteratorStreamer,
     TextStreamer,
 )
-from mistral_core.missing_names import named as _named
+from mistral_core.compat.names import named as _named
 
 from .auto import (
     AutoModel,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mistral_core import MistralConfig
-from mistral_core.cache_layout import check_rollback, cropped, grown_slots, layer_slots, overwrites_visible
+from mistral_core.generation.cache_layout import check_rollback, cropped, grown_slots, layer_slots, overwrites_visible
 
 
 @jax.tree_util.register_dataclass

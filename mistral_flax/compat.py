@@ -17,7 +17,7 @@ from flax import nnx
 from jax import Array
 
 from mistral_core import GenerationConfig, MistralConfig
-from mistral_core.compat import path_by_either_name
+from mistral_core.compat.clients import path_by_either_name
 from mistral_core.errors import InputError, MissingTensorsError, UnsupportedFeatureError
 
 from .arrays import as_dtype, is_traced

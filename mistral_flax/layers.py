@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array
 
 from mistral_core import MistralConfig
-from mistral_core.rope import rotary_table
+from mistral_core.config.rope import rotary_table
 
 from .attention import attend, checked
 from .cache import remember

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 
 from mistral_core import MistralConfig
-from mistral_core.compat import documents_told
+from mistral_core.compat.clients import documents_told
 from mistral_core.outputs import ModelOutput
 
 from .arrays import as_dtypes, model_inputs

@@ -22,8 +22,8 @@ from mistral_core import (
     TextIteratorStreamer,
     TextStreamer,
 )
+from mistral_core.compat.names import named as _named
 from mistral_core.errors import UnsupportedFeatureError as _UnsupportedFeatureError
-from mistral_core.missing_names import named as _named
 
 if _keras.backend.backend() != "tensorflow":
     raise _UnsupportedFeatureError(

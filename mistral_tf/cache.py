@@ -11,7 +11,7 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from mistral_core import MistralConfig
-from mistral_core.cache_layout import check_rollback, cropped, grown_slots, layer_slots, overwrites_visible
+from mistral_core.generation.cache_layout import check_rollback, cropped, grown_slots, layer_slots, overwrites_visible
 
 
 class KVCache(tf.experimental.ExtensionType):

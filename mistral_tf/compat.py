@@ -16,7 +16,7 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from mistral_core import MistralConfig
-from mistral_core.compat import path_by_either_name
+from mistral_core.compat.clients import path_by_either_name
 from mistral_core.errors import UnsupportedFeatureError
 
 from .auto import AutoModel

@@ -12,7 +12,7 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from mistral_core import MistralConfig
-from mistral_core.rope import rotary_table
+from mistral_core.config.rope import rotary_table
 
 from .attention import attend, checked
 from .cache import remember

@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from mistral_core import MistralConfig
-from mistral_core.compat import documents_told
+from mistral_core.compat.clients import documents_told
 from mistral_core.outputs import ModelOutput
 
 from .arrays import as_policy, model_inputs

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import tensorflow as tf
 from tensorflow import Tensor
 
-from mistral_core.sampling import Rule, Values
+from mistral_core.generation.sampling import Rule, Values
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 

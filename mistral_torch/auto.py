@@ -6,9 +6,9 @@ import os
 from typing import Any
 
 from mistral_core import MistralConfig
-from mistral_core.compat import path_by_either_name
+from mistral_core.compat.arguments import translated
+from mistral_core.compat.clients import path_by_either_name
 from mistral_core.errors import UnsupportedFeatureError
-from mistral_core.weights.hf_arguments import translated
 
 from .arrays import as_device, as_dtype
 from .heads import (

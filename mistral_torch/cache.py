@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mistral_core import MistralConfig
-from mistral_core.cache_layout import check_rollback, cropped, grown_slots, layer_slots, overwrites_visible
+from mistral_core.generation.cache_layout import check_rollback, cropped, grown_slots, layer_slots, overwrites_visible
 
 
 class KVCache(NamedTuple):

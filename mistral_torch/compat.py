@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mistral_core.compat import SeenAs
+from mistral_core.compat.clients import SeenAs
 from mistral_core.errors import InputError, UnsupportedFeatureError
 
 from .attention import ALIASES, checked

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mistral_core import decoding
 from mistral_core.errors import InputError
+from mistral_core.generation import driver
 from mistral_core.outputs import GenerateOutput
 
 from .arrays import integers
@@ -79,7 +79,7 @@ def _adapted(
         return ids, own(ids, attention_mask=mask, past_key_values=None, use_cache=True, **tasks), options
 
 
-def own_past(model: MistralForCausalLM, prompt: decoding.Prompt, past: Any) -> tuple[decoding.Prompt, Any]:
+def own_past(model: MistralForCausalLM, prompt: driver.Prompt, past: Any) -> tuple[driver.Prompt, Any]:
     """The prompt and a KVCache of what a cache of transformers holds; anything else as it is. Raises InputError."""
     if not is_foreign(past):
         return prompt, past

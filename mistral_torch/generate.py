@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mistral_core import decoding
 from mistral_core.errors import UnsupportedFeatureError
+from mistral_core.generation import driver
+from mistral_core.generation.sampling import Rule, Values
 from mistral_core.outputs import GenerateOutput
-from mistral_core.sampling import Rule, Values
 from mistral_core.text.stream import beginning
 
 from .arrays import from_numpy, to_numpy
@@ -49,8 +49,8 @@ def generate(
     which comes before the checkpoint's own. `past_key_values` is a cache of the rows' first tokens, or what an earlier
     call returned, and is not changed. `streamer.put` is told the prompt and each column of new tokens, and may return
     True to end all rows. `tokenizer` is needed for `stop_strings`.
-    Among the options are also the caller's functions (`mistral_core.hooks`) and `inputs_embeds`, which stands for the
-    ids or beside them. `compile="on"` compiles each shape once, in some ten
+    Among the options are also the caller's functions (`mistral_core.generation.hooks`) and `inputs_embeds`, which
+    stands for the ids or beside them. `compile="on"` compiles each shape once, in some ten
     seconds, and "auto" does so where there is an accelerator; "max" packs a second copy of the weights for the decode
     step, in a minute or two, and makes it anew when they change: for a model that stays as it is.
     Raises GenerationConfigError, EmptyInputError, SequenceTooLongError, TokenIdError, MaskError, NonFiniteInputError.
@@ -59,10 +59,10 @@ def generate(
         prompt = _prompt(model, input_ids, attention_mask, generation_config, options)
         prompt, past = own_past(model, prompt, past_key_values)
         engine, assistant = _engines(model, assistant_model, prompt)
-    out = decoding.generate(engine, prompt, past=past, assistant=assistant, streamer=streamer, tokenizer=tokenizer)
+    out = driver.generate(engine, prompt, past=past, assistant=assistant, streamer=streamer, tokenizer=tokenizer)
     with without_dropout(model):
         out = with_their_cache(model, out, past_key_values)
-    return decoding.returned(engine, prompt, out)
+    return driver.returned(engine, prompt, out)
 
 
 def stream(
@@ -83,7 +83,7 @@ def stream(
     prompt = _prompt(model, input_ids, attention_mask, generation_config, options)
     prompt, past = own_past(model, prompt, past_key_values)
     engine, assistant = _engines(model, assistant_model, prompt)
-    return decoding.stream(engine, prompt, tokenizer=tokenizer, past=past, assistant=assistant)
+    return driver.stream(engine, prompt, tokenizer=tokenizer, past=past, assistant=assistant)
 
 
 def compute_transition_scores(
@@ -98,7 +98,7 @@ def compute_transition_scores(
     `normalize_logits` makes log-probabilities of them. Raises InputError.
     """
     indices = None if beam_indices is None else _numpy(beam_indices)
-    found = decoding.transition_scores(
+    found = driver.transition_scores(
         _numpy(sequences), [_numpy(x) for x in scores], indices, normalize_logits=normalize_logits
     )
     return torch.from_numpy(found).to(model.device)
@@ -106,18 +106,18 @@ def compute_transition_scores(
 
 def _prompt(
     model: MistralForCausalLM, input_ids: Any, attention_mask: Any, generation_config: Any, options: dict[str, Any]
-) -> decoding.Prompt:
+) -> driver.Prompt:
     own = model.generation_config
     given = own if generation_config is None else generation_config
     input_ids, attention_mask, options = prepared(model, input_ids, attention_mask, options)
     options = options | {"input_ids": input_ids, "attention_mask": attention_mask}
     options = {name: _numpy(x) if isinstance(x, Tensor) else x for name, x in options.items()}
     ids, mask = options.pop("input_ids"), options.pop("attention_mask")
-    return decoding.prepare(model.config, ids, mask, given, options, own=own)
+    return driver.prepare(model.config, ids, mask, given, options, own=own)
 
 
 def _engines(
-    model: MistralForCausalLM, assistant_model: MistralForCausalLM | None, prompt: decoding.Prompt
+    model: MistralForCausalLM, assistant_model: MistralForCausalLM | None, prompt: driver.Prompt
 ) -> tuple[Engine, Engine | None]:
     compile = prompt.generation.compile
     return Engine(model, compile), None if assistant_model is None else Engine(assistant_model, compile)
@@ -141,7 +141,7 @@ def without_dropout(model: torch.nn.Module) -> Iterator[None]:
 
 
 class Engine:
-    """A model's step with NumPy at its border, as `mistral_core.decoding` runs it."""
+    """A model's step with NumPy at its border, as `mistral_core.generation.driver` runs it."""
 
     def __init__(self, model: MistralForCausalLM, compile: str) -> None:
         self.model, self.config = model, model.config
@@ -169,7 +169,7 @@ class Engine:
     @torch.no_grad()
     def step(
         self, cache: KVCache, ids_BT: np.ndarray, mask_BT: np.ndarray, rule: Rule, values: Values
-    ) -> tuple[decoding.Chosen, KVCache]:
+    ) -> tuple[driver.Chosen, KVCache]:
         """The tokens chosen after the last column, or each, and the cache with the new ones in it.
 
         `ids_BT` may be embeddings [B, T, D] instead.
@@ -180,7 +180,7 @@ class Engine:
         scores = None if choice.scores is None else to_numpy(choice.scores)
         candidates = None if choice.candidates is None else tuple(map(to_numpy, choice.candidates))
         logits = None if choice.logits is None else to_numpy(choice.logits)
-        return decoding.Chosen(to_numpy(choice.token), scores, candidates, logits), cache
+        return driver.Chosen(to_numpy(choice.token), scores, candidates, logits), cache
 
     def _run(self, ids_BT: Tensor, mask_BT: Tensor, cache: KVCache, rule: Rule, values: Values) -> Any:
         if not self.fixed_caches:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mistral_core import MistralConfig
-from mistral_core.rope import rotary_table
+from mistral_core.config.rope import rotary_table
 
 from .arrays import without_autocast
 from .attention import attend, checked

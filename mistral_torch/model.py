@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mistral_core import MistralConfig
-from mistral_core.compat import documents_told
+from mistral_core.compat.clients import documents_told
 
 from .arrays import model_inputs
 from .cache import KVCache

@@ -23,19 +23,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mistral_core import MistralConfig
 from mistral_core.disk import limits, reading
-from mistral_core.errors import (
-    CorruptCheckpointError,
-    LimitExceededError,
-    UnsafeFileError,
-    UnsupportedFeatureError,
+from mistral_core.errors import CorruptCheckpointError, LimitExceededError, UnsafeFileError, UnsupportedFeatureError
+from mistral_core.weights.containers import tensor_file
+from mistral_core.weights.containers.shards import Family, Specs, open_files
+from mistral_core.weights.containers.stored_zip import Member, StoredZip
+from mistral_core.weights.containers.tensor_file import (
+    CODES,
+    MAX_RANK,
+    MAX_TENSORS,
+    TensorFile,
+    TensorInfo,
+    opened,
+    quoted,
 )
-from mistral_core.weights import tensor_file
 from mistral_core.weights.formats import hf, raw
 from mistral_core.weights.formats.base import Outline, Target
 from mistral_core.weights.opened import Checkpoint
-from mistral_core.weights.shards import Family, Specs, open_files
-from mistral_core.weights.stored_zip import Member, StoredZip
-from mistral_core.weights.tensor_file import CODES, MAX_RANK, MAX_TENSORS, TensorFile, TensorInfo, opened, quoted
 
 from .arrays import DTYPES
 

@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 from conformance.weights import random_parameters
+from mistral_core.config.presets import TINY
 from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.generation import GenerationConfig
-from mistral_core.presets import TINY
 from mistral_core.weights import pretrained
 
 LABELS = {

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from conformance.weights import random_parameters
-from mistral_core import GenerationConfig, decoding
+from mistral_core import GenerationConfig
+from mistral_core.config.presets import TINY
 from mistral_core.errors import TemplateError
-from mistral_core.presets import TINY
+from mistral_core.generation import driver
 from mistral_core.reference import engine
 
 BEGIN, END = 1, 2
@@ -82,5 +83,5 @@ class Model:
 
     def generate(self, input_ids, *, past_key_values, generation_config, tokenizer, streamer):
         self.asked.append(generation_config)
-        prompt = decoding.prepare(self.config, input_ids, None, generation_config, {})
-        return decoding.generate(Engine(self), prompt, past=past_key_values, streamer=streamer, tokenizer=tokenizer)
+        prompt = driver.prepare(self.config, input_ids, None, generation_config, {})
+        return driver.generate(Engine(self), prompt, past=past_key_values, streamer=streamer, tokenizer=tokenizer)

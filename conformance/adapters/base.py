@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from mistral_core.config import MistralConfig
+from mistral_core.generation.sampling import Rule, Values
 from mistral_core.reference.sampling import Choice
-from mistral_core.sampling import Rule, Values
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import mistral_core.decoding
-import mistral_core.ending
+import mistral_core.generation.driver
+import mistral_core.generation.ending
 from conformance import suite
 from conformance.meta.mutants import BACKENDS, CORE, MUTANTS
 
@@ -86,11 +86,11 @@ def test_every_mutant_is_killed(backend, mutant, copy_of):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("edit", CORE, ids=lambda edit: edit.new)
 def test_every_mutant_of_the_decode_loop_is_killed(backend, edit, monkeypatch):
-    source = edited(Path(mistral_core.ending.__file__).read_text(), edit)
-    mutated = type(sys)("mistral_core.ending_mutant")
-    mutated.__package__ = "mistral_core"
+    source = edited(Path(mistral_core.generation.ending.__file__).read_text(), edit)
+    mutated = type(sys)("mistral_core.generation.ending_mutant")
+    mutated.__package__ = "mistral_core.generation"
     exec(compile(source, edit.file, "exec"), mutated.__dict__)
     for name in ("Ending", "column"):
-        monkeypatch.setattr(mistral_core.decoding, name, getattr(mutated, name))
+        monkeypatch.setattr(mistral_core.generation.driver, name, getattr(mutated, name))
     found = list(suite.CHECKS["greedy"].run(suite.subject(backend, "eager", "float32")))
     assert not all(item.passed for item in found)

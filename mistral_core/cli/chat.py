@@ -7,8 +7,8 @@ import json
 import sys
 from functools import partial
 
-from ..conversation import Conversation, Turn
 from ..errors import InputError
+from ..pipelines.conversation import Conversation, Turn
 from ..text.tokenizer import MistralTokenizer
 from . import generate, progress, put, repl, stdin
 

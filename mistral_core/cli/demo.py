@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import backend as backends
-from .. import decoding
 from ..data import TINY_CHECKPOINT
 from ..errors import InputError, MissingExtraError
-from ..generation import GenerationConfig
+from ..generation import GenerationConfig, driver
 from ..reference import heads
 from ..text.tokenizer import MistralTokenizer
 from ..weights import pretrained
@@ -99,7 +98,7 @@ def _backends(wanted: list[str] | None) -> Iterator[backends.Backend]:
 def _reference(path: Any, ids: np.ndarray, new: int, tokenizer: MistralTokenizer) -> tuple[Row, Expected]:
     started = time.perf_counter()
     loaded = pretrained.load(path, "MistralForCausalLM", dtype="float32")
-    decoding.prepare(loaded.config, ids, None, GenerationConfig(), {"max_new_tokens": new})  # a typed error, at once
+    driver.prepare(loaded.config, ids, None, GenerationConfig(), {"max_new_tokens": new})  # a typed error, at once
     parameters = {name: array.astype(np.float64) for name, array in loaded.tensors}
     loaded_at = time.perf_counter()
     written = heads.greedy(loaded.config, parameters, ids, max_new_tokens=new)

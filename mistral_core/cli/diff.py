@@ -7,8 +7,9 @@ import json
 
 import numpy as np
 
+from ..hub import download
 from ..text.tokenizer import MistralTokenizer
-from ..weights import difference, hub
+from ..weights import difference
 from ..weights.opened import Checkpoint
 from . import put
 
@@ -24,7 +25,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print what differs; 0 where every bit is the same, 1 where not."""
-    first, second = (Checkpoint.open(hub.resolve(path)) for path in (options.first, options.second))
+    first, second = (Checkpoint.open(download.resolve(path)) for path in (options.first, options.second))
     found = list(difference.tensors(first, second))
     states = []
     if options.layers is not None:

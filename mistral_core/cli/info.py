@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import MistralConfig
+from ..config.presets import PRESETS
 from ..errors import MistralError, UnsupportedFeatureError
 from ..parameters import HEADS, parameter_count
-from ..presets import PRESETS
 from . import put
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -37,10 +37,10 @@ def describe(path: str) -> dict[str, Any]:
     """Architecture, sizes, memory by dtype, window, files."""
     if path in PRESETS:
         return {"preset": path, **facts_of(PRESETS[path])}
-    from ..weights import hub
+    from ..hub import download
     from ..weights.checkpoint import Checkpoint
 
-    root = hub.resolve(path)
+    root = download.resolve(path)
     checkpoint = Checkpoint.open(root)
     directory = checkpoint.directory
     dtypes = sorted({info.dtype for info in checkpoint.tensors.values()})

@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import strict_json
-from ..conversation import Conversation
-from ..disk import files
+from ..disk import files, strict_json
 from ..errors import InputError, MissingExtraError, MistralError, OutputExistsError, UnsafeFileError
+from ..pipelines.conversation import Conversation
 from ..telling import printable
 
 if TYPE_CHECKING:

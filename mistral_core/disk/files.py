@@ -18,14 +18,7 @@ from collections.abc import Collection, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from ..errors import (
-    ConversionError,
-    MistralError,
-    NoSpaceError,
-    OutputBusyError,
-    OutputExistsError,
-    UnsafeFileError,
-)
+from ..errors import ConversionError, MistralError, NoSpaceError, OutputBusyError, OutputExistsError, UnsafeFileError
 from .reading import PathLike, as_path, is_path
 
 WEIGHT_FILES = (

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from ..backend import Backend
-from ..config_checks import is_int
+from ..config.checks import is_int
 from ..errors import EmptyInputError, InputError
 from ..plain import plain
 from ..telling import nearest, shown

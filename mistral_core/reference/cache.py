@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..cache_layout import check_rollback, layer_slots
 from ..config import MistralConfig
+from ..generation.cache_layout import check_rollback, layer_slots
 from .ops import Array
 
 

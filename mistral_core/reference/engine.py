@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from .. import decoding
 from ..config import MistralConfig
-from ..generation import GenerationConfig
+from ..generation import GenerationConfig, driver
+from ..generation.sampling import Rule, Values
 from ..outputs import GenerateOutput
-from ..sampling import Rule, Values
 from . import heads
 from .cache import KVCache
 from .heads import Parameters
@@ -32,7 +31,7 @@ class Engine:
 
     def step(
         self, cache: KVCache, ids_BT: Array, mask_BT: Array, rule: Rule, values: Values
-    ) -> tuple[decoding.Chosen, KVCache]:
+    ) -> tuple[driver.Chosen, KVCache]:
         """The tokens chosen after the last column, or each, and the cache with the new ones in it."""
         given = {"input_ids": ids_BT} if ids_BT.ndim == 2 else {"inputs_embeds": ids_BT.astype(np.float64)}
         out = heads.causal_lm(self.config, self.parameters, **given, attention_mask=mask_BT, past_key_values=cache)
@@ -41,7 +40,7 @@ class Engine:
         choice = choose(logits, rule, values)
         scores = None if choice.scores is None else choice.scores.astype(np.float32)
         logits = logits if rule.logits else None
-        return decoding.Chosen(choice.token, scores, choice.candidates, logits), out.past_key_values
+        return driver.Chosen(choice.token, scores, choice.candidates, logits), out.past_key_values
 
     def loop(
         self, cache: KVCache, token_B: Array, ended_B: Array, rule: Rule, values: Values, ends: tuple[int, ...],
@@ -92,5 +91,5 @@ def generate(
 ) -> GenerateOutput:
     """What every backend's `generate` must return, as NumPy arrays, whatever `return_dict_in_generate` is."""
     given = generation_config or GenerationConfig.from_model_config(config)
-    prompt = decoding.prepare(config, input_ids, attention_mask, given, options)
-    return decoding.generate(Engine(config, parameters), prompt, past=past_key_values)
+    prompt = driver.prepare(config, input_ids, attention_mask, given, options)
+    return driver.generate(Engine(config, parameters), prompt, past=past_key_values)

@@ -7,12 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..config import MistralConfig
-from ..outputs import (
-    CausalLMOutput,
-    QuestionAnsweringOutput,
-    SequenceClassifierOutput,
-    TokenClassifierOutput,
-)
+from ..outputs import CausalLMOutput, QuestionAnsweringOutput, SequenceClassifierOutput, TokenClassifierOutput
 from . import ops
 from .cache import KVCache
 from .model import Parameters, forward

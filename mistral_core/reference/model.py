@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..cache_layout import grown_slots
 from ..config import MistralConfig
+from ..generation.cache_layout import grown_slots
 from ..outputs import ModelOutput
 from . import ops
 from .cache import KVCache, slot_order

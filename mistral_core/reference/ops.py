@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from ..config import MistralConfig
-from ..rope import rotary_table
+from ..config.rope import rotary_table
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Round = Callable[[Array], Array]

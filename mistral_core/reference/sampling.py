@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..sampling import Rule, Values
+from ..generation.sampling import Rule, Values
 from .ops import Array
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))

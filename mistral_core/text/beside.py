@@ -9,8 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from .. import strict_json
-from ..disk import limits
+from ..disk import limits, strict_json
 from ..errors import TokenizerError
 from .inputs import check_side
 

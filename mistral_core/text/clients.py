@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..compat import SeenAs
+from ..compat.clients import SeenAs
 
 TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 

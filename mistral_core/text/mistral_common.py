@@ -11,8 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from .. import strict_json
-from ..disk import files, into, limits, reading
+from ..disk import files, into, limits, reading, strict_json
 from ..errors import MissingExtraError, TemplateError, TokenizerError, UnsupportedFeatureError
 from . import sources
 from .inputs import UNBOUNDED, refuse
@@ -87,10 +86,10 @@ class MistralCommonTokenizer(Tokenizer):
 
         `settings` are those of the constructor; where they do not say, what `save_pretrained` wrote counts.
         """
-        from ..weights import hub
+        from ..hub import download
 
         path = reading.held(
-            hub.resolve(
+            download.resolve(
                 pretrained_model_name_or_path,
                 files=(*FILES, sources.CONFIG),
                 revision=revision,

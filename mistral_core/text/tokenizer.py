@@ -100,13 +100,13 @@ class MistralTokenizer(Tokenizer):
         tokenizer.json has Llama's. `revision`, `cache_dir`, `token` and `local_files_only` go to the hub; `settings`
         are `padding_side`, `truncation_side`, `model_max_length`, `pad_token`.
         """
-        from ..weights import hub
+        from ..hub import download
 
         settings = {name: value for name, value in settings.items() if value not in NO_EFFECT.get(name, ())}
         known = (*SETTINGS, *sources.TOKENS)
         refuse("from_pretrained", {name: value for name, value in settings.items() if name not in known}, known)
         names = (*sources.NAMES, *beside.FILES, *sources.TEMPLATES)
-        path = Path(hub.resolve(
+        path = Path(download.resolve(
             pretrained_model_name_or_path, files=names, revision=revision, cache_dir=cache_dir, token=token,
             local_files_only=local_files_only,
         ))  # fmt: skip

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import rope, strict_json
-from ..config import MistralConfig
-from ..disk import limits
+from ..config import MistralConfig, rope
+from ..disk import limits, strict_json
 from ..disk.into import MANIFEST
 from ..errors import CorruptCheckpointError
 

@@ -20,14 +20,15 @@ from ..errors import (
     NonFiniteWeightsError,
     UnsupportedFeatureError,
 )
+from ..hub import download
 from ..parameters import HEADS, initial_value, parameters
 from ..telling import warn
-from . import hub, manifest
+from . import manifest
+from .containers.shards import shard_bytes
+from .containers.tensor_file import CODES, DTYPES, quoted
 from .formats.base import Outline
 from .matching import EMBEDDING, match
 from .opened import Checkpoint, fits_in_cache
-from .shards import shard_bytes
-from .tensor_file import CODES, DTYPES, quoted
 from .writing import write_checkpoint
 
 # Loading
@@ -68,7 +69,7 @@ def load(
 
 
 def _open(path: files.PathLike, config: MistralConfig | None, hub_arguments: dict[str, Any]) -> Checkpoint:
-    return Checkpoint.open(hub.resolve(path, **hub_arguments), config=config)
+    return Checkpoint.open(download.resolve(path, **hub_arguments), config=config)
 
 
 def _stream(

@@ -25,14 +25,15 @@ from ..errors import (
     NonFiniteWeightsError,
     OutputExistsError,
 )
+from ..hub import download
 from ..parameters import Parameter, shapes
-from . import casting, fingerprint, formats, hub, manifest
+from . import casting, fingerprint, formats, manifest
+from .containers.shards import shard_bytes
+from .containers.tensor_file import DTYPES
 from .formats.base import TEMPLATES, TEXT_FILES, Outline
 from .layouts import Layout
 from .matching import canonical_names, match, own_class
 from .opened import Checkpoint, fits_in_cache
-from .shards import shard_bytes
-from .tensor_file import DTYPES
 from .writing import write_checkpoint
 
 VERIFY = ("off", "hashes", "logits")
@@ -116,7 +117,9 @@ def convert(
     limit = shard_bytes(max_shard_size)
     with files.os_errors(target):
         _check_target(target, overwrite)
-    path = reading.held(hub.resolve(source, format=source_format, one_format=source_format is None, **hub_arguments))
+    path = reading.held(
+        download.resolve(source, format=source_format, one_format=source_format is None, **hub_arguments)
+    )
     with files.os_errors(target):
         _check_apart(path, target)
     checkpoint = open_source(path, source_format, config)

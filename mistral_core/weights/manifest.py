@@ -7,9 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from .. import strict_json
 from .._version import __version__
-from ..disk import files, reading
+from ..disk import files, reading, strict_json
 from ..disk.into import MANIFEST as NAME
 from ..errors import (
     CheckpointNotFoundError,
@@ -19,9 +18,9 @@ from ..errors import (
     TruncatedFileError,
 )
 from .carried import MAX_MANIFEST_BYTES as MAX_BYTES
+from .containers.tensor_file import digest, quoted
 from .matching import canonical_names
 from .opened import Checkpoint
-from .tensor_file import digest, quoted
 from .workers import Workers
 
 MODES = ("off", "sizes", "full")

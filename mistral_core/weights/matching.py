@@ -18,8 +18,8 @@ from ..errors import (
 )
 from ..parameters import BASE_PREFIX, BODY, HEADS, parameters, shape_of
 from ..telling import warn
+from .containers.tensor_file import DTYPES, quoted
 from .opened import StoredTensor
-from .tensor_file import DTYPES, quoted
 
 LM_HEAD = "lm_head.weight"
 EMBEDDING = BODY[0].name

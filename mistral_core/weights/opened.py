@@ -17,8 +17,8 @@ from ..disk import files, limits
 from ..errors import ShapeMismatchError
 from ..parameters import Parameter
 from . import layouts
+from .containers.tensor_file import DTYPES, TensorFile, TensorInfo, quoted
 from .layouts import Layout
-from .tensor_file import DTYPES, TensorFile, TensorInfo, quoted
 
 
 class StoredTensor(NamedTuple):

@@ -12,10 +12,11 @@ from ..config import MistralConfig
 from ..disk import reading
 from ..disk.files import PathLike, check_bare_name
 from ..generation import GenerationConfig
-from . import checkpoint, hub
+from ..hub import download
+from . import checkpoint
+from .containers.tensor_file import DTYPES
 from .matching import EMBEDDING, canonical_names
 from .opened import Checkpoint
-from .tensor_file import DTYPES
 
 GENERATION_FILE = "generation_config.json"
 
@@ -44,7 +45,7 @@ def load(
 
     All tensors come in `dtype`, or in the embedding's own. Raises what `checkpoint.load` raises, and UnknownFieldError.
     """
-    hub_arguments = {key: options.pop(key) for key in hub.ARGUMENTS if key in options}
+    hub_arguments = {key: options.pop(key) for key in download.ARGUMENTS if key in options}
     root = _one_file(path, options.pop("gguf_file", None), hub_arguments)
 
     def loaded(root: Path) -> Pretrained:
@@ -77,9 +78,9 @@ def _loaded(
 def _one_file(path: PathLike, name: str | None, hub_arguments: dict[str, Any]) -> Path:
     """The directory of a checkpoint, or one file of it: a repository may hold a GGUF of each size."""
     if name is None:
-        return hub.resolve(path, **hub_arguments)
+        return download.resolve(path, **hub_arguments)
     check_bare_name(name, "gguf_file")
-    return hub.resolve(path, files=(name,), **hub_arguments) / name
+    return download.resolve(path, files=(name,), **hub_arguments) / name
 
 
 def save(

@@ -11,12 +11,13 @@ from typing import Any
 
 from ..disk import files, limits, reading
 from ..errors import CheckpointError, HubError, MistralError
-from . import formats, hub_wire, manifest
+from ..hub import wire
+from ..hub.errors import Repository, translated
+from . import formats, manifest
+from .containers.shards import weight_map_of
 from .formats.base import TEXT_FILES, template_names
-from .hub_errors import Repository, translated
-from .hub_files import CONFIGS, PRESET_FILES
 from .opened import Checkpoint
-from .shards import weight_map_of
+from .sources import CONFIGS, PRESET_FILES
 
 SILENCE_SECONDS = 300.0
 """How long the hub may say nothing; making a commit takes it a while."""
@@ -182,7 +183,7 @@ def _in_time() -> Iterator[None]:
     session = get_session()
     before, hooks = session.timeout, session.event_hooks
     session.timeout = SILENCE_SECONDS
-    session.event_hooks = {**hooks, "response": [*hooks.get("response", ()), hub_wire.bound]}
+    session.event_hooks = {**hooks, "response": [*hooks.get("response", ()), wire.bound]}
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..config import MistralConfig
-from ..config_checks import is_int
+from ..config.checks import is_int
 from ..errors import ConfigError
 from ..plain import plain_int
 from .matching import EMBEDDING, LM_HEAD

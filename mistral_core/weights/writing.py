@@ -22,9 +22,9 @@ from ..errors import (
 from ..parameters import shapes
 from . import formats, manifest
 from .casting import Loss, between
+from .containers.tensor_file import CODES, DTYPES, digest, quoted
 from .formats.base import Outline, Target
 from .matching import EMBEDDING, LM_HEAD
-from .tensor_file import CODES, DTYPES, digest, quoted
 from .workers import Workers
 
 _SYNC_BYTES = 64 << 20

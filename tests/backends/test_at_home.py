@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from conformance.weights import random_parameters
+from mistral_core.compat import arguments
+from mistral_core.config.presets import TINY
 from mistral_core.errors import ConfigError, ConversionError, InputError, TokenizerError, UnsupportedFeatureError
 from mistral_core.parameters import HEADS, shapes
-from mistral_core.presets import TINY
 from mistral_core.text.encoding import Encoding
-from mistral_core.weights import hf_arguments, pretrained
+from mistral_core.weights import pretrained
 from mistral_core.weights.checkpoint import Checkpoint
 
 IDS = np.random.default_rng(0).integers(3, TINY.vocab_size, (2, 9))
@@ -95,11 +96,11 @@ TAKEN_BY_TORCH = {"is_main_process", "state_dict"}
 
 
 @pytest.mark.feature("What transformers has and we have not says what to use")
-@pytest.mark.parametrize("name", sorted(hf_arguments.ADVICE))
+@pytest.mark.parametrize("name", sorted(arguments.ADVICE))
 def test_what_is_not_here_says_what_to_use(backend, checkpoint, name):
     if backend.__name__ == "mistral_torch" and name in TAKEN_BY_TORCH:
         pytest.skip("torch takes it: test_torch_clients.py")
-    harmless = hf_arguments.NO_EFFECT[name][0]
+    harmless = arguments.NO_EFFECT[name][0]
     saves = name in SAVING
     model = model_of(backend)
     call = model.save_pretrained if saves else type(model).from_pretrained

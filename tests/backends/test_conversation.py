@@ -7,8 +7,8 @@ import importlib
 import numpy as np
 import pytest
 
-from mistral_core.conversation import Conversation
 from mistral_core.data import TINY_CHECKPOINT
+from mistral_core.pipelines.conversation import Conversation
 from mistral_core.reference import heads
 from mistral_core.text.tokenizer import MistralTokenizer
 from mistral_core.weights import pretrained

@@ -12,13 +12,9 @@ import warnings
 import pytest
 from local_hub import serving
 
+from mistral_core.config.presets import TINY
 from mistral_core.data import TINY_CHECKPOINT
-from mistral_core.errors import (
-    MissingExtraError,
-    MissingNameError,
-    UnsupportedFeatureError,
-)
-from mistral_core.presets import TINY
+from mistral_core.errors import MissingExtraError, MissingNameError, UnsupportedFeatureError
 
 REPOSITORIES = (
     "mistralai/Mistral-7B-v0.1",

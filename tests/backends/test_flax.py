@@ -14,9 +14,9 @@ import pytest
 from flax import nnx
 
 from conformance.weights import random_parameters
+from mistral_core.config.presets import TINY
 from mistral_core.errors import ConfigError
 from mistral_core.parameters import shapes
-from mistral_core.presets import TINY
 from mistral_flax import KVCache, MistralForCausalLM, MistralModel
 
 IDS = np.random.default_rng(0).integers(3, TINY.vocab_size, (2, 9))
@@ -110,7 +110,7 @@ DATA_PARALLEL = """
 import jax, numpy as np
 from functools import partial
 from jax.sharding import Mesh, PartitionSpec as P
-from mistral_core.presets import TINY
+from mistral_core.config.presets import TINY
 from mistral_flax import MistralForCausalLM
 
 mesh = Mesh(np.array(jax.devices()), ("data",))
@@ -164,7 +164,7 @@ def test_vmap_over_rows(model):
 
 
 def test_eval_shape_of_a_published_size_takes_no_memory():
-    from mistral_core.presets import PRESETS
+    from mistral_core.config.presets import PRESETS
 
     config = PRESETS["mistral-large-123b-2407"]
     model = nnx.eval_shape(lambda: MistralModel(config, dtype="bfloat16"))

@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from conformance.weights import random_parameters
+from mistral_core.config.presets import TINY
 from mistral_core.errors import ConfigError, UnsupportedFeatureError
-from mistral_core.presets import TINY
 from mistral_flax import KVCache, MistralForCausalLM, attention
 from mistral_flax.attention import attend
 from mistral_flax.scan import scan_layers, unscan_layers

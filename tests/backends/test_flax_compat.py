@@ -9,9 +9,9 @@ import pytest
 
 import mistral_flax
 from conformance.weights import random_parameters
+from mistral_core.config.presets import TINY
 from mistral_core.errors import InputError, MissingTensorsError, UnsupportedFeatureError
 from mistral_core.parameters import shapes
-from mistral_core.presets import TINY
 from mistral_flax import FlaxAutoModel, FlaxAutoModelForCausalLM, FlaxMistralForCausalLM, FlaxMistralModel
 
 CONFIG = TINY.replace(num_hidden_layers=1)

@@ -11,9 +11,9 @@ from flax import nnx
 
 import mistral_flax
 from conformance.weights import random_parameters
+from mistral_core.config.presets import TINY
 from mistral_core.errors import ConfigError, UnsupportedFeatureError
 from mistral_core.parameters import HEADS
-from mistral_core.presets import TINY
 from mistral_flax import AutoConfig, MistralForCausalLM, MistralModel
 
 CONFIG = TINY.replace(num_hidden_layers=2)

@@ -11,8 +11,8 @@ import pytest
 from flax import nnx, serialization
 
 import mistral_flax
+from mistral_core.config.presets import TINY
 from mistral_core.parameters import HEADS
-from mistral_core.presets import TINY
 from mistral_flax import FlaxMistralForCausalLM, MistralForCausalLM
 from mistral_flax.scan import scan_layers
 

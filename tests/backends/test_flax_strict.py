@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import mistral_flax
-from mistral_core.presets import TINY
+from mistral_core.config.presets import TINY
 
 CONFIG = TINY.replace(num_hidden_layers=1, layer_types=None)
 IDS = np.random.default_rng(0).integers(3, CONFIG.vocab_size, (2, 9))

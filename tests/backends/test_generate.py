@@ -12,6 +12,7 @@ from conftest import REQUESTED
 
 from conformance.weights import random_parameters
 from mistral_core import GenerationConfig
+from mistral_core.config.presets import TINY
 from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.errors import (
     EmptyInputError,
@@ -22,7 +23,6 @@ from mistral_core.errors import (
     TokenIdError,
     UnsupportedFeatureError,
 )
-from mistral_core.presets import TINY
 from mistral_core.reference import engine, heads
 from mistral_core.text.tokenizer import MistralTokenizer
 

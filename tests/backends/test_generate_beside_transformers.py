@@ -8,8 +8,8 @@ from conftest import REQUESTED
 
 from conformance.weights import random_parameters
 from mistral_core import GenerationConfig
+from mistral_core.config.presets import TINY
 from mistral_core.errors import GenerationConfigError, InputError
-from mistral_core.presets import TINY
 
 if "torch" not in REQUESTED:
     pytest.skip("torch was not asked for", allow_module_level=True)
@@ -218,7 +218,7 @@ def test_their_generation_config_is_laid_over_the_checkpoint_s(ours, theirs):
 
 
 def test_every_option_of_theirs_is_here_ignored_or_refused():
-    from mistral_core.generation_checks import IGNORED
+    from mistral_core.generation.checks import IGNORED
 
     known = {*GenerationConfig().__dict__, *IGNORED}
     assert {name for name in transformers.GenerationConfig().to_dict() if not name.startswith("_")} <= known

@@ -9,7 +9,7 @@ import pytest
 from scripted import Characters
 
 from conformance.weights import random_parameters
-from mistral_core.presets import TINY
+from mistral_core.config.presets import TINY
 
 CONFIG = TINY.replace(num_hidden_layers=1, layer_types=None)
 PARAMETERS = random_parameters(CONFIG, "MistralForCausalLM")

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from mistral_core.presets import TINY
+from mistral_core.config.presets import TINY
 
 CONFIG = TINY.replace(num_hidden_layers=1, layer_types=None)
 IDS = np.random.default_rng(0).integers(3, CONFIG.vocab_size, (4, 9))
@@ -92,7 +92,7 @@ REPLICAS = """
 import keras, numpy as np, tensorflow as tf
 cpu, = tf.config.list_physical_devices("CPU")
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-from mistral_core.presets import TINY
+from mistral_core.config.presets import TINY
 import mistral_tf
 ids = np.random.default_rng(0).integers(3, TINY.vocab_size, (9, 9))
 labels = np.where(np.arange(9) < np.array([[9], [8], [2], [5], [3], [1], [7], [2], [2]]), ids, -100)

@@ -14,10 +14,10 @@ import pytest
 
 from conformance import adapters
 from conformance.weights import random_parameters
+from mistral_core.config.presets import TINY
 from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.pictures import AttentionMaskVisualizer
 from mistral_core.pictures.inputs import read
-from mistral_core.presets import TINY
 from mistral_core.reference import model as reference
 
 WINDOW = 3

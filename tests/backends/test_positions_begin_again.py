@@ -9,8 +9,8 @@ import pytest
 from conftest import REQUESTED
 
 from conformance.weights import random_parameters
+from mistral_core.config.presets import TINY
 from mistral_core.errors import PositionError
-from mistral_core.presets import TINY
 from mistral_core.reference import heads
 from mistral_core.validate import begins_again
 

@@ -11,9 +11,9 @@ import pytest
 
 from conformance.weights import random_parameters
 from mistral_core import GenerationConfig, MistralConfig
+from mistral_core.config.presets import TINY
 from mistral_core.errors import MissingTensorsError, UnknownArgumentError, UnknownFieldError
 from mistral_core.parameters import HEADS, parameters
-from mistral_core.presets import TINY
 from mistral_core.weights import checkpoint, pretrained
 from mistral_core.weights.checkpoint import Checkpoint
 

@@ -12,9 +12,9 @@ import pytest
 import tensorflow as tf
 
 from conformance.weights import random_parameters
+from mistral_core.config.presets import TINY
 from mistral_core.errors import ConfigError, InputError
 from mistral_core.parameters import shapes
-from mistral_core.presets import TINY
 from mistral_tf import KVCache, MistralForCausalLM
 from mistral_tf.attention import attend
 

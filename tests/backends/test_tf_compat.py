@@ -11,8 +11,8 @@ import tensorflow as tf
 
 import mistral_tf
 from conformance.weights import random_parameters
+from mistral_core.config.presets import TINY
 from mistral_core.errors import UnsupportedFeatureError
-from mistral_core.presets import TINY
 from mistral_tf import (
     MistralForCausalLM,
     TFAutoModel,

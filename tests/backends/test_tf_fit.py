@@ -13,8 +13,8 @@ import tensorflow as tf
 
 import mistral_tf
 from conformance.weights import random_parameters
+from mistral_core.config.presets import TINY
 from mistral_core.errors import InputError
-from mistral_core.presets import TINY
 from mistral_core.text.encoding import Encoding
 from mistral_tf import (
     MistralForCausalLM,
@@ -353,7 +353,7 @@ import os, sys
 import keras, numpy as np, tensorflow as tf
 cpu, = tf.config.list_physical_devices("CPU")
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-from mistral_core.presets import TINY
+from mistral_core.config.presets import TINY
 from mistral_tf import MistralForCausalLM
 ids = np.arange(36).reshape(4, 9) % 90 + 3
 losses = []

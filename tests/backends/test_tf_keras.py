@@ -13,9 +13,9 @@ import tensorflow as tf
 
 import mistral_tf
 from conformance.weights import random_parameters
+from mistral_core.config.presets import TINY
 from mistral_core.errors import InputError, UnsupportedFeatureError
 from mistral_core.parameters import shapes
-from mistral_core.presets import TINY
 from mistral_tf import (
     AutoModelForCausalLM,
     MistralForCausalLM,

@@ -11,8 +11,8 @@ import pytest
 import tensorflow as tf
 
 import mistral_tf
+from mistral_core.config.presets import TINY
 from mistral_core.parameters import HEADS, shapes
-from mistral_core.presets import TINY
 from mistral_tf import MistralForCausalLM, MistralModel
 
 # Keras reads its variables so when it saves them

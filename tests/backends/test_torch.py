@@ -13,11 +13,11 @@ from torch import nn
 
 import mistral_torch
 from conformance.weights import random_parameters
+from mistral_core.config.presets import TINY
+from mistral_core.config.rope import rotary_table
 from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.errors import ConfigError, UnsupportedFeatureError
 from mistral_core.parameters import HEADS, shapes
-from mistral_core.presets import TINY
-from mistral_core.rope import rotary_table
 from mistral_torch import (
     AutoConfig,
     AutoModel,

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from conformance.weights import random_parameters
+from mistral_core.config.presets import TINY
 from mistral_core.errors import MissingExtraError, UnsupportedFeatureError
-from mistral_core.presets import TINY
 from mistral_torch import KVCache, MistralForCausalLM, attention
 from mistral_torch.attention import attend
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 import mistral_torch
 from conformance.weights import random_parameters
+from mistral_core.config.presets import TINY
 from mistral_core.errors import InputError, MissingTensorsError, UnknownFieldError, UnsupportedFeatureError
-from mistral_core.presets import TINY
 
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")

@@ -15,8 +15,8 @@ from torch.export import Dim
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 from conformance.weights import random_parameters
+from mistral_core.config.presets import TINY
 from mistral_core.errors import GenerationConfigError
-from mistral_core.presets import TINY
 from mistral_torch import KVCache, MistralForCausalLM
 from mistral_torch.compiled import fingerprint
 

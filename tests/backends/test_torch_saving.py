@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import mistral_torch
+from mistral_core.config.presets import TINY
 from mistral_core.parameters import HEADS
-from mistral_core.presets import TINY
 from mistral_torch import MistralForCausalLM
 
 pytestmark = [

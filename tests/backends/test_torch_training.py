@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 import mistral_torch
 from conformance.weights import random_parameters
+from mistral_core.config.presets import TINY
 from mistral_core.errors import UnsupportedFeatureError
-from mistral_core.presets import TINY
 from mistral_torch.attention import attend
 
 CONFIG = TINY.replace(num_hidden_layers=2)

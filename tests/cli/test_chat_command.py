@@ -22,9 +22,9 @@ from rich.console import Console
 from scripted import END, Characters, Model
 
 from mistral_core.cli import main, repl
-from mistral_core.conversation import Conversation
 from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.errors import InputError, MissingExtraError, MistralError, OutputExistsError
+from mistral_core.pipelines.conversation import Conversation
 
 PATH = str(TINY_CHECKPOINT)
 TORCH = ("--backend", "torch", "--max-new-tokens", "8")

@@ -16,9 +16,9 @@ import pytest
 from conformance.weights import random_parameters
 from mistral_core import backend as registry
 from mistral_core.cli import POLITE, demo, info, main
+from mistral_core.config.presets import TINY
 from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.errors import MissingExtraError
-from mistral_core.presets import TINY
 from mistral_core.weights import checkpoint
 
 PATH = str(TINY_CHECKPOINT)

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from mistral_core import GenerationConfig
-from mistral_core.hooks import Chooser, Hooks
-from mistral_core.sampling import Rule, Values, numbers
-from mistral_core.token_history import limits
+from mistral_core.generation.history import limits
+from mistral_core.generation.hooks import Chooser, Hooks
+from mistral_core.generation.sampling import Rule, Values, numbers
 from mistral_torch.generate import Engine
 from mistral_torch.sampling import choose
 

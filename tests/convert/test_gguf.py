@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from samples import CONFIGS, any_bits, assert_same, bits, read, write
 
-from mistral_core import TINY, convert, rope
+from mistral_core import TINY, convert
+from mistral_core.config import rope
 from mistral_core.errors import (
     ConversionError,
     CorruptCheckpointError,
@@ -23,13 +24,13 @@ from mistral_core.errors import (
 from mistral_core.parameters import parameters, shapes
 from mistral_core.weights import formats
 from mistral_core.weights.casting import narrowed, widened
+from mistral_core.weights.containers.gguf import file as gguf_file
+from mistral_core.weights.containers.gguf.file import GgufFile
+from mistral_core.weights.containers.gguf.kinds import KINDS, QUANTISED, nbytes
+from mistral_core.weights.containers.tensor_file import CODES, DTYPES, write_bytes
 from mistral_core.weights.formats import gguf as our_format
 from mistral_core.weights.formats.base import Outline
-from mistral_core.weights.gguf import file as gguf_file
-from mistral_core.weights.gguf.file import GgufFile
-from mistral_core.weights.gguf.kinds import KINDS, QUANTISED, nbytes
 from mistral_core.weights.opened import Checkpoint
-from mistral_core.weights.tensor_file import CODES, DTYPES, write_bytes
 
 FOREIGN = Path(__file__).parents[1] / "data" / "foreign" / "gguf"
 PLAIN = TINY.replace(sliding_window=None)

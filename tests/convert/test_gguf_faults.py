@@ -17,9 +17,9 @@ from mistral_core.errors import (
     UnsafeFileError,
     UnsupportedFeatureError,
 )
-from mistral_core.weights.gguf import file as gguf_file
-from mistral_core.weights.gguf.file import GgufFile
-from mistral_core.weights.gguf.scan import Strings
+from mistral_core.weights.containers.gguf import file as gguf_file
+from mistral_core.weights.containers.gguf.file import GgufFile
+from mistral_core.weights.containers.gguf.scan import Strings
 
 U32, F32, BOOL, STRING, ARRAY = 4, 6, 7, 8, 9
 
@@ -140,7 +140,7 @@ def test_62_bombs(at, what):
 
 
 def test_62_a_header_beyond_the_limit(at, monkeypatch):
-    monkeypatch.setattr("mistral_core.weights.gguf.scan.MAX_HEADER_BYTES", 1 << 19)
+    monkeypatch.setattr("mistral_core.weights.containers.gguf.scan.MAX_HEADER_BYTES", 1 << 19)
     keys = (key("a", ARRAY, struct.pack("<IQ", STRING, 1000) + text("x" * 1000) * 1000),)
     with pytest.raises(LimitExceededError, match="a header beyond"):
         GgufFile(made(at, keys=keys))

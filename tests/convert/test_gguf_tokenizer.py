@@ -17,11 +17,11 @@ from mistral_core.errors import CorruptCheckpointError, TokenizerError
 from mistral_core.text import sentencepiece
 from mistral_core.text.bpe import byte_characters
 from mistral_core.text.tekken import PATTERN as TEKKEN
+from mistral_core.weights.containers.gguf import file as gguf_file
+from mistral_core.weights.containers.gguf.file import GgufFile
 from mistral_core.weights.formats.base import TEXT_FILES, Outline
-from mistral_core.weights.gguf import file as gguf_file
-from mistral_core.weights.gguf import texts as gguf_texts
-from mistral_core.weights.gguf import tokenizer as gguf_tokenizer
-from mistral_core.weights.gguf.file import GgufFile
+from mistral_core.weights.formats.gguf import texts as gguf_texts
+from mistral_core.weights.formats.gguf import tokenizer as gguf_tokenizer
 from mistral_core.weights.opened import Checkpoint
 
 EMBEDDED = Path(__file__).parents[2] / "mistral_core" / "data" / "tiny"

@@ -18,9 +18,9 @@ from mistral_core.errors import (
     UnsafeFileError,
     UnsupportedFeatureError,
 )
-from mistral_core.weights import tensor_file
-from mistral_core.weights.hdf5 import structure as hdf5_structure
-from mistral_core.weights.hdf5.file import Hdf5File, create, root_names
+from mistral_core.weights.containers import tensor_file
+from mistral_core.weights.containers.hdf5 import structure as hdf5_structure
+from mistral_core.weights.containers.hdf5.file import Hdf5File, create, root_names
 
 h5py = pytest.importorskip("h5py")
 

@@ -10,9 +10,9 @@ from samples import CONFIGS, any_bits, assert_same, read, write
 
 from mistral_core import TINY, errors
 from mistral_core.weights import formats
-from mistral_core.weights.msgpack import file as msgpack_file
-from mistral_core.weights.msgpack import writing as msgpack_writing
-from mistral_core.weights.msgpack.file import MsgpackFile
+from mistral_core.weights.containers.msgpack import file as msgpack_file
+from mistral_core.weights.containers.msgpack import writing as msgpack_writing
+from mistral_core.weights.containers.msgpack.file import MsgpackFile
 
 FILE = "flax_model.msgpack"
 

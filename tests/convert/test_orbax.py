@@ -14,8 +14,8 @@ from samples import CAUSAL, CONFIGS, any_bits, assert_same, bits, read, write
 from mistral_core import TINY, MistralConfig, errors
 from mistral_core.parameters import HEADS
 from mistral_core.weights import checkpoint, formats, manifest
+from mistral_core.weights.containers.zarr import tree as zarr_tree
 from mistral_core.weights.opened import Checkpoint
-from mistral_core.weights.zarr import tree as zarr_tree
 
 FOREIGN = Path(__file__).parents[1] / "data" / "foreign"
 sys.path.append(str(FOREIGN))

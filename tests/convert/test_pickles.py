@@ -19,7 +19,7 @@ import pytest
 from samples import CONFIGS, any_bits, assert_same, read
 
 from mistral_core import TINY, errors
-from mistral_core.config_dialects import write_raw
+from mistral_core.config.dialects import write_raw
 from mistral_core.parameters import layer_of, parameters
 from mistral_core.weights import formats, layouts
 from mistral_core.weights.checkpoint import load

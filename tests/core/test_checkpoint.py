@@ -11,9 +11,10 @@ import safetensors.numpy
 
 from mistral_core import TINY, errors
 from mistral_core.parameters import BASE_PREFIX, HEADS, initial_value, parameters
-from mistral_core.weights import manifest, opened, shards
+from mistral_core.weights import manifest, opened
 from mistral_core.weights.checkpoint import Checkpoint, cast, load, save
-from mistral_core.weights.safetensors_file import SafetensorsFile
+from mistral_core.weights.containers import shards
+from mistral_core.weights.containers.safetensors import SafetensorsFile
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 CAUSAL, SEQUENCE, TOKEN = (

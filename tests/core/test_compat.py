@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 
-from mistral_core.compat import SeenAs, documents_told
+from mistral_core.compat.clients import SeenAs, documents_told
 from mistral_core.errors import InputError, UnknownArgumentError
 
 

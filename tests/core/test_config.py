@@ -7,6 +7,7 @@ import json
 import pytest
 
 from mistral_core import MistralConfig
+from mistral_core.config.presets import PRESETS, TINY
 from mistral_core.errors import (
     CheckpointNotFoundError,
     ConfigError,
@@ -15,7 +16,6 @@ from mistral_core.errors import (
     UnsupportedFeatureError,
 )
 from mistral_core.parameters import parameter_count
-from mistral_core.presets import PRESETS, TINY
 
 RAW = {
     "dim": 4096, "n_layers": 32, "head_dim": 128, "hidden_dim": 14336, "n_heads": 32, "n_kv_heads": 8,

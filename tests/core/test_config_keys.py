@@ -8,10 +8,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mistral_core import MistralConfig, config_dialects, config_keys, quantization
+from mistral_core import MistralConfig
+from mistral_core.config import dialects, other_keys
+from mistral_core.config.presets import TINY
 from mistral_core.disk import limits
 from mistral_core.errors import ConfigError, UnknownFieldError, UnsupportedFeatureError
-from mistral_core.presets import TINY
+from mistral_core.quantization import schemes
 
 # key -> another value than the base's; MistralConfig and PretrainedConfig of transformers 4.56.2 and 5.23
 HUGGING_FACE = {
@@ -80,7 +82,7 @@ def test_no_key_of_config_json_is_silent(key):
     if said_in_v5:
         base = {k: v for k, v in base.items() if k not in ("torch_dtype", "rope_theta")}
     found = outcome(base, key, HUGGING_FACE[key])
-    assert found in ("changed", "warned", "refused") or (found == "kept" and config_keys.CARRIED[key])
+    assert found in ("changed", "warned", "refused") or (found == "kept" and other_keys.CARRIED[key])
     if found == "kept":
         assert MistralConfig.from_dict({**base, key: HUGGING_FACE[key]}).to_dict()[key] == HUGGING_FACE[key]
 
@@ -88,7 +90,7 @@ def test_no_key_of_config_json_is_silent(key):
 @pytest.mark.parametrize("key", OF_PARAMS)
 def test_no_key_of_params_json_is_silent(key):
     found = outcome(RAW, key, OF_PARAMS[key])
-    assert found in ("changed", "warned", "refused") or (found == "kept" and config_dialects.RAW_CARRIED[key])
+    assert found in ("changed", "warned", "refused") or (found == "kept" and dialects.RAW_CARRIED[key])
 
 
 def test_transformers_own_configs_have_no_key_that_is_not_listed_here():
@@ -141,13 +143,13 @@ def test_names_and_their_number_that_disagree_are_told():
     ],
 )  # fmt: skip
 def test_unknown_keys_of_quantization_are_told(given):
-    quantization.check(given, where="x")
+    schemes.check(given, where="x")
     with pytest.warns(UserWarning, match="twist"):
-        quantization.check({**given, "twist": 1}, where="x")
+        schemes.check({**given, "twist": 1}, where="x")
     if "config_groups" in given:
         deep = {"group_0": {"weights": {"num_bits": 8, "twist": 1}}}
         with pytest.warns(UserWarning, match=r"config_groups.group_0.weights.twist"):
-            quantization.check({**given, "config_groups": deep}, where="x")
+            schemes.check({**given, "config_groups": deep}, where="x")
 
 
 def test_conversion_keeps_the_keys_of_both_dialects():
@@ -155,17 +157,17 @@ def test_conversion_keeps_the_keys_of_both_dialects():
     config = MistralConfig.from_dict(given)
     again = MistralConfig.from_dict(config.to_dict())
     assert again == config
-    raw = config_dialects.write_raw(again)
+    raw = dialects.write_raw(again)
     assert {key: raw[key] for key in given} == given
 
 
 def test_keys_kept_of_params_json_decide_nothing():
     config = MistralConfig.from_dict({**TINY.to_dict(), "params.json": {"tied_embeddings": True, "yarn": {}, "x": 1}})
-    raw = config_dialects.write_raw(config)
+    raw = dialects.write_raw(config)
     assert "tied_embeddings" not in raw
     assert "yarn" not in raw
     assert raw["x"] == 1
-    assert config_dialects.write_raw(config.replace(extra={"params.json": 5}))["dim"] == TINY.hidden_size
+    assert dialects.write_raw(config.replace(extra={"params.json": 5}))["dim"] == TINY.hidden_size
 
 
 # Limits

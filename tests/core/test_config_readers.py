@@ -9,10 +9,10 @@ import pytest
 
 from conformance.weights import random_parameters
 from mistral_core import MistralConfig
+from mistral_core.config.presets import TINY
 from mistral_core.errors import SequenceTooLongError
 from mistral_core.generation import GenerationConfig
 from mistral_core.parameters import initial_value, parameters, shapes
-from mistral_core.presets import TINY
 from mistral_core.reference import heads
 
 BASE = TINY.replace(num_labels=2)

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 
 from conformance.weights import random_parameters
-from mistral_core import GenerationConfig, decoding
+from mistral_core import GenerationConfig
+from mistral_core.config.presets import TINY
 from mistral_core.errors import GenerationConfigError, InputError
-from mistral_core.presets import TINY
+from mistral_core.generation import driver
+from mistral_core.generation.guesses import prompt_lookup
+from mistral_core.generation.history import repeating
+from mistral_core.generation.sampling import Rule
 from mistral_core.reference import engine, heads
 from mistral_core.reference.cache import KVCache
-from mistral_core.sampling import Rule
-from mistral_core.speculation import prompt_lookup
-from mistral_core.token_history import repeating
 
 PARAMETERS = random_parameters(TINY, "MistralForCausalLM")
 OTHER = {n: x + 0.02 * np.random.default_rng(3).normal(size=x.shape) for n, x in PARAMETERS.items()}
@@ -83,7 +84,7 @@ def test_chunks_bound_what_is_computed_at_once():
 
     subject = Widths(TINY, PARAMETERS)
     options = {"max_new_tokens": 2, "prefill_chunk_size": 4}
-    decoding.generate(subject, decoding.prepare(TINY, IDS, None, GenerationConfig(), options))
+    driver.generate(subject, driver.prepare(TINY, IDS, None, GenerationConfig(), options))
     assert subject.seen == (1, 4, 4, 1)
 
 
@@ -220,11 +221,11 @@ def test_guesses_change_no_token(options, assistant, copies):
     given = {**ENDLESS, "max_new_tokens": 33, "num_return_sequences": copies, **options}
     mask = np.ones_like(text)
     mask[1, :5] = 0
-    wanted = decoding.generate(plain := Counting(TINY, PARAMETERS), prepared(text, mask, given))
+    wanted = driver.generate(plain := Counting(TINY, PARAMETERS), prepared(text, mask, given))
     lookup = {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 1} if assistant is None else {}
     guessing = None if assistant is None else engine.Engine(TINY, assistant)
     subject = Counting(TINY, PARAMETERS)
-    found = decoding.generate(subject, prepared(text, mask, {**given, **lookup}), assistant=guessing)
+    found = driver.generate(subject, prepared(text, mask, {**given, **lookup}), assistant=guessing)
     assert np.array_equal(found.sequences, wanted.sequences)
     assert found.past_key_values.length.tolist() == wanted.past_key_values.length.tolist()
     if assistant is not None:
@@ -237,14 +238,14 @@ def test_guesses_change_no_token(options, assistant, copies):
 
 
 def prepared(ids, mask, options):
-    return decoding.prepare(TINY, ids, mask, GenerationConfig(), options)
+    return driver.prepare(TINY, ids, mask, GenerationConfig(), options)
 
 
 def test_guesses_stop_at_an_end_inside_them():
     end = int(new(max_new_tokens=6)[0, 3])
     given = {"max_new_tokens": 20, "eos_token_id": end, "num_assistant_tokens": 8}
-    wanted = decoding.generate(engine.Engine(TINY, PARAMETERS), prepared(IDS, None, given))
-    found = decoding.generate(
+    wanted = driver.generate(engine.Engine(TINY, PARAMETERS), prepared(IDS, None, given))
+    found = driver.generate(
         engine.Engine(TINY, PARAMETERS), prepared(IDS, None, given), assistant=engine.Engine(TINY, PARAMETERS)
     )
     assert np.array_equal(found.sequences, wanted.sequences)
@@ -255,7 +256,7 @@ def test_an_assistant_of_another_vocabulary_is_refused():
     other = TINY.replace(vocab_size=96)
     assistant = engine.Engine(other, random_parameters(other, "MistralForCausalLM"))
     with pytest.raises(GenerationConfigError, match="vocab_size 96, 97 was expected"):
-        decoding.generate(engine.Engine(TINY, PARAMETERS), prepared(IDS, None, {}), assistant=assistant)
+        driver.generate(engine.Engine(TINY, PARAMETERS), prepared(IDS, None, {}), assistant=assistant)
 
 
 @pytest.mark.parametrize("assistant", [None, OTHER], ids=["plain", "assistant"])
@@ -265,7 +266,7 @@ def test_sampled_tokens_are_distributed_as_the_model_says(assistant):
     options = {"max_new_tokens": 2, "do_sample": True, "temperature": 0.7, "top_k": 6, "seed": 1, **ENDLESS}
     given = prepared(prompt, None, {**options, "num_return_sequences": draws})
     helper = None if assistant is None else engine.Engine(TINY, assistant)
-    out = decoding.generate(engine.Engine(TINY, PARAMETERS), given, assistant=helper)
+    out = driver.generate(engine.Engine(TINY, PARAMETERS), given, assistant=helper)
     tokens, counts = np.unique(out.sequences[:, 4], return_counts=True)
     expected = np.zeros(TINY.vocab_size)
     for first, chance in enumerate(distribution(prompt[0].tolist())):
@@ -311,7 +312,7 @@ def test_a_second_turn_computes_its_own_tokens_only(cache, chosen):
     for past in (out, out.past_key_values):
         subject = Columns(TINY, PARAMETERS)
         given = {name: value for name, value in options.items() if name != "attention_mask"}
-        found = decoding.generate(subject, prepared(more, mask, {**ENDLESS, **given}), past=past)
+        found = driver.generate(subject, prepared(more, mask, {**ENDLESS, **given}), past=past)
         assert np.array_equal(found.sequences[:, more.shape[1] :], wanted)
         assert subject.seen == 1 + 3 + 7  # the last token of the first turn, three new ones, and one at a time
         assert all(np.array_equal(a, b) for a, b in zip(before, out.past_key_values.keys, strict=True))
@@ -399,9 +400,9 @@ def test_drawn_beams_are_of_one_seed():
 def test_beams_are_not_guessed_and_several_rows_are_not_streamed():
     subject = engine.Engine(TINY, PARAMETERS)
     with pytest.raises(GenerationConfigError, match="num_beams"):
-        decoding.generate(subject, prepared(IDS, None, {"num_beams": 2}), assistant=subject)
+        driver.generate(subject, prepared(IDS, None, {"num_beams": 2}), assistant=subject)
     with pytest.raises(InputError, match="one row"):
-        next(decoding.stream(subject, prepared(IDS, None, {}), tokenizer=None))
+        next(driver.stream(subject, prepared(IDS, None, {}), tokenizer=None))
 
 
 # Scores and streamers
@@ -433,7 +434,7 @@ class Streamer:
 def test_a_streamer_is_told_the_prompt_and_each_column(options):
     streamer = Streamer()
     ids = IDS % 9 + 3
-    out = decoding.generate(
+    out = driver.generate(
         engine.Engine(TINY, PARAMETERS),
         prepared(ids, None, {**ENDLESS, "max_new_tokens": 12, **options}),
         streamer=streamer,
@@ -451,5 +452,5 @@ def test_a_streamer_is_told_the_end_whatever_happens():  # 113
 
     streamer = Breaking()
     with pytest.raises(KeyboardInterrupt):
-        decoding.generate(engine.Engine(TINY, PARAMETERS), prepared(IDS, None, {}), streamer=streamer)
+        driver.generate(engine.Engine(TINY, PARAMETERS), prepared(IDS, None, {}), streamer=streamer)
     assert streamer.ended == 1

@@ -233,9 +233,9 @@ EXCEPTIONS = {
     ("cli/repl.py", "open"): "the history of what the user typed, in his own directory",
     ("pictures/page.py", "read_text"): "this package's own page",
     ("text/templates/saved.py", "read_text"): "this package's own template",
-    ("weights/hdf5/file.py", "File"): "h5py makes a file of ours in a new directory",
-    ("weights/stored_zip.py", "ZipFile"): "over a descriptor that disk opened",
-    ("weights/zarr/tree.py", "open"): "tensorstore opens arrays by their path",
+    ("weights/containers/hdf5/file.py", "File"): "h5py makes a file of ours in a new directory",
+    ("weights/containers/stored_zip.py", "ZipFile"): "over a descriptor that disk opened",
+    ("weights/containers/zarr/tree.py", "open"): "tensorstore opens arrays by their path",
 }
 
 
@@ -280,7 +280,7 @@ def test_the_search_finds(call):
 # One table of limits
 
 
-OWN_LIMITS = ("pictures/", "text/templates/worker.py", "text/templates/process.py", "weights/hdf5/file.py")
+OWN_LIMITS = ("pictures/", "text/templates/worker.py", "text/templates/process.py", "weights/containers/hdf5/file.py")
 """What a picture can show; a program of its own, which imports nothing; how an attribute is written."""
 
 

@@ -11,11 +11,12 @@ import pickle
 import numpy as np
 import pytest
 
-from mistral_core import GenerationConfig, decoding
-from mistral_core.engine import pieces
+from mistral_core import GenerationConfig
+from mistral_core.config.presets import TINY
 from mistral_core.errors import GenerationConfigError, InputError, MistralError, NonFiniteInputError
-from mistral_core.preparing import prepare
-from mistral_core.presets import TINY
+from mistral_core.generation import driver
+from mistral_core.generation.engine import pieces
+from mistral_core.generation.preparing import prepare
 from mistral_core.reference.cache import KVCache
 
 PROMPT = np.array([[5, 2, 6], [7, 8, 9]])
@@ -36,7 +37,7 @@ class Script:
     def step(self, cache, ids_BT, mask_BT, rule, values):
         self.calls += 1
         cache = cache._replace(length=cache.length + mask_BT.sum(1))
-        return decoding.Chosen(self.rows[np.arange(len(self.rows)), values.step][:, None]), cache
+        return driver.Chosen(self.rows[np.arange(len(self.rows)), values.step][:, None]), cache
 
     def random_seed(self):
         raise AssertionError("a seed was drawn although one was given")
@@ -46,8 +47,8 @@ def generated(rows, **options):
     """What the driver makes of a backend that would write these rows; and how many steps it took."""
     engine = Script(rows)
     given = {"max_new_tokens": len(rows[0]), "seed": 0, **options}
-    prompt = decoding.prepare(TINY, PROMPT, None, GenerationConfig(), given)
-    out = decoding.generate(engine, prompt)
+    prompt = driver.prepare(TINY, PROMPT, None, GenerationConfig(), given)
+    out = driver.generate(engine, prompt)
     return out.sequences[:, PROMPT.shape[1] :].tolist(), engine.calls
 
 
@@ -92,7 +93,7 @@ def test_a_token_that_could_not_be_chosen_is_an_error():  # 108, 109
 
 def test_time_that_runs_out_ends_with_what_there_is(monkeypatch):  # 113
     clock = itertools.count()
-    monkeypatch.setattr(decoding.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(driver.time, "monotonic", lambda: next(clock))
     assert generated([[4] * 9, [3] * 9], eos_token_id=None, max_time=3.5)[0] == [[4] * 4, [3] * 4]
 
 
@@ -237,7 +238,7 @@ def test_a_file_s_keys_of_ids_are_ids_and_others_stay_wrong():
 )
 def test_what_would_exhaust_the_machine_is_an_error(options):
     with pytest.raises(MistralError) as caught:
-        decoding.prepare(TINY, PROMPT, None, GenerationConfig.from_dict(options), {})
+        driver.prepare(TINY, PROMPT, None, GenerationConfig.from_dict(options), {})
     assert next(iter(options)) in str(caught.value) or "max_position_embeddings" in str(caught.value)
     assert len(str(caught.value)) < 600
 
@@ -251,10 +252,10 @@ def test_a_long_chunk_is_no_reason_to_pad_a_short_prompt():
             return super().step(cache, ids_BT, *rest)
 
     engine = Compiled([[4], [4]])
-    prompt = decoding.prepare(
+    prompt = driver.prepare(
         TINY, PROMPT, None, GenerationConfig(max_new_tokens=1, prefill_chunk_size=10**9), {"seed": 0}
     )
-    decoding.generate(engine, prompt)
+    driver.generate(engine, prompt)
 
 
 # Options that are none

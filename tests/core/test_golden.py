@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 from conformance.weights import checksum, random_parameters
-from mistral_core import rope
-from mistral_core.config import MistralConfig
+from mistral_core.config import MistralConfig, rope
 from mistral_core.parameters import HEADS
 from mistral_core.reference import heads, ops
 

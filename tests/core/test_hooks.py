@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from conformance.weights import random_parameters
-from mistral_core import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, decoding
+from mistral_core import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from mistral_core.config.presets import TINY
 from mistral_core.errors import GenerationConfigError, InputError, NonFiniteInputError
-from mistral_core.presets import TINY
+from mistral_core.generation import driver
 from mistral_core.reference import engine, heads
 from mistral_core.reference.sampling import log_softmax
 
@@ -25,9 +26,9 @@ SAMPLED = {"do_sample": True, "seed": 3, "temperature": 0.9}
 
 
 def written(ids=IDS, mask=None, *, assistant=None, streamer=None, tokenizer=None, past=None, **options):
-    prompt = decoding.prepare(TINY, ids, mask, GenerationConfig(), {**ENDLESS, **options})
+    prompt = driver.prepare(TINY, ids, mask, GenerationConfig(), {**ENDLESS, **options})
     subject = engine.Engine(TINY, PARAMETERS)
-    return decoding.generate(subject, prompt, past=past, assistant=assistant, streamer=streamer, tokenizer=tokenizer)
+    return driver.generate(subject, prompt, past=past, assistant=assistant, streamer=streamer, tokenizer=tokenizer)
 
 
 class Asked:
@@ -301,7 +302,7 @@ def test_of_beams_each_running_one_is_told():
 def test_transition_scores_add_up_to_those_of_beams(penalty):
     ends = tuple(range(20, 60))
     out = written(num_beams=4, num_return_sequences=3, output_scores=True, eos_token_id=ends, length_penalty=penalty)
-    found = decoding.transition_scores(out.sequences, list(out.scores), out.beam_indices, normalize_logits=False)
+    found = driver.transition_scores(out.sequences, list(out.scores), out.beam_indices, normalize_logits=False)
     length = (out.beam_indices >= 0).sum(1)
     assert np.allclose(found.sum(1) / length**penalty, out.sequences_scores, atol=1e-5)
     assert (found[out.beam_indices[:, : found.shape[1]] < 0] == 0).all()
@@ -309,12 +310,12 @@ def test_transition_scores_add_up_to_those_of_beams(penalty):
 
 def test_transition_scores_of_a_greedy_text():
     out = written(output_scores=True)
-    found = decoding.transition_scores(out.sequences, list(out.scores), None, normalize_logits=True)
+    found = driver.transition_scores(out.sequences, list(out.scores), None, normalize_logits=True)
     for row, step in itertools.product(range(2), range(6)):
         wanted = log_softmax(logits(out.sequences[row, : 9 + step].tolist()))
         assert np.isclose(found[row, step], wanted[out.sequences[row, 9 + step]], atol=1e-4)
     with pytest.raises(InputError, match="compute_transition_scores"):
-        decoding.transition_scores(out.sequences[:1], list(out.scores), None, normalize_logits=False)
+        driver.transition_scores(out.sequences[:1], list(out.scores), None, normalize_logits=False)
 
 
 # Streams
@@ -336,8 +337,8 @@ def test_beams_stream_their_best_row_at_the_end():
     out = written(num_beams=3, num_return_sequences=2, streamer=streamer)
     assert streamer.told == [IDS.tolist(), *out.sequences[::2, 9:].T.tolist()]
     assert streamer.ended == 1
-    prompt = decoding.prepare(TINY, IDS[:1], None, GenerationConfig(), {**ENDLESS, "num_beams": 3})
-    pieces = list(decoding.stream(engine.Engine(TINY, PARAMETERS), prompt, tokenizer=Letters()))
+    prompt = driver.prepare(TINY, IDS[:1], None, GenerationConfig(), {**ENDLESS, "num_beams": 3})
+    pieces = list(driver.stream(engine.Engine(TINY, PARAMETERS), prompt, tokenizer=Letters()))
     assert "".join(pieces) == Letters().decode(written(IDS[:1], num_beams=3).sequences[0, 9:])
 
 
@@ -352,8 +353,8 @@ def test_a_stream_that_is_closed_holds_nothing():
         pass
 
     subject = Held(TINY, PARAMETERS)
-    prompt = decoding.prepare(TINY, IDS[:1], None, GenerationConfig(), {**ENDLESS, "max_new_tokens": 30})
-    pieces = decoding.stream(subject, prompt, tokenizer=Letters())
+    prompt = driver.prepare(TINY, IDS[:1], None, GenerationConfig(), {**ENDLESS, "max_new_tokens": 30})
+    pieces = driver.stream(subject, prompt, tokenizer=Letters())
     assert next(pieces)
     gone = weakref.ref(subject)
     del subject
@@ -364,6 +365,6 @@ def test_a_stream_that_is_closed_holds_nothing():
 
 
 def test_several_rows_are_refused_before_the_first_piece():
-    prompt = decoding.prepare(TINY, IDS, None, GenerationConfig(), {})
+    prompt = driver.prepare(TINY, IDS, None, GenerationConfig(), {})
     with pytest.raises(InputError, match="one row"):
-        decoding.stream(engine.Engine(TINY, PARAMETERS), prompt, tokenizer=Letters())
+        driver.stream(engine.Engine(TINY, PARAMETERS), prompt, tokenizer=Letters())

@@ -21,8 +21,9 @@ from local_hub import COMMIT, ENTRY_NOT_FOUND, RESET, serving
 from mistral_core import TINY, MistralConfig, convert, errors
 from mistral_core.config import CONFIG_FILES
 from mistral_core.data import TINY_CHECKPOINT
+from mistral_core.hub import download
 from mistral_core.parameters import initial_value, parameters
-from mistral_core.weights import hub, manifest, pretrained
+from mistral_core.weights import manifest, pretrained
 from mistral_core.weights.checkpoint import load, save
 
 REPO, TOKEN = "someone/tiny-mistral", "hf_SecretSecretSecret"
@@ -60,7 +61,7 @@ def server(contents, monkeypatch):
 @pytest.fixture
 def get(tmp_path, server):
     def get(repository=REPO, **arguments):
-        return hub.resolve(repository, cache_dir=tmp_path / "cache", **arguments)
+        return download.resolve(repository, cache_dir=tmp_path / "cache", **arguments)
 
     return get
 
@@ -89,14 +90,14 @@ def raises(error, *parts):
 
 def test_existing_paths_stay_and_nothing_is_asked(tmp_path, server, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
-    assert hub.resolve(tmp_path) == tmp_path
-    assert hub.resolve(str(tmp_path / "file"), files=["config.json"]) == tmp_path / "file"
-    assert hub.resolve(bytes(tmp_path)) == tmp_path
+    assert download.resolve(tmp_path) == tmp_path
+    assert download.resolve(str(tmp_path / "file"), files=["config.json"]) == tmp_path / "file"
+    assert download.resolve(bytes(tmp_path)) == tmp_path
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert hub.resolve("~/file") == tmp_path / "file"
+    assert download.resolve("~/file") == tmp_path / "file"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "someone" / "tiny-mistral").mkdir(parents=True)
-    assert hub.resolve(REPO) == Path(REPO)
+    assert download.resolve(REPO) == Path(REPO)
     assert not server.requests
 
 
@@ -106,9 +107,9 @@ def test_absent_paths_are_not_asked_for_on_the_hub(tmp_path, server, monkeypatch
     (tmp_path / "here").mkdir()
     for path in (text, Path(text)):
         with pytest.raises(errors.CheckpointNotFoundError, match="absent|a|hidden"):
-            hub.resolve(path)
+            download.resolve(path)
     with pytest.raises(errors.CheckpointNotFoundError):
-        hub.resolve(Path("someone/absent"))
+        download.resolve(Path("someone/absent"))
     assert not server.requests
 
 
@@ -320,7 +321,7 @@ def test_127_the_whole_file_in_answer_to_a_range(server, get, contents):
 def test_128_a_tampered_cache_is_found_by_the_manifest(server, tmp_path, contents):
     save(tmp_path / "model", TINY, WEIGHTS.items())
     server.files = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
-    snapshot = hub.resolve(REPO, cache_dir=tmp_path / "cache")
+    snapshot = download.resolve(REPO, cache_dir=tmp_path / "cache")
     blob = cached_blob(snapshot, "model.safetensors")
     data = bytearray(blob.read_bytes())
     data[-1] ^= 1
@@ -445,13 +446,13 @@ def test_132_no_symbolic_links(server, get, contents, monkeypatch):
 DOWNLOAD = """
 import resource, signal, sys, warnings
 from mistral_core import errors
-from mistral_core.weights import hub
+from mistral_core.hub import download
 limit = int(sys.argv[3])
 if limit:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 try:
-    print(hub.resolve(sys.argv[1], cache_dir=sys.argv[2]))
+    print(download.resolve(sys.argv[1], cache_dir=sys.argv[2]))
 except errors.MistralError as error:
     print(type(error).__name__, error.errno, error)
 """
@@ -468,7 +469,7 @@ def test_132_a_full_disk(server, tmp_path, contents):
     assert told.startswith("HubError"), (told, errors_told)
     assert f"{errno.EFBIG}" in told
     assert "free space" in told
-    snapshot = hub.resolve(REPO, cache_dir=tmp_path / "cache")
+    snapshot = download.resolve(REPO, cache_dir=tmp_path / "cache")
     assert all(path.read_bytes() == contents[path.name] for path in snapshot.iterdir())
 
 
@@ -478,14 +479,14 @@ def test_132_a_read_only_cache(server, tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.makedirs", refused)
     with raises(errors.HubError, "cache directory") as caught:
-        hub.resolve(REPO, cache_dir=tmp_path / "cache")
+        download.resolve(REPO, cache_dir=tmp_path / "cache")
     assert caught.value.errno == errno.EROFS
 
 
 def test_134_four_processes_download_the_same(server, tmp_path, contents):
     processes = [in_another_process(server, tmp_path / "cache") for _ in range(4)]
     told = [process.communicate() for process in processes]
-    snapshot = hub.resolve(REPO, cache_dir=tmp_path / "cache", local_files_only=True)
+    snapshot = download.resolve(REPO, cache_dir=tmp_path / "cache", local_files_only=True)
     assert {out.strip() for out, _ in told} == {str(snapshot)}, told
     assert all(path.read_bytes() == contents[path.name] for path in snapshot.iterdir())
     assert not list((tmp_path / "cache").rglob("*.incomplete"))
@@ -588,7 +589,7 @@ def test_hub_that_cannot_be_reached(server, get, monkeypatch):
 def test_cache_directory_that_cannot_be_written(tmp_path, server):
     (tmp_path / "cache").write_bytes(b"a file")
     with raises(errors.HubError, "cache directory") as caught:
-        hub.resolve(REPO, cache_dir=tmp_path / "cache")
+        download.resolve(REPO, cache_dir=tmp_path / "cache")
     assert caught.value.errno in (errno.EEXIST, errno.ENOTDIR)
 
 
@@ -658,7 +659,7 @@ def test_refusal_does_not_fall_back_to_the_cache(server, get, answer):
 @pytest.mark.parametrize("revision", ["../../evil", "/evil"])
 def test_revision_is_no_path(tmp_path, server, revision):
     revision = revision.replace("/evil", f"{tmp_path}/evil") if revision == "/evil" else revision
-    hub.resolve(REPO, cache_dir=tmp_path / "cache", revision=revision, files=CONFIG_FILES)
+    download.resolve(REPO, cache_dir=tmp_path / "cache", revision=revision, files=CONFIG_FILES)
     assert not list(tmp_path.rglob("evil"))
 
 

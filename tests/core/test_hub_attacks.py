@@ -15,7 +15,7 @@ from local_hub import COMMIT, COMMITTED, serving
 
 from mistral_core import errors
 from mistral_core.disk import limits
-from mistral_core.weights import hub, hub_wire
+from mistral_core.hub import download, wire
 from mistral_core.weights.push import push_files
 
 REPO = "someone/m"
@@ -30,7 +30,7 @@ def server(monkeypatch):
 
 @pytest.fixture
 def get(tmp_path, server):
-    return lambda **arguments: hub.resolve(REPO, cache_dir=tmp_path / "cache", **arguments)
+    return lambda **arguments: download.resolve(REPO, cache_dir=tmp_path / "cache", **arguments)
 
 
 def everything(directory: Path) -> set[str]:
@@ -168,7 +168,7 @@ def test_a_file_whose_size_nobody_told_is_bounded(server, get, monkeypatch):
     get(files=["config.json"])
     monkeypatch.setattr(limits, "UNANNOUNCED_BYTES", 7)
     with pytest.raises(errors.DownloadCorruptError, match="goes on after the 7 bytes"):
-        hub.resolve(REPO, files=["config.json"], cache_dir=os.path.join(constants.HF_HUB_CACHE, "absent"))
+        download.resolve(REPO, files=["config.json"], cache_dir=os.path.join(constants.HF_HUB_CACHE, "absent"))
 
 
 def test_answers_are_bounded(server, get, monkeypatch):
@@ -182,7 +182,7 @@ class Slow:
 
     def __init__(self, monkeypatch):
         self.now = 0.0
-        monkeypatch.setattr(hub_wire.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(wire.time, "monotonic", lambda: self.now)
 
     def iter_raw(self):
         for _ in range(10_000):
@@ -193,15 +193,15 @@ class Slow:
 def test_a_trickle_has_an_end(monkeypatch):
     slow = Slow(monkeypatch)
     with pytest.raises(errors.HubTimeoutError, match="less than 1024 bytes a second"):
-        list(hub_wire._arriving(slow, hub.Repository(REPO, None, None, None), 10**6))
+        list(wire._arriving(slow, download.Repository(REPO, None, None, None), 10**6))
     assert slow.now <= limits.SLOW_SECONDS + 1
 
 
 def test_a_head_that_never_comes_has_an_end(monkeypatch):
     monkeypatch.setattr(limits, "HEAD_SECONDS", 0.05)
-    gate = hub_wire.threading.Event()
+    gate = wire.threading.Event()
     with pytest.raises(errors.HubTimeoutError, match="did not answer"):
-        hub_wire._in_time(lambda: gate.wait() and io.BytesIO(), hub.Repository(REPO, None, None, None))
+        wire._in_time(lambda: gate.wait() and io.BytesIO(), download.Repository(REPO, None, None, None))
     gate.set()
 
 
@@ -210,11 +210,11 @@ def test_a_head_that_never_comes_has_an_end(monkeypatch):
 
 KILLED = """
 import os, sys
-from mistral_core.weights import hub
+from mistral_core.hub import download
 def check(path, *rest):
     os.kill(os.getpid(), 9)
-hub._check = check
-hub.resolve(sys.argv[1], cache_dir=sys.argv[2], files=["model.safetensors"])
+download._check = check
+download.resolve(sys.argv[1], cache_dir=sys.argv[2], files=["model.safetensors"])
 """
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from conformance.weights import random_parameters
+from mistral_core.config.presets import TINY
 from mistral_core.errors import (
     CacheOverflowError,
     EmptyInputError,
@@ -16,7 +17,6 @@ from mistral_core.errors import (
     SequenceTooLongError,
     TokenIdError,
 )
-from mistral_core.presets import TINY
 
 CONFIG = TINY.replace(max_position_embeddings=64)
 PARAMETERS = random_parameters(CONFIG, "MistralForCausalLM")

@@ -15,13 +15,13 @@ import pytest
 from PIL import Image
 from rich.cells import cell_len
 
+from mistral_core.config.presets import TINY
 from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.errors import EmptyInputError, InputError, MissingExtraError, SequenceTooLongError
 from mistral_core.pictures import AttentionMaskVisualizer, AttentionVisualizer, inputs, terminal
 from mistral_core.pictures.labels import ascii_only, labels, safe
 from mistral_core.pictures.palette import LIGHT, rgb
 from mistral_core.pictures.picture import Panel, Picture, Reason, Token
-from mistral_core.presets import TINY
 from mistral_core.text.tokenizer import MistralTokenizer
 
 TEXTS = ["Emma was", "The evening was not"]

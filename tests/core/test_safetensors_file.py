@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from mistral_core import errors
-from mistral_core.weights.safetensors_file import DTYPES, SafetensorsFile
+from mistral_core.weights.containers.safetensors import DTYPES, SafetensorsFile
 
 
 def bits(array: np.ndarray) -> bytes:

@@ -12,14 +12,7 @@ from hypothesis import strategies as st
 
 from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.errors import InputError
-from mistral_core.text.stream import (
-    StoppingStream,
-    TextIteratorStreamer,
-    TextStream,
-    TextStreamer,
-    beginning,
-    telling,
-)
+from mistral_core.text.stream import StoppingStream, TextIteratorStreamer, TextStream, TextStreamer, beginning, telling
 from mistral_core.text.tokenizer import MistralTokenizer
 
 TOKENIZER = MistralTokenizer.from_pretrained(TINY_CHECKPOINT)

@@ -13,9 +13,9 @@ import pytest
 
 import mistral_core
 from mistral_core import MistralConfig, telling
+from mistral_core.compat.names import ADVICE
+from mistral_core.config.presets import TINY
 from mistral_core.errors import MissingExtraError, MissingNameError, UnknownFieldError
-from mistral_core.missing_names import ADVICE
-from mistral_core.presets import TINY
 
 ROOT = Path(mistral_core.__file__).parents[1]
 

@@ -6,14 +6,8 @@ import numpy as np
 import pytest
 from scripted import END, FIRST, SECOND, TH, Characters, Model
 
-from mistral_core.conversation import Conversation
-from mistral_core.errors import (
-    EmptyInputError,
-    GenerationConfigError,
-    InputError,
-    SequenceTooLongError,
-    TemplateError,
-)
+from mistral_core.errors import EmptyInputError, GenerationConfigError, InputError, SequenceTooLongError, TemplateError
+from mistral_core.pipelines.conversation import Conversation
 
 ids = Characters().encode
 

@@ -11,9 +11,10 @@ import safetensors.numpy
 from mistral_core import MistralConfig, errors
 from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.disk import files
-from mistral_core.weights import checkpoint, formats, hub, pretrained, push, unread
-from mistral_core.weights.hub_files import heads
+from mistral_core.hub import download
+from mistral_core.weights import checkpoint, formats, pretrained, push, unread
 from mistral_core.weights.opened import Checkpoint
+from mistral_core.weights.sources import heads
 
 NAMES = {
     "adapter_model.safetensors": "an adapter of PEFT.*PeftModel.from_pretrained",
@@ -85,14 +86,14 @@ def test_packed_by_mlx(tmp_path):
     "text", ["model/", "model.gguf", "no\\such\\thing", "model.safetensors", "someone/m/", "tokenizer.json"]
 )
 def test_what_looks_like_a_path_is_not_asked_for_on_the_hub(text, monkeypatch):
-    monkeypatch.setattr(hub, "_download", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.setattr(download, "_download", lambda *_: pytest.fail("asked the hub"))
     with pytest.raises(errors.CheckpointNotFoundError, match="no such file or directory; check the path"):
-        hub.resolve(text)
+        download.resolve(text)
 
 
 def test_what_may_be_an_id_is_told_as_a_path_too(tmp_path):
     with pytest.raises(errors.OfflineError, match="no such path here"):
-        hub.resolve("my-model", cache_dir=tmp_path, local_files_only=True)
+        download.resolve("my-model", cache_dir=tmp_path, local_files_only=True)
 
 
 # No temporary names

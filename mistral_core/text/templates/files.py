@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ... import strict_json
-from ...disk import limits, reading
+from ...disk import limits, reading, strict_json
 from ...disk.files import check_bare_name
 from ...errors import TemplateError, UnsafeFileError
 from .worker import MAX_TEMPLATE_BYTES

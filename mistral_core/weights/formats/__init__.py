@@ -14,19 +14,15 @@ from typing import NamedTuple
 
 from ...config import MistralConfig
 from ...disk import reading
-from ...errors import (
-    CheckpointNotFoundError,
-    ConversionError,
-    MissingExtraError,
-    UnsupportedFeatureError,
-)
-from .. import tensor_file, unread
-from ..hdf5 import file as hdf5_file
+from ...errors import CheckpointNotFoundError, ConversionError, MissingExtraError, UnsupportedFeatureError
+from .. import unread
+from ..containers import tensor_file
+from ..containers.hdf5 import file as hdf5_file
+from ..containers.safetensors import SafetensorsFile
+from ..containers.shards import weight_map_of
+from ..containers.tensor_file import quoted
+from ..containers.zarr import tree as zarr_tree
 from ..opened import Checkpoint
-from ..safetensors_file import SafetensorsFile
-from ..shards import weight_map_of
-from ..tensor_file import quoted
-from ..zarr import tree as zarr_tree
 from .base import Format
 
 GROUP = "mistral.formats"

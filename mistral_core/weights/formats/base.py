@@ -13,10 +13,11 @@ from ...config import MistralConfig
 from ...disk import files, limits, reading
 from ...errors import CheckpointNotFoundError, UnsupportedFeatureError
 from ...parameters import Parameter, parameters
-from .. import layouts, tensor_file
+from .. import layouts
+from ..containers import tensor_file
+from ..containers.tensor_file import TensorInfo
 from ..layouts import Layout
 from ..opened import Checkpoint
-from ..tensor_file import TensorInfo
 
 TEXT_FILES = (
     "generation_config.json",

@@ -7,10 +7,10 @@ from pathlib import Path
 from ...config import MistralConfig
 from ...parameters import BASE_PREFIX
 from .. import layouts
-from ..msgpack import writing as msgpack_writing
-from ..msgpack.file import MsgpackFile
+from ..containers.msgpack import writing as msgpack_writing
+from ..containers.msgpack.file import MsgpackFile
+from ..containers.shards import Family, create_shards, open_files
 from ..opened import Checkpoint, stored_in_layout
-from ..shards import Family, create_shards, open_files
 from . import base
 from .base import Outline, Target
 from .transformers_names import flax_name, lacking, rows_by

@@ -7,8 +7,8 @@ from pathlib import Path
 from ...config import MistralConfig
 from ...parameters import BASE_PREFIX, Parameter
 from .. import layouts
+from ..containers.shards import create_shards, open_files, safetensors_family
 from ..opened import Checkpoint, stored_in_layout
-from ..shards import create_shards, open_files, safetensors_family
 from . import base
 from .base import Outline, Target
 from .transformers_names import flax_name, lacking, rows_by

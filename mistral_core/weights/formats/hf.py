@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ... import quantization
 from ...config import MistralConfig
 from ...errors import UnsupportedFeatureError
 from ...parameters import BASE_PREFIX
-from .. import unread
+from ...quantization import schemes
+from .. import dequantised, unread
+from ..containers.shards import create_shards, open_files
+from ..containers.tensor_file import TensorFile
 from ..opened import Checkpoint, stored_as_it_is
-from ..quantized import checkpoint as quantized
-from ..shards import create_shards, open_files
-from ..tensor_file import TensorFile
 from . import base
 from .base import Outline, Target
 
@@ -30,12 +29,12 @@ def from_shards(path: Path, format: str, shards: list[TensorFile], config: Mistr
             f"{path}: packed by MLX (scales and biases beside the weights), which is not read; write it with "
             "mlx_lm.convert --dequantize."
         )
-    views = quantized.dequantised(shards, directory / "config.json", "quantization_config", quantization.read, config)
+    views = dequantised.dequantised(shards, directory / "config.json", "quantization_config", schemes.read, config)
     return Checkpoint(
         path,
         format,
         {shard.path: shard for shard in shards},
-        quantized.labelled(stored_as_it_is(views), views),
+        dequantised.labelled(stored_as_it_is(views), views),
         base.opened_config(path, config),
         base.texts_in(directory),
     )

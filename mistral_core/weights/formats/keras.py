@@ -12,17 +12,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ... import strict_json
 from ...config import MistralConfig
-from ...disk import files, limits, reading
+from ...disk import files, limits, reading, strict_json
 from ...errors import ConfigError, CorruptCheckpointError, UnsupportedFeatureError
 from ...parameters import BASE_PREFIX, HEADS, Parameter, layer_of, parameters
 from .. import layouts
-from ..hdf5 import file as hdf5_file
-from ..hdf5.file import Hdf5File
+from ..containers.hdf5 import file as hdf5_file
+from ..containers.hdf5.file import Hdf5File
+from ..containers.stored_zip import StoredZip
+from ..containers.tensor_file import DTYPES, opened, quoted
 from ..opened import Checkpoint, stored_in_layout
-from ..stored_zip import StoredZip
-from ..tensor_file import DTYPES, opened, quoted
 from . import base
 from .base import Outline, Target
 

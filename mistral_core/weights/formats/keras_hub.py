@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ... import strict_json
 from ...config import MistralConfig
-from ...disk import files
+from ...disk import files, strict_json
 from ...errors import (
     CheckpointIndexError,
     ConfigError,
@@ -23,11 +22,12 @@ from ...errors import (
     UnsupportedFeatureError,
 )
 from ...parameters import Parameter, layer_of, parameter_count, parameters
-from .. import carried, layouts, shards
-from ..hdf5 import file as hdf5_file
-from ..hdf5.file import Hdf5File
+from .. import carried, layouts
+from ..containers import shards
+from ..containers.hdf5 import file as hdf5_file
+from ..containers.hdf5.file import Hdf5File
+from ..containers.tensor_file import DTYPES, TensorInfo, quoted
 from ..opened import Checkpoint, stored_in_layout
-from ..tensor_file import DTYPES, TensorInfo, quoted
 from . import base
 from .base import Outline, Target
 

@@ -14,13 +14,14 @@ import numpy as np
 from ...config import MistralConfig
 from ...errors import CheckpointNotFoundError, ConversionError, CorruptCheckpointError, LossyConversionError
 from ...parameters import Parameter, layer_of, parameters
-from .. import layouts, tensor_file
+from .. import layouts
+from ..containers import tensor_file
+from ..containers.tensor_file import DTYPES, TensorInfo
+from ..containers.zarr import tree as zarr_tree
+from ..containers.zarr import writing as zarr_writing
+from ..containers.zarr.tree import ZarrTree
+from ..containers.zarr.writing import Array
 from ..opened import Checkpoint, StoredTensor
-from ..tensor_file import DTYPES, TensorInfo
-from ..zarr import tree as zarr_tree
-from ..zarr import writing as zarr_writing
-from ..zarr.tree import ZarrTree
-from ..zarr.writing import Array
 from . import base
 from .base import Outline, Target
 

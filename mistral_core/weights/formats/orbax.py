@@ -12,12 +12,12 @@ from pathlib import Path
 from ...config import MistralConfig
 from ...errors import CheckpointNotFoundError, CorruptCheckpointError
 from ...parameters import BASE_PREFIX, HEADS, parameters, shape_of
-from .. import tensor_file
+from ..containers import tensor_file
+from ..containers.zarr import tree as zarr_tree
+from ..containers.zarr import writing as zarr_writing
+from ..containers.zarr.tree import ZarrTree
+from ..containers.zarr.writing import Array
 from ..opened import Checkpoint, StoredTensor
-from ..zarr import tree as zarr_tree
-from ..zarr import writing as zarr_writing
-from ..zarr.tree import ZarrTree
-from ..zarr.writing import Array
 from . import base
 from .base import Outline, Target
 from .transformers_names import lacking

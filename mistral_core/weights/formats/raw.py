@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ... import config_dialects, quantization, strict_json
-from ...config import MistralConfig
-from ...disk import files
+from ...config import MistralConfig, dialects
+from ...disk import files, strict_json
 from ...errors import ConfigError
 from ...parameters import layer_of, parameters
-from .. import carried, layouts
+from ...quantization import schemes
+from .. import carried, dequantised, layouts
+from ..containers.shards import create_shards, open_files, safetensors_family
+from ..containers.tensor_file import TensorFile
 from ..opened import Checkpoint, stored_in_layout
-from ..quantized import checkpoint as quantized
-from ..shards import create_shards, open_files, safetensors_family
-from ..tensor_file import TensorFile
 from . import base
 from .base import Outline, Target
 
@@ -33,8 +32,8 @@ def from_shards(path: Path, format: str, shards: list[TensorFile], config: Mistr
     directory = path if path.is_dir() else path.parent
     config = config or read_config(directory)
     rows = {row.raw.format(layer_of(name)): (name, row) for name, row in parameters(config) if row.raw}
-    views = quantized.dequantised(shards, directory / PARAMS, "quantization", quantization.read_raw, config)
-    tensors = quantized.labelled(stored_in_layout(views, config, rows, LAYOUT), views)
+    views = dequantised.dequantised(shards, directory / PARAMS, "quantization", schemes.read_raw, config)
+    tensors = dequantised.labelled(stored_in_layout(views, config, rows, LAYOUT), views)
     if config.tie_word_embeddings and "output.weight" in tensors:  # a copy of the embedding, which matching compares
         tensors["lm_head.weight"] = tensors.pop("output.weight")
     return Checkpoint(
@@ -51,20 +50,20 @@ def read_config(directory: Path) -> MistralConfig:
     """params.json, and what it cannot say from the manifest of a conversion."""
     file = directory / PARAMS
     data = strict_json.read_object(file, error=ConfigError)
-    fields, extra = config_dialects.read(data, where=str(file))
+    fields, extra = dialects.read(data, where=str(file))
     return carried.config(directory, {**fields, "extra": extra} if extra else fields)
 
 
 def check(outline: Outline) -> None:
     """Raise UnsupportedFeatureError for what params.json cannot say."""
     base.refuse_heads(outline, "raw")
-    config_dialects.write_raw(outline.config)
+    dialects.write_raw(outline.config)
 
 
 def create(directory: Path, outline: Outline, limit: int) -> dict[str, Target]:
     """params.json, the texts, and places for the tensors."""
     base.write_texts(directory, outline.texts)
-    params = json.dumps(config_dialects.write_raw(outline.config), indent=2) + "\n"
+    params = json.dumps(dialects.write_raw(outline.config), indent=2) + "\n"
     files.write_file(directory / PARAMS, params.encode())
     names = {name: row.raw.format(layer_of(name)) for name, row in outline.rows().items() if row.raw}
     specs = base.specs_in_layout(outline, names, LAYOUT)

@@ -16,11 +16,11 @@ from ...errors import CorruptCheckpointError
 from ...parameters import Parameter
 from .. import layouts
 from ..casting import narrowed, widened
-from ..hdf5 import file as hdf5_file
-from ..hdf5.file import Hdf5File
+from ..containers.hdf5 import file as hdf5_file
+from ..containers.hdf5.file import Hdf5File
+from ..containers.shards import Family, Specs, create_shards, open_files, weight_map_of
+from ..containers.tensor_file import DTYPES, TensorInfo, quoted, write
 from ..opened import Checkpoint, StoredTensor, stored_in_layout
-from ..shards import Family, Specs, create_shards, open_files, weight_map_of
-from ..tensor_file import DTYPES, TensorInfo, quoted, write
 from . import base
 from .base import Outline, Target
 from .transformers_names import rows_by, tf_name

@@ -37,7 +37,7 @@ from transformers.models.mistral import modeling_mistral
 
 from conformance.weights import checksum, random_parameters
 from mistral_core.config import MistralConfig
-from mistral_core.presets import TINY
+from mistral_core.config.presets import TINY
 
 HERE = Path(__file__).parent
 SEED = 20240

@@ -1,0 +1,4 @@
+"""What a Mistral is: one checked description, every dialect of config file, published sizes, rotary frequencies."""
+
+from .config import CONFIG_FILES as CONFIG_FILES
+from .config import MistralConfig as MistralConfig

@@ -1,0 +1,336 @@
+"""MistralConfig: one checked description of a model, read from and written to every dialect of config file.
+
+The legend of axis letters, for the whole project:
+
+    B batch            N query heads            V vocabulary
+    T query positions  K key/value heads        W sliding window
+    S key positions    G = N / K, group size    L layers
+    D hidden size      H head dimension         C classes (labels)
+                       F intermediate size
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..compat.clients import path_by_either_name
+from ..disk import into, reading, strict_json
+from ..errors import CheckpointNotFoundError, ConfigError, UnknownFieldError
+from ..telling import nearest, warn
+from . import checks
+
+CONFIG_FILES = ("config.json", "params.json")
+
+BUILT_IN = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "attention_dropout",
+    "num_labels",
+    "layer_windows",
+)
+"""What a model takes from its config when it is made; everything else it asks when it is called."""
+
+NO_PROGRAM = (
+    "architectures",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "extra",
+    "id2label",
+    "initializer_range",
+    "label2id",
+)
+"""What no compiled program of a model depends on."""
+OF_SCORES = ("pad_token_id", "problem_type")
+"""What only the programs of MistralForSequenceClassification depend on."""
+
+
+def _taking_other_names(kind: type[MistralConfig]) -> type[MistralConfig]:
+    """Let a config be made with every argument of transformers' constructor: `torch_dtype`, `rope_parameters`, ..."""
+    with_fields = kind.__init__
+
+    @functools.wraps(with_fields)
+    def with_any_names(self: MistralConfig, *values: Any, **fields: Any) -> None:
+        with_fields(self, *values, **_as_fields(fields))
+
+    kind.__init__ = with_any_names  # type: ignore[method-assign]
+    return kind
+
+
+def _as_fields(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments as fields: those under names that only files and transformers have, as a file is read.
+
+    Raises UnknownFieldError for a name that nobody knows, with the nearest one that there is.
+    """
+    from ..compat import arguments
+    from . import dialects
+
+    known = checks.field_names()
+    if given.keys() <= known:
+        return given
+    extra = given.get("extra") or {}
+    fields, unknown = dialects.read_arguments({k: v for k, v in given.items() if k != "extra"})
+    if unknown:
+        known_to_loading = {*known, *arguments.KNOWN}
+        told = ", ".join(f"{name!r}{nearest(name, known_to_loading)}" for name in sorted(unknown))
+        raise UnknownFieldError(f"MistralConfig has no field {told}; see help(MistralConfig).")
+    own = {name: value for name, value in given.items() if name in known}
+    return {**own, **fields, "extra": {**extra, **fields["extra"]}}
+
+
+@_taking_other_names
+@dataclass(unsafe_hash=True)
+class MistralConfig:
+    """Sizes and numbers of a Mistral, in Hugging Face's names; defaults are those of transformers 4.56.
+
+    `rope_scaling` is None or `{"rope_type": "linear" | "yarn" | "llama3", "factor": ..., ...}`. `sliding_window` is
+    the number
+    of keys a position sees, itself included, or None. `layer_types` names each layer full or sliding; None makes all
+    sliding where there is a window. `extra` keeps the keys of a file that this class does not know, for the way back.
+
+    It is made with fields or with what transformers calls them (`torch_dtype=`, `rope_parameters=`); numbers of NumPy
+    and of the frameworks, paths, tuples and ranges are taken as Python's own.
+
+    An assignment (`model.config.use_cache = False`, as training libraries write) is checked like a construction.
+    Raises ConfigError (a ValueError), with all that is wrong at once.
+    """
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = None  # type: ignore[assignment]  # None becomes hidden_size / num_attention_heads
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096 * 32
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 2
+    tie_word_embeddings: bool = False
+    rope_theta: float = 10000.0
+    rope_scaling: Mapping[str, Any] | None = field(default=None, hash=False)
+    sliding_window: int | None = 4096
+    attention_dropout: float = 0.0
+    layer_types: tuple[str, ...] | None = None
+    num_labels: int = 2
+    id2label: Mapping[int, str] | None = field(default=None, hash=False)
+    label2id: Mapping[str, int] | None = field(default=None, hash=False)
+    problem_type: str | None = None
+    classifier_dropout: float = 0.1
+    dtype: str | None = None
+    output_attentions: bool = False
+    output_hidden_states: bool = False
+    return_dict: bool = True
+    architectures: tuple[str, ...] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        self.__dict__.update(checks.normalised(self))
+        checks.check(self)
+        self.__dict__["_complete"] = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not self.__dict__.get("_complete"):
+            object.__setattr__(self, name, value)
+            return
+        changed = self.replace(**{name: value})
+        if self.__dict__.get("_built"):
+            self.check_built(changed)
+        self.__dict__.update(vars(changed))
+
+    def check_built(self, changed: MistralConfig) -> None:
+        """Raise ConfigError where a model built of this config cannot have the changed one."""
+        values = {name: (getattr(self, name), getattr(changed, name)) for name in BUILT_IN}
+        differ = [
+            f"{name}={would!r}, but it was built with {was!r}" for name, (was, would) in values.items() if was != would
+        ]
+        if differ:
+            raise ConfigError(f"the model's config: {'; '.join(differ)}. Make or load a model with what you want.")
+
+    def for_model(self) -> MistralConfig:
+        """A copy for a model to own, in which fields that the model is built of cannot be assigned."""
+        copied = copy.copy(self)
+        copied.__dict__["_built"] = True
+        return copied
+
+    def rebuilt(self, **changes: Any) -> None:
+        """Change fields that the model is built of; for the one who changes the model with them."""
+        self.__dict__.update(vars(self.replace(**changes)))
+
+    def program(self, architecture: str) -> MistralConfig:
+        """A copy in which all that no compiled program of a class depends on is None.
+
+        Models whose copies are equal share their programs: changing anything else compiles nothing anew.
+        """
+        copied = copy.copy(self)
+        names = NO_PROGRAM if architecture == "MistralForSequenceClassification" else (*NO_PROGRAM, *OF_SCORES)
+        copied.__dict__.update(dict.fromkeys(names))
+        return copied
+
+    # What the models ask
+
+    @property
+    def num_key_value_groups(self) -> int:
+        """G: how many query heads share one key/value head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """The window of each layer, None where it sees everything."""
+        if self.layer_types is None:
+            return (self.sliding_window,) * self.num_hidden_layers
+        return tuple(self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types)
+
+    def problem(self, *, float_labels: bool) -> str:
+        """By problem_type; without one, a single label is regression, integers are classes, floats are many classes."""
+        if self.problem_type is not None:
+            return self.problem_type
+        if self.num_labels == 1:
+            return "regression"
+        return "multi_label_classification" if float_labels else "single_label_classification"
+
+    @property
+    def model_type(self) -> str:
+        """What every config.json of a dense Mistral calls itself."""
+        return "mistral"
+
+    @property
+    def torch_dtype(self) -> str | None:
+        """`dtype` by its older name."""
+        return self.dtype
+
+    # What clients of transformers' configs read
+
+    is_encoder_decoder = False
+
+    @property
+    def keys_to_ignore_at_inference(self) -> list[str]:
+        """What a trainer does not collect of the outputs of an evaluation."""
+        return ["past_key_values"]
+
+    def note(self, **facts: str) -> None:
+        """Tell a model's copy its `name_or_path` and `attn_implementation`: for those who ask, no part of the value."""
+        self.__dict__.update({f"_{name}": fact for name, fact in facts.items()})
+
+    _name_or_path = ""
+    _attn_implementation = None
+
+    @property
+    def name_or_path(self) -> str:
+        """Where a model that has this config was loaded from."""
+        return self._name_or_path
+
+    def get_text_config(self, **options: Any) -> MistralConfig:
+        """Itself, as training libraries ask of models that also see or hear."""
+        return self
+
+    @property
+    def use_return_dict(self) -> bool:
+        """`return_dict` by the name that training libraries read."""
+        return self.return_dict
+
+    @property
+    def rope_parameters(self) -> dict[str, Any]:
+        """Theta and scaling in one mapping, as transformers 5 writes them."""
+        scaling = dict(self.rope_scaling or {"rope_type": "default"})
+        return {"rope_theta": self.rope_theta, **scaling}
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The end-of-sequence ids as a tuple, empty if there is none, which transformers' users write as -1 too."""
+        if self.eos_token_id in (None, -1):
+            return ()
+        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+
+    def replace(self, **changes: Any) -> MistralConfig:
+        """A copy with some fields changed and all checks made again.
+
+        Changing `num_labels` or `hidden_size` drops what was derived from the old value.
+        """
+        if not changes.keys() <= checks.field_names():
+            changes = _as_fields({"extra": self.extra, **changes})
+        if "num_labels" in changes and changes["num_labels"] != self.num_labels:
+            changes = {"id2label": None, "label2id": None, **changes}
+        return dataclasses.replace(self, **changes)
+
+    # Files
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, strict: bool = False, where: str = "config") -> MistralConfig:
+        """Read a Hugging Face config, of transformers 4 or 5, or a raw `params.json`, whichever `data` is.
+
+        Keys nobody knows are kept in `extra` with one warning; with `strict` they raise UnknownFieldError.
+        """
+        from . import dialects
+
+        fields, unknown = dialects.read(data, where=where)
+        if unknown and strict:
+            raise UnknownFieldError(f"{where}: unknown keys {sorted(unknown)}; remove them or pass strict=False.")
+        if unknown:
+            warn(f"{where}: unknown keys {sorted(unknown)} are kept but not used.")
+        return cls(**fields)
+
+    @classmethod
+    @path_by_either_name
+    def from_pretrained(cls, path: str | os.PathLike[str], *, strict: bool = False, **overrides: Any) -> MistralConfig:
+        """Read `config.json` or, in a raw checkpoint, `params.json`, from a file, a directory or a hub id.
+
+        `overrides` replace fields; `revision`, `cache_dir`, `token` and `local_files_only` go to the hub.
+        Raises CheckpointNotFoundError, ConfigError; where both files are present and disagree, ConfigError names the
+        fields.
+        """
+        from ..hub import download
+
+        hub_arguments = {key: overrides.pop(key) for key in download.ARGUMENTS if key in overrides}
+        root = download.resolve(path, files=CONFIG_FILES, **hub_arguments)
+        config = reading.of_one_moment(root, lambda held: cls._read(held, strict))
+        return config.replace(**overrides) if overrides else config
+
+    @classmethod
+    def _read(cls, root: Path, strict: bool) -> MistralConfig:
+        from ..weights import unread
+
+        files = [root] if root.is_file() else [root / name for name in CONFIG_FILES if (root / name).exists()]
+        if not files:
+            text = unread.told(reading.names(root)) or "check the path"
+            raise CheckpointNotFoundError(f"{root}: neither {' nor '.join(CONFIG_FILES)} is there; {text}.")
+        configs = []
+        for file in files:
+            data = strict_json.read_object(file, error=ConfigError)
+            configs.append(cls.from_dict(data, strict=strict, where=str(file)))
+        if len(configs) == 2:
+            checks.check_agree(configs[0], configs[1], where=str(root))
+        return configs[0]
+
+    def to_dict(self, *, dialect: str = "v4") -> dict[str, Any]:
+        """The Hugging Face dictionary: `v4` has rope_theta, rope_scaling, torch_dtype; `v5` rope_parameters, dtype."""
+        from . import dialects
+
+        return dialects.write(self, dialect=dialect)
+
+    def to_json_string(self, *, dialect: str = "v4") -> str:
+        """`to_dict` as the text of a config.json."""
+        return json.dumps(self.to_dict(dialect=dialect), indent=2, sort_keys=True) + "\n"
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write config.json into a directory."""
+        into.write_into(directory, {"config.json": self.to_json_string().encode()})

@@ -1,0 +1,222 @@
+"""The model hub: an id becomes a local directory of one commit; a local path stays what it is."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from ..disk import files as safe_files
+from ..disk import reading
+from ..errors import (
+    CheckpointNotFoundError,
+    DownloadCorruptError,
+    FileNotOnHubError,
+    HubError,
+    HubTimeoutError,
+    MistralError,
+    OfflineError,
+    UnsafeFileError,
+)
+from ..telling import warn
+from ..weights import unread
+from ..weights.formats.base import TEMPLATES, is_template
+from ..weights.sources import CONFIGS, HEADS, heads, small_files, weight_files
+from . import cache, wire
+from .errors import Repository, translated
+from .wire import Announced
+
+ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only")
+
+_DOWNLOADS_AT_ONCE = 4
+_SUFFIXES = (".gguf", ".safetensors", ".json", ".bin", ".pth", ".pt", ".h5", ".keras", ".msgpack", ".model", ".npz")
+
+
+def resolve(
+    path_or_id: safe_files.PathLike,
+    *,
+    files: Iterable[str] | None = None,
+    format: str | None = None,
+    one_format: bool = False,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The local path of a path, or of a hub id whose `files` are downloaded, all at one commit.
+
+    Of `files` those the repository has, at least one; by default configs, tokenizers and the weights of one format:
+    `format`, else the one that is there, `hf` of several unless there should be `one_format`. Where the hub does not
+    answer, a complete copy in the cache is used, with a warning unless offline is what was asked for.
+    Raises CheckpointNotFoundError (for a path), ConversionError (several formats), HubError and its kinds.
+    """
+    path = safe_files.as_path(path_or_id)
+    if isinstance(path, reading.HeldPath) or (path_or_id and os.path.exists(path)):
+        return path
+    if not isinstance(path_or_id, str) or _looks_like_path(path_or_id, path):
+        raise CheckpointNotFoundError(f"{path}: no such file or directory; check the path.")
+    cache = os.path.expanduser(cache_dir) if cache_dir is not None else None
+    repository = Repository(path_or_id, revision, cache, token)
+    wanted = tuple(files) if files is not None else None
+    for part in (part for name in wanted or () for part in name.split("/")):
+        safe_files.check_bare_name(part, path_or_id)
+    from huggingface_hub import constants
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(path_or_id)
+        if local_files_only or constants.HF_HUB_OFFLINE:
+            return _cached(repository, wanted, format, one_format)
+        return _download(repository, wanted, format, one_format)
+    except Exception as error:
+        failure = translated(error, repository)
+        snapshot = None
+        if type(failure) in (HubError, HubTimeoutError, OfflineError) and not local_files_only:
+            with contextlib.suppress(OfflineError):
+                snapshot = _cached(repository, wanted, format, one_format)
+        if snapshot is None:
+            if failure is error:
+                raise
+            raise failure from error
+        warn(f"{failure} Its copy in the cache, commit {snapshot.name}, is used.")
+        return snapshot
+
+
+def _looks_like_path(text: str, path: Path) -> bool:
+    """Hub ids have at most one slash, no leading dot, no weights' suffix, and no directory on this disk before it."""
+    several = text.count("/") > 1 or "\\" in text
+    if text.startswith((".", "/", "~")) or text.endswith(("/", *_SUFFIXES)) or several:
+        return True
+    return len(path.parts) > 1 and os.path.exists(path.parent)
+
+
+def _download(repository: Repository, wanted: Sequence[str] | None, format: str | None, one: bool) -> Path:
+    """Resolve the commit once and fetch what is wanted of it."""
+    commit, announced = wire.listing(repository)
+    if wanted is None:
+        first = heads(announced, format, str(repository), one=one)
+        names = small_files(announced, first)
+    else:
+        names = [name for name in announced if name in wanted or (TEMPLATES in wanted and is_template(name))]
+    if not names and wanted is not None:
+        advice = unread.told(announced) or "check the id"
+        raise FileNotOnHubError(f"{repository}: the repository has none of {', '.join(wanted)}; {advice}.")
+    _fetch(repository, commit, names, announced)
+    if wanted is None:
+        weights = weight_files(cache.snapshot(repository, commit), announced, first)
+        absent = [name for name in weights if name not in announced]
+        if absent:
+            raise FileNotOnHubError(f"{repository}: the repository lacks {', '.join(absent)}, which {first[0]} names.")
+        _fetch(repository, commit, weights, announced)
+    cache.sweep(repository, commit)
+    cache.remember(repository, commit)
+    return cache.folder(repository) / "snapshots" / commit
+
+
+def _fetch(repository: Repository, commit: str, names: Sequence[str], announced: Mapping[str, Announced]) -> None:
+    """Have files of one commit in the cache, each compared with what the hub announced before it is published."""
+    if len({name.casefold() for name in names}) < len(names):
+        raise UnsafeFileError(f"{repository}: has files whose names differ in nothing but case; refused.")
+
+    def fetch(name: str) -> None:
+        if not _have(repository, commit, name, announced[name]):
+            with cache.arriving(repository, commit, name) as (path, descriptor):
+                if not _have(repository, commit, name, announced[name]):  # another process may have fetched it
+                    _fetch_one(repository, commit, name, announced[name], path, descriptor)
+
+    with ThreadPoolExecutor(_DOWNLOADS_AT_ONCE) as pool:
+        list(pool.map(fetch, names))
+
+
+def _have(repository: Repository, commit: str, name: str, expected: Announced) -> bool:
+    """Whether the cache has a file, compared now if it never was."""
+    path = cache.found(repository, commit, name)
+    if path is None and (known := cache.blob(repository, expected.sha256)):
+        wire.ask_for(repository, commit, name)
+        if not cache.is_verified(repository, known):
+            _check(known, expected, repository)
+        path = cache.publish(repository, commit, name, known, expected.sha256)
+    if path is not None and not cache.is_verified(repository, path):
+        _check(path, expected, repository)
+        cache.note_verified(repository, path)
+    return path is not None
+
+
+def _fetch_one(
+    repository: Repository, commit: str, name: str, expected: Announced, path: Path, descriptor: int
+) -> None:
+    """Download, compare, publish; a connection that breaks off is taken up again while more comes."""
+    before = -1
+    while True:
+        try:
+            wire.download(repository, commit, name, expected, descriptor)
+            break
+        except Exception as error:
+            came = os.fstat(descriptor).st_size
+            broken = isinstance(translated(error, repository), (DownloadCorruptError, HubTimeoutError))
+            if not broken or isinstance(error, MistralError) or expected.sha256 is None or came <= before + (1 << 20):
+                if expected.sha256 is None:
+                    path.unlink(missing_ok=True)
+                raise
+            before = came
+    os.fsync(descriptor)
+    _check(path, expected, repository)
+    cache.publish(repository, commit, name, path, expected.sha256)
+
+
+def _check(path: Path, expected: Announced, repository: Repository) -> None:
+    """Remove a file that is not what was announced, and raise DownloadCorruptError."""
+    size, sha256 = reading.size_of(path), expected.sha256
+    if sha256 is not None:
+        sha256 = reading.sha256(path)
+    if sha256 != expected.sha256 or size != (size if expected.size is None else expected.size):
+        if path.is_symlink():
+            (path.parent / os.readlink(path)).unlink()
+        path.unlink(missing_ok=True)
+        raise DownloadCorruptError(
+            f"{repository}: {path.name} arrived with {size} bytes and SHA-256 {sha256}, the hub announced "
+            f"{expected.size} and {expected.sha256}; it was removed, load again."
+        )
+
+
+def _cached(repository: Repository, wanted: Sequence[str] | None, format: str | None, one: bool) -> Path:
+    """The snapshot in the cache, or OfflineError with what it lacks; what was never compared is compared now."""
+    names = (*CONFIGS, *HEADS) if wanted is None else tuple(wanted)
+    commit = cache.commit_of(repository)
+    found = [name for name in names if commit and cache.found(repository, commit, name)]
+    if commit is None or not found:
+        tried = CONFIGS if wanted is None else names
+        raise OfflineError(
+            f"{repository}: no such path here, and, offline, the cache has none of {', '.join(tried)}; check the path, "
+            "or load it once online, or check cache_dir."
+        )
+    snapshot = cache.snapshot(repository, commit)
+    if wanted is None:
+        present = {name for name, path in reading.files_below(snapshot).items() if path.is_file()}
+        weights = weight_files(snapshot, present, _heads_in_cache(repository, snapshot, present, format, one))
+        missing = [name for name in weights if name not in present]
+        if missing:
+            raise _incomplete(repository, snapshot, ", ".join(missing))
+        found = [*found, *weights]
+    for name in dict.fromkeys(found):
+        if (sha256 := cache.expected(snapshot / name)) is not None:
+            _have(repository, commit, name, Announced(None, sha256))
+    return cache.folder(repository) / "snapshots" / commit
+
+
+def _heads_in_cache(
+    repository: Repository, snapshot: Path, present: Collection[str], format: str | None, one: bool
+) -> list[str]:
+    try:
+        return heads(present, format, str(repository), one=one)
+    except FileNotOnHubError as cause:
+        lacking = "weights" if format is None else f"weights of the format {format}"
+        raise _incomplete(repository, snapshot, lacking) from cause
+
+
+def _incomplete(repository: Repository, snapshot: Path, missing: str) -> OfflineError:
+    return OfflineError(
+        f"{repository}: offline, and the cache lacks {missing} of commit {snapshot.name}; load it once online."
+    )

@@ -1,0 +1,86 @@
+"""bitsandbytes nf4: rows on end in blocks, each number one of sixteen values times the largest of its block."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from ..config.checks import is_int, is_number
+from ..disk import strict_json
+from ..errors import CorruptCheckpointError
+from .packings import Packing, Parts, Rows
+from .schemes import Scheme
+
+_SMALL = 4096
+_STATE = "weight.quant_state.bitsandbytes__nf4"
+
+
+def _nf4_state(parts: Parts) -> dict[str, int | float]:
+    where = f"{parts.where}: {_STATE}"
+    info = parts.infos[_STATE]
+    if info.dtype != "U8" or info.nbytes > _SMALL:
+        raise CorruptCheckpointError(f"{where} is {info.nbytes} bytes of {info.dtype}; a small JSON was expected.")
+    state = strict_json.parse_object(parts.read(_STATE).tobytes(), where=where, error=CorruptCheckpointError)
+    nested = "weight.nested_absmax" in parts.infos
+    shape = state.get("shape")
+    sizes = [*(shape if isinstance(shape, list) else [None]), state.get("blocksize")]
+    sizes += [state.get("nested_blocksize")] if nested else []
+    offset = state.get("nested_offset") if nested else 0.0
+    whole = all(is_int(size) and 0 < size < 1 << 31 for size in sizes)
+    if state.get("quant_type") != "nf4" or len(sizes) != 3 + nested or not whole or not is_number(offset):
+        raise CorruptCheckpointError(
+            f"{where}: quant_type nf4, a shape of two sizes, and blocksize, nested or not, were expected."
+        )
+    names = ("out", "in", "block", "nested_block")
+    return {**dict(zip(names, sizes, strict=False)), "offset": float(offset or 0)}
+
+
+def _nf4_shape(parts: Parts, scheme: Scheme) -> tuple[int, int]:
+    state = _nf4_state(parts)
+    shape = int(state["out"]), int(state["in"])
+    size = math.prod(shape)
+    blocks = math.ceil(size / state["block"])
+    packed = math.ceil(size / 2)
+    parts.check("weight", {"U8"}, (packed, 1), (1, packed), (packed,))
+    parts.check("weight.quant_map", {"F32"}, (16,))
+    if "nested_block" in state:
+        parts.check("weight.absmax", {"U8"}, (blocks,))
+        parts.check("weight.nested_quant_map", {"F32"}, (256,))
+        parts.check("weight.nested_absmax", {"F32"}, (math.ceil(blocks / state["nested_block"]),))
+    else:
+        parts.check("weight.absmax", {"F32"}, (blocks,))
+    return shape
+
+
+def _nf4_rows(parts: Parts, scheme: Scheme, shape: tuple[int, int]) -> Rows:
+    state = _nf4_state(parts)
+    packed, values = parts.read("weight").reshape(-1), parts.read("weight.quant_map")
+    largest = parts.read("weight.absmax")
+    if "nested_block" in state:
+        outer = parts.read("weight.nested_absmax")[np.arange(largest.size) // int(state["nested_block"])]
+        largest = parts.read("weight.nested_quant_map")[largest] * outer + np.float32(state["offset"])
+
+    def rows(wanted: slice) -> np.ndarray:
+        start, stop = wanted.start * shape[1], wanted.stop * shape[1]
+        pairs = packed[start // 2 : -(-stop // 2)]
+        numbers = np.stack([pairs >> 4, pairs & 15], axis=1).reshape(-1)[: stop - start]
+        scale = largest[np.arange(start, stop) // int(state["block"])]
+        result: np.ndarray = (values[numbers] * scale).reshape(-1, shape[1])
+        return result
+
+    return rows
+
+
+NF4 = Packing(
+    (
+        _STATE,
+        "weight",
+        "weight.absmax",
+        "weight.quant_map",
+        "weight.nested_absmax",
+        "weight.nested_quant_map",
+    ),
+    _nf4_shape,
+    _nf4_rows,
+)

@@ -1,0 +1,1 @@
+"""GGUF files as a container: a header of keys and the places of tensors."""

@@ -1,1 +1,0 @@
-"""Packed matrices of quantised checkpoints, given as floats."""
