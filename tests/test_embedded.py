@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 
 import numpy as np
 import pytest
@@ -33,6 +34,14 @@ def test_it_is_what_the_issue_of_a_real_small_mistral_asks():
     assert config.sliding_window < NEW
     assert sum(path.stat().st_size for path in TINY_CHECKPOINT.iterdir()) <= 5_000_000
     manifest.verify(TINY_CHECKPOINT, "full")
+
+
+def test_its_tokenizer_is_what_is_saved_of_it(tmp_path):
+    names = ["tokenizer.json", "tokenizer_config.json"]
+    MistralTokenizer.from_pretrained(TINY_CHECKPOINT).save_pretrained(tmp_path)
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (TINY_CHECKPOINT / name).read_bytes()
+    assert set(names) <= set(json.loads((TINY_CHECKPOINT / "mistral_manifest.json").read_text())["files"])
 
 
 def test_it_writes_english():
