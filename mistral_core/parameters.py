@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from .config import MistralConfig
+if TYPE_CHECKING:
+    from .config import MistralConfig
 
 
 class Parameter(NamedTuple):

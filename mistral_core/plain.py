@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 from collections.abc import Mapping
@@ -67,3 +68,15 @@ def dtype_name(dtype: Any) -> Any:
         return dtype.__name__ if dtype is not float else "float64"
     text = str(dtype)
     return text.removeprefix("torch.") if text.startswith("torch.") else dtype
+
+
+def is_int(value: Any) -> bool:
+    """An int that is not a bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """An int or float that float64 holds and that is not a bool, infinity or NaN."""
+    if not is_int(value):
+        return isinstance(value, float) and math.isfinite(value)
+    return bool(abs(value) < 1 << 1023)

@@ -15,6 +15,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import huggingface_hub
 from huggingface_hub import constants
 
+from mistral_core.hub import download
+from mistral_core.weights import sources
+
 COMMIT = "a" * 40
 ENTRY_NOT_FOUND = {"X-Error-Code": "EntryNotFound"}
 
@@ -164,3 +167,10 @@ def serving(files, repositories, monkeypatch):
             server.shutdown()
             thread.join()
             huggingface_hub.close_session()
+
+
+def resolved(repository, files=None, **arguments):
+    """What is downloaded: files by their names, or without names those of a checkpoint."""
+    if files is None:
+        return sources.resolve_checkpoint(repository, **arguments)
+    return download.resolve(repository, files, **arguments)

@@ -7,10 +7,10 @@ import json
 
 import numpy as np
 
-from ..hub import download
 from ..text.tokenizer import MistralTokenizer
 from ..weights import difference
 from ..weights.opened import Checkpoint
+from ..weights.sources import resolve_checkpoint
 from . import put
 
 SHOWN = 20
@@ -25,7 +25,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print what differs; 0 where every bit is the same, 1 where not."""
-    first, second = (Checkpoint.open(download.resolve(path)) for path in (options.first, options.second))
+    first, second = (Checkpoint.open(resolve_checkpoint(path)) for path in (options.first, options.second))
     found = list(difference.tensors(first, second))
     states = []
     if options.layers is not None:

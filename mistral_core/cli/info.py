@@ -37,10 +37,10 @@ def describe(path: str) -> dict[str, Any]:
     """Architecture, sizes, memory by dtype, window, files."""
     if path in PRESETS:
         return {"preset": path, **facts_of(PRESETS[path])}
-    from ..hub import download
     from ..weights.checkpoint import Checkpoint
+    from ..weights.sources import resolve_checkpoint
 
-    root = download.resolve(path)
+    root = resolve_checkpoint(path)
     checkpoint = Checkpoint.open(root)
     directory = checkpoint.directory
     dtypes = sorted({info.dtype for info in checkpoint.tensors.values()})

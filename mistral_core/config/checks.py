@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 from collections.abc import Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
 from ..disk import limits
 from ..errors import ConfigError, UnsupportedFeatureError
-from ..plain import dtype_name, plain
+from ..plain import dtype_name, is_int, is_number, plain
 from ..telling import shown, warn
 from . import rope
 
@@ -44,24 +42,12 @@ _FLAGS = ("use_cache", "tie_word_embeddings", "output_attentions", "output_hidde
 _RATES = ("attention_dropout", "classifier_dropout")
 
 
-def is_int(value: Any) -> bool:
-    """An int that is not a bool."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: Any) -> bool:
-    """An int or float that float64 holds and that is not a bool, infinity or NaN."""
-    if not is_int(value):
-        return isinstance(value, float) and math.isfinite(value)
-    return bool(abs(value) < 1 << 1023)
-
-
 def normalised(config: MistralConfig) -> dict[str, Any]:
     """Fields whose given form has a simpler equal: plain numbers, sequences as tuples, derived defaults filled in.
 
     Raises ConfigError for what would cost much to look at.
     """
-    given = {name: getattr(config, name) for name in field_names()}
+    given = {name: getattr(config, name) for name in (field.name for field in dataclasses.fields(config))}
     too_long = _too_long(given)
     if too_long:
         raise ConfigError("; ".join(too_long) + ".")
@@ -243,11 +229,3 @@ def check_agree(first: MistralConfig, second: MistralConfig, *, where: str) -> N
             f"{where}: config.json and params.json disagree on {'; '.join(different)}; "
             "read one of them by its own path, or correct one."
         )
-
-
-@functools.cache
-def field_names() -> frozenset[str]:
-    """The names of all fields of MistralConfig."""
-    from .config import MistralConfig
-
-    return frozenset(f.name for f in dataclasses.fields(MistralConfig))

@@ -21,13 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..compat import arguments, unread
 from ..compat.clients import path_by_either_name
 from ..disk import into, reading, strict_json
+from ..disk.names import CONFIG_FILES as CONFIG_FILES
 from ..errors import CheckpointNotFoundError, ConfigError, UnknownFieldError
+from ..hub import download
 from ..telling import nearest, warn
-from . import checks
-
-CONFIG_FILES = ("config.json", "params.json")
+from . import checks, dialects
 
 BUILT_IN = (
     "vocab_size",
@@ -77,19 +78,15 @@ def _as_fields(given: dict[str, Any]) -> dict[str, Any]:
 
     Raises UnknownFieldError for a name that nobody knows, with the nearest one that there is.
     """
-    from ..compat import arguments
-    from . import dialects
-
-    known = checks.field_names()
-    if given.keys() <= known:
+    if given.keys() <= FIELDS:
         return given
     extra = given.get("extra") or {}
-    fields, unknown = dialects.read_arguments({k: v for k, v in given.items() if k != "extra"})
+    fields, unknown = dialects.read_arguments({k: v for k, v in given.items() if k != "extra"}, known=FIELDS)
     if unknown:
-        known_to_loading = {*known, *arguments.KNOWN}
+        known_to_loading = {*FIELDS, *arguments.KNOWN}
         told = ", ".join(f"{name!r}{nearest(name, known_to_loading)}" for name in sorted(unknown))
         raise UnknownFieldError(f"MistralConfig has no field {told}; see help(MistralConfig).")
-    own = {name: value for name, value in given.items() if name in known}
+    own = {name: value for name, value in given.items() if name in FIELDS}
     return {**own, **fields, "extra": {**extra, **fields["extra"]}}
 
 
@@ -266,7 +263,7 @@ class MistralConfig:
 
         Changing `num_labels` or `hidden_size` drops what was derived from the old value.
         """
-        if not changes.keys() <= checks.field_names():
+        if not changes.keys() <= FIELDS:
             changes = _as_fields({"extra": self.extra, **changes})
         if "num_labels" in changes and changes["num_labels"] != self.num_labels:
             changes = {"id2label": None, "label2id": None, **changes}
@@ -280,9 +277,7 @@ class MistralConfig:
 
         Keys nobody knows are kept in `extra` with one warning; with `strict` they raise UnknownFieldError.
         """
-        from . import dialects
-
-        fields, unknown = dialects.read(data, where=where)
+        fields, unknown = read_fields(data, where=where)
         if unknown and strict:
             raise UnknownFieldError(f"{where}: unknown keys {sorted(unknown)}; remove them or pass strict=False.")
         if unknown:
@@ -298,8 +293,6 @@ class MistralConfig:
         Raises CheckpointNotFoundError, ConfigError; where both files are present and disagree, ConfigError names the
         fields.
         """
-        from ..hub import download
-
         hub_arguments = {key: overrides.pop(key) for key in download.ARGUMENTS if key in overrides}
         root = download.resolve(path, files=CONFIG_FILES, **hub_arguments)
         config = reading.of_one_moment(root, lambda held: cls._read(held, strict))
@@ -307,8 +300,6 @@ class MistralConfig:
 
     @classmethod
     def _read(cls, root: Path, strict: bool) -> MistralConfig:
-        from ..weights import unread
-
         files = [root] if root.is_file() else [root / name for name in CONFIG_FILES if (root / name).exists()]
         if not files:
             text = unread.told(reading.names(root)) or "check the path"
@@ -323,8 +314,6 @@ class MistralConfig:
 
     def to_dict(self, *, dialect: str = "v4") -> dict[str, Any]:
         """The Hugging Face dictionary: `v4` has rope_theta, rope_scaling, torch_dtype; `v5` rope_parameters, dtype."""
-        from . import dialects
-
         return dialects.write(self, dialect=dialect)
 
     def to_json_string(self, *, dialect: str = "v4") -> str:
@@ -334,3 +323,12 @@ class MistralConfig:
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write config.json into a directory."""
         into.write_into(directory, {"config.json": self.to_json_string().encode()})
+
+
+FIELDS = frozenset(field.name for field in dataclasses.fields(MistralConfig))
+"""The names of all fields of a MistralConfig."""
+
+
+def read_fields(data: Mapping[str, Any], *, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(fields of MistralConfig, unknown keys) of a config in any dialect."""
+    return dialects.read(data, known=FIELDS, where=where)

@@ -6,16 +6,16 @@ What no dialect may do is choose code or a path: such keys are carried as data a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..disk import limits
 from ..errors import ConfigError, UnsupportedFeatureError
-from ..plain import dtype_name, plain
+from ..plain import dtype_name, is_int, plain
 from ..quantization import schemes
 from ..telling import shown, warn
 from . import llama, other_keys, rope
-from .checks import field_names, is_int
 
 if TYPE_CHECKING:
     from .config import MistralConfig
@@ -74,29 +74,31 @@ RAW_MAX_POSITIONS = 32768
 RAW_THETA_WITH_WINDOW = 10000.0
 
 
-def read(data: Mapping[str, Any], *, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(fields of MistralConfig, unknown keys) of a config in any dialect."""
+def read(data: Mapping[str, Any], *, known: Collection[str], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(fields, unknown keys) of a config in any dialect; `known` are the fields that MistralConfig has."""
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where}: the top level is {type(data).__name__}, an object was expected.")
     if "dim" in data and "n_layers" in data:
         return _read_raw(data, where)
-    return _read_hugging_face(data, where)
+    return _read_hugging_face(data, known, where)
 
 
-def read_arguments(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_arguments(given: Mapping[str, Any], *, known: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(fields, unknown names) of arguments that are called as in Hugging Face's files."""
     given = {name: dtype_name(value) if name in ("dtype", *RENAMED) else plain(value) for name, value in given.items()}
-    return _read_hugging_face(given, "MistralConfig")
+    return _read_hugging_face(given, known, "MistralConfig")
 
 
 # Hugging Face
 
 
-def _read_hugging_face(data: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_hugging_face(
+    data: Mapping[str, Any], known: Collection[str], where: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
     if data.get("model_type") == "llama":
         data = llama.as_mistral(data, where)
     _refuse_other_models(data, where)
-    known = field_names() - {"extra"}
+    known = {*known} - {"extra"}
     fields = {key: value for key, value in data.items() if key in known}
     _read_labels(fields, where)
     for key, name in RENAMED.items():
@@ -183,7 +185,7 @@ def write(config: MistralConfig, *, dialect: str = "v4") -> dict[str, Any]:
     if dialect not in ("v4", "v5"):
         raise ConfigError(f"dialect: {dialect!r}, 'v4' or 'v5' was expected.")
     data = {**config.extra, "model_type": "mistral"}
-    for name in sorted(field_names() - {"extra"}):
+    for name in sorted({field.name for field in dataclasses.fields(config)} - {"extra"}):
         value = getattr(config, name)
         if isinstance(value, tuple):
             value = list(value)

@@ -75,7 +75,6 @@ POSITIONS = (1 << 31) - 1  # tokens of a text or a window: only compared, nothin
 TOKEN_CHARACTERS = 4096  # of one token, whose every place is looked at; the longest that were published have 256
 TEKKEN_WORDS = 1 << 20  # of a tekken.json, special ones included; published ones have 2^17
 SPECIAL_TOKENS = 1 << 14  # Tekken has 1000; each is looked for in what users write
-TEMPLATES = 64  # chat templates beside the usual one
 TOKENS_AROUND = 1024  # special tokens that a post-processor puts around a text
 WORD_CHARACTERS = 1024  # of a word that WordPiece reads, in the square of it; 100 is usual
 STEPS = 64  # normalizers, pre-tokenizers or decoders in a row

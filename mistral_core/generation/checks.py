@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import MistralConfig
-from ..config.checks import is_int, is_number
 from ..disk import limits
 from ..errors import EmptyInputError, GenerationConfigError, SequenceTooLongError
+from ..plain import is_int, is_number
 from ..validate import Array
 
 if TYPE_CHECKING:

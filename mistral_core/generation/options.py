@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import MistralConfig
-from ..config.checks import is_int
 from ..disk import files, into, limits, strict_json
 from ..disk.reading import as_path
 from ..errors import GenerationConfigError
+from ..hub import download
+from ..plain import is_int
 from ..telling import warn
 from .checks import CHECKS, IGNORED, biases, effective, explained, problems, several
 
@@ -128,8 +129,6 @@ class GenerationConfig:
 
         `options` are the hub's (`revision`, `cache_dir`, `token`, `local_files_only`) and options of `generate`.
         """
-        from ..hub import download
-
         files.check_bare_name(config_file_name, "config_file_name")
         hub_arguments = {key: options.pop(key) for key in download.ARGUMENTS if key in options}
         is_name = isinstance(path, str)  # or a directory, which may be held open

@@ -6,10 +6,14 @@ import contextlib
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Protocol
 
+from ..compat import unread
 from ..disk import files as safe_files
 from ..disk import reading
+from ..disk.names import TEMPLATES, is_template
 from ..errors import (
     CheckpointNotFoundError,
     DownloadCorruptError,
@@ -21,9 +25,6 @@ from ..errors import (
     UnsafeFileError,
 )
 from ..telling import warn
-from ..weights import unread
-from ..weights.formats.base import TEMPLATES, is_template
-from ..weights.sources import CONFIGS, HEADS, heads, small_files, weight_files
 from . import cache, wire
 from .errors import Repository, translated
 from .wire import Announced
@@ -34,12 +35,56 @@ _DOWNLOADS_AT_ONCE = 4
 _SUFFIXES = (".gguf", ".safetensors", ".json", ".bin", ".pth", ".pt", ".h5", ".keras", ".msgpack", ".model", ".npz")
 
 
+class Choice(Protocol):
+    """Which files of a repository are fetched: first small ones, then those that the small ones lead to."""
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """Names of which a copy in the cache has at least one."""
+        ...
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """Names that a message tells of, where none is there."""
+        ...
+
+    @property
+    def rest_is(self) -> str:
+        """What `rest` is, for a message."""
+        ...
+
+    def first(self, names: Collection[str], where: str) -> list[str]:
+        """Of all names, those that are fetched first."""
+        ...
+
+    def rest(self, names: Collection[str], where: str, snapshot: Path) -> list[str]:
+        """Those that are fetched next; the first ones are in `snapshot` by then."""
+        ...
+
+
+@dataclass(frozen=True)
+class Named:
+    """Files by their names, of which a repository has at least one; the folder of chat templates stands for each."""
+
+    asked: tuple[str, ...]
+
+    rest_is: ClassVar[str] = "files"
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        return self.asked
+
+    def first(self, names: Collection[str], where: str) -> list[str]:
+        return [name for name in names if name in self.asked or (TEMPLATES in self.asked and is_template(name))]
+
+    def rest(self, names: Collection[str], where: str, snapshot: Path) -> list[str]:
+        return []
+
+
 def resolve(
     path_or_id: safe_files.PathLike,
+    files: Choice | Iterable[str],
     *,
-    files: Iterable[str] | None = None,
-    format: str | None = None,
-    one_format: bool = False,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
@@ -47,10 +92,9 @@ def resolve(
 ) -> Path:
     """The local path of a path, or of a hub id whose `files` are downloaded, all at one commit.
 
-    Of `files` those the repository has, at least one; by default configs, tokenizers and the weights of one format:
-    `format`, else the one that is there, `hf` of several unless there should be `one_format`. Where the hub does not
-    answer, a complete copy in the cache is used, with a warning unless offline is what was asked for.
-    Raises CheckpointNotFoundError (for a path), ConversionError (several formats), HubError and its kinds.
+    Of names those the repository has, at least one. Where the hub does not answer, a complete copy in the cache is
+    used, with a warning unless offline is what was asked for.
+    Raises CheckpointNotFoundError (for a path), HubError and its kinds, and what the choice of files raises.
     """
     path = safe_files.as_path(path_or_id)
     if isinstance(path, reading.HeldPath) or (path_or_id and os.path.exists(path)):
@@ -59,8 +103,8 @@ def resolve(
         raise CheckpointNotFoundError(f"{path}: no such file or directory; check the path.")
     cache = os.path.expanduser(cache_dir) if cache_dir is not None else None
     repository = Repository(path_or_id, revision, cache, token)
-    wanted = tuple(files) if files is not None else None
-    for part in (part for name in wanted or () for part in name.split("/")):
+    choice = Named(tuple(files)) if isinstance(files, Iterable) else files
+    for part in (part for name in choice.asked for part in name.split("/")):
         safe_files.check_bare_name(part, path_or_id)
     from huggingface_hub import constants
     from huggingface_hub.utils import validate_repo_id
@@ -68,14 +112,14 @@ def resolve(
     try:
         validate_repo_id(path_or_id)
         if local_files_only or constants.HF_HUB_OFFLINE:
-            return _cached(repository, wanted, format, one_format)
-        return _download(repository, wanted, format, one_format)
+            return _cached(repository, choice)
+        return _download(repository, choice)
     except Exception as error:
         failure = translated(error, repository)
         snapshot = None
         if type(failure) in (HubError, HubTimeoutError, OfflineError) and not local_files_only:
             with contextlib.suppress(OfflineError):
-                snapshot = _cached(repository, wanted, format, one_format)
+                snapshot = _cached(repository, choice)
         if snapshot is None:
             if failure is error:
                 raise
@@ -92,24 +136,18 @@ def _looks_like_path(text: str, path: Path) -> bool:
     return len(path.parts) > 1 and os.path.exists(path.parent)
 
 
-def _download(repository: Repository, wanted: Sequence[str] | None, format: str | None, one: bool) -> Path:
+def _download(repository: Repository, choice: Choice) -> Path:
     """Resolve the commit once and fetch what is wanted of it."""
     commit, announced = wire.listing(repository)
-    if wanted is None:
-        first = heads(announced, format, str(repository), one=one)
-        names = small_files(announced, first)
-    else:
-        names = [name for name in announced if name in wanted or (TEMPLATES in wanted and is_template(name))]
-    if not names and wanted is not None:
+    first = choice.first(announced, str(repository))
+    _fetch(repository, commit, first, announced)
+    rest = choice.rest(announced, str(repository), cache.snapshot(repository, commit))
+    if absent := [name for name in rest if name not in announced]:
+        raise FileNotOnHubError(f"{repository}: the repository lacks {', '.join(absent)}, which its index names.")
+    if not first and not rest:
         advice = unread.told(announced) or "check the id"
-        raise FileNotOnHubError(f"{repository}: the repository has none of {', '.join(wanted)}; {advice}.")
-    _fetch(repository, commit, names, announced)
-    if wanted is None:
-        weights = weight_files(cache.snapshot(repository, commit), announced, first)
-        absent = [name for name in weights if name not in announced]
-        if absent:
-            raise FileNotOnHubError(f"{repository}: the repository lacks {', '.join(absent)}, which {first[0]} names.")
-        _fetch(repository, commit, weights, announced)
+        raise FileNotOnHubError(f"{repository}: the repository has none of {', '.join(choice.told)}; {advice}.")
+    _fetch(repository, commit, rest, announced)
     cache.sweep(repository, commit)
     cache.remember(repository, commit)
     return cache.folder(repository) / "snapshots" / commit
@@ -181,39 +219,27 @@ def _check(path: Path, expected: Announced, repository: Repository) -> None:
         )
 
 
-def _cached(repository: Repository, wanted: Sequence[str] | None, format: str | None, one: bool) -> Path:
+def _cached(repository: Repository, choice: Choice) -> Path:
     """The snapshot in the cache, or OfflineError with what it lacks; what was never compared is compared now."""
-    names = (*CONFIGS, *HEADS) if wanted is None else tuple(wanted)
     commit = cache.commit_of(repository)
-    found = [name for name in names if commit and cache.found(repository, commit, name)]
+    found = [name for name in choice.asked if commit and cache.found(repository, commit, name)]
     if commit is None or not found:
-        tried = CONFIGS if wanted is None else names
         raise OfflineError(
-            f"{repository}: no such path here, and, offline, the cache has none of {', '.join(tried)}; check the path, "
-            "or load it once online, or check cache_dir."
+            f"{repository}: no such path here, and, offline, the cache has none of {', '.join(choice.told)}; check the "
+            "path, or load it once online, or check cache_dir."
         )
     snapshot = cache.snapshot(repository, commit)
-    if wanted is None:
-        present = {name for name, path in reading.files_below(snapshot).items() if path.is_file()}
-        weights = weight_files(snapshot, present, _heads_in_cache(repository, snapshot, present, format, one))
-        missing = [name for name in weights if name not in present]
-        if missing:
-            raise _incomplete(repository, snapshot, ", ".join(missing))
-        found = [*found, *weights]
-    for name in dict.fromkeys(found):
+    present = {name for name, path in reading.files_below(snapshot).items() if path.is_file()}
+    try:
+        rest = choice.rest(present, str(repository), snapshot)
+    except FileNotOnHubError as cause:
+        raise _incomplete(repository, snapshot, choice.rest_is) from cause
+    if missing := [name for name in rest if name not in present]:
+        raise _incomplete(repository, snapshot, ", ".join(missing))
+    for name in dict.fromkeys([*found, *rest]):
         if (sha256 := cache.expected(snapshot / name)) is not None:
             _have(repository, commit, name, Announced(None, sha256))
     return cache.folder(repository) / "snapshots" / commit
-
-
-def _heads_in_cache(
-    repository: Repository, snapshot: Path, present: Collection[str], format: str | None, one: bool
-) -> list[str]:
-    try:
-        return heads(present, format, str(repository), one=one)
-    except FileNotOnHubError as cause:
-        lacking = "weights" if format is None else f"weights of the format {format}"
-        raise _incomplete(repository, snapshot, lacking) from cause
 
 
 def _incomplete(repository: Repository, snapshot: Path, missing: str) -> OfflineError:

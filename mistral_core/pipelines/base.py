@@ -12,9 +12,8 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from ..backend import Backend
-from ..config.checks import is_int
 from ..errors import EmptyInputError, InputError
-from ..plain import plain
+from ..plain import is_int, plain
 from ..telling import nearest, shown
 from ..validate import Array, check_call
 

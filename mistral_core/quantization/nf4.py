@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 
-from ..config.checks import is_int, is_number
 from ..disk import strict_json
 from ..errors import CorruptCheckpointError
+from ..plain import is_int, is_number
 from .packings import Packing, Parts, Rows
 from .schemes import Scheme
 

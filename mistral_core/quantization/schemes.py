@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from ..config.checks import is_int
 from ..errors import ConfigError, UnsupportedFeatureError
+from ..plain import is_int
 from ..telling import warn
 
 

@@ -20,7 +20,6 @@ from ..errors import (
     NonFiniteWeightsError,
     UnsupportedFeatureError,
 )
-from ..hub import download
 from ..parameters import HEADS, initial_value, parameters
 from ..telling import warn
 from . import manifest
@@ -29,6 +28,7 @@ from .containers.tensor_file import CODES, DTYPES, quoted
 from .formats.base import Outline
 from .matching import EMBEDDING, match
 from .opened import Checkpoint, fits_in_cache
+from .sources import resolve_checkpoint
 from .writing import write_checkpoint
 
 # Loading
@@ -69,7 +69,7 @@ def load(
 
 
 def _open(path: files.PathLike, config: MistralConfig | None, hub_arguments: dict[str, Any]) -> Checkpoint:
-    return Checkpoint.open(download.resolve(path, **hub_arguments), config=config)
+    return Checkpoint.open(resolve_checkpoint(path, **hub_arguments), config=config)
 
 
 def _stream(

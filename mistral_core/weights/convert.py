@@ -17,6 +17,7 @@ import numpy as np
 
 from ..config import MistralConfig
 from ..disk import files, reading
+from ..disk.names import CONFIG_FILES, TEMPLATES, TEXT_FILES
 from ..errors import (
     ConversionError,
     CorruptCheckpointError,
@@ -25,15 +26,15 @@ from ..errors import (
     NonFiniteWeightsError,
     OutputExistsError,
 )
-from ..hub import download
 from ..parameters import Parameter, shapes
 from . import casting, fingerprint, formats, manifest
 from .containers.shards import shard_bytes
 from .containers.tensor_file import DTYPES
-from .formats.base import TEMPLATES, TEXT_FILES, Outline
+from .formats.base import Outline
 from .layouts import Layout
 from .matching import canonical_names, match, own_class
 from .opened import Checkpoint, fits_in_cache
+from .sources import PRESET_FILES, resolve_checkpoint
 from .writing import write_checkpoint
 
 VERIFY = ("off", "hashes", "logits")
@@ -118,7 +119,7 @@ def convert(
     with files.os_errors(target):
         _check_target(target, overwrite)
     path = reading.held(
-        download.resolve(source, format=source_format, one_format=source_format is None, **hub_arguments)
+        resolve_checkpoint(source, format=source_format, one_format=source_format is None, **hub_arguments)
     )
     with files.os_errors(target):
         _check_apart(path, target)
@@ -313,7 +314,9 @@ REPLACED = (
     *files.WEIGHT_FILES,
     *(name.partition("/")[0] for row in formats.FORMATS.values() for name in row.files),
     *("flax_model-*.msgpack", "tf_model-*.h5", "model_*.weights.h5", "consolidated.*.pth", "pytorch_model-*.bin"),
-    *("config.json", "params.json", "metadata.json", "task.json", "preprocessor.json", "assets", TEMPLATES),
+    *CONFIG_FILES,
+    *PRESET_FILES,
+    *("assets", TEMPLATES),
     *TEXT_FILES,
 )
 """What a converted checkpoint never keeps from the directory that it replaces; everything else stays."""

@@ -17,6 +17,7 @@ from . import checkpoint
 from .containers.tensor_file import DTYPES
 from .matching import EMBEDDING, canonical_names
 from .opened import Checkpoint
+from .sources import resolve_checkpoint
 
 GENERATION_FILE = "generation_config.json"
 
@@ -78,7 +79,7 @@ def _loaded(
 def _one_file(path: PathLike, name: str | None, hub_arguments: dict[str, Any]) -> Path:
     """The directory of a checkpoint, or one file of it: a repository may hold a GGUF of each size."""
     if name is None:
-        return download.resolve(path, **hub_arguments)
+        return resolve_checkpoint(path, **hub_arguments)
     check_bare_name(name, "gguf_file")
     return download.resolve(path, files=(name,), **hub_arguments) / name
 

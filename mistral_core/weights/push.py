@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from ..disk import files, limits, reading
+from ..disk.names import CONFIG_FILES, TEXT_FILES, template_names
 from ..errors import CheckpointError, HubError, MistralError
 from ..hub import wire
 from ..hub.errors import Repository, translated
 from . import formats, manifest
 from .containers.shards import weight_map_of
-from .formats.base import TEXT_FILES, template_names
 from .opened import Checkpoint
-from .sources import CONFIGS, PRESET_FILES
+from .sources import PRESET_FILES
 
 SILENCE_SECONDS = 300.0
 """How long the hub may say nothing; making a commit takes it a while."""
 
-COMPANIONS = (*CONFIGS, *TEXT_FILES, "README.md")
+COMPANIONS = (*CONFIG_FILES, *TEXT_FILES, "README.md")
 """What goes along with weights where it is there."""
 
 _KERAS_HUB = (*PRESET_FILES, "model.weights.json")

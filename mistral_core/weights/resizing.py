@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 
 from ..config import MistralConfig
-from ..config.checks import is_int
 from ..errors import ConfigError
-from ..plain import plain_int
+from ..plain import is_int, plain_int
 from .matching import EMBEDDING, LM_HEAD
 
 VOCABULARY = frozenset({EMBEDDING, LM_HEAD})

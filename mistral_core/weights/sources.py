@@ -4,33 +4,67 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
+from ..compat import unread
+from ..disk.files import PathLike
+from ..disk.into import MANIFEST
+from ..disk.names import CONFIG_FILES, TEXT_FILES, is_template
 from ..errors import ConversionError, FileNotOnHubError
-from . import unread
+from ..hub import download
 from .containers.shards import weight_map_of
 from .formats import FORMATS, PICKLES, keras_hub
-from .formats.base import TEXT_FILES, is_template
 
-CONFIGS = ("config.json", "params.json")
 PRESET_FILES = ("metadata.json", "task.json", "preprocessor.json")
 """What a KerasHub preset has beside weights and config."""
 
-
-HEADS = tuple(dict.fromkeys(name for row in FORMATS.values() for name in row.files))
+TELLING_FILES = tuple(dict.fromkeys(name for row in FORMATS.values() for name in row.files))
 """The names that show a format."""
 
 
-def small_files(names: Collection[str], heads: Collection[str]) -> list[str]:
-    """Configs, texts, manifest and indexes: what is fetched before it is known which weights there are."""
-    wanted = (*CONFIGS, *TEXT_FILES, "mistral_manifest.json", *(head for head in heads if head.endswith(".json")))
-    if any(head.startswith("model.weights.") for head in heads):
-        wanted = (*wanted, *PRESET_FILES, *(name for name in names if name.startswith("assets/")))
-    wanted = (*wanted, *filter(is_template, names))
-    return [name for name in dict.fromkeys(wanted) if name in names]
+def resolve_checkpoint(
+    path_or_id: PathLike, *, format: str | None = None, one_format: bool = False, **hub_arguments: Any
+) -> Path:
+    """The local path of a checkpoint: a path itself, or a hub id's configs, tokenizers and weights of one format.
+
+    That is `format`, else the one that is there, `hf` of several unless there should be `one_format`. Raises
+    CheckpointNotFoundError (for a path), ConversionError (several formats), HubError and its kinds.
+    """
+    return download.resolve(path_or_id, CheckpointFiles(format, one_format), **hub_arguments)
 
 
-def heads(names: Collection[str], format: str | None, where: str, *, one: bool = False) -> list[str]:
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """The files of a repository that make a checkpoint of one format."""
+
+    format: str | None
+    one_format: bool
+
+    asked: ClassVar = (*CONFIG_FILES, *TELLING_FILES)
+    told: ClassVar = CONFIG_FILES
+
+    @property
+    def rest_is(self) -> str:
+        """What `rest` is, for a message."""
+        return "weights" if self.format is None else f"weights of the format {self.format}"
+
+    def first(self, names: Collection[str], where: str) -> list[str]:
+        """Configs, texts, manifest and indexes: what is fetched before it is known which weights there are."""
+        telling = telling_files(names, self.format, where, one=self.one_format)
+        wanted = (*CONFIG_FILES, *TEXT_FILES, MANIFEST, *(name for name in telling if name.endswith(".json")))
+        if any(name.startswith("model.weights.") for name in telling):
+            wanted = (*wanted, *PRESET_FILES, *(name for name in names if name.startswith("assets/")))
+        wanted = (*wanted, *filter(is_template, names))
+        return [name for name in dict.fromkeys(wanted) if name in names]
+
+    def rest(self, names: Collection[str], where: str, snapshot: Path) -> list[str]:
+        """The files with numbers that the telling files, which are there already if they are indexes, lead to."""
+        return weight_files(snapshot, names, telling_files(names, self.format, where, one=self.one_format))
+
+
+def telling_files(names: Collection[str], format: str | None, where: str, *, one: bool = False) -> list[str]:
     """The files that show a format: its single file, its index, or the metadata of its tree.
 
     Without a format it is the one that is there, `hf` of several unless there should be `one`, and a pickle only where
@@ -57,14 +91,14 @@ def heads(names: Collection[str], format: str | None, where: str, *, one: bool =
     return found["hf" if "hf" in safe else safe[0]]
 
 
-def weight_files(snapshot: Path | None, names: Collection[str], heads: Collection[str]) -> list[str]:
-    """The files with numbers that the heads, which are there already if they are indexes, lead to."""
-    trees = [head.rpartition("/")[0] or "." for head in heads if head.endswith("_METADATA")]
+def weight_files(snapshot: Path | None, names: Collection[str], telling: Collection[str]) -> list[str]:
+    """The files with numbers that the telling files, which are there already if they are indexes, lead to."""
+    trees = [head.rpartition("/")[0] or "." for head in telling if head.endswith("_METADATA")]
     if trees:
         return sorted(name for name in names if trees[0] == "." or name.startswith(f"{trees[0]}/"))
-    indexes = [head for head in heads if head.endswith(".json")]
+    indexes = [head for head in telling if head.endswith(".json")]
     if not indexes:
-        return list(heads)
+        return list(telling)
     assert snapshot is not None  # an index is a small file
     index = snapshot / indexes[0]
     if indexes[0] == keras_hub.INDEX:

@@ -13,13 +13,14 @@ from samples import any_bits, write
 from tokenizers import Tokenizer
 
 from mistral_core import TINY, MistralTokenizer, convert
+from mistral_core.disk.names import TEXT_FILES
 from mistral_core.errors import CorruptCheckpointError, TokenizerError
 from mistral_core.text import sentencepiece
 from mistral_core.text.bpe import byte_characters
 from mistral_core.text.tekken import PATTERN as TEKKEN
 from mistral_core.weights.containers.gguf import file as gguf_file
 from mistral_core.weights.containers.gguf.file import GgufFile
-from mistral_core.weights.formats.base import TEXT_FILES, Outline
+from mistral_core.weights.formats.base import Outline
 from mistral_core.weights.formats.gguf import texts as gguf_texts
 from mistral_core.weights.formats.gguf import tokenizer as gguf_tokenizer
 from mistral_core.weights.opened import Checkpoint

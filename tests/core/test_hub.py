@@ -16,14 +16,14 @@ from pathlib import Path
 import ml_dtypes
 import pytest
 from huggingface_hub import constants
-from local_hub import COMMIT, ENTRY_NOT_FOUND, RESET, serving
+from local_hub import COMMIT, ENTRY_NOT_FOUND, RESET, resolved, serving
 
 from mistral_core import TINY, MistralConfig, convert, errors
 from mistral_core.config import CONFIG_FILES
 from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.hub import download
 from mistral_core.parameters import initial_value, parameters
-from mistral_core.weights import manifest, pretrained
+from mistral_core.weights import manifest, pretrained, sources
 from mistral_core.weights.checkpoint import load, save
 
 REPO, TOKEN = "someone/tiny-mistral", "hf_SecretSecretSecret"
@@ -61,7 +61,7 @@ def server(contents, monkeypatch):
 @pytest.fixture
 def get(tmp_path, server):
     def get(repository=REPO, **arguments):
-        return download.resolve(repository, cache_dir=tmp_path / "cache", **arguments)
+        return resolved(repository, cache_dir=tmp_path / "cache", **arguments)
 
     return get
 
@@ -90,14 +90,14 @@ def raises(error, *parts):
 
 def test_existing_paths_stay_and_nothing_is_asked(tmp_path, server, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
-    assert download.resolve(tmp_path) == tmp_path
+    assert sources.resolve_checkpoint(tmp_path) == tmp_path
     assert download.resolve(str(tmp_path / "file"), files=["config.json"]) == tmp_path / "file"
-    assert download.resolve(bytes(tmp_path)) == tmp_path
+    assert sources.resolve_checkpoint(bytes(tmp_path)) == tmp_path
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert download.resolve("~/file") == tmp_path / "file"
+    assert sources.resolve_checkpoint("~/file") == tmp_path / "file"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "someone" / "tiny-mistral").mkdir(parents=True)
-    assert download.resolve(REPO) == Path(REPO)
+    assert sources.resolve_checkpoint(REPO) == Path(REPO)
     assert not server.requests
 
 
@@ -107,9 +107,9 @@ def test_absent_paths_are_not_asked_for_on_the_hub(tmp_path, server, monkeypatch
     (tmp_path / "here").mkdir()
     for path in (text, Path(text)):
         with pytest.raises(errors.CheckpointNotFoundError, match="absent|a|hidden"):
-            download.resolve(path)
+            sources.resolve_checkpoint(path)
     with pytest.raises(errors.CheckpointNotFoundError):
-        download.resolve(Path("someone/absent"))
+        sources.resolve_checkpoint(Path("someone/absent"))
     assert not server.requests
 
 
@@ -321,7 +321,7 @@ def test_127_the_whole_file_in_answer_to_a_range(server, get, contents):
 def test_128_a_tampered_cache_is_found_by_the_manifest(server, tmp_path, contents):
     save(tmp_path / "model", TINY, WEIGHTS.items())
     server.files = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
-    snapshot = download.resolve(REPO, cache_dir=tmp_path / "cache")
+    snapshot = sources.resolve_checkpoint(REPO, cache_dir=tmp_path / "cache")
     blob = cached_blob(snapshot, "model.safetensors")
     data = bytearray(blob.read_bytes())
     data[-1] ^= 1
@@ -446,13 +446,13 @@ def test_132_no_symbolic_links(server, get, contents, monkeypatch):
 DOWNLOAD = """
 import resource, signal, sys, warnings
 from mistral_core import errors
-from mistral_core.hub import download
+from mistral_core.weights import sources
 limit = int(sys.argv[3])
 if limit:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 try:
-    print(download.resolve(sys.argv[1], cache_dir=sys.argv[2]))
+    print(sources.resolve_checkpoint(sys.argv[1], cache_dir=sys.argv[2]))
 except errors.MistralError as error:
     print(type(error).__name__, error.errno, error)
 """
@@ -469,7 +469,7 @@ def test_132_a_full_disk(server, tmp_path, contents):
     assert told.startswith("HubError"), (told, errors_told)
     assert f"{errno.EFBIG}" in told
     assert "free space" in told
-    snapshot = download.resolve(REPO, cache_dir=tmp_path / "cache")
+    snapshot = sources.resolve_checkpoint(REPO, cache_dir=tmp_path / "cache")
     assert all(path.read_bytes() == contents[path.name] for path in snapshot.iterdir())
 
 
@@ -479,14 +479,14 @@ def test_132_a_read_only_cache(server, tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.makedirs", refused)
     with raises(errors.HubError, "cache directory") as caught:
-        download.resolve(REPO, cache_dir=tmp_path / "cache")
+        sources.resolve_checkpoint(REPO, cache_dir=tmp_path / "cache")
     assert caught.value.errno == errno.EROFS
 
 
 def test_134_four_processes_download_the_same(server, tmp_path, contents):
     processes = [in_another_process(server, tmp_path / "cache") for _ in range(4)]
     told = [process.communicate() for process in processes]
-    snapshot = download.resolve(REPO, cache_dir=tmp_path / "cache", local_files_only=True)
+    snapshot = sources.resolve_checkpoint(REPO, cache_dir=tmp_path / "cache", local_files_only=True)
     assert {out.strip() for out, _ in told} == {str(snapshot)}, told
     assert all(path.read_bytes() == contents[path.name] for path in snapshot.iterdir())
     assert not list((tmp_path / "cache").rglob("*.incomplete"))
@@ -589,7 +589,7 @@ def test_hub_that_cannot_be_reached(server, get, monkeypatch):
 def test_cache_directory_that_cannot_be_written(tmp_path, server):
     (tmp_path / "cache").write_bytes(b"a file")
     with raises(errors.HubError, "cache directory") as caught:
-        download.resolve(REPO, cache_dir=tmp_path / "cache")
+        sources.resolve_checkpoint(REPO, cache_dir=tmp_path / "cache")
     assert caught.value.errno in (errno.EEXIST, errno.ENOTDIR)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants, hf_hub_download
-from local_hub import COMMIT, COMMITTED, serving
+from local_hub import COMMIT, COMMITTED, resolved, serving
 
 from mistral_core import errors
 from mistral_core.disk import limits
@@ -30,7 +30,7 @@ def server(monkeypatch):
 
 @pytest.fixture
 def get(tmp_path, server):
-    return lambda **arguments: download.resolve(REPO, cache_dir=tmp_path / "cache", **arguments)
+    return lambda **arguments: resolved(REPO, cache_dir=tmp_path / "cache", **arguments)
 
 
 def everything(directory: Path) -> set[str]:

@@ -15,9 +15,8 @@ from local_hub import COMMITTED, RESET, serving
 from mistral_core import TINY, MistralConfig, errors
 from mistral_core.cli import push as command
 from mistral_core.data import TINY_CHECKPOINT
-from mistral_core.hub import download
 from mistral_core.parameters import initial_value, parameters
-from mistral_core.weights import manifest, push
+from mistral_core.weights import manifest, push, sources
 from mistral_core.weights.checkpoint import load, save
 from mistral_core.weights.push import push_to_hub
 
@@ -88,7 +87,7 @@ def test_one_commit_holds_the_checkpoint_and_nothing_else(server, directory):
 
 def test_what_was_pushed_is_loaded_again(server, directory, tmp_path):
     push_to_hub(directory, REPO)
-    snapshot = download.resolve(REPO, cache_dir=tmp_path / "cache")
+    snapshot = sources.resolve_checkpoint(REPO, cache_dir=tmp_path / "cache")
     assert snapshot.name == COMMITTED
     manifest.verify(snapshot)
     config, stream = load(REPO, cache_dir=tmp_path / "cache")
@@ -102,7 +101,7 @@ def test_a_manifest_of_more_than_the_checkpoint_lists_what_is_pushed(server, dir
     push_to_hub(directory, REPO)
     listed = json.loads(server.files["mistral_manifest.json"])["files"]
     assert set(listed) == OWN - {"mistral_manifest.json"}
-    manifest.verify(download.resolve(REPO, cache_dir=tmp_path / "cache"))
+    manifest.verify(sources.resolve_checkpoint(REPO, cache_dir=tmp_path / "cache"))
 
 
 def test_an_index_of_other_weights_stays_here(server, directory):

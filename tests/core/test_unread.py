@@ -9,12 +9,13 @@ import pytest
 import safetensors.numpy
 
 from mistral_core import MistralConfig, errors
+from mistral_core.compat import unread
 from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.disk import files
 from mistral_core.hub import download
-from mistral_core.weights import checkpoint, formats, pretrained, push, unread
+from mistral_core.weights import checkpoint, formats, pretrained, push, sources
 from mistral_core.weights.opened import Checkpoint
-from mistral_core.weights.sources import heads
+from mistral_core.weights.sources import telling_files
 
 NAMES = {
     "adapter_model.safetensors": "an adapter of PEFT.*PeftModel.from_pretrained",
@@ -48,7 +49,7 @@ def test_other_kinds_are_named(tmp_path, name):
     with pytest.raises(errors.CheckpointNotFoundError, match=NAMES[name]):
         MistralConfig.from_pretrained(tmp_path)
     with pytest.raises(errors.FileNotOnHubError, match=NAMES[name]):
-        heads({"README.md", name}, None, "someone/m")
+        telling_files({"README.md", name}, None, "someone/m")
 
 
 def test_a_directory_of_a_training_run(tmp_path):
@@ -88,12 +89,12 @@ def test_packed_by_mlx(tmp_path):
 def test_what_looks_like_a_path_is_not_asked_for_on_the_hub(text, monkeypatch):
     monkeypatch.setattr(download, "_download", lambda *_: pytest.fail("asked the hub"))
     with pytest.raises(errors.CheckpointNotFoundError, match="no such file or directory; check the path"):
-        download.resolve(text)
+        sources.resolve_checkpoint(text)
 
 
 def test_what_may_be_an_id_is_told_as_a_path_too(tmp_path):
     with pytest.raises(errors.OfflineError, match="no such path here"):
-        download.resolve("my-model", cache_dir=tmp_path, local_files_only=True)
+        sources.resolve_checkpoint("my-model", cache_dir=tmp_path, local_files_only=True)
 
 
 # No temporary names

@@ -12,10 +12,10 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from ...compat import unread
 from ...config import MistralConfig
 from ...disk import reading
 from ...errors import CheckpointNotFoundError, ConversionError, MissingExtraError, UnsupportedFeatureError
-from .. import unread
 from ..containers import tensor_file
 from ..containers.hdf5 import file as hdf5_file
 from ..containers.safetensors import SafetensorsFile

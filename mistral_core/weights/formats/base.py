@@ -11,6 +11,7 @@ import numpy as np
 
 from ...config import MistralConfig
 from ...disk import files, limits, reading
+from ...disk.names import TEXT_FILES, template_names
 from ...errors import CheckpointNotFoundError, UnsupportedFeatureError
 from ...parameters import Parameter, parameters
 from .. import layouts
@@ -18,24 +19,6 @@ from ..containers import tensor_file
 from ..containers.tensor_file import TensorInfo
 from ..layouts import Layout
 from ..opened import Checkpoint
-
-TEXT_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "tekken.json",
-    *(f"tokenizer.model{version}" for version in ("", ".v1", ".v2", ".v3", ".v7", ".v7m1")),
-    "LICENSE",
-    "NOTICE",
-)
-"""What travels with the weights, by Hugging Face's names."""
-
-TEMPLATES = "additional_chat_templates"
-"""The folder of further chat templates, which travel too."""
 
 
 @dataclass(frozen=True)
@@ -88,22 +71,6 @@ def texts_in(directory: Path) -> dict[str, Callable[[], bytes]]:
     """Readers of the `TEXT_FILES` that lie in a directory, and of more chat templates."""
     names = (*(name for name in TEXT_FILES if (directory / name).exists()), *template_names(directory))
     return {name: reader(directory / name) for name in names}
-
-
-def template_names(directory: Path) -> list[str]:
-    """The chat templates that a directory has beside the usual one, by their names below it."""
-    folder = directory / TEMPLATES
-    if not folder.is_dir():
-        return []
-    found = [f"{TEMPLATES}/{name}" for name in reading.names(folder) if is_template(f"{TEMPLATES}/{name}")]
-    limits.check(len(found), limits.TEMPLATES, what="chat templates", where=str(folder))
-    return found
-
-
-def is_template(name: str) -> bool:
-    """Whether a name below a directory, or in a repository, is that of a further chat template."""
-    folder, _, file = name.partition("/")
-    return folder == TEMPLATES and "/" not in file and file.endswith(".jinja") and not file.startswith(".")
 
 
 def reader(path: Path) -> Callable[[], bytes]:

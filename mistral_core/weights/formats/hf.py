@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...compat import unread
 from ...config import MistralConfig
 from ...errors import UnsupportedFeatureError
 from ...parameters import BASE_PREFIX
 from ...quantization import schemes
-from .. import dequantised, unread
+from .. import dequantised
 from ..containers.shards import create_shards, open_files
 from ..containers.tensor_file import TensorFile
 from ..opened import Checkpoint, stored_as_it_is

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ...config import MistralConfig, dialects
+from ...config import MistralConfig, dialects, read_fields
 from ...disk import files, strict_json
 from ...errors import ConfigError
 from ...parameters import layer_of, parameters
@@ -50,7 +50,7 @@ def read_config(directory: Path) -> MistralConfig:
     """params.json, and what it cannot say from the manifest of a conversion."""
     file = directory / PARAMS
     data = strict_json.read_object(file, error=ConfigError)
-    fields, extra = dialects.read(data, where=str(file))
+    fields, extra = read_fields(data, where=str(file))
     return carried.config(directory, {**fields, "extra": extra} if extra else fields)
 
 
