@@ -21,14 +21,11 @@ from typing import Any
 
 import numpy as np
 
+from mistral_core import backend
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results"
-# one GPU for several frameworks: none of them may take it all
-POLITE = {
-    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-    "TF_FORCE_GPU_ALLOW_GROWTH": "true",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-}
+POLITE = {**backend.POLITE, "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 # In the child
 

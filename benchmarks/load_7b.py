@@ -25,7 +25,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from mistral_core.cli import POLITE
+from mistral_core.backend import POLITE
 from mistral_core.config.presets import PRESETS
 from mistral_core.parameters import shapes
 from mistral_core.weights.checkpoint import save

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
-from mistral_core.cli import POLITE
+from mistral_core import backend
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0 where everything agrees, 1 where something does not, 2 where nothing could be run."""
-    for name, value in POLITE.items():
-        os.environ.setdefault(name, value)
+    backend.be_polite()
     from . import adapters, report, suite
     from .compare import Comparison
 
@@ -25,13 +23,11 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     found: list[Comparison] = []
-    for backend in options.backend or adapters.NAMES:
+    for name in options.backend or adapters.NAMES:
         try:
-            chosen = list(
-                suite.subjects((backend,), tuple(options.dtype or suite.DTYPES), tuple(options.attention or ()))
-            )
+            chosen = list(suite.subjects((name,), tuple(options.dtype or suite.DTYPES), tuple(options.attention or ())))
         except ImportError as error:
-            print(f"conformance: {backend} is not installed ({error})", file=sys.stderr)
+            print(f"conformance: {name} is not installed ({error})", file=sys.stderr)
             continue
         for subject in chosen:
             print(f"conformance: {'/'.join(subject.key)}", file=sys.stderr)

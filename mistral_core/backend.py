@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -25,6 +26,12 @@ OWNERS: Mapping[str, str] = {
     "tensorflow": "tf", "keras": "tf", "mistral_tf": "tf",
 }  # fmt: skip
 """The package that a dtype, a device, an array or a model comes from -> the backend that it means."""
+POLITE = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+}
+"""Environment variables by which one GPU serves three frameworks and TensorFlow starts without its log."""
 _LOGGER = logging.getLogger("mistral")
 
 
@@ -60,6 +67,12 @@ class Backend(Protocol):
 
     def forward(self, model: Any, **arrays: Any) -> Any:
         """What such a call with NumPy arrays that are right returns, compiled where the framework would for each op."""
+
+
+def be_polite() -> None:
+    """Set the variables of `POLITE` that the user has not set; of effect before a framework is imported."""
+    for variable, value in POLITE.items():
+        os.environ.setdefault(variable, value)
 
 
 def names() -> list[str]:

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.metadata
 import os
 import signal
 import sys
 import traceback
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 from .. import backend as backends
+from .._version import __version__
 from ..errors import MistralError
 from ..telling import printable
 
-COMMANDS = {
+GROUP = "mistral.commands"
+
+
+class Command(NamedTuple):
+    """What `--help` says of a command, and the module with its `arguments` and `run`, imported when it is called."""
+
+    summary: str
+    module: str
+
+
+_OWN = {
     "demo": "the embedded checkpoint in every installed framework, compared with the float64 reference",
     "info": "what a checkpoint, or a published size, is: sizes, memory, window, files",
     "generate": "continue a prompt",
@@ -23,31 +35,29 @@ COMMANDS = {
     "tokenize": "the tokens of a text, ids and pieces",
     "mask": "which tokens see which: the attention mask of a text or a chat",
     "attention": "the attention weights of a text, from any backend, as a picture",
-    "check": "whether the installed backends agree with the reference on a checkpoint",
     "convert": "write a checkpoint as another format, bit for bit",
     "verify": "compare a checkpoint with the SHA-256 sums of its manifest",
     "push": "upload a checkpoint to the hub in one commit",
     "diff": "compare two checkpoints of any formats tensor by tensor",
 }
 
-# one GPU for three frameworks: none of them may take it all, and TensorFlow need not tell its life
-POLITE = {
-    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-    "TF_FORCE_GPU_ALLOW_GROWTH": "true",
-    "TF_CPP_MIN_LOG_LEVEL": "2",
-}
+
+def commands() -> dict[str, Command]:
+    """The commands of the core, and those that other packages register as entry points `mistral.commands`."""
+    own = {name: Command(summary, f"{__name__}.{name}") for name, summary in _OWN.items()}
+    points = sorted(importlib.metadata.entry_points(group=GROUP), key=lambda point: point.name)
+    return {**own, **{point.name: point.load() for point in points if point.name not in own}}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0 is success, 1 a failed check, 2 an error, 130 Ctrl-C, 141 a closed pipe, 143 SIGTERM."""
     options = _options(sys.argv[1:] if argv is None else argv)
-    for variable, value in POLITE.items():
-        os.environ.setdefault(variable, value)
+    backends.be_polite()
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is removed
     words = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"mistral: warning: {printable(str(message))}\n"
     try:
-        status = int(importlib.import_module(f".{options.command}", __name__).run(options))
+        status = int(importlib.import_module(commands()[options.command].module).run(options))
         print(end="", flush=True)  # a closed pipe shows here, not at exit
         return status
     except MistralError as error:
@@ -70,19 +80,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def _options(argv: list[str]) -> argparse.Namespace:
     """The command and its arguments, options before, between and after the others."""
-    from .._version import __version__
-
+    known = commands()
     parser = argparse.ArgumentParser(prog="mistral", description="One Mistral for PyTorch, JAX and Keras.")
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, summary in COMMANDS.items():
-        commands.add_parser(name, help=summary, add_help=False)
+    listed = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, command in known.items():
+        listed.add_parser(name, help=command.summary, add_help=False)
     name = parser.parse_known_args(argv[:1])[0].command
-    command = argparse.ArgumentParser(prog=f"mistral {name}", description=COMMANDS[name])
-    command.add_argument("-v", "--verbose", action="store_true", help="show the traceback of an error")
-    command.add_argument("--json", action="store_true", help="print JSON")
-    importlib.import_module(f".{name}", __name__).arguments(command)  # the others need not be imported
-    return command.parse_intermixed_args(argv[1:], argparse.Namespace(command=name))
+    parser = argparse.ArgumentParser(prog=f"mistral {name}", description=known[name].summary)
+    parser.add_argument("-v", "--verbose", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    importlib.import_module(known[name].module).arguments(parser)  # the others need not be imported
+    return parser.parse_intermixed_args(argv[1:], argparse.Namespace(command=name))
 
 
 ONE_BACKEND = f"{', '.join(backends.ORDER)}; default: the first of them that is installed"

@@ -15,7 +15,9 @@ import pytest
 
 from conformance.weights import random_parameters
 from mistral_core import backend as registry
-from mistral_core.cli import POLITE, demo, info, main
+from mistral_core import cli
+from mistral_core.backend import POLITE
+from mistral_core.cli import demo, info, main
 from mistral_core.config.presets import TINY
 from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.errors import MissingExtraError
@@ -264,3 +266,20 @@ def test_tokenize_in_colour(capsys, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     assert main(["tokenize", PATH, "a"]) == 0
     assert "\x1b" not in capsys.readouterr().out
+
+
+def test_commands_of_other_packages_are_entry_points(monkeypatch, capsys):
+    """A package registers a command, which is listed and run, and never takes the place of one of ours."""
+    module = SimpleNamespace(
+        arguments=lambda parser: parser.add_argument("word"), run=lambda options: len(options.word)
+    )
+    monkeypatch.setitem(sys.modules, "of_another", module)
+    points = [
+        SimpleNamespace(name=name, load=lambda: cli.Command("what it does", "of_another")) for name in ("other", "info")
+    ]
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points if group == cli.GROUP else [])
+    assert main(["other", "abc"]) == 3
+    assert cli.commands()["info"].module == "mistral_core.cli.info"
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "what it does" in capsys.readouterr().out

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from .. import backend as backends
-from .. import devices
-from ..data import TINY_CHECKPOINT
-from ..errors import MissingExtraError, UnsupportedFeatureError
-from . import backends_argument, loading_arguments, progress, put
+from mistral_core import backend as backends
+from mistral_core import devices
+from mistral_core.cli import backends_argument, loading_arguments, progress, put
+from mistral_core.data import TINY_CHECKPOINT
+from mistral_core.errors import MissingExtraError, UnsupportedFeatureError
+
+from . import checkpoint, report
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
@@ -20,13 +22,6 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the report; 0 where everything agrees, 1 where something does not."""
-    try:
-        from conformance import checkpoint, report
-    except ImportError as cause:
-        raise MissingExtraError(
-            f"the conformance suite is not installed ({cause}); install mistral-frameworks."
-        ) from cause
-
     if options.device not in (None, "auto") and devices.parse(options.device).kind != devices.CPU:
         raise UnsupportedFeatureError(f"--device: {options.device!r}; what is compared is computed on the CPU.")
     names = options.backend or list(backends.installed())
