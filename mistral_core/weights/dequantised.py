@@ -99,18 +99,26 @@ class Dequantised(TensorFile):
         largest = max(parts.infos.values(), key=lambda info: info.nbytes)
         return largest._replace(name=name, dtype=self.code, shape=self.packing.shape(parts, self.scheme))
 
-    def read(self, name: str, *, cached: bool = True) -> np.ndarray:
-        """A fresh array; raises what reading its parts raises, LossyConversionError for values beyond the dtype."""
+    def read(self, name: str, rows: slice | None = None, *, cached: bool = True) -> np.ndarray:
+        """A fresh array, or some of its rows.
+
+        Raises what reading its parts raises, LossyConversionError for values beyond the dtype.
+        """
         if name not in self.matrices:
-            return self.owners[name].read(name, cached=cached)
+            return self.owners[name].read(name, rows, cached=cached)
         parts, info = self.matrices[name], self.tensors[name]
-        rows = self.packing.rows(parts, self.scheme, (info.shape[0], info.shape[1]))
-        result = np.empty(info.shape, DTYPES[info.dtype])
+        unpack = self.packing.rows(parts, self.scheme, (info.shape[0], info.shape[1]))
+        first, last, _ = (rows or slice(None)).indices(info.shape[0])
+        result = np.empty((max(last - first, 0), info.shape[1]), DTYPES[info.dtype])
         try:
             with np.errstate(over="raise", invalid="ignore", under="ignore"):
-                for start in range(0, len(result), ROWS):
-                    wanted = slice(start, min(start + ROWS, len(result)))
-                    result[wanted] = rows(wanted)
+                for start in range(first - first % ROWS, last, ROWS):  # packed words hold several rows
+                    stop = min(start + ROWS, info.shape[0])
+                    wanted = slice(max(start, first), min(stop, last))
+                    numbers = unpack(slice(start, stop))
+                    result[wanted.start - first : wanted.stop - first] = numbers[
+                        wanted.start - start : wanted.stop - start
+                    ]
         except FloatingPointError as cause:
             raise LossyConversionError(
                 f"{parts.where}: values beyond {result.dtype.name}; say bfloat16 or float32 in the config's dtype."

@@ -32,7 +32,8 @@ class StoredTensor(NamedTuple):
     """The file's own."""
     file: Path
     start: int
-    load: Callable[[bool], np.ndarray]
+    load: Callable[[slice | None, bool], np.ndarray]
+    """(rows without a step or None for all, cached) -> the array in the table's layout."""
     wanted: tuple[int, ...] | None = None
     """The shape that the file should have, where its layout is not the table's."""
     moves: str = ""
@@ -108,12 +109,18 @@ class Checkpoint:
         tensor = self.tensors[name]
         return str(tensor.file), tensor.start
 
-    def read(self, name: str, *, cached: bool = True) -> np.ndarray:
-        """One tensor in the table's layout; the system keeps no copy of its file's bytes unless `cached`.
+    def read(self, name: str, index: slice | tuple[slice, ...] | None = None, *, cached: bool = True) -> np.ndarray:
+        """A tensor in the table's layout, or a part of it; the system keeps no copy of its bytes unless `cached`.
 
+        `index` is a slice for each of the first axes, as frameworks ask for the part of one device. Rows of a file in
+        the table's own layout are read and no others; of other layouts the whole tensor is read and cut.
         Raises CorruptCheckpointError if its file changed, DtypeMismatchError if it is no kind of float.
         """
-        return self.tensors[name].load(cached)
+        rows, *others = (index,) if isinstance(index, slice) else index or (None,)
+        if rows is not None and rows.step not in (None, 1):
+            return self.tensors[name].load(None, cached)[(rows, *others)]
+        array = self.tensors[name].load(rows, cached)
+        return array[(slice(None), *others)] if others else array
 
     def keep_open(self) -> None:
         """Keep the files of weights open, unless they are many, so that they can be read when others replace them."""
@@ -143,8 +150,8 @@ def stored_as_it_is(shards: Iterable[TensorFile]) -> dict[str, StoredTensor]:
 
 
 def _tensor(shard: TensorFile, info: TensorInfo) -> StoredTensor:
-    def load(cached: bool) -> np.ndarray:
-        return shard.read(info.name, cached=cached)
+    def load(rows: slice | None, cached: bool) -> np.ndarray:
+        return shard.read(info.name, rows, cached=cached)
 
     return StoredTensor(info.name, info.dtype, info.shape, info.file, info.start, load)
 
@@ -173,9 +180,12 @@ def stored_in_layout(
 def _moved(shard: TensorFile, info: TensorInfo, row: Parameter, config: MistralConfig, layout: Layout) -> StoredTensor:
     wanted = layouts.stored_shape(row, config, layout)
 
-    def load(cached: bool) -> np.ndarray:
+    def load(rows: slice | None, cached: bool) -> np.ndarray:
         if info.shape != wanted:
             raise ShapeMismatchError(f"{info.file}: {quoted(info.name)} is {info.shape}, the config says {wanted}.")
-        return layouts.to_canonical(shard.read(info.name, cached=cached), row, config, layout)
+        if not layout.moves:
+            return shard.read(info.name, rows, cached=cached)
+        array = layouts.to_canonical(shard.read(info.name, cached=cached), row, config, layout)
+        return array if rows is None else array[rows]
 
     return _tensor(shard, info)._replace(wanted=wanted, load=load, moves=layout.moves)

@@ -69,6 +69,17 @@ class TensorInfo(NamedTuple):
         return sum(end - start for start, end in self.extents)
 
 
+def _rows(info: TensorInfo, rows: slice | None) -> TensorInfo:
+    """Where some rows of a tensor lie, if they lie in one piece, as a tensor of its own; else the whole tensor."""
+    if rows is None or info.more or not info.shape or not info.shape[0]:
+        return info
+    start, stop, _ = rows.indices(info.shape[0])
+    row, stop = info.nbytes // info.shape[0], max(start, stop)
+    return info._replace(
+        shape=(stop - start, *info.shape[1:]), start=info.start + start * row, end=info.start + stop * row
+    )
+
+
 class TensorFile:
     """A file whose header is understood, and, by `read`, its tensors; it is opened for each, or kept open."""
 
@@ -85,15 +96,18 @@ class TensorFile:
             with suppress(OSError):  # too many are open: it is opened for each read
                 self.kept = Kept(descriptor)
 
-    def read(self, name: str, *, cached: bool = True) -> np.ndarray:
-        """A fresh array with the stored bits of one tensor; the system keeps no copy of it unless `cached`.
+    def read(self, name: str, rows: slice | None = None, *, cached: bool = True) -> np.ndarray:
+        """A fresh array with the stored bits of a tensor or of its `rows`; the system keeps no copy unless `cached`.
 
+        Rows that lie in one piece are read in one piece, and nothing else of the file.
         Raises CorruptCheckpointError if the file changed since its header was read, DtypeMismatchError.
         """
         info = self.tensors[name]
         if info.dtype not in DTYPES:
             raise DtypeMismatchError(f"{self.path}: {quoted(name)} is {info.dtype}; {supported()}.")
-        return self.read_bytes(name, cached=cached).view(DTYPES[info.dtype]).reshape(info.shape)
+        part = _rows(info, rows)
+        data = self._read_bytes(part, cached).view(DTYPES[info.dtype]).reshape(part.shape)
+        return data if rows is None or part is not info else data[rows]
 
     def read_packed(self, name: str) -> np.ndarray:
         """The numbers of any tensor, quantised ones as they are stored; raises what `read` raises."""
@@ -106,7 +120,9 @@ class TensorFile:
 
     def read_bytes(self, name: str, *, cached: bool = True) -> np.ndarray:
         """The bytes of one tensor; raises CorruptCheckpointError if the file changed since its header was read."""
-        info = self.tensors[name]
+        return self._read_bytes(self.tensors[name], cached)
+
+    def _read_bytes(self, info: TensorInfo, cached: bool) -> np.ndarray:
         data = _aligned(info.nbytes)
         with self._opened() as descriptor:
             done, whole = 0, True

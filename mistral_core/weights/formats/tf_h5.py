@@ -106,8 +106,8 @@ def open(path: Path, config: MistralConfig | None) -> Checkpoint:
 def _narrow(tensor: StoredTensor) -> StoredTensor:
     """The bfloat16 tensor that was stored as float32."""
 
-    def load(cached: bool) -> np.ndarray:
-        array = narrowed(tensor.load(cached), DTYPES["BF16"])
+    def load(rows: slice | None, cached: bool) -> np.ndarray:
+        array = narrowed(tensor.load(rows, cached), DTYPES["BF16"])
         if array is None:
             raise CorruptCheckpointError(
                 f"{tensor.file}: {quoted(tensor.name)} was bfloat16 and is no more; remove its attribute {WIDENED}."

@@ -34,15 +34,16 @@ class GgufFile(TensorFile):
             self.values, self.tensors = scan.header()
         self.metadata = {key: value for key, value in self.values.items() if isinstance(value, str)}
 
-    def read(self, name: str, *, cached: bool = True) -> np.ndarray:
-        """A fresh array of one tensor, of quantised ones as float32.
+    def read(self, name: str, rows: slice | None = None, *, cached: bool = True) -> np.ndarray:
+        """A fresh array of one tensor or of its rows, of quantised ones as float32.
 
         Raises what `TensorFile.read` raises, MissingExtraError, UnsupportedFeatureError (nothing can dequantise it).
         """
         info = self.tensors[name]
         if info.dtype not in QUANTISED:
-            return super().read(name, cached=cached)
-        return dequantised(self.read_bytes(name, cached=cached), info)
+            return super().read(name, rows, cached=cached)
+        array = dequantised(self.read_bytes(name, cached=cached), info)
+        return array if rows is None else array[rows]
 
 
 # Writing

@@ -93,11 +93,18 @@ class ZarrTree(TensorFile):
         self._stores = {name: self._result(name, future) for name, future in futures.items()}
         self.tensors = {name: self._info(name, store) for name, store in self._stores.items()}
 
-    def read(self, name: str, *, cached: bool = True) -> np.ndarray:
-        """A fresh array with the stored bits; raises CorruptCheckpointError, also if a file changed."""
+    def read(self, name: str, rows: slice | None = None, *, cached: bool = True) -> np.ndarray:
+        """A fresh array with the stored bits, or some of its rows.
+
+        Raises CorruptCheckpointError, also if a file changed.
+        """
         store = self._stores[name]
         plain = self._plain(name, store.shape, [0] * store.rank)
-        array = plain.read(name, cached=cached) if plain else self._result(name, store.read(order="C"))
+        array = (
+            plain.read(name, rows, cached=cached)
+            if plain
+            else self._result(name, store[_bounded(rows, store.shape)].read(order="C"))
+        )
         self.check_unchanged(by_path=plain is None)
         return array
 
@@ -234,6 +241,14 @@ def _stamps(directory: Path) -> dict[Path, tuple[int, int, int, int]]:
 # To and from the table's tensors
 
 
+def _bounded(rows: slice | None, shape: Sequence[int]) -> Any:
+    """Rows as tensorstore takes them, which knows no index beyond the end."""
+    if rows is None:
+        return ...
+    start, stop, _ = rows.indices(shape[0])
+    return slice(start, max(start, stop))
+
+
 def stored(
     tree: ZarrTree,
     name: str,
@@ -249,12 +264,13 @@ def stored(
     info = tree.tensors[name]
     shape = info.shape if layer is None else (*info.shape[: layer[0]], *info.shape[layer[0] + 1 :])
 
-    def load(cached: bool) -> np.ndarray:
+    def load(rows: slice | None, cached: bool) -> np.ndarray:
         if wanted is None:
             raise UnexpectedTensorsError(f"{tree.path}: the model has no place for {quoted(name)}; check the config.")
         if shape != wanted:
             raise ShapeMismatchError(f"{tree.path}: {quoted(name)} is {shape}, the config says {wanted}.")
-        return then(tree.read(name) if layer is None else tree.read_layer(name, *layer))
+        array = then(tree.read(name) if layer is None else tree.read_layer(name, *layer))
+        return array if rows is None else array[rows]
 
     return StoredTensor(name, info.dtype, shape, info.file, layer[1] if layer else 0, load, wanted)
 

@@ -99,9 +99,9 @@ def _narrowed(file: GgufFile, tensors: Mapping[str, StoredTensor]) -> dict[str, 
     return found
 
 
-def _narrow(tensor: StoredTensor, code: str) -> Callable[[bool], np.ndarray]:
-    def load(cached: bool) -> np.ndarray:
-        array = narrowed(tensor.load(cached), DTYPES[code])
+def _narrow(tensor: StoredTensor, code: str) -> Callable[[slice | None, bool], np.ndarray]:
+    def load(rows: slice | None, cached: bool) -> np.ndarray:
+        array = narrowed(tensor.load(rows, cached), DTYPES[code])
         if array is None:
             raise CorruptCheckpointError(f"{tensor.file}: {quoted(tensor.name)} changed while it was read.")
         return array
