@@ -37,7 +37,7 @@ def describe(path: str) -> dict[str, Any]:
     """Architecture, sizes, memory by dtype, window, files."""
     if path in PRESETS:
         return {"preset": path, **facts_of(PRESETS[path])}
-    from ..weights.checkpoint import Checkpoint
+    from ..weights.opened import Checkpoint
     from ..weights.sources import resolve_checkpoint
 
     root = resolve_checkpoint(path)

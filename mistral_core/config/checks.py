@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sized
+from collections.abc import Iterator, Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
 from ..disk import limits
@@ -113,7 +113,7 @@ def check(config: MistralConfig) -> None:
         warn(f"rms_norm_eps is {config.rms_norm_eps}; published Mistrals have 1e-5.")
 
 
-def _check_types(config: MistralConfig):
+def _check_types(config: MistralConfig) -> Iterator[str]:
     if config.head_dim is None and is_int(config.num_attention_heads) and is_int(config.hidden_size):
         yield (
             f"head_dim is not given and hidden_size {config.hidden_size} is not a multiple of "
@@ -150,7 +150,7 @@ def _check_types(config: MistralConfig):
             yield f"{name}: {shown(value)}, one of {', '.join(known)} was expected"
 
 
-def _check_values(config: MistralConfig):
+def _check_values(config: MistralConfig) -> Iterator[str]:
     if config.num_attention_heads % config.num_key_value_heads:
         yield (
             f"num_attention_heads {config.num_attention_heads} is not a multiple of "
@@ -187,7 +187,7 @@ def _check_values(config: MistralConfig):
         yield f"these sizes make about {size:.1e} parameters; at most {MAX_PARAMETERS:.1e} are accepted"
 
 
-def _check_layers(config: MistralConfig):
+def _check_layers(config: MistralConfig) -> Iterator[str]:
     kinds = config.layer_types
     if kinds is None:
         return
@@ -200,7 +200,7 @@ def _check_layers(config: MistralConfig):
         yield "layer_types has sliding_attention but sliding_window is null: give the window"
 
 
-def _check_tokens(config: MistralConfig):
+def _check_tokens(config: MistralConfig) -> Iterator[str]:
     for name, ids in (
         ("pad_token_id", (config.pad_token_id,)),
         ("bos_token_id", (config.bos_token_id,)),

@@ -19,7 +19,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from ..errors import ConversionError, MistralError, NoSpaceError, OutputBusyError, OutputExistsError, UnsafeFileError
-from .reading import PathLike, as_path, is_path
+from .reading import PathLike as PathLike
+from .reading import as_path as as_path
+from .reading import is_path
 
 WEIGHT_FILES = (
     "model*.safetensors",

@@ -10,7 +10,8 @@ from ..config import MistralConfig
 from ..outputs import CausalLMOutput, QuestionAnsweringOutput, SequenceClassifierOutput, TokenClassifierOutput
 from . import ops
 from .cache import KVCache
-from .model import Parameters, forward
+from .model import Parameters as Parameters
+from .model import forward
 from .ops import Array, Round, exact
 
 

@@ -13,7 +13,9 @@ from ..errors import TokenizerError
 from ..telling import warn
 from . import beside, bpe, description, sentencepiece, tekken
 from .amended import amend, amended, check_ids
-from .beside import CONFIG, TOKENS, Said
+from .beside import CONFIG as CONFIG
+from .beside import TOKENS as TOKENS
+from .beside import Said
 from .chat.versions import VERSIONS
 from .coder import Coder
 from .guarded import load

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..config import MistralConfig
 from ..disk import files, reading
+from ..disk.into import MANIFEST
 from ..disk.names import CONFIG_FILES, TEMPLATES, TEXT_FILES
 from ..errors import (
     ConversionError,
@@ -385,7 +386,7 @@ def _config(plan: _Plan) -> MistralConfig:
 def _source(checkpoint: Checkpoint, *, hashes: bool) -> dict[str, Any]:
     """Where a checkpoint came from: the commit, if it is a hub snapshot, and its files."""
     known: dict[str, Any] = {}
-    if (checkpoint.directory / manifest.NAME).exists():
+    if (checkpoint.directory / MANIFEST).exists():
         known = manifest.read(checkpoint.directory)["files"]
     entries = {}
     for path, shard in checkpoint.shards.items():

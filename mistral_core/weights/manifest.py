@@ -9,7 +9,7 @@ from typing import Any
 
 from .._version import __version__
 from ..disk import files, reading, strict_json
-from ..disk.into import MANIFEST as NAME
+from ..disk.into import MANIFEST
 from ..errors import (
     CheckpointNotFoundError,
     ChecksumMismatchError,
@@ -52,7 +52,7 @@ def describe(directory: Path, checkpoint: Checkpoint | None = None, *, hashes: b
 
 def _files(directory: Path) -> dict[str, Path]:
     """Every file below a directory, but the manifest."""
-    return {name: path for name, path in reading.files_below(directory).items() if name != NAME}
+    return {name: path for name, path in reading.files_below(directory).items() if name != MANIFEST}
 
 
 def write(directory: files.PathLike) -> dict[str, Any]:
@@ -64,12 +64,12 @@ def write(directory: files.PathLike) -> dict[str, Any]:
 
 def store(directory: Path, description: dict[str, Any]) -> None:
     """Write a description as the manifest of a directory."""
-    files.write_file(directory / NAME, (json.dumps(description, indent=1, sort_keys=True) + "\n").encode())
+    files.write_file(directory / MANIFEST, (json.dumps(description, indent=1, sort_keys=True) + "\n").encode())
 
 
 def read(directory: Path) -> dict[str, Any]:
     """The manifest of a directory; raises CheckpointNotFoundError, CorruptCheckpointError, UnsafeFileError."""
-    path = directory / NAME
+    path = directory / MANIFEST
     manifest = strict_json.read_object(path, error=CorruptCheckpointError, max_bytes=MAX_BYTES)
     listed = manifest.get("files")
     if not isinstance(listed, dict) or not all(_is_entry(entry) for entry in listed.values()):
@@ -90,7 +90,7 @@ def verify(directory: files.PathLike, mode: str = "full") -> None:
     directory = reading.held(files.as_path(directory))
     if mode not in MODES:
         raise ValueError(f"verify: {mode!r}, one of {', '.join(MODES)} was expected.")
-    path = directory / NAME
+    path = directory / MANIFEST
     if mode == "off" or (mode == "sizes" and not path.exists()):
         return
     manifest = read(directory)
@@ -114,12 +114,12 @@ def _is_entry(entry: Any) -> bool:
 
 def _check_size(path: Path, expected: int) -> None:
     if not path.exists():
-        raise CheckpointNotFoundError(f"{path}: no such file, but {NAME} lists it; copy the whole directory.")
+        raise CheckpointNotFoundError(f"{path}: no such file, but {MANIFEST} lists it; copy the whole directory.")
     size = reading.size_of(path)
     if size < expected:
-        raise TruncatedFileError(f"{path}: {size} bytes, {NAME} says {expected}; copy or download it again.")
+        raise TruncatedFileError(f"{path}: {size} bytes, {MANIFEST} says {expected}; copy or download it again.")
     if size > expected:
-        raise ChecksumMismatchError(f"{path}: {size} bytes, {NAME} says {expected}; copy or download it again.")
+        raise ChecksumMismatchError(f"{path}: {size} bytes, {MANIFEST} says {expected}; copy or download it again.")
 
 
 def _differences(directory: Path, changed: list[str], tensors: Any) -> str:
@@ -139,7 +139,7 @@ def _differences(directory: Path, changed: list[str], tensors: Any) -> str:
             "mistral_core.weights.manifest.write(directory)."
         )
     )
-    return f"{directory}: {', '.join(changed)}{which} differ from {NAME}; copy or download them again.{edited}"
+    return f"{directory}: {', '.join(changed)}{which} differ from {MANIFEST}; copy or download them again.{edited}"
 
 
 def _tensor_entries(checkpoint: Checkpoint, *, hashes: bool = True) -> dict[str, dict[str, Any]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..disk import files, limits, reading
+from ..disk.into import MANIFEST
 from ..disk.names import CONFIG_FILES, TEXT_FILES, template_names
 from ..errors import CheckpointError, HubError, MistralError
 from ..hub import wire
@@ -89,7 +90,7 @@ def files_of(checkpoint: Checkpoint) -> list[str]:
     folder = checkpoint.directory
     weights = {Path(path).absolute().relative_to(folder.absolute()).as_posix() for path in checkpoint.shards}
     found = {name for name in weights if not _is_debris(name)}
-    found |= {name for name in (*COMPANIONS, manifest.NAME) if (folder / name).is_file()}
+    found |= {name for name in (*COMPANIONS, MANIFEST) if (folder / name).is_file()}
     found |= {*template_names(folder), *_indexes(folder, weights)}
     if checkpoint.format == "keras-hub":
         assets = reading.files_below(folder / "assets") if (folder / "assets").is_dir() else ()
@@ -120,11 +121,11 @@ def _contents(checkpoint: Checkpoint) -> dict[str, Path | bytes]:
         name: folder / name if name in weights else reading.read(folder / name, limit=limits.TEXT_BYTES)
         for name in files_of(checkpoint)
     }
-    if manifest.NAME in contents:
+    if MANIFEST in contents:
         described = manifest.read(folder)
         kept = {name: entry for name, entry in described["files"].items() if name in contents}
         if kept != described["files"]:
-            contents[manifest.NAME] = json.dumps({**described, "files": kept}, indent=1, sort_keys=True).encode()
+            contents[MANIFEST] = json.dumps({**described, "files": kept}, indent=1, sort_keys=True).encode()
     return contents
 
 

@@ -22,6 +22,7 @@ from typing import NamedTuple
 from samples import bits, ordinary, write
 
 from mistral_core import TINY
+from mistral_core.disk.into import MANIFEST
 from mistral_core.errors import MistralError
 from mistral_core.weights import formats, manifest
 from mistral_core.weights.opened import Checkpoint
@@ -62,7 +63,7 @@ def changes(directory: Path, stride: int) -> Iterator[Change]:
     """Every change, or one position in `stride` of each file, a different one for each kind."""
     for file in sorted(path for path in directory.rglob("*") if path.is_file()):
         for verified in (True, False):
-            if file.name == manifest.NAME and not verified:
+            if file.name == MANIFEST and not verified:
                 continue
             for number, kind in enumerate(KINDS):
                 for position in range(number * 7 % stride, file.stat().st_size, stride):
@@ -84,7 +85,7 @@ def attempt(directory: Path, change: Change, expected: dict[str, bytes]) -> str:
     change.file.write_bytes(changed(data, change))
     hidden = directory.parent / "manifest"
     if not change.verified:
-        (directory / manifest.NAME).rename(hidden)
+        (directory / MANIFEST).rename(hidden)
     try:
         found = tensors(directory, change.verified)
         return "other tensors" if change.verified and found != expected else ""
@@ -95,7 +96,7 @@ def attempt(directory: Path, change: Change, expected: dict[str, bytes]) -> str:
     finally:
         change.file.write_bytes(data)
         if not change.verified:
-            hidden.rename(directory / manifest.NAME)
+            hidden.rename(directory / MANIFEST)
 
 
 def worker(directory: Path, stride: int, first: int) -> None:
@@ -161,7 +162,7 @@ def restore(directory: Path, saved: dict[Path, bytes]) -> None:
     """Put every file back after a worker died between a change and its undoing."""
     hidden = directory.parent / "manifest"
     if hidden.exists():
-        hidden.rename(directory / manifest.NAME)
+        hidden.rename(directory / MANIFEST)
     for path, data in saved.items():
         path.write_bytes(data)
 

@@ -10,8 +10,9 @@ import pytest
 import safetensors.numpy
 
 from mistral_core import TINY, errors
+from mistral_core.disk.into import MANIFEST
 from mistral_core.parameters import BASE_PREFIX, HEADS, initial_value, parameters
-from mistral_core.weights import manifest, opened
+from mistral_core.weights import opened
 from mistral_core.weights.checkpoint import Checkpoint, cast, load, save
 from mistral_core.weights.containers import shards
 from mistral_core.weights.containers.safetensors import SafetensorsFile
@@ -84,7 +85,7 @@ def foreign(directory: Path, tensors, config=TINY, **changes) -> Path:
 @pytest.fixture
 def sharded(tmp_path) -> Path:
     save(tmp_path / "sharded", TINY, weights().items(), max_shard_size=20_000)
-    (tmp_path / "sharded" / manifest.NAME).unlink()
+    (tmp_path / "sharded" / MANIFEST).unlink()
     return tmp_path / "sharded"
 
 

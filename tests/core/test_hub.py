@@ -21,9 +21,10 @@ from local_hub import COMMIT, ENTRY_NOT_FOUND, RESET, resolved, serving
 from mistral_core import TINY, MistralConfig, convert, errors
 from mistral_core.config import CONFIG_FILES
 from mistral_core.data import TINY_CHECKPOINT
+from mistral_core.disk.into import MANIFEST
 from mistral_core.hub import download
 from mistral_core.parameters import initial_value, parameters
-from mistral_core.weights import manifest, pretrained, sources
+from mistral_core.weights import pretrained, sources
 from mistral_core.weights.checkpoint import load, save
 
 REPO, TOKEN = "someone/tiny-mistral", "hf_SecretSecretSecret"
@@ -41,7 +42,7 @@ def contents(tmp_path_factory) -> dict[str, bytes]:
     directory = tmp_path_factory.mktemp("repository") / "model"
     save(directory, TINY, WEIGHTS.items(), max_shard_size="100KB", other_files={"tokenizer.json": b"{}"})
     files = {path.name: path.read_bytes() for path in directory.iterdir()}
-    del files[manifest.NAME]
+    del files[MANIFEST]
     junk = (
         "pytorch_model.bin",
         "consolidated.safetensors",

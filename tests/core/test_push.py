@@ -15,6 +15,7 @@ from local_hub import COMMITTED, RESET, serving
 from mistral_core import TINY, MistralConfig, errors
 from mistral_core.cli import push as command
 from mistral_core.data import TINY_CHECKPOINT
+from mistral_core.disk.into import MANIFEST
 from mistral_core.parameters import initial_value, parameters
 from mistral_core.weights import manifest, push, sources
 from mistral_core.weights.checkpoint import load, save
@@ -182,9 +183,9 @@ def test_a_checkpoint_that_is_not_what_its_manifest_says(server, directory):
         end.write(b"x")
     with pytest.raises(errors.CorruptCheckpointError):
         push_to_hub(directory, REPO)
-    listed = json.loads((directory / manifest.NAME).read_bytes())
+    listed = json.loads((directory / MANIFEST).read_bytes())
     listed["files"]["model-00002-of-00002.safetensors"]["size"] += 1
-    (directory / manifest.NAME).write_text(json.dumps(listed))
+    (directory / MANIFEST).write_text(json.dumps(listed))
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(errors.TruncatedFileError):
         push_to_hub(directory, REPO)

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mistral_core import TINY, errors
+from mistral_core.disk.into import MANIFEST
 from mistral_core.parameters import initial_value, parameters
 from mistral_core.weights import manifest
 from mistral_core.weights.checkpoint import Checkpoint, load, save
@@ -147,11 +148,11 @@ def without(name):
 )
 def test_wrong_tensors_leave_the_old_checkpoint(tmp_path, tensors, error, message):
     save(tmp_path / "a", TINY, weights().items())
-    before = (tmp_path / "a" / manifest.NAME).read_bytes()
+    before = (tmp_path / "a" / MANIFEST).read_bytes()
     with pytest.raises(error, match=message):
         save(tmp_path / "a", TINY, tensors)
     assert os.listdir(tmp_path) == ["a"]
-    assert (tmp_path / "a" / manifest.NAME).read_bytes() == before
+    assert (tmp_path / "a" / MANIFEST).read_bytes() == before
     manifest.verify(tmp_path / "a", "full")
 
 
@@ -172,17 +173,17 @@ def test_checkpoint_can_be_rewritten_from_itself(tmp_path):
     save(tmp_path / "a", TINY, weights().items(), max_shard_size="30KB")
     config, stream = load(tmp_path / "a", dtype="float32")
     save(tmp_path / "a", config, stream)
-    assert sorted(os.listdir(tmp_path / "a")) == ["config.json", manifest.NAME, shards.SINGLE]
+    assert sorted(os.listdir(tmp_path / "a")) == ["config.json", MANIFEST, shards.SINGLE]
     assert load(tmp_path / "a")[0].dtype == "float32"
 
 
 def test_other_files_go_in_and_bad_names_do_not(tmp_path):
     save(tmp_path / "a", TINY, weights().items(), other_files={"tokenizer.json": b"{}"})
     assert (tmp_path / "a" / "tokenizer.json").read_bytes() == b"{}"
-    assert "tokenizer.json" in json.loads((tmp_path / "a" / manifest.NAME).read_text())["files"]
+    assert "tokenizer.json" in json.loads((tmp_path / "a" / MANIFEST).read_text())["files"]
     with pytest.raises(errors.UnsafeFileError):
         save(tmp_path / "a", TINY, weights().items(), other_files={"../x": b""})
-    for name in ("config.json", "model.safetensors", manifest.NAME):
+    for name in ("config.json", "model.safetensors", MANIFEST):
         with pytest.raises(errors.ConversionError, match=name):
             save(tmp_path / "a", TINY, weights().items(), other_files={name: b""})
 
@@ -232,8 +233,8 @@ def flip_last_bit(path: Path) -> None:
 
 
 def test_manifest_names_files_tensors_and_the_tool(saved):
-    description = json.loads((saved / manifest.NAME).read_text())
-    assert set(description["files"]) == set(os.listdir(saved)) - {manifest.NAME}
+    description = json.loads((saved / MANIFEST).read_text())
+    assert set(description["files"]) == set(os.listdir(saved)) - {MANIFEST}
     assert set(description["tensors"]) == set(weights())
     assert description["tensors"][HEAD]["sha256"] == tensor_file.digest(weights()[HEAD])
     assert description["tool"].startswith("mistral-frameworks ")
@@ -269,9 +270,9 @@ def test_sizes_are_compared_by_default_and_not_when_off(saved):
 
 
 def test_load_verifies_sizes_unless_told_otherwise(saved):
-    description = json.loads((saved / manifest.NAME).read_text())
+    description = json.loads((saved / MANIFEST).read_text())
     description["files"]["model-00001-of-00002.safetensors"]["size"] += 1
-    (saved / manifest.NAME).write_text(json.dumps(description))
+    (saved / MANIFEST).write_text(json.dumps(description))
     with pytest.raises(errors.TruncatedFileError):
         load(saved)
     load(saved, verify="off")
@@ -288,9 +289,9 @@ def test_config_may_be_edited_but_not_for_full(saved):
 def test_full_demands_a_manifest_and_modes_are_known(saved):
     with pytest.raises(ValueError, match="off, sizes, full"):
         load(saved, verify="yes")
-    (saved / manifest.NAME).unlink()
+    (saved / MANIFEST).unlink()
     load(saved)
-    with pytest.raises(errors.CheckpointNotFoundError, match=manifest.NAME):
+    with pytest.raises(errors.CheckpointNotFoundError, match=MANIFEST):
         load(saved, verify="full")
 
 
@@ -298,13 +299,13 @@ def test_full_demands_a_manifest_and_modes_are_known(saved):
     "text", ["", "[]", "{}", '{"files": {"a": 1}}', '{"files": {"a": {"size": "1", "sha256": ""}}}']
 )
 def test_malformed_manifests(saved, text):
-    (saved / manifest.NAME).write_text(text)
+    (saved / MANIFEST).write_text(text)
     with pytest.raises(errors.CorruptCheckpointError):
         load(saved)
 
 
 def test_manifest_cannot_point_outside(saved):
-    (saved / manifest.NAME).write_text('{"files": {"../x": {"size": 1, "sha256": ""}}}')
+    (saved / MANIFEST).write_text('{"files": {"../x": {"size": 1, "sha256": ""}}}')
     with pytest.raises(errors.UnsafeFileError):
         load(saved)
 

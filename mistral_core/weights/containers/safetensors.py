@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...disk import files, limits, reading
+from ...disk.reading import opened
 from ...errors import CorruptCheckpointError, DtypeMismatchError, LimitExceededError, TruncatedFileError
 from .tensor_file import (
     DTYPES,
@@ -18,7 +19,6 @@ from .tensor_file import (
     MAX_TENSORS,
     TensorFile,
     TensorInfo,
-    opened,
     quoted,
     read_at,
     refuse_pointer,

@@ -14,13 +14,14 @@ from typing import Any
 
 from ...config import MistralConfig
 from ...disk import files, limits, reading, strict_json
+from ...disk.reading import opened
 from ...errors import ConfigError, CorruptCheckpointError, UnsupportedFeatureError
 from ...parameters import BASE_PREFIX, HEADS, Parameter, layer_of, parameters
 from .. import layouts
 from ..containers.hdf5 import file as hdf5_file
 from ..containers.hdf5.file import Hdf5File
 from ..containers.stored_zip import StoredZip
-from ..containers.tensor_file import DTYPES, opened, quoted
+from ..containers.tensor_file import DTYPES, quoted
 from ..opened import Checkpoint, stored_in_layout
 from . import base
 from .base import Outline, Target

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from ....disk import files, reading
-from ..tensor_file import TensorFile, TensorInfo, opened, refuse_pointer, reserve, stamp_of
+from ....disk.reading import opened
+from ..tensor_file import TensorFile, TensorInfo, refuse_pointer, reserve, stamp_of
 from .kinds import KINDS, QUANTISED, dequantised, nbytes
 from .scan import ARRAY, BOOL, CODES, DEFAULT_ALIGNMENT, MAGIC, STRING, Scan, Strings, Value
 

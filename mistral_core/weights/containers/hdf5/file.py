@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from ....disk import files, reading
+from ....disk.reading import opened
 from ....errors import CorruptCheckpointError, MissingExtraError
-from ..tensor_file import DTYPES, TensorFile, TensorInfo, opened, quoted, stamp_of
+from ..tensor_file import DTYPES, TensorFile, TensorInfo, quoted, stamp_of
 from .structure import Found, Structure
 
 Attributes = Mapping[str, Mapping[str, str | Sequence[str]]]

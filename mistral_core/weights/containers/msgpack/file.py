@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ....disk import files, limits, reading
+from ....disk.reading import opened
 from ....errors import CorruptCheckpointError, DtypeMismatchError, LimitExceededError, TruncatedFileError
 from ..tensor_file import (
     DTYPES,
@@ -21,7 +22,6 @@ from ..tensor_file import (
     MAX_TENSORS,
     TensorFile,
     TensorInfo,
-    opened,
     quoted,
     refuse_pointer,
     stamp_of,
