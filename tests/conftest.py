@@ -10,11 +10,9 @@ import importlib.util
 import os
 
 import pytest
+from frameworks import PACKAGES, REQUESTED
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
-FRAMEWORKS = {"torch": "torch", "flax": "flax", "tf": "tensorflow"}
-REQUESTED = tuple(os.environ.get("MISTRAL_TEST_BACKENDS", ",".join(FRAMEWORKS)).split(","))
 
 
 @pytest.fixture
@@ -29,6 +27,6 @@ def strict_jax():
 @pytest.fixture(scope="session", params=REQUESTED)
 def backend(request):
     """The package of a backend: mistral_torch, mistral_flax or mistral_tf."""
-    if importlib.util.find_spec(FRAMEWORKS[request.param]) is None:
-        pytest.skip(f"{FRAMEWORKS[request.param]} is not installed")
+    if importlib.util.find_spec(PACKAGES[request.param]) is None:
+        pytest.skip(f"{PACKAGES[request.param]} is not installed")
     return importlib.import_module(f"mistral_{request.param}")

@@ -81,6 +81,13 @@ def test_conformance_reaches_backends_in_their_adapters_only():
         assert adapter or not names & FRAMEWORKS, file
 
 
+def test_no_test_imports_a_conftest():
+    """There are several, and the name is that of the one which was loaded last: helpers have names of their own."""
+    for file, names in imported_in("tests").items():
+        assert "conftest" not in names, file
+
+
 def test_the_lists_above_are_not_empty():
     assert len(imported_in("mistral_core")) > 20
+    assert len(imported_in("tests")) > 50
     assert any("torch" in names for names in imported_in("mistral_torch").values())

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import REQUESTED
+from frameworks import REQUESTED
 
 from conformance.weights import random_parameters
 from mistral_core import GenerationConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import REQUESTED
+from frameworks import REQUESTED
 
 from conformance.weights import random_parameters
 from mistral_core import GenerationConfig

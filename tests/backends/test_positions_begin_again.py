@@ -6,7 +6,7 @@ import importlib
 
 import numpy as np
 import pytest
-from conftest import REQUESTED
+from frameworks import REQUESTED
 
 from conformance.weights import random_parameters
 from mistral_core.config.presets import TINY
