@@ -58,19 +58,22 @@ class Hub(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_GET
 
     def answer(self, path):
-        files = self.server.files
+        files, past = self.server.files, self.server.past
         repositories = self.server.repositories
         repository = next((r for r in repositories if path.startswith((f"/{r}/", f"/api/models/{r}"))), "")
         if path.startswith("/api/models/"):
             if not repository:
                 return 404, {"X-Error-Code": "RepoNotFound"}, b""
+            revision = path.partition("/revision/")[2]
+            commit, files = (revision, past[revision]) if revision in past else (self.server.commit, files)
             siblings = [sibling(name, data) for name, data in files.items()]
-            return 200, {}, json.dumps({"id": repository, "sha": self.server.commit, "siblings": siblings}).encode()
-        name = path.removeprefix(f"/{repository}/resolve/{self.server.commit}/")
+            return 200, {}, json.dumps({"id": repository, "sha": commit, "siblings": siblings}).encode()
+        commit, _, name = path.removeprefix(f"/{repository}/resolve/").partition("/")
+        files = files if commit == self.server.commit else past.get(commit, {})
         if name not in files:
             return 404, ENTRY_NOT_FOUND, b""
         etag = hashlib.sha256(files[name]).hexdigest()
-        return 200, {"ETag": f'"{etag}"', "X-Repo-Commit": self.server.commit}, files[name]
+        return 200, {"ETag": f'"{etag}"', "X-Repo-Commit": commit}, files[name]
 
     def taken(self, path, sent):
         """The answer to an upload's request, in the order in which they come."""
@@ -147,6 +150,7 @@ def serving(files, repositories, monkeypatch):
     """A server whose `repositories` all hold `files`, and huggingface_hub turned to it."""
     with Server(("127.0.0.1", 0), Hub) as server:
         server.files, server.repositories, server.commit, server.requests = dict(files), repositories, COMMIT, []
+        server.past = {}  # commit -> files, of commits that the branch has left
         server.blobs, server.commits, server.created, server.branches = {}, [], [], []
         server.fault = lambda path: None
         url = server.url = f"http://127.0.0.1:{server.server_port}"

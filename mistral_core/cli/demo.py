@@ -15,6 +15,7 @@ from .. import backend as backends
 from ..data import TINY_CHECKPOINT
 from ..errors import InputError, MissingExtraError
 from ..generation import GenerationConfig, driver
+from ..hub import download
 from ..reference import heads
 from ..text.tokenizer import MistralTokenizer
 from ..weights import pretrained
@@ -62,7 +63,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the demo; 0 where every framework agrees with the reference."""
-    path = options.path or TINY_CHECKPOINT
+    path = download.held(options.path or TINY_CHECKPOINT)
     if options.dtype not in (None, "auto", "float32"):
         raise InputError(f"--dtype: {options.dtype!r}; float32 is compared here. Other dtypes: mistral check --dtype.")
     given = {**loading(options), "dtype": "float32"}

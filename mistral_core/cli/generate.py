@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import backend as backends
+from ..hub import download
 from ..text.stream import TextStreamer
 from ..text.tokenizer import MistralTokenizer
 from . import backend_argument, loading, loading_arguments, progress, put, stdin
@@ -61,9 +62,10 @@ def load(options: argparse.Namespace) -> tuple[backends.Backend, MistralTokenize
     """Backend, tokenizer and model that were asked for, with progress told; raises MissingExtraError."""
     _tell_what_takes_long()
     backend = backends.get(backends.chosen(options.backend))
-    tokenizer = MistralTokenizer.from_pretrained(options.path)
+    path = download.held(options.path)  # the tokenizer and the model are of one moment
+    tokenizer = MistralTokenizer.from_pretrained(path)
     progress(f"loading {options.path} in {backends.version(backend)}")
-    model = backend.model_class("MistralForCausalLM").from_pretrained(options.path, **loading(options))
+    model = backend.model_class("MistralForCausalLM").from_pretrained(path, **loading(options))
     return backend, tokenizer, model
 
 

@@ -81,6 +81,18 @@ class Named:
         return []
 
 
+class HeldId(str):
+    """A hub id that means one commit, whoever asks for files of it: the one that was found the first time."""
+
+    commit: str | None = None
+
+
+def held(path_or_id: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """What is read more than once, as of one moment: a path whose directory is held open, or an id of one commit."""
+    found = reading.held_if_there(path_or_id)
+    return HeldId(found) if type(found) is str else found
+
+
 def resolve(
     path_or_id: safe_files.PathLike,
     files: Choice | Iterable[str],
@@ -92,8 +104,9 @@ def resolve(
 ) -> Path:
     """The local path of a path, or of a hub id whose `files` are downloaded, all at one commit.
 
-    Of names those the repository has, at least one. Where the hub does not answer, a complete copy in the cache is
-    used, with a warning unless offline is what was asked for.
+    A HeldId is at the commit that it had the first time, whatever `revision` means by now. Of names those the
+    repository has, at least one. Where the hub does not answer, a complete copy in the cache is used, with a warning
+    unless offline is what was asked for.
     Raises CheckpointNotFoundError (for a path), HubError and its kinds, and what the choice of files raises.
     """
     path = safe_files.as_path(path_or_id)
@@ -102,15 +115,24 @@ def resolve(
     if not isinstance(path_or_id, str) or _looks_like_path(path_or_id, path):
         raise CheckpointNotFoundError(f"{path}: no such file or directory; check the path.")
     cache = os.path.expanduser(cache_dir) if cache_dir is not None else None
-    repository = Repository(path_or_id, revision, cache, token)
+    known = getattr(path_or_id, "commit", None)
+    repository = Repository(str(path_or_id), known or revision, cache, token)
     choice = Named(tuple(files)) if isinstance(files, Iterable) else files
     for part in (part for name in choice.asked for part in name.split("/")):
         safe_files.check_bare_name(part, path_or_id)
+    snapshot = _resolved(repository, choice, local_files_only)
+    if isinstance(path_or_id, HeldId):
+        path_or_id.commit = snapshot.name
+    return snapshot
+
+
+def _resolved(repository: Repository, choice: Choice, local_files_only: bool) -> Path:
+    """The snapshot of a repository, from the hub or from the cache."""
     from huggingface_hub import constants
     from huggingface_hub.utils import validate_repo_id
 
     try:
-        validate_repo_id(path_or_id)
+        validate_repo_id(repository.id)
         if local_files_only or constants.HF_HUB_OFFLINE:
             return _cached(repository, choice)
         return _download(repository, choice)

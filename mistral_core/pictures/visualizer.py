@@ -13,6 +13,7 @@ import numpy as np
 from .. import backend as backends
 from ..config import MistralConfig
 from ..errors import InputError, MissingExtraError
+from ..hub import download
 from ..plain import plain_int
 from ..reference import ops
 from ..telling import printable
@@ -36,10 +37,11 @@ class _Visualizer:
         framework: str | None = None,
         **overrides: Any,
     ) -> None:
-        self.path = path
+        self.path = path = download.held(path)  # config, tokenizer and model are of one moment
         self._loading = {name: overrides.pop(name) for name in LOADING if name in overrides}
         self.config = MistralConfig.from_pretrained(path, **overrides)
-        self.tokenizer = MistralTokenizer.from_pretrained(path)
+        hub = {name: overrides[name] for name in download.ARGUMENTS if name in overrides}
+        self.tokenizer = MistralTokenizer.from_pretrained(path, **hub)
         name = self._chosen(backend, framework)
         self.backend = None if name == REFERENCE else backends.get(name)
         self._overrides = overrides

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from .. import backend as backends
-from ..disk import reading
 from ..errors import InputError
+from ..hub import download
 from ..telling import shown
-from .base import HUB, LOADING, Pipeline
+from .base import LOADING, Pipeline
 
 TASKS: Mapping[str, tuple[str, str]] = {
     "text-generation": ("MistralForCausalLM", "text_generation.TextGenerationPipeline"),
@@ -47,11 +47,11 @@ def pipeline(
     if model is None:
         raise InputError("model: none given, and there is no default; give the path or hub id of a checkpoint.")
     if isinstance(model, str | os.PathLike):
-        hub = {name: loading[name] for name in HUB if name in loading}
-        model = reading.held_if_there(model)  # the model and its tokenizer are of one moment
-        task = _task(task or _task_of(_own_architecture(model, loading.get("config"), hub)))
-        tokenizer = model if tokenizer is None else tokenizer
         loading |= model_kwargs or {}
+        hub = {name: loading[name] for name in download.ARGUMENTS if name in loading}
+        path, model = model, download.held(model)  # config, model and tokenizer are of one moment
+        tokenizer = model if tokenizer in (None, path) else tokenizer
+        task = _task(task or _task_of(_own_architecture(model, loading.get("config"), hub)))
         found = backends.get(backends.chosen(backend, framework=framework, given=loading.values()))
         model = found.model_class(TASKS[task][0]).from_pretrained(model, **loading)
     else:

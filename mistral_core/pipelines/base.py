@@ -13,13 +13,13 @@ import numpy as np
 
 from ..backend import Backend
 from ..errors import EmptyInputError, InputError
+from ..hub.download import ARGUMENTS
 from ..plain import is_int, plain
 from ..telling import nearest, shown
 from ..validate import Array, check_call
 
-HUB = ("revision", "token", "cache_dir", "local_files_only")
 LOADING = (
-    *HUB, "config", "dtype", "torch_dtype", "device", "device_map", "attn_implementation", "trust_remote_code",
+    *ARGUMENTS, "config", "dtype", "torch_dtype", "device", "device_map", "attn_implementation", "trust_remote_code",
 )  # fmt: skip
 """Arguments of `pipeline` that go to `from_pretrained`."""
 NARROWEST = 32
