@@ -8,11 +8,20 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import signal
 
 import pytest
 from frameworks import PACKAGES, REQUESTED
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c():
+    """SIGINT as in a terminal, here and in the processes that tests start: a shell's background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

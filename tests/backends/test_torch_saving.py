@@ -198,8 +198,8 @@ def test_a_model_sent_to_a_spawned_process_and_back():
     process = spawn.Process(target=echo, args=(models, answers))
     process.start()
     models.put(model)
-    assert answers.get(timeout=300) == bits(model)
-    back = answers.get(timeout=300)
+    assert answers.get(timeout=600) == bits(model)
+    back = answers.get(timeout=600)
     assert bits(back) == bits(model)
     assert back.lm_head.weight is back.model.embed_tokens.weight
     models.put(None)

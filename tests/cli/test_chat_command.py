@@ -299,7 +299,7 @@ def test_an_answer_cannot_command_the_terminal(pipe):
 
 
 def test_the_first_ctrl_c_ends_the_answer_and_the_second_takes_the_turn_back(pipe, monkeypatch):
-    terminal, shown = Terminal(pipe, "abcdef", "ghijkl"), []
+    terminal, shown, before = Terminal(pipe, "abcdef", "ghijkl"), [], signal.getsignal(signal.SIGINT)
 
     def interrupted(times):
         def show(piece):
@@ -313,7 +313,7 @@ def test_the_first_ctrl_c_ends_the_answer_and_the_second_takes_the_turn_back(pip
     terminal.repl._show = interrupted(1)
     assert "stopped" in terminal.takes("a")
     assert terminal.talk.messages[-1]["content"] == "ab"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     terminal.talk.model.says.clear()
     terminal.talk.model.says += answer("x")
     shown.clear()
@@ -352,7 +352,7 @@ class Pty:
         )
         os.close(theirs)
 
-    def types(self, keys, then, seconds=120):
+    def types(self, keys, then, seconds=600):
         """Press keys and read until a pattern is on the screen."""
         os.write(self.terminal, keys.encode())
         start, deadline = len(self.seen), time.monotonic() + seconds

@@ -87,7 +87,7 @@ def run(path, text, listed):
     path.write_text(text)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "clients")}
     command = [sys.executable, "-c", RUN, str(path), repr(listed)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize(("listed", "code"), [({"Cases::test_parts": "There are two."}, 0), ({}, 1)])

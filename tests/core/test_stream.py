@@ -132,7 +132,7 @@ def test_a_text_streamer_shows_one_row():
 
 
 def test_an_iterator_in_another_thread():
-    streamer = TextIteratorStreamer(TOKENIZER, skip_prompt=True, timeout=60)
+    streamer = TextIteratorStreamer(TOKENIZER, skip_prompt=True, timeout=600)
     thread = threading.Thread(target=told, args=(streamer, "Emma was pleased"))
     thread.start()
     assert "".join(streamer) == " was pleased"
@@ -159,7 +159,7 @@ def failing(streamer, *, after):
 
 @pytest.mark.parametrize("after", [None, 0, 2])
 def test_an_iteration_ends_with_the_error(after):
-    streamer = TextIteratorStreamer(TOKENIZER, timeout=5)
+    streamer = TextIteratorStreamer(TOKENIZER, timeout=600)
     for _ in range(2):  # and again
         thread = threading.Thread(target=failing, args=(streamer,), kwargs={"after": after})
         thread.start()
@@ -187,7 +187,7 @@ def test_a_streamer_of_another_kind_is_told_the_end_once():
 
 
 def test_a_loop_that_was_left_does_not_go_on_with_another_call():
-    streamer = TextIteratorStreamer(TOKENIZER, timeout=5)
+    streamer = TextIteratorStreamer(TOKENIZER, timeout=600)
     told(streamer, "Emma was not at all pleased")
     for piece in streamer:
         assert piece

@@ -238,7 +238,7 @@ def test_120_a_worker_whose_parent_is_gone_ends_itself():
     request = {"template": "{{ 10 ** (10 ** 8) }}", "variables": {}, "own": [], "now": 0, "seconds": 0.2}
     command = [sys.executable, "-I", template_worker.__file__]
     line = json.dumps(request).encode() + b"\n"
-    run = subprocess.run(command, input=line, stdout=subprocess.PIPE, timeout=60, check=False)
+    run = subprocess.run(command, input=line, stdout=subprocess.PIPE, timeout=600, check=False)
     assert run.returncode == -signal.SIGALRM
 
 
@@ -287,7 +287,7 @@ print(mine)
 
 def test_a_fork_has_its_own_process_and_the_end_ends_it():
     run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", FORK], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-W", "error", "-c", FORK], capture_output=True, text=True, timeout=600, check=False
     )
     assert (run.returncode, run.stderr) == (0, "")  # and no warning
     with pytest.raises(ProcessLookupError):

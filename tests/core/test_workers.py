@@ -8,7 +8,7 @@ from mistral_core.weights.workers import Workers
 
 
 def test_two_small_ones_run_beside_each_other():
-    both = threading.Barrier(2, timeout=30)
+    both = threading.Barrier(2, timeout=600)
     with Workers(10) as workers:
         workers.submit(5, both.wait)
         workers.submit(5, both.wait)
