@@ -87,6 +87,25 @@ def test_no_test_imports_a_conftest():
         assert "conftest" not in names, file
 
 
+def modules_of(package: str) -> dict[str, Path]:
+    """Dotted name -> file."""
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / package).rglob("*.py")}
+    return {name.removesuffix(".__init__"): path for path, name in names.items()}
+
+
+def test_a_class_name_is_one_thing():
+    """A name means one class in the core and its suite, and one in each backend, whose names are each other's."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for package in ("mistral_core", "conformance", *sorted(BACKENDS)):
+        for module, path in modules_of(package).items():
+            if module.startswith(("mistral_core.reference", "conformance.adapters")):
+                continue  # the reference has the backends' names, and each framework an adapter
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ClassDef):
+                    found.setdefault((package if package in BACKENDS else "", node.name), []).append(module)
+    assert {name: modules for name, modules in found.items() if len(modules) > 1} == {}
+
+
 def test_the_lists_above_are_not_empty():
     assert len(imported_in("mistral_core")) > 20
     assert len(imported_in("tests")) > 50

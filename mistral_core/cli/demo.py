@@ -26,7 +26,7 @@ BOUND = 32.0
 """float32 ulp of the largest logit: what the conformance suite promises."""
 
 
-class Row(NamedTuple):
+class DemoRow(NamedTuple):
     """What one framework did."""
 
     framework: str
@@ -96,7 +96,7 @@ def _backends(wanted: list[str] | None) -> Iterator[backends.Backend]:
             progress(str(error))
 
 
-def _reference(path: Any, ids: np.ndarray, new: int, tokenizer: MistralTokenizer) -> tuple[Row, Expected]:
+def _reference(path: Any, ids: np.ndarray, new: int, tokenizer: MistralTokenizer) -> tuple[DemoRow, Expected]:
     started = time.perf_counter()
     loaded = pretrained.load(path, "MistralForCausalLM", dtype="float32")
     driver.prepare(loaded.config, ids, None, GenerationConfig(), {"max_new_tokens": new})  # a typed error, at once
@@ -109,7 +109,7 @@ def _reference(path: Any, ids: np.ndarray, new: int, tokenizer: MistralTokenizer
     assert logits is not None
     cached_is_one_pass = bool((logits[:, ids.shape[1] - 1 : -1].argmax(-1) == written).all())
     text = tokenizer.decode(tokens[0], skip_special_tokens=True)
-    row = Row(
+    row = DemoRow(
         f"numpy {np.__version__}", text, 0.0, 0.0, 1.0, cached_is_one_pass, new / seconds,
         loaded_at - started, cached_is_one_pass,
     )  # fmt: skip
@@ -122,7 +122,7 @@ def _framework(
     expected: Expected,
     tokenizer: MistralTokenizer,
     given: Mapping[str, Any] = MappingProxyType({"dtype": "float32"}),
-) -> Row:
+) -> DemoRow:
     started = time.perf_counter()
     model = backend.model_class("MistralForCausalLM").from_pretrained(path, **given)
     load_seconds = time.perf_counter() - started
@@ -139,13 +139,13 @@ def _framework(
     cached_is_one_pass = bool((one_pass == written[:, expected.prompt :]).all())
     agrees = bool((written == expected.tokens).all()) and argmax == 1 and ulp <= BOUND and cached_is_one_pass
     text = tokenizer.decode(written[0], skip_special_tokens=True)
-    return Row(
+    return DemoRow(
         backends.version(backend), text, difference, ulp, argmax, cached_is_one_pass,
         new / seconds, load_seconds, agrees,
     )  # fmt: skip
 
 
-def _print(prompt: str, rows: list[Row], agree: bool) -> None:
+def _print(prompt: str, rows: list[DemoRow], agree: bool) -> None:
     put(f"prompt: {prompt}\n")
     for row in rows:
         same = row.text == rows[0].text

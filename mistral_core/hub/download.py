@@ -35,7 +35,7 @@ _DOWNLOADS_AT_ONCE = 4
 _SUFFIXES = (".gguf", ".safetensors", ".json", ".bin", ".pth", ".pt", ".h5", ".keras", ".msgpack", ".model", ".npz")
 
 
-class Choice(Protocol):
+class WantedFiles(Protocol):
     """Which files of a repository are fetched: first small ones, then those that the small ones lead to."""
 
     @property
@@ -95,7 +95,7 @@ def held(path_or_id: str | os.PathLike[str]) -> str | os.PathLike[str]:
 
 def resolve(
     path_or_id: safe_files.PathLike,
-    files: Choice | Iterable[str],
+    files: WantedFiles | Iterable[str],
     *,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -126,7 +126,7 @@ def resolve(
     return snapshot
 
 
-def _resolved(repository: Repository, choice: Choice, local_files_only: bool) -> Path:
+def _resolved(repository: Repository, choice: WantedFiles, local_files_only: bool) -> Path:
     """The snapshot of a repository, from the hub or from the cache."""
     from huggingface_hub import constants
     from huggingface_hub.utils import validate_repo_id
@@ -158,7 +158,7 @@ def _looks_like_path(text: str, path: Path) -> bool:
     return len(path.parts) > 1 and os.path.exists(path.parent)
 
 
-def _download(repository: Repository, choice: Choice) -> Path:
+def _download(repository: Repository, choice: WantedFiles) -> Path:
     """Resolve the commit once and fetch what is wanted of it."""
     commit, announced = wire.listing(repository)
     first = choice.first(announced, str(repository))
@@ -241,7 +241,7 @@ def _check(path: Path, expected: Announced, repository: Repository) -> None:
         )
 
 
-def _cached(repository: Repository, choice: Choice) -> Path:
+def _cached(repository: Repository, choice: WantedFiles) -> Path:
     """The snapshot in the cache, or OfflineError with what it lacks; what was never compared is compared now."""
     commit = cache.commit_of(repository)
     found = [name for name in choice.asked if commit and cache.found(repository, commit, name)]

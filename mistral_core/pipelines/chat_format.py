@@ -10,7 +10,7 @@ Message = dict[str, Any]
 """{"role": ..., "content": ..., ...}, as chat templates take it."""
 
 
-class Format(Protocol):
+class ChatFormat(Protocol):
     """How messages become token ids."""
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -24,7 +24,7 @@ class Format(Protocol):
 
 
 @dataclass(frozen=True)
-class Chat:
+class TemplateFormat:
     """The tokenizer's chat template; `options` go to `apply_chat_template`."""
 
     tokenizer: Any
@@ -44,7 +44,7 @@ class Chat:
 
 
 @dataclass(frozen=True)
-class Plain:
+class PlainFormat:
     """No format: the contents of the messages are one text, each piece encoded alone."""
 
     tokenizer: Any

@@ -14,7 +14,7 @@ from ..generation.cache_layout import check_rollback
 from ..generation.engine import alike
 from ..outputs import GenerateOutput
 from ..text.stream import REPLACEMENT, StoppingStream
-from .chat_format import Chat, Format, Message, Plain
+from .chat_format import ChatFormat, Message, PlainFormat, TemplateFormat
 
 ANSWER = 1024
 """The most tokens of an answer where nothing else is asked for."""
@@ -39,7 +39,7 @@ class Turn(NamedTuple):
     """How many of the oldest messages were dropped to make room."""
 
 
-class Written(NamedTuple):
+class WrittenTurn(NamedTuple):
     """An answer as the model wrote it, in the place of the ids [start, end) that the format has for its text."""
 
     start: int
@@ -47,13 +47,13 @@ class Written(NamedTuple):
     ids: list[int]
 
 
-class Prompt(NamedTuple):
+class TurnIds(NamedTuple):
     """The messages of a turn as ids."""
 
     messages: list[Message]
     formatted: list[int]
     """As the format has them."""
-    written: list[Written]
+    written: list[WrittenTurn]
     ids: list[int]
     """As the model reads them: with the answers as it wrote them."""
 
@@ -86,7 +86,7 @@ class Conversation:
     ) -> None:
         self.model, self.tokenizer, self.forget = model, tokenizer, forget
         options_of_template = {} if template is None else {"chat_template": template}
-        self.format: Format = Plain(tokenizer) if plain else Chat(tokenizer, options_of_template)
+        self.format: ChatFormat = PlainFormat(tokenizer) if plain else TemplateFormat(tokenizer, options_of_template)
         self.messages = [dict(message) for message in messages]
         self.last: Turn | None = None
         self.answers = 0
@@ -101,7 +101,7 @@ class Conversation:
         self._seen: list[int] = []
         self._cache: Any = None
         self._formatted: list[int] = []
-        self._written: list[Written] = []
+        self._written: list[WrittenTurn] = []
         self._stopping = False
 
     @property
@@ -117,7 +117,7 @@ class Conversation:
 
     @system.setter
     def system(self, text: str | None) -> None:
-        if isinstance(self.format, Plain) and text is not None:
+        if isinstance(self.format, PlainFormat) and text is not None:
             raise InputError("system: a plain text has no system prompt; say it, or choose a chat template.")
         rest = self.messages if self.system is None else self.messages[1:]
         self.messages = rest if text is None else [{"role": "system", "content": text}, *rest]
@@ -183,7 +183,7 @@ class Conversation:
             self._remember(prompt, answer)
         return answer.text
 
-    def _fitting(self, messages: list[Message]) -> Prompt:
+    def _fitting(self, messages: list[Message]) -> TurnIds:
         """The prompt, without the oldest turns where it is too long and they may be forgotten."""
         prompt = self._prompt(messages)
         if self.forget and len(prompt.ids) + self.generation.max_new_tokens > self.limit:
@@ -197,7 +197,7 @@ class Conversation:
             )
         return prompt
 
-    def _prompt(self, messages: list[Message]) -> Prompt:
+    def _prompt(self, messages: list[Message]) -> TurnIds:
         formatted = self.format.prompt(messages)
         same = alike(formatted, self._formatted)
         written = [each for each in self._written if each.end <= same]
@@ -205,9 +205,9 @@ class Conversation:
         for each in written:
             ids += formatted[at : each.start] + each.ids
             at = each.end
-        return Prompt(messages, formatted, written, ids + formatted[at:])
+        return TurnIds(messages, formatted, written, ids + formatted[at:])
 
-    def _remember(self, prompt: Prompt, answer: Answer) -> None:
+    def _remember(self, prompt: TurnIds, answer: Answer) -> None:
         """Take the messages of a turn, and where in them the answer's ids belong."""
         self.messages = [*prompt.messages, {"role": "assistant", "content": answer.text}]
         self._formatted, self._written = prompt.formatted, prompt.written
@@ -219,7 +219,7 @@ class Conversation:
         if formatted[:start] == prompt.formatted:
             self._formatted = formatted
             if answer.is_exact:
-                self._written = [*prompt.written, Written(start, len(formatted), answer.text_ids)]
+                self._written = [*prompt.written, WrittenTurn(start, len(formatted), answer.text_ids)]
 
     def _past(self) -> GenerateOutput | None:
         if self._cache is None:

@@ -19,7 +19,7 @@ OVERLAP = 128
 
 
 @dataclass(frozen=True)
-class Options:
+class QuestionAnsweringOptions:
     """What a call takes; `doc_stride` is how many tokens rows have in common, by default 128 or half a row."""
 
     top_k: int = 1
@@ -55,7 +55,7 @@ class QuestionAnsweringPipeline(Pipeline):
 
     task = "question-answering"
     architecture = "MistralForQuestionAnswering"
-    options_class = Options
+    options_class = QuestionAnsweringOptions
     _expected = "a dictionary of question and context"
 
     def __call__(
@@ -71,10 +71,10 @@ class QuestionAnsweringPipeline(Pipeline):
         given = _pairs(question, context) if inputs is None else inputs
         return super().__call__(given, batch_size=batch_size, **options)
 
-    def _is_one(self, inputs: Any, options: Options) -> bool:
+    def _is_one(self, inputs: Any, options: QuestionAnsweringOptions) -> bool:
         return isinstance(inputs, Mapping)
 
-    def _batch(self, items: list[Any], options: Options, size: int) -> Iterator[Any]:
+    def _batch(self, items: list[Any], options: QuestionAnsweringOptions, size: int) -> Iterator[Any]:
         length = options.max_seq_len or min(LONGEST_ROW, self.model.config.max_position_embeddings)
         stride = min(length // 2, OVERLAP) if options.doc_stride is None else options.doc_stride
         texts = [self._text(item, options) for item in items]
@@ -87,7 +87,7 @@ class QuestionAnsweringPipeline(Pipeline):
             answers = best(item["context"], text.spans, logits, nothing, options)
             yield answers[0] if options.top_k == 1 else answers
 
-    def _text(self, item: Any, options: Options) -> Any:
+    def _text(self, item: Any, options: QuestionAnsweringOptions) -> Any:
         if not isinstance(item, Mapping):
             raise InputError(f"{self.task}: {type(item).__name__}; {self._expected} was expected.")
         check_names("a question", item, ("question", "context"))
@@ -118,7 +118,7 @@ def best(
     spans: Sequence[tuple[int, int]],
     logits: Sequence[Array],
     nothing: Sequence[Array] | None,
-    options: Options,
+    options: QuestionAnsweringOptions,
 ) -> list[dict[str, Any]]:
     """The likeliest answers in a context, equal ones in the order of the text.
 
@@ -141,7 +141,7 @@ def _answer(context: str, score: float, begin: int, end: int) -> dict[str, Any]:
 
 
 def candidates(
-    context: str, spans: Sequence[tuple[int, int]], start_T: Array, end_T: Array, options: Options
+    context: str, spans: Sequence[tuple[int, int]], start_T: Array, end_T: Array, options: QuestionAnsweringOptions
 ) -> tuple[Array, Array, Array]:
     """Every answer as characters, in the order of the text: where it begins, where it ends, its probability."""
     lengths = range(min(options.max_answer_len, len(spans)))

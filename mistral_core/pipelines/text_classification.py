@@ -17,7 +17,7 @@ FUNCTIONS = ("sigmoid", "softmax", "none")
 
 
 @dataclass(frozen=True)
-class Options:
+class TextClassificationOptions:
     """What a call takes; `top_k` is how many labels to return, None all of them."""
 
     top_k: int | str | None = ""  # not given: the best one, and not as a list
@@ -43,21 +43,21 @@ class TextClassificationPipeline(Pipeline):
 
     task = "text-classification"
     architecture = "MistralForSequenceClassification"
-    options_class = Options
+    options_class = TextClassificationOptions
     _expected = "a str or a dictionary of text and text_pair"
 
-    def _is_one(self, inputs: Any, options: Options) -> bool:
+    def _is_one(self, inputs: Any, options: TextClassificationOptions) -> bool:
         return isinstance(inputs, str | Mapping)
 
-    def _of_one(self, item: Any, result: Any, options: Options) -> Any:
+    def _of_one(self, item: Any, result: Any, options: TextClassificationOptions) -> Any:
         return [result] if isinstance(item, str) and options.top_k == "" else result
 
-    def _batch(self, items: list[Any], options: Options, size: int) -> list[Any]:
+    def _batch(self, items: list[Any], options: TextClassificationOptions, size: int) -> list[Any]:
         rows = [self._row(item, options) for item in items]
         logits = [scores for (scores,) in self._outputs(rows, ["logits"], size)]
         return [ranked(self.model.config, each, options) for each in logits]
 
-    def _row(self, item: Any, options: Options) -> list[int]:
+    def _row(self, item: Any, options: TextClassificationOptions) -> list[int]:
         texts = item if isinstance(item, Mapping) else {"text": item}
         check_names("a pair", texts, ("text", "text_pair"))
         if not isinstance(texts.get("text"), str):
@@ -72,7 +72,7 @@ class TextClassificationPipeline(Pipeline):
         return list(made["input_ids"])
 
 
-def ranked(config: MistralConfig, logits_C: Array, options: Options) -> Any:
+def ranked(config: MistralConfig, logits_C: Array, options: TextClassificationOptions) -> Any:
     """The labels of one row of logits with their scores, the best first, equal ones in the order of the config."""
     scores = applied(options.function_to_apply or "default", config, logits_C)
     labels = config.id2label or {}

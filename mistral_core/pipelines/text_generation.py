@@ -27,7 +27,7 @@ Chat = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Options:
+class TextGenerationOptions:
     """What a call takes besides the options of `generate`, which are in `generate`."""
 
     return_full_text: bool = True
@@ -55,7 +55,7 @@ class Options:
             raise UnsupportedFeatureError("clean_up_tokenization_spaces: it would change the text; leave it out.")
 
 
-class Prompt(NamedTuple):
+class PipelineInput(NamedTuple):
     """A text or a conversation and its ids."""
 
     given: Any
@@ -82,20 +82,20 @@ class TextGenerationPipeline(Pipeline):
 
     task = "text-generation"
     architecture = "MistralForCausalLM"
-    options_class = Options
+    options_class = TextGenerationOptions
     _expected = "a str or a chat (a list of messages with role and content)"
 
-    def _chosen(self, given: Mapping[str, Any]) -> Options:
-        own = {field.name for field in dataclasses.fields(Options)} - {"generate"}
+    def _chosen(self, given: Mapping[str, Any]) -> TextGenerationOptions:
+        own = {field.name for field in dataclasses.fields(TextGenerationOptions)} - {"generate"}
         check_names(self.task, given, own | OF_GENERATE - {*ONLY_GENERATE}, "; for arrays call model.generate")
         generate = {name: value for name, value in given.items() if name not in own}
         options = {name: value for name, value in given.items() if name in own}
         return dataclasses.replace(self._defaults, **options, generate={**self._defaults.generate, **generate})
 
-    def _is_one(self, inputs: Any, options: Options) -> bool:
+    def _is_one(self, inputs: Any, options: TextGenerationOptions) -> bool:
         return isinstance(inputs, str) or _is_chat(inputs)
 
-    def _batch(self, items: list[Any], options: Options, size: int) -> Iterator[list[dict[str, Any]]]:
+    def _batch(self, items: list[Any], options: TextGenerationOptions, size: int) -> Iterator[list[dict[str, Any]]]:
         generation = self._generation(options)
         prompts = [self._prompt(item, options, generation) for item in items]
         if generation.max_length is None:
@@ -104,7 +104,7 @@ class TextGenerationPipeline(Pipeline):
         for prompt in prompts:  # the limit leaves each of them another number of new tokens
             yield from self._continued([prompt], options, generation)
 
-    def _generation(self, options: Options) -> GenerationConfig:
+    def _generation(self, options: TextGenerationOptions) -> GenerationConfig:
         """The options of `generate` in force."""
         config = options.generation_config
         if config is None:
@@ -123,10 +123,10 @@ class TextGenerationPipeline(Pipeline):
             )
         return given
 
-    def _prompt(self, item: Any, options: Options, generation: GenerationConfig) -> Prompt:
+    def _prompt(self, item: Any, options: TextGenerationOptions, generation: GenerationConfig) -> PipelineInput:
         if isinstance(item, str):
             ids = self.tokenizer.encode(options.prefix + item, add_special_tokens=options.add_special_tokens)
-            return Prompt(item, self._fitting(ids, options, generation), True)
+            return PipelineInput(item, self._fitting(ids, options, generation), True)
         if not _is_chat(item):
             raise InputError(f"{self.task}: {type(item).__name__}; {self._expected} was expected.")
         continues = options.continue_final_message
@@ -136,10 +136,10 @@ class TextGenerationPipeline(Pipeline):
         if options.tools is not None:
             chat["tools"] = options.tools
         ids = self.tokenizer.apply_chat_template(list(item), **chat, **options.tokenizer_encode_kwargs)
-        return Prompt(item, self._fitting(ids, options, generation, is_chat=True), continues)
+        return PipelineInput(item, self._fitting(ids, options, generation, is_chat=True), continues)
 
     def _fitting(
-        self, ids: Sequence[int], options: Options, generation: GenerationConfig, *, is_chat: bool = False
+        self, ids: Sequence[int], options: TextGenerationOptions, generation: GenerationConfig, *, is_chat: bool = False
     ) -> list[int]:
         """The ids, or what of them leaves room for what is to come; raises SequenceTooLongError."""
         ids = list(map(int, ids))
@@ -157,7 +157,7 @@ class TextGenerationPipeline(Pipeline):
         return special + ids[len(ids) - room + len(special) :]
 
     def _continued(
-        self, prompts: list[Prompt], options: Options, generation: GenerationConfig
+        self, prompts: list[PipelineInput], options: TextGenerationOptions, generation: GenerationConfig
     ) -> Iterator[list[dict[str, Any]]]:
         ids_BT, mask_BT = padded([prompt.ids for prompt in prompts], side="left")
         alike = {} if generation.seed is None else {"seed": (generation.seed,) * len(prompts)}
@@ -179,7 +179,7 @@ class TextGenerationPipeline(Pipeline):
         for index, prompt in enumerate(prompts):
             yield [self._record(prompt, row, options) for row in rows[index * copies : (index + 1) * copies]]
 
-    def _record(self, prompt: Prompt, row: list[int], options: Options) -> dict[str, Any]:
+    def _record(self, prompt: PipelineInput, row: list[int], options: TextGenerationOptions) -> dict[str, Any]:
         if options.return_tensors:
             return {"generated_token_ids": row}
         after = prompt.ids if prompt.continues else []

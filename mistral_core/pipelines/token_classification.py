@@ -18,7 +18,7 @@ STRATEGIES = ("none", "simple", "first", "average", "max")
 
 
 @dataclass(frozen=True)
-class Options:
+class TokenClassificationOptions:
     """What a call takes."""
 
     aggregation_strategy: str = "none"
@@ -71,21 +71,21 @@ class TokenClassificationPipeline(Pipeline):
 
     task = "token-classification"
     architecture = "MistralForTokenClassification"
-    options_class = Options
+    options_class = TokenClassificationOptions
     _expected = "a str, with is_split_into_words a list of them,"
 
-    def _is_one(self, inputs: Any, options: Options) -> bool:
+    def _is_one(self, inputs: Any, options: TokenClassificationOptions) -> bool:
         words = options.is_split_into_words and isinstance(inputs, list | tuple) and inputs
         return isinstance(inputs, str) or bool(words and isinstance(inputs[0], str))
 
-    def _batch(self, items: list[Any], options: Options, size: int) -> list[list[dict[str, Any]]]:
+    def _batch(self, items: list[Any], options: TokenClassificationOptions, size: int) -> list[list[dict[str, Any]]]:
         documents = [self._document(item, options) for item in items]
         rows = [part.row for document in documents for part in document.parts]
         outputs = iter(self._outputs(rows, ["logits"], size))
         logits = [stitched(each.parts, [next(outputs)[0] for _ in each.parts]) for each in documents]
         return [self._entities(*each, options) for each in zip(documents, logits, strict=True)]
 
-    def _document(self, item: Any, options: Options) -> Document:
+    def _document(self, item: Any, options: TokenClassificationOptions) -> Document:
         if options.is_split_into_words:
             text, tokens, words = self._joined(item, options.delimiter)
         else:
@@ -117,7 +117,9 @@ class TokenClassificationPipeline(Pipeline):
         around = encoded(self.tokenizer, words[0])
         return delimiter.join(words), Text(around.before, ids, around.after, spans), numbers
 
-    def _entities(self, document: Document, logits_TC: Array, options: Options) -> list[dict[str, Any]]:
+    def _entities(
+        self, document: Document, logits_TC: Array, options: TokenClassificationOptions
+    ) -> list[dict[str, Any]]:
         scores = softmax(logits_TC)
         labels = self.model.config.id2label
         if options.aggregation_strategy == "none":
@@ -129,7 +131,9 @@ class TokenClassificationPipeline(Pipeline):
             if label not in options.ignore_labels
         ]
 
-    def _tokens(self, document: Document, scores_TC: Array, options: Options) -> list[dict[str, Any]]:
+    def _tokens(
+        self, document: Document, scores_TC: Array, options: TokenClassificationOptions
+    ) -> list[dict[str, Any]]:
         text, tokens, _, _ = document
         names = self.tokenizer.convert_ids_to_tokens(tokens.ids)
         units = found(scores_TC, tokens.spans, document.words, self.model.config.id2label, "none")

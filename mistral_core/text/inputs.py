@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import TokenizerError
 from ..telling import nearest, shown, warn
 from . import utf8
-from .rows import PADDINGS, TRUNCATIONS, Limits, Options
+from .rows import PADDINGS, TRUNCATIONS, Limits, RowOptions
 
 UNBOUNDED = 10**18
 """A `model_max_length` above this says nothing; transformers writes 1e30."""
@@ -28,7 +28,7 @@ class Defaults(Protocol):
     padding_side: str
 
 
-def limits_of(defaults: Defaults, options: Options) -> Limits:
+def limits_of(defaults: Defaults, options: RowOptions) -> Limits:
     """The lengths that options ask for; raises TokenizerError for what makes no sense."""
     padding = choice("padding", options.get("padding", False), PADDINGS)
     truncation = choice("truncation", options.get("truncation"), TRUNCATIONS)

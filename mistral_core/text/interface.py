@@ -27,10 +27,10 @@ from .inputs import (
     refuse,
     several,
 )
-from .rows import NO_FRAME, TRUNCATIONS, Columns, Frame, Options, cut, framed, pad
+from .rows import NO_FRAME, TRUNCATIONS, Columns, Frame, RowOptions, cut, framed, pad
 
 
-class Chat(NamedTuple):
+class FormattedChat(NamedTuple):
     """A conversation as it is given to a model."""
 
     ids: list[int]
@@ -104,7 +104,7 @@ class Tokenizer(AsTokenizer, ABC):
         """The id of a token, or None."""
 
     @abstractmethod
-    def _chat(self, conversation: Any, tools: Any, *, said: bool = False, **options: Any) -> Chat:
+    def _chat(self, conversation: Any, tools: Any, *, said: bool = False, **options: Any) -> FormattedChat:
         """A conversation in ids, with the mask of what an assistant said if asked for."""
 
     @abstractmethod
@@ -213,7 +213,7 @@ class Tokenizer(AsTokenizer, ABC):
         text_pair: str | None = None,
         *,
         parse_special: bool = False,
-        **options: Unpack[Options],
+        **options: Unpack[RowOptions],
     ) -> Any:
         """The ids of a text: a list, or an array [1, T] of a framework.
 
@@ -235,13 +235,13 @@ class Tokenizer(AsTokenizer, ABC):
         *,
         parse_special: bool = False,
         return_offsets_mapping: bool = False,
-        **options: Unpack[Options],
+        **options: Unpack[RowOptions],
     ) -> Encoding:
         """`input_ids` and `attention_mask` of a text or several: lists, or arrays [B, T] of a framework.
 
         A text is a str, or a list of ids, which are framed, cut and padded only; `text_pair` is a second text beside
         each. Of a single text with `return_tensors` it is a batch of one. `return_offsets_mapping` adds
-        `offset_mapping`: where in its text each token begins and ends, in characters. `options` are those of `Options`.
+        `offset_mapping`: where in its text each token begins and ends, in characters. `options`: `RowOptions`.
         """
         refuse("a call", given(text_target=text_target, text_pair_target=text_pair_target))
         text, text_pair = plain(text), plain(text_pair)
@@ -264,7 +264,7 @@ class Tokenizer(AsTokenizer, ABC):
         pair_ids: Sequence[int] | None = None,
         *,
         prepend_batch_axis: bool = False,
-        **options: Unpack[Options],
+        **options: Unpack[RowOptions],
     ) -> Encoding:
         """Ids framed by special tokens, cut and padded: lists or arrays [T], [1, T] with `prepend_batch_axis`."""
         first = {"input_ids": self._checked(ids)}
@@ -448,10 +448,10 @@ class Tokenizer(AsTokenizer, ABC):
         return [{"input_ids": self._checked(text) if is_ids(text) else next(encoded)} for text in texts]
 
     def _prepared(
-        self, firsts: list[Columns], seconds: list[Columns] | None, single: bool, options: Options
+        self, firsts: list[Columns], seconds: list[Columns] | None, single: bool, options: RowOptions
     ) -> Encoding:
         """Rows framed, cut and padded, with the outputs that were asked for."""
-        known = Options.__annotations__
+        known = RowOptions.__annotations__
         refuse("this", {name: value for name, value in options.items() if name not in known}, known)
         limits = limits_of(self, options)
         if not self.takes_pairs and (seconds is not None or limits.truncation in ("only_first", "only_second")):

@@ -15,7 +15,7 @@ from ..disk import files, into, limits, reading, strict_json
 from ..errors import MissingExtraError, TemplateError, TokenizerError, UnsupportedFeatureError
 from . import sources
 from .inputs import UNBOUNDED, refuse
-from .interface import Chat, Tokenizer
+from .interface import FormattedChat, Tokenizer
 from .rows import Columns, Frame
 
 FILES = (sources.TEKKEN, *sources.MODELS)
@@ -194,7 +194,7 @@ class MistralCommonTokenizer(Tokenizer):
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
         **options: Any,
-    ) -> Chat:
+    ) -> FormattedChat:
         from mistral_common.exceptions import MistralCommonException
         from mistral_common.protocol.instruct.request import ChatCompletionRequest
         from pydantic import ValidationError
@@ -223,7 +223,7 @@ class MistralCommonTokenizer(Tokenizer):
             raise TemplateError(f"{problem}.") from problem.__cause__
         except (*REFUSALS, MistralCommonException, ValidationError) as cause:
             raise TemplateError(f"conversation: refused by mistral-common ({cause}); correct the messages.") from cause
-        return Chat(ids, self._decode(ids, False))
+        return FormattedChat(ids, self._decode(ids, False))
 
 
 def _loaded(path: Path, data: bytes, mode: str) -> Any:

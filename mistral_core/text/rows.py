@@ -15,7 +15,7 @@ FILLS: dict[str, Any] = {"attention_mask": 0, "special_tokens_mask": 1, "offset_
 """What stands beside a padding token, and but for the attention mask beside those around a text, by the output."""
 
 
-class Options(TypedDict, total=False):
+class RowOptions(TypedDict, total=False):
     """The keyword arguments that texts and ids are prepared by, as transformers has them."""
 
     add_special_tokens: bool

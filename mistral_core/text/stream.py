@@ -17,7 +17,7 @@ LONGEST_CHARACTER = 4
 """Bytes, and so at most tokens, of one character in UTF-8."""
 
 
-class Decoder(Protocol):
+class DecodesIds(Protocol):
     """What a stream needs of a tokenizer."""
 
     def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
@@ -31,7 +31,7 @@ class TextStream:
     Bytes that are no UTF-8 come out as U+FFFD once they cannot be completed any more.
     """
 
-    def __init__(self, tokenizer: Decoder, *, after: Iterable[int] = (), skip_special_tokens: bool = True):
+    def __init__(self, tokenizer: DecodesIds, *, after: Iterable[int] = (), skip_special_tokens: bool = True):
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
         self._before = list(after)  # kept, because how an id reads depends on what stands before it
         self._waiting: list[int] = []
@@ -78,7 +78,12 @@ class StoppingStream:
     """
 
     def __init__(
-        self, tokenizer: Decoder, stops: Sequence[str], *, after: Iterable[int] = (), skip_special_tokens: bool = True
+        self,
+        tokenizer: DecodesIds,
+        stops: Sequence[str],
+        *,
+        after: Iterable[int] = (),
+        skip_special_tokens: bool = True,
     ):
         self._stream = TextStream(tokenizer, after=after, skip_special_tokens=skip_special_tokens)
         self._stops, self._held = stops, ""
@@ -150,7 +155,7 @@ class TextStreamer:
 
     def __init__(
         self,
-        tokenizer: Decoder,
+        tokenizer: DecodesIds,
         skip_prompt: bool = False,
         *,
         skip_special_tokens: bool = True,
@@ -208,7 +213,7 @@ class TextIteratorStreamer(TextStreamer):
 
     def __init__(
         self,
-        tokenizer: Decoder,
+        tokenizer: DecodesIds,
         skip_prompt: bool = False,
         timeout: float | None = None,
         *,

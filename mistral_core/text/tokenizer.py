@@ -13,7 +13,7 @@ from ..errors import TemplateError, TokenizerError
 from . import beside, sources
 from .chat.versions import VERSIONS
 from .inputs import refuse
-from .interface import Chat, Tokenizer
+from .interface import FormattedChat, Tokenizer
 from .rows import Columns, Frame
 from .segments import Part
 from .templates import files as template_files
@@ -217,7 +217,7 @@ class MistralTokenizer(Tokenizer):
 
     def _chat(
         self, conversation: Any, tools: Any, *, said: bool = False, chat_template: str | None = None, **options: Any
-    ) -> Chat:
+    ) -> FormattedChat:
         """By the built-in format of the version, or by a jinja template."""
         if chat_template is None and self._assigned_template is not None:
             chat_template = OWN
@@ -228,7 +228,7 @@ class MistralTokenizer(Tokenizer):
             parts = self._rendered(conversation, tools, chat_template, said=said, **options)
         apart, segments = version is not None, [part.segment for part in parts]
         mask = self._coder.said(parts, apart=apart) if said else None
-        return Chat(self._coder.prompt(segments, apart=apart), self._coder.shown(segments, apart=apart), mask)
+        return FormattedChat(self._coder.prompt(segments, apart=apart), self._coder.shown(segments, apart=apart), mask)
 
     def _built_in(self, chat_template: str | None) -> str | None:
         """The version whose built-in format is to be written, or None for a jinja template."""

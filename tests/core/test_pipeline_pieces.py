@@ -109,9 +109,9 @@ def test_the_function_that_a_config_means(fields, function):
 def test_equal_scores_stay_in_order():
     config = MistralConfig(id2label={0: "a", 1: "b", 2: "c"})
     for top, labels in ((None, "bac"), (2, "ba"), (9, "bac")):
-        ranked = classes.ranked(config, np.array([0.0, 1.0, 0.0]), classes.Options(top_k=top))
+        ranked = classes.ranked(config, np.array([0.0, 1.0, 0.0]), classes.TextClassificationOptions(top_k=top))
         assert "".join(each["label"] for each in ranked) == labels
-    assert classes.ranked(config, np.array([2.0, 2.0, 1.0]), classes.Options())["label"] == "a"
+    assert classes.ranked(config, np.array([2.0, 2.0, 1.0]), classes.TextClassificationOptions())["label"] == "a"
 
 
 # Tokens and words
@@ -223,7 +223,7 @@ def answers_slowly(context, spans, start, end, options):
 def test_answers(align, nothing, seed):
     rng = np.random.default_rng(seed)
     spans = spans_of(TEXT, rng)
-    options = qa.Options(
+    options = qa.QuestionAnsweringOptions(
         top_k=1000, max_answer_len=int(rng.integers(1, 30)), align_to_words=align, handle_impossible_answer=nothing
     )
     logits = rng.normal(size=(2, len(spans))) * 3
@@ -237,13 +237,13 @@ def test_answers(align, nothing, seed):
     assert all(np.isclose(each["score"], expected[each["start"], each["end"]]) for each in ours)
     assert [each["score"] for each in ours] == sorted((each["score"] for each in ours), reverse=True)
     assert all(TEXT[each["start"] : each["end"]] == each["answer"] for each in ours)
-    few = qa.best(TEXT, spans, logits, null, qa.Options(**{**vars(options), "top_k": 3}))
+    few = qa.best(TEXT, spans, logits, null, qa.QuestionAnsweringOptions(**{**vars(options), "top_k": 3}))
     assert few == ours[:3]
 
 
 def test_equal_answers_stay_in_the_order_of_the_text():
     spans = [(0, 1), (2, 3), (4, 5)]
-    ours = qa.best("a b c", spans, np.zeros((2, 3)), [0.0, 0.0], qa.Options(top_k=9, max_answer_len=1))
+    ours = qa.best("a b c", spans, np.zeros((2, 3)), [0.0, 0.0], qa.QuestionAnsweringOptions(top_k=9, max_answer_len=1))
     assert [each["answer"] for each in ours] == ["a", "b", "c", ""]
 
 

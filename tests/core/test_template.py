@@ -11,7 +11,7 @@ from mistral_core.errors import TemplateError
 from mistral_core.text.segments import Control
 from mistral_core.text.templates import process as template_process
 from mistral_core.text.templates.marks import Marks, unused_characters
-from mistral_core.text.templates.prompt import MAX_DEPTH, Prompt, render, segments
+from mistral_core.text.templates.prompt import MAX_DEPTH, RenderedTemplate, render, segments
 
 DATA = Path(__file__).parents[1] / "data" / "templates"
 TEMPLATES = {path.stem: path.read_text() for path in sorted(DATA.glob("*.jinja"))}
@@ -53,7 +53,10 @@ def test_the_expected_texts_are_those_of_both_versions():
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_published_templates_render_as_in_transformers(name, conversation):
-    prompt, expected = Prompt(TEMPLATES[name], **CONVERSATIONS[conversation], **TOKENS), EXPECTED["texts"][name]
+    prompt, expected = (
+        RenderedTemplate(TEMPLATES[name], **CONVERSATIONS[conversation], **TOKENS),
+        EXPECTED["texts"][name],
+    )
     if expected[conversation] is None:
         with pytest.raises(TemplateError):
             prompt.text()
@@ -80,7 +83,7 @@ def test_names_without_a_value_are_false_and_keys_without_one_empty():
 
 
 def test_the_clock_stands_still_and_chance_repeats_within_a_prompt():
-    prompt = Prompt("{{ strftime_now('%Y %f') }}{{ range(100000)|random }}", messages=[user("")])
+    prompt = RenderedTemplate("{{ strftime_now('%Y %f') }}{{ range(100000)|random }}", messages=[user("")])
     assert prompt.text() == prompt.text()
     assert int(prompt.text()[:4]) >= 2024
 
@@ -235,7 +238,7 @@ def test_118_any_text_gives_the_control_tokens_of_harmless_text(name, texts):
 def conversation(name, texts):
     messages = [user(texts[0]), {"role": "assistant", "content": texts[1]}, user(texts[2])]
     tool = {"type": "function", "function": {"name": texts[3], "parameters": {"x" + texts[4]: {"default": texts[3]}}}}
-    return Prompt(TEMPLATES[name], messages=messages, tools=[tool], add_generation_prompt=True, **TOKENS)
+    return RenderedTemplate(TEMPLATES[name], messages=messages, tools=[tool], add_generation_prompt=True, **TOKENS)
 
 
 # What is given
@@ -247,7 +250,7 @@ def conversation(name, texts):
 def test_119_only_plain_data_is_given_to_a_template(value):
     for where in ({"messages": [user(value)]}, {"messages": [user("")], "tools": [{"x": [value]}]}):
         with pytest.raises(TemplateError, match=r"^(messages|tools)\[0\]"):
-            Prompt(ECHO, **where)
+            RenderedTemplate(ECHO, **where)
 
 
 def test_data_is_copied_and_bounded():
@@ -255,11 +258,11 @@ def test_data_is_copied_and_bounded():
     for _ in range(MAX_DEPTH):
         deep = [deep]
     with pytest.raises(TemplateError, match="deeper than"):
-        Prompt(ECHO, messages=[user(deep)])
+        RenderedTemplate(ECHO, messages=[user(deep)])
     endless = {"role": "user"}
     endless["content"] = endless
     with pytest.raises(TemplateError, match="deeper than"):
-        Prompt(ECHO, messages=[endless])
+        RenderedTemplate(ECHO, messages=[endless])
     with pytest.raises(TemplateError, match="at most 16 MB"):
         render(ECHO, messages=[user("a" * (16 << 20))])
 
@@ -267,10 +270,10 @@ def test_data_is_copied_and_bounded():
 @pytest.mark.parametrize("messages", [[], {}, "a", ["a"], None, [[user("a")]]])
 def test_messages_are_a_list_of_dicts(messages):
     with pytest.raises(TemplateError, match="^messages: "):
-        Prompt(ECHO, messages=messages)
+        RenderedTemplate(ECHO, messages=messages)
 
 
 def test_a_template_is_a_bounded_string():
     for template, message in ((b"a", "a str was expected"), ("a" * (129 << 10), "at most"), ("\ud800", "surrogate")):
         with pytest.raises(TemplateError, match=message):
-            Prompt(template, messages=[user("")])
+            RenderedTemplate(template, messages=[user("")])

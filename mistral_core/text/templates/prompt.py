@@ -32,30 +32,30 @@ Records = Sequence[Mapping[str, Any]]
 
 
 def render(template: str, /, **arguments: Any) -> str:
-    """The text of a `Prompt`; control tokens must not be parsed out of it, users wrote in it too.
+    """The text of a `RenderedTemplate`; control tokens must not be parsed out of it, users wrote in it too.
 
-    Raises what `Prompt` and `Prompt.text` raise.
+    Raises what `RenderedTemplate` and `RenderedTemplate.text` raise.
     """
-    return Prompt(template, **arguments).text()
+    return RenderedTemplate(template, **arguments).text()
 
 
 def segments(template: str, /, *, controls: Collection[str], **arguments: Any) -> list[Segment]:
-    """The segments of a `Prompt`: control tokens where the template wrote them, everything else as text.
+    """The segments of a `RenderedTemplate`: control tokens where the template wrote them, everything else as text.
 
-    Raises what `Prompt` and `Prompt.parts` raise.
+    Raises what `RenderedTemplate` and `RenderedTemplate.parts` raise.
     """
     return [part.segment for part in parts(template, controls=controls, **arguments)]
 
 
 def parts(template: str, /, *, controls: Collection[str], said: bool = False, **arguments: Any) -> list[Part]:
-    """The segments of a `Prompt` and, if asked, where in them stands what the template marks as an assistant's.
+    """The segments of a `RenderedTemplate` and, if asked, where in them lies what it marks as an assistant's.
 
-    Raises what `Prompt` and `Prompt.parts` raise.
+    Raises what `RenderedTemplate` and `RenderedTemplate.parts` raise.
     """
-    return Prompt(template, **arguments).parts(controls, said=said)
+    return RenderedTemplate(template, **arguments).parts(controls, said=said)
 
 
-class Prompt:
+class RenderedTemplate:
     """A conversation and the template that is to write it.
 
     `continue_final_message` ends the prompt after the content of the last message; `variables` are what the template

@@ -15,7 +15,7 @@ from ..tensor_file import TensorInfo, quoted
 _STRIP_BYTES = 1 << 20  # of quantised numbers at once: unpacking takes several times as much
 
 
-class Kind(NamedTuple):
+class GgufKind(NamedTuple):
     """A type of tensors: its number in the file, how many values a block holds and in how many bytes."""
 
     number: int
@@ -23,17 +23,18 @@ class Kind(NamedTuple):
     size: int = 0
 
 
-KINDS = {
-    "F32": Kind(0, 1, 4), "F16": Kind(1, 1, 2), "BF16": Kind(30, 1, 2), "F64": Kind(28, 1, 8),
-    "I8": Kind(24, 1, 1), "I16": Kind(25, 1, 2), "I32": Kind(26, 1, 4), "I64": Kind(27, 1, 8),
-    "Q4_0": Kind(2, 32, 18), "Q4_1": Kind(3, 32, 20), "Q5_0": Kind(6, 32, 22), "Q5_1": Kind(7, 32, 24),
-    "Q8_0": Kind(8, 32, 34), "Q8_1": Kind(9, 32, 40), "Q2_K": Kind(10, 256, 84), "Q3_K": Kind(11, 256, 110),
-    "Q4_K": Kind(12, 256, 144), "Q5_K": Kind(13, 256, 176), "Q6_K": Kind(14, 256, 210), "Q8_K": Kind(15, 256, 292),
-    "IQ2_XXS": Kind(16, 256, 66), "IQ2_XS": Kind(17, 256, 74), "IQ3_XXS": Kind(18, 256, 98),
-    "IQ1_S": Kind(19, 256, 50), "IQ4_NL": Kind(20, 32, 18), "IQ3_S": Kind(21, 256, 110), "IQ2_S": Kind(22, 256, 82),
-    "IQ4_XS": Kind(23, 256, 136), "IQ1_M": Kind(29, 256, 56), "TQ1_0": Kind(34, 256, 54), "TQ2_0": Kind(35, 256, 66),
-    "MXFP4": Kind(39, 32, 17), "NVFP4": Kind(40, 64, 36), "Q1_0": Kind(41, 128, 18),
+_KINDS = {
+    "F32": (0, 1, 4), "F16": (1, 1, 2), "BF16": (30, 1, 2), "F64": (28, 1, 8),
+    "I8": (24, 1, 1), "I16": (25, 1, 2), "I32": (26, 1, 4), "I64": (27, 1, 8),
+    "Q4_0": (2, 32, 18), "Q4_1": (3, 32, 20), "Q5_0": (6, 32, 22), "Q5_1": (7, 32, 24),
+    "Q8_0": (8, 32, 34), "Q8_1": (9, 32, 40), "Q2_K": (10, 256, 84), "Q3_K": (11, 256, 110),
+    "Q4_K": (12, 256, 144), "Q5_K": (13, 256, 176), "Q6_K": (14, 256, 210), "Q8_K": (15, 256, 292),
+    "IQ2_XXS": (16, 256, 66), "IQ2_XS": (17, 256, 74), "IQ3_XXS": (18, 256, 98),
+    "IQ1_S": (19, 256, 50), "IQ4_NL": (20, 32, 18), "IQ3_S": (21, 256, 110), "IQ2_S": (22, 256, 82),
+    "IQ4_XS": (23, 256, 136), "IQ1_M": (29, 256, 56), "TQ1_0": (34, 256, 54), "TQ2_0": (35, 256, 66),
+    "MXFP4": (39, 32, 17), "NVFP4": (40, 64, 36), "Q1_0": (41, 128, 18),
 }  # fmt: skip
+KINDS = {code: GgufKind(*numbers) for code, numbers in _KINDS.items()}
 """Dtype code -> kind."""
 
 BY_NUMBER = {kind.number: code for code, kind in KINDS.items()}
