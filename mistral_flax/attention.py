@@ -103,11 +103,18 @@ def attend_dot_product(
     dropout: float,
     rngs: Array | None,
 ) -> tuple[Array, Array | None]:
-    """jax.nn.dot_product_attention; it never returns the weights."""
+    """jax.nn.dot_product_attention; it never returns the weights.
+
+    Below float32 it mixes dtypes, in its gradient while that is compiled: JAX's strict switch has the formula instead.
+    """
+    if q_BTNH.dtype != jnp.float32 and jax.config.jax_numpy_dtype_promotion == "strict":
+        formula = attend_eager(
+            q_BTNH, k_BSKH, v_BSKH, query_order_BT, key_order_BS, window, document_ids, dropout, rngs
+        )
+        return formula[0], None
     visible_BTS = attention_mask(query_order_BT, key_order_BS, window, document_ids_BT=document_ids)
-    precision = "highest" if q_BTNH.dtype == jnp.float32 else None
-    # without the first, float32 is multiplied in less on GPUs and TPUs; JAX's own function mixes dtypes
-    with jax.default_matmul_precision(precision), jax.numpy_dtype_promotion("standard"):
+    # without it, float32 is multiplied in less on GPUs and TPUs
+    with jax.default_matmul_precision("highest" if q_BTNH.dtype == jnp.float32 else None):
         o = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=visible_BTS[:, None])
     # for a row that sees nothing it returns the mean of v
     return jnp.where(visible_BTS.any(-1)[:, :, None, None], o, 0), None

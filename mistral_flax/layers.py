@@ -263,4 +263,4 @@ def project(x: Array, weight: Array, bias: Array | None = None) -> Array:
 def last_token(attention_mask_BT: Array) -> Array:
     """[B]: the column of each row's last real token, 0 where a row has none."""
     column = jnp.arange(attention_mask_BT.shape[1])[None]
-    return jnp.where(attention_mask_BT != 0, column, 0).max(1)
+    return jnp.where(attention_mask_BT.astype(bool), column, 0).max(1)

@@ -24,15 +24,6 @@ def ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.fixture
-def strict_jax():
-    """JAX that adds no axes and mixes no dtypes by itself, as some of its users have it."""
-    import jax
-
-    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-        yield
-
-
 @pytest.fixture(scope="session", params=REQUESTED)
 def backend(request):
     """The package of a backend: mistral_torch, mistral_flax or mistral_tf."""

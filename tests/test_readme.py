@@ -66,11 +66,13 @@ for name, directory, source in json.load(sys.stdin):
 """
 
 
+@pytest.mark.lenient_jax("an example is what a user runs, and optax's Adam mixes dtypes")
 @pytest.mark.parametrize("name", [name for name in CASES if not name.endswith("sampled")])
 def test_example(name):
     assert output(name)
 
 
+@pytest.mark.lenient_jax("it reads what the examples have printed")
 def test_sampled_text_is_the_same_in_every_framework():
     first, *others = [output(f"{name} sampled") for name in ("mistral_torch", *OTHERS)]
     assert "She said" in first

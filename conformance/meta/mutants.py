@@ -199,7 +199,7 @@ MUTANTS = (
     Mutant("scores never called", "modules token", spelled(
         "heads.py",
         torch=("self.score(x_BTD)", "F.linear(x_BTD.float(), self.score.weight, self.score.bias)"),
-        flax=("self.score(x_BTD)", "x_BTD @ self.score.weight.T + self.score.bias[...]"),
+        flax=("self.score(x_BTD)", "x_BTD @ self.score.weight.T + self.score.bias[None, None]"),
         tf=("self.score(x_BTD)", "x_BTD @ tf.transpose(self.score.weight) + self.score.bias"),
     )),
     # Cache
