@@ -6,6 +6,7 @@ with the value that changes nothing, and refused with advice otherwise.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
@@ -18,7 +19,8 @@ from jax import Array
 
 from mistral_core import GenerationConfig, MistralConfig
 from mistral_core.compat.clients import path_by_either_name
-from mistral_core.errors import InputError, MissingTensorsError, UnsupportedFeatureError
+from mistral_core.errors import InputError, MissingTensorsError
+from mistral_core.generation.hooks import with_length
 
 from .arrays import as_dtype, is_traced
 from .auto import AutoModel
@@ -280,21 +282,22 @@ class FlaxMistralForCausalLM(FlaxMistralPreTrainedModel):
     ) -> FlaxGenerateOutput:
         """Continue ids [B, T] to [B, max_length]; options and errors are those of the class's `generate`.
 
-        `trace=False` compiles nothing. `prng_key` stands for `seed`.
+        `trace=False` compiles nothing. `prng_key` stands for `seed`. A `logits_processor` is a function or a list of
+        them, of the ids so far [B, T], the scores [B, V] and, where it takes a third, T, as transformers' Flax ones do;
+        they are called between the steps, with arrays and never with tracers.
         """
-        if logits_processor:
-            raise UnsupportedFeatureError(
-                "logits_processor: the options of GenerationConfig (logit_bias, bad_words_ids, ...) do what those of "
-                "transformers did; use them, or write the loop."
-            )
+        options["logits_processor"] = with_length(logits_processor)
         if prng_key is not None:
             options.setdefault("seed", _seed(prng_key))
         if not trace:
             options.setdefault("compile", "off")
         module = self._over(params)
-        sequences = module.generate(input_ids, generation_config=generation_config, **options)
-        options.pop("attention_mask", None)
-        generation = (generation_config or module.generation_config).replace(**options)
+        out = module.generate(input_ids, generation_config=generation_config, **options)
+        sequences = out if isinstance(out, Array) else out.sequences
+        said = {
+            field.name: options[field.name] for field in dataclasses.fields(GenerationConfig) if field.name in options
+        }
+        generation = GenerationConfig.taken(generation_config or module.generation_config).replace(**said)
         columns = jnp.shape(input_ids)[-1]
         rest = columns + generation.for_prompt(columns).max_new_tokens - sequences.shape[1]
         return FlaxGenerateOutput(jnp.pad(sequences, ((0, 0), (0, rest)), constant_values=generation.padding))

@@ -7,6 +7,7 @@ are then chosen in NumPy, by the specification itself, as where an option is in 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -134,6 +135,22 @@ class Hooks(NamedTuple):
                 )
             ended |= found.reshape(-1).astype(bool)
         return ended
+
+
+def with_length(processors: Any) -> tuple[Callable[..., Any], ...]:
+    """Processors that may be those of transformers' Flax models, which take the length of the ids as a third argument.
+
+    Each is given what it takes; raises GenerationConfigError.
+    """
+    return tuple(map(_given_length, _functions("logits_processor", processors)))
+
+
+def _given_length(processor: Callable[..., Any]) -> Callable[..., Any]:
+    try:
+        inspect.signature(processor).bind(None, None, None)
+    except (TypeError, ValueError):  # it takes two, or says nothing of what it takes
+        return processor
+    return lambda ids_BT, scores_BV: processor(ids_BT, scores_BV, ids_BT.shape[1])
 
 
 def _functions(name: str, value: Any) -> tuple[Callable[..., Any], ...]:

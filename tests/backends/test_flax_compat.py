@@ -10,7 +10,7 @@ import pytest
 import mistral_flax
 from conformance.weights import random_parameters
 from mistral_core.config.presets import TINY
-from mistral_core.errors import InputError, MissingTensorsError, UnsupportedFeatureError
+from mistral_core.errors import GenerationConfigError, InputError, MissingTensorsError, UnsupportedFeatureError
 from mistral_core.parameters import shapes
 from mistral_flax import FlaxAutoModel, FlaxAutoModelForCausalLM, FlaxMistralForCausalLM, FlaxMistralModel
 
@@ -112,8 +112,44 @@ def test_generate_pads_to_max_length_and_takes_their_arguments(model):
     assert np.array_equal(out.sequences[0, :11], expected[0, :11])
     assert (out.sequences[0, 11:] == 1).all()
     assert np.array_equal(model.generate(IDS, max_length=10, trace=False).sequences, expected[:, :10])
-    with pytest.raises(UnsupportedFeatureError, match="logits_processor"):
-        model.generate(IDS, logits_processor=[len])
+
+
+class FlaxLogitsProcessorList(list):
+    """transformers' own: a list, called with ids, scores and how many ids there are."""
+
+    def __call__(self, input_ids, scores, cur_len, **kwargs):
+        raise AssertionError("each of its functions is called, by what it takes")
+
+
+def test_generate_takes_their_logits_processors_and_ours(model):
+    seen = []
+
+    def theirs(input_ids, scores, cur_len):
+        seen.append((input_ids.shape, cur_len))
+        return jnp.where(jnp.arange(scores.shape[-1])[None] == 5 + cur_len, jnp.zeros_like(scores), -jnp.inf)
+
+    class Ours:
+        def __call__(self, input_ids, scores, **kwargs):
+            return jnp.roll(scores, 1, axis=-1)
+
+    new = {"max_new_tokens": 2, "eos_token_id": None}
+    assert model.generate(IDS, logits_processor=theirs, **new).sequences[:, 9:].tolist() == [[14, 15]] * 2
+    assert seen == [((2, 9), 9), ((2, 10), 10)]
+    both = model.generate(IDS, logits_processor=FlaxLogitsProcessorList([theirs, Ours()]), **new)
+    assert both.sequences[:, 9:].tolist() == [[15, 16]] * 2
+    beams = model.generate(IDS, logits_processor=[theirs], num_beams=2, trace=False, **new)
+    assert beams.sequences[:, 9:].tolist() == [[14, 15]] * 2
+    with pytest.raises(GenerationConfigError, match="logits_processor: int"):
+        model.generate(IDS, logits_processor=[7])
+
+
+def test_generate_pads_whatever_else_the_call_says(model):
+    stop = model.generate(
+        IDS, max_new_tokens=4, eos_token_id=None, pad_token_id=1, stopping_criteria=[lambda ids, scores: True],
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    assert stop.sequences.shape == (2, 13)
+    assert (stop.sequences[:, 10:] == 1).all()
 
 
 def test_a_model_without_parameters_of_its_own(model):
