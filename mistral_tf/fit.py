@@ -161,7 +161,12 @@ class KerasModel(SavedModel):
         return None if metrics is None else self._by_field(metrics, made)
 
     def fit(self, x: Any = None, *arguments: Any, **options: Any) -> Any:
-        """keras.Model.fit, of a tokenizer's output too, which Keras does not know for a dictionary."""
+        """keras.Model.fit, of a tokenizer's output too, which Keras does not know for a dictionary.
+
+        An optimizer's `gradient_accumulation_steps` is Keras' own: the mean of the batches' means, in which a batch of
+        few labels weighs as much as one of many. For the mean over all labels write the loop: the gradients of
+        `model(ids, labels=labels, num_items_in_batch=n).loss` of each batch add up, n the labels of all of them.
+        """
         options = {name: _plain(value) if name == "validation_data" else value for name, value in options.items()}
         return super().fit(_plain(x), *arguments, **options)
 

@@ -88,6 +88,48 @@ def test_devices_add_up_sums_and_counts_flax():
     assert all(np.allclose(whole[name], g, atol=1e-6) for name, g in gradients.items())
 
 
+@pytest.fixture
+def keras_model():
+    """A model of Keras, and a function of rows that gives the gradients of their loss as arrays."""
+    tf = pytest.importorskip("tensorflow")
+    import mistral_tf
+
+    model = mistral_tf.MistralForCausalLM(CONFIG)
+
+    def gradients(rows, count=None):
+        with tf.GradientTape() as tape:
+            loss = model(IDS[rows], labels=LABELS[rows], num_items_in_batch=count).loss
+        return [tf.convert_to_tensor(g).numpy() for g in tape.gradient(loss, model.trainable_variables)]
+
+    return model, gradients
+
+
+def close(some, others):
+    return all(np.allclose(a, b, atol=1e-6) for a, b in zip(some, others, strict=True))
+
+
+@pytest.mark.feature("Gradient accumulation: num_items_in_batch")
+def test_accumulated_gradients_are_those_of_the_step_tf(keras_model):
+    _, gradients = keras_model
+    parts = [gradients([row], COUNT) for row in range(4)]
+    assert close(map(sum, zip(*parts, strict=True)), gradients(slice(4)))
+
+
+def test_keras_own_accumulation_is_the_mean_of_means_tf(keras_model):
+    import keras
+
+    model, gradients = keras_model
+    halves = [gradients(slice(2)), gradients(slice(2, 4))]
+    means = [(a + b) / 2 for a, b in zip(*halves, strict=True)]
+    whole = gradients(slice(4))
+    before = [v.numpy() for v in model.trainable_variables]
+    model.compile(keras.optimizers.SGD(1.0, gradient_accumulation_steps=2), run_eagerly=True)
+    model.fit(IDS, LABELS, batch_size=2, shuffle=False, verbose=0)
+    step = [was - v.numpy() for was, v in zip(before, model.trainable_variables, strict=True)]
+    assert close(step, means)
+    assert not close(step, whole)
+
+
 REPLICAS = """
 import keras, numpy as np, tensorflow as tf
 cpu, = tf.config.list_physical_devices("CPU")
