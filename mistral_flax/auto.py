@@ -48,7 +48,7 @@ class AutoModel:
         given = translated(options, dtype=None, device=None, attn_implementation=None, param_dtype=None, rngs=None)
         build = {name: given.pop(name) for name in ("attn_implementation", "param_dtype", "rngs")}
         dtype, device = given.pop("dtype") or "float32", as_device(given.pop("device"))
-        model = cls.model_class(config.replace(**given), dtype=dtype, **build)
+        model = cls.model_class(MistralConfig.taken(config).replace(**given), dtype=dtype, **build)
         if device is not None:
             nnx.update(model, jax.device_put(nnx.state(model), device))
         return model

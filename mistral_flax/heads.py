@@ -39,6 +39,7 @@ class MistralForCausalLM(PreTrainedModel):
         param_dtype: Any = None,
         rngs: nnx.Rngs | None = None,
     ) -> None:
+        config = MistralConfig.taken(config)
         super().__init__(config)
         dtype, param_dtype = as_dtypes(dtype, param_dtype)
         options = {"param_dtype": param_dtype, "rngs": rngs or nnx.Rngs(0)}
@@ -128,6 +129,7 @@ class MistralForSequenceClassification(PreTrainedModel):
         param_dtype: Any = None,
         rngs: nnx.Rngs | None = None,
     ) -> None:
+        config = MistralConfig.taken(config)
         super().__init__(config)
         dtype, param_dtype = as_dtypes(dtype, param_dtype)
         options = {"param_dtype": param_dtype, "rngs": rngs or nnx.Rngs(0)}
@@ -196,6 +198,7 @@ class MistralForTokenClassification(PreTrainedModel):
         param_dtype: Any = None,
         rngs: nnx.Rngs | None = None,
     ) -> None:
+        config = MistralConfig.taken(config)
         super().__init__(config)
         dtype, param_dtype = as_dtypes(dtype, param_dtype)
         options = {"param_dtype": param_dtype, "rngs": rngs or nnx.Rngs(0)}
@@ -251,6 +254,7 @@ class MistralForQuestionAnswering(PreTrainedModel):
         param_dtype: Any = None,
         rngs: nnx.Rngs | None = None,
     ) -> None:
+        config = MistralConfig.taken(config)
         super().__init__(config)
         dtype, param_dtype = as_dtypes(dtype, param_dtype)
         options = {"param_dtype": param_dtype, "rngs": rngs or nnx.Rngs(0)}

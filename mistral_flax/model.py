@@ -33,6 +33,7 @@ class MistralModel(PreTrainedModel):
         param_dtype: Any = None,
         rngs: nnx.Rngs | None = None,
     ) -> None:
+        config = MistralConfig.taken(config)
         super().__init__(config)
         self.config = config
         dtype, param_dtype = as_dtypes(dtype, param_dtype)

@@ -284,6 +284,7 @@ class PreTrainedModel(nnx.Module):
 
     @config.setter
     def config(self, config: MistralConfig) -> None:
+        config = MistralConfig.taken(config)
         if hasattr(self.base_model, "_config"):
             self.config.check_built(config)
         self.base_model._config = nnx.data(_Snapshot(config))

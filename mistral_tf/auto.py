@@ -47,7 +47,7 @@ class AutoModel:
         given = translated(options, dtype=None, device=None, attn_implementation=None, initializer=None)
         build = {name: given.pop(name) for name in ("dtype", "attn_implementation", "initializer")}
         with tf.device(as_device(given.pop("device"))):
-            return cls.model_class(config.replace(**given), **build)
+            return cls.model_class(MistralConfig.taken(config).replace(**given), **build)
 
 
 class AutoModelForCausalLM(AutoModel):

@@ -78,7 +78,8 @@ class TFMistralPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_config(cls, config: MistralConfig | Mapping[str, Any], **options: Any) -> Self:
         """A model with fresh weights of a config, or of what `get_config` returned."""
-        return cls(config, **options) if isinstance(config, MistralConfig) else super().from_config(config, **options)
+        kept = isinstance(config, Mapping) and "config" in config
+        return super().from_config(config, **options) if kept else cls(config, **options)
 
     def compile(
         self, optimizer: Any = "rmsprop", loss: Any = None, metrics: Any = None, *arguments: Any, **options: Any

@@ -37,6 +37,7 @@ class MistralForCausalLM(PreTrainedModel):
         initializer: Any = None,
         name: str | None = None,
     ) -> None:
+        config = MistralConfig.taken(config)
         dtype, initializer = as_policy(dtype), initializer or default_initializer(config)
         super().__init__(config, dtype=dtype, name=name)
         options = {"dtype": dtype, "initializer": initializer}
@@ -126,6 +127,7 @@ class MistralForSequenceClassification(PreTrainedModel):
         initializer: Any = None,
         name: str | None = None,
     ) -> None:
+        config = MistralConfig.taken(config)
         dtype, initializer = as_policy(dtype), initializer or default_initializer(config)
         super().__init__(config, dtype=dtype, name=name)
         options = {"dtype": dtype, "initializer": initializer}
@@ -196,6 +198,7 @@ class MistralForTokenClassification(PreTrainedModel):
         initializer: Any = None,
         name: str | None = None,
     ) -> None:
+        config = MistralConfig.taken(config)
         dtype, initializer = as_policy(dtype), initializer or default_initializer(config)
         super().__init__(config, dtype=dtype, name=name)
         options = {"dtype": dtype, "initializer": initializer}
@@ -255,6 +258,7 @@ class MistralForQuestionAnswering(PreTrainedModel):
         initializer: Any = None,
         name: str | None = None,
     ) -> None:
+        config = MistralConfig.taken(config)
         dtype, initializer = as_policy(dtype), initializer or default_initializer(config)
         super().__init__(config, dtype=dtype, name=name)
         options = {"dtype": dtype, "initializer": initializer}

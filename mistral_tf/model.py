@@ -29,6 +29,7 @@ class MistralModel(PreTrainedModel):
         initializer: Any = None,
         name: str | None = None,
     ) -> None:
+        config = MistralConfig.taken(config)
         dtype, initializer = as_policy(dtype), initializer or default_initializer(config)
         super().__init__(config, dtype=dtype, name=name)
         self.config = config

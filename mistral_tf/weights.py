@@ -230,6 +230,7 @@ class PreTrainedModel(KerasModel):
 
     @config.setter
     def config(self, config: MistralConfig) -> None:
+        config = MistralConfig.taken(config)
         if hasattr(self.base_model, "_config"):
             self.config.check_built(config)
         self.base_model._config = config.for_model()

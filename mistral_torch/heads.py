@@ -28,6 +28,7 @@ class MistralForCausalLM(PreTrainedModel):
     loss_type = "ForCausalLM"  # as transformers' Trainer calls it: the first label of a row does not count
 
     def __init__(self, config: MistralConfig, *, attn_implementation: str | None = None) -> None:
+        config = MistralConfig.taken(config)
         super().__init__(config)
         self.model = MistralModel(config, attn_implementation=attn_implementation)
         self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
@@ -129,6 +130,7 @@ class MistralForSequenceClassification(PreTrainedModel):
     """One set of scores for each row, read at its last real token."""
 
     def __init__(self, config: MistralConfig, *, attn_implementation: str | None = None) -> None:
+        config = MistralConfig.taken(config)
         super().__init__(config)
         self.model = MistralModel(config, attn_implementation=attn_implementation)
         self.score = Head(config.hidden_size, config.num_labels, bias=False)
@@ -187,6 +189,7 @@ class MistralForTokenClassification(PreTrainedModel):
     """One set of scores for each token."""
 
     def __init__(self, config: MistralConfig, *, attn_implementation: str | None = None) -> None:
+        config = MistralConfig.taken(config)
         super().__init__(config)
         self.model = MistralModel(config, attn_implementation=attn_implementation)
         self.score = Head(config.hidden_size, config.num_labels)
@@ -233,6 +236,7 @@ class MistralForQuestionAnswering(PreTrainedModel):
     """Where an answer starts and ends."""
 
     def __init__(self, config: MistralConfig, *, attn_implementation: str | None = None) -> None:
+        config = MistralConfig.taken(config)
         super().__init__(config)
         self.model = MistralModel(config, attn_implementation=attn_implementation)
         self.qa_outputs = Head(config.hidden_size, 2)

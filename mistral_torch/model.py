@@ -24,6 +24,7 @@ class MistralModel(PreTrainedModel):
     """The body shared by every head: token ids to hidden states."""
 
     def __init__(self, config: MistralConfig, *, attn_implementation: str | None = None) -> None:
+        config = MistralConfig.taken(config)
         super().__init__(config)
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)

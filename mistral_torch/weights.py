@@ -262,6 +262,7 @@ class PreTrainedModel(AsTransformers, nn.Module):
 
     @config.setter
     def config(self, config: MistralConfig) -> None:
+        config = MistralConfig.taken(config)
         if hasattr(self.base_model, "_config"):
             self.config.check_built(config)
         self.base_model._config = config.for_model()

@@ -285,6 +285,23 @@ class MistralConfig:
         return cls(**fields)
 
     @classmethod
+    def taken(cls, config: Any) -> MistralConfig:
+        """The config that a caller gives: one of this class, transformers' own object, or a dictionary as in a file.
+
+        Another library's object is read by its `to_dict`, as `from_dict` reads a file. Raises ConfigError.
+        """
+        if isinstance(config, MistralConfig):
+            return config
+        to_dict = getattr(config, "to_dict", None)
+        data = to_dict() if callable(to_dict) and not isinstance(config, type) else config
+        if not isinstance(data, Mapping) or (data is not config and "model_type" not in data):
+            raise ConfigError(
+                f"config: {type(config).__name__}, a MistralConfig, transformers' own or a dictionary was expected; "
+                "MistralConfig.from_pretrained(path) reads a file."
+            )
+        return cls.from_dict(data)
+
+    @classmethod
     @path_by_either_name
     def from_pretrained(cls, path: str | os.PathLike[str], *, strict: bool = False, **overrides: Any) -> MistralConfig:
         """Read `config.json` or, in a raw checkpoint, `params.json`, from a file, a directory or a hub id.

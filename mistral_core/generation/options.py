@@ -192,6 +192,7 @@ class GenerationConfig:
     @classmethod
     def from_model_config(cls, config: MistralConfig) -> GenerationConfig:
         """The token ids of a model's config."""
+        config = MistralConfig.taken(config)
         return cls(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id, bos_token_id=config.bos_token_id)
 
     def to_dict(self) -> dict[str, Any]:

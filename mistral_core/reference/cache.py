@@ -46,6 +46,7 @@ class KVCache(NamedTuple):
         lookback: int = 0,
     ) -> KVCache:
         """An empty cache; `lookback` tokens can be rolled back even where the cache rolls."""
+        config = MistralConfig.taken(config)
         slots = layer_slots(config, capacity, rolling=rolling, lookback=lookback)
         shapes = [(batch_size, r, config.num_key_value_heads, config.head_dim) for r in slots]
         return cls(

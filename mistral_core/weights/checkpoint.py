@@ -57,7 +57,7 @@ def load(
     _check_architecture(architecture)
     target = dtype_of(dtype) if dtype is not None else None
     checkpoint = path if isinstance(path, Checkpoint) else _open(path, config, hub_arguments)
-    config = config or checkpoint.config
+    config = checkpoint.config if config is None else MistralConfig.taken(config)
     manifest.verify(checkpoint.directory, verify)
     where = str(checkpoint.path)
     if checkpoint.losses:

@@ -74,6 +74,7 @@ class Checkpoint:
         """
         from . import formats
 
+        config = None if config is None else MistralConfig.taken(config)
         return formats.open_checkpoint(files.as_path(path), format=format, config=config)
 
     @property

@@ -46,6 +46,7 @@ def load(
 
     All tensors come in `dtype`, or in the embedding's own. Raises what `checkpoint.load` raises, and UnknownFieldError.
     """
+    config = None if config is None else MistralConfig.taken(config)
     hub_arguments = {key: options.pop(key) for key in download.ARGUMENTS if key in options}
     root = _one_file(path, options.pop("gguf_file", None), hub_arguments)
 
