@@ -67,10 +67,10 @@ def compare(
     dtype = subject[2]
     actual, expected = np.asarray(actual), np.asarray(expected, np.float64)
     if actual.shape != expected.shape:
-        problem = f"shape {actual.shape}, {expected.shape} was expected"
+        problem = f"the shape must be {expected.shape}, got {actual.shape}"
         return _broken(subject, case, piece, actual, tolerance, problem)
     if dtype_is is not None and actual.dtype.name != dtype_is:
-        problem = f"dtype {actual.dtype.name}, {dtype_is} was expected"
+        problem = f"the dtype must be {dtype_is}, got {actual.dtype.name}"
         return _broken(subject, case, piece, actual, tolerance, problem)
     wide = actual.astype(np.float64)
     if not np.isfinite(wide).all():

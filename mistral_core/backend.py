@@ -150,7 +150,7 @@ def _package(module: str) -> str:
 
 def _named(name: Any) -> str:
     if not isinstance(name, str):
-        raise InputError(f"backend: {shown(name)}; one of {', '.join(names())} was expected.")
+        raise InputError(f"backend must be one of {', '.join(names())}, got {shown(name)}.")
     return ALIASES.get(name, name)
 
 

@@ -36,14 +36,14 @@ def parse(given: Any) -> Device:
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool):
         if value < -1:
-            raise ConfigError(f"device: {shown(value)}, -1 (the CPU) or the number of a GPU was expected.")
+            raise ConfigError(f"device must be -1 (the CPU) or the number of a GPU, got {shown(value)}.")
         return Device(CPU, None) if value == -1 else Device(None, value)
     words = value if isinstance(value, str) else _words_of(value)
     found = _WORDS.fullmatch(words.strip().lower()) if words is not None else None
     if found is None:
         raise ConfigError(
-            f"device: {shown(given)}; a number, a name such as 'cpu', 'cuda' or 'gpu:0', or a framework's device was "
-            "expected."
+            "device must be a number, a name such as 'cpu', 'cuda' or 'gpu:0', or a framework's device, "
+            f"got {shown(given)}."
         )
     kind, index = found.groups()
     return Device(NAMES.get(kind, kind), None if index is None else int(index))

@@ -39,11 +39,11 @@ def integers(name: str, value: Any, error: type[InputError] = TokenIdError) -> A
     except (ValueError, TypeError) as cause:
         raise error(f"{name}: rows of different lengths; pad them and give an attention_mask.") from cause
     if array.dtype.kind not in "iu" and array.size:
-        raise error(f"{name}: dtype {array.dtype}, integers were expected.")
+        raise error(f"{name} must be integers, got {array.dtype}.")
     if array.ndim == 1:
         array = array[None]
     if array.ndim != 2:
-        raise error(f"{name}: shape {array.shape}, [batch, tokens] was expected.")
+        raise error(f"{name} must have the shape [batch, tokens], got {array.shape}.")
     if array.dtype.kind == "u" and array.size and array.max() > np.iinfo(np.int64).max:
         raise error(f"{name}: {array.max()} is beyond int64.")
     return array.astype(np.int64)
@@ -57,15 +57,13 @@ def mask(value: Any) -> Array:
     try:
         array = np.asarray(value)
     except (ValueError, TypeError) as cause:
-        raise MaskError("attention_mask: rows of different lengths; [batch, tokens] was expected.") from cause
+        raise MaskError("attention_mask must have the shape [batch, tokens], got rows of different lengths.") from cause
     if array.ndim == 1:
         array = array[None]
     if array.ndim != 2:
-        raise MaskError(f"attention_mask: shape {array.shape}, [batch, tokens] was expected.")
+        raise MaskError(f"attention_mask must have the shape [batch, tokens], got {array.shape}.")
     if array.dtype.kind not in "biufV" or not np.isin(array.astype(np.float32), (0, 1)).all():
-        raise MaskError(
-            "attention_mask: 1 for real tokens and 0 for padding was expected; additive masks are not taken."
-        )
+        raise MaskError("attention_mask must be 1 for real tokens and 0 for padding; additive masks are not taken.")
     return array.astype(np.int64)
 
 
@@ -107,7 +105,7 @@ def check_call(
         _check_positions(config, position_ids, batch, tokens)
     if document_ids is not None:
         if document_ids.shape != (batch, tokens):
-            raise InputError(f"document_ids: shape {document_ids.shape}, [{batch}, {tokens}] was expected.")
+            raise InputError(f"document_ids must have the shape [{batch}, {tokens}], got {document_ids.shape}.")
         if past_length is not None:
             raise InputError("document_ids: packed documents and past_key_values exclude each other; drop one.")
 
@@ -120,7 +118,7 @@ def _check_tokens(config: MistralConfig, ids: Array | None, embeds: Array | None
     if embeds is not None:
         if embeds.ndim != 3 or embeds.shape[-1] != config.hidden_size:
             raise InputError(
-                f"inputs_embeds: shape {embeds.shape}, [batch, tokens, {config.hidden_size}] was expected."
+                f"inputs_embeds must have the shape [batch, tokens, {config.hidden_size}], got {embeds.shape}."
             )
         if not np.isfinite(embeds.astype(np.float32)).all():
             raise NonFiniteInputError("inputs_embeds: NaN or infinity; look at what made them.")
@@ -134,14 +132,14 @@ def _check_tokens(config: MistralConfig, ids: Array | None, embeds: Array | None
 def check_ids(name: str, ids: Array, vocab_size: int, *, ignore: int | None = None) -> None:
     """Raise TokenIdError unless every id is in [0, vocab_size) or equals `ignore`."""
     if ids.dtype.kind not in "iu":
-        raise TokenIdError(f"{name}: dtype {ids.dtype}, integers were expected.")
+        raise TokenIdError(f"{name} must be integers, got {ids.dtype}.")
     wrong = (ids < 0) | (ids >= vocab_size)
     if ignore is not None:
         wrong &= ids != ignore
     if wrong.any():
         where = tuple(int(i) for i in np.argwhere(wrong)[0])
         hint = " (-100 belongs in labels; give real ids and an attention_mask)" if ids[where] == IGNORE else ""
-        raise TokenIdError(f"{name}: {ids[where]} at {list(where)}, 0 to {vocab_size - 1} was expected{hint}.")
+        raise TokenIdError(f"{name} must be 0 to {vocab_size - 1}, got {ids[where]} at {list(where)}{hint}.")
 
 
 def _new_tokens(attention_mask: Array, batch: int, tokens: int, past_length: Array | None) -> Array:
@@ -149,7 +147,7 @@ def _new_tokens(attention_mask: Array, batch: int, tokens: int, past_length: Arr
     columns = attention_mask.shape[-1]
     fits = columns == tokens if past_length is None else columns >= tokens
     if attention_mask.shape[0] != batch or not fits:
-        raise MaskError(f"attention_mask: shape {attention_mask.shape}, [{batch}, {tokens}] was expected.")
+        raise MaskError(f"attention_mask must have the shape [{batch}, {tokens}], got {attention_mask.shape}.")
     past = attention_mask[:, : columns - tokens].sum(axis=1)
     if columns > tokens and past_length is not None and not np.array_equal(past, past_length):
         raise MaskError(
@@ -165,18 +163,18 @@ def _check_cache(config: MistralConfig, batch: int, length: Array, shape: tuple[
     expected = (config.num_hidden_layers, batch, config.num_key_value_heads, config.head_dim)
     if found != expected or length.shape != (batch,):
         raise InputError(
-            f"past_key_values: (layers, batch, key/value heads, head_dim) are {found}, {expected} were expected; "
+            f"past_key_values: (layers, batch, key/value heads, head_dim) must be {expected}, got {found}; "
             "the cache is of another model or batch."
         )
 
 
 def _check_positions(config: MistralConfig, positions: Array, batch: int, tokens: int) -> None:
     if positions.shape not in ((batch, tokens), (1, tokens)):
-        raise PositionError(f"position_ids: shape {positions.shape}, [{batch}, {tokens}] was expected.")
+        raise PositionError(f"position_ids must have the shape [{batch}, {tokens}], got {positions.shape}.")
     if positions.min() < 0 or positions.max() >= config.max_position_embeddings:
         raise PositionError(
-            f"position_ids: from {positions.min()} to {positions.max()}, "
-            f"0 to {config.max_position_embeddings - 1} was expected."
+            f"position_ids must be from 0 to {config.max_position_embeddings - 1}, "
+            f"got {positions.min()} to {positions.max()}."
         )
 
 
@@ -213,17 +211,17 @@ def check_logits_to_keep(logits_to_keep: Any, tokens: int) -> None:
     """An int from 0 (all) to T, or indices in [0, T); raises InputError."""
     if isinstance(logits_to_keep, int) and not isinstance(logits_to_keep, bool):
         if not 0 <= logits_to_keep <= tokens:
-            raise InputError(f"logits_to_keep: {logits_to_keep}, 0 (all) to {tokens} was expected.")
+            raise InputError(f"logits_to_keep must be 0 (all) to {tokens}, got {logits_to_keep}.")
         return
     index = np.asarray(logits_to_keep)
     if index.ndim != 1 or index.dtype.kind not in "iu" or (index < -tokens).any() or (index >= tokens).any():
-        raise InputError(f"logits_to_keep: {logits_to_keep!r}, an int or indices below {tokens} were expected.")
+        raise InputError(f"logits_to_keep must be an int or indices below {tokens}, got {logits_to_keep!r}.")
 
 
 def check_labels(name: str, labels: Array, shape: tuple[int, ...], classes: int) -> None:
     """Class labels of a given shape, each in [0, classes) or -100; raises InputError or TokenIdError."""
     if labels.shape != shape:
-        raise InputError(f"{name}: shape {labels.shape}, {list(shape)} was expected.")
+        raise InputError(f"{name} must have the shape {list(shape)}, got {labels.shape}.")
     check_ids(name, labels, classes, ignore=IGNORE)
 
 
@@ -233,4 +231,4 @@ def check_row_labels(config: MistralConfig, labels: Array, shape: tuple[int, ...
     if config.problem(float_labels=labels.dtype.kind not in "iu") == "single_label_classification":
         check_labels("labels", labels.reshape(-1), (batch,), classes)
     elif labels.shape != shape and not (classes == 1 and labels.shape == (batch,)):
-        raise InputError(f"labels: shape {labels.shape}, {list(shape)} was expected.")
+        raise InputError(f"labels must have the shape {list(shape)}, got {labels.shape}.")

@@ -158,9 +158,9 @@ class FlaxMistralPreTrainedModel:
         """
         past = past_key_values
         if past is not None and not isinstance(past, FlaxCache):
-            raise InputError(f"past_key_values: {type(past).__name__}, what init_cache returns was expected.")
+            raise InputError(f"past_key_values must be what init_cache returns, got {type(past).__name__}.")
         if train and dropout_rng is None and self.config.attention_dropout:
-            raise InputError("dropout_rng: None, a key was expected, as train=True asks for dropout.")
+            raise InputError("dropout_rng must be a key where train=True asks for dropout, got None.")
         if position_ids is not None:  # in transformers' loops padding is at -1
             position_ids = jnp.maximum(jnp.asarray(position_ids), 0)
         columns = jnp.shape(input_ids)[-1]
@@ -244,8 +244,8 @@ class FlaxMistralPreTrainedModel:
         missing = sorted(self.required_params - set(params))
         if missing:
             raise MissingTensorsError(
-                f"params: {len(missing)} are missing, {missing[0]!r} among them; a flat dict of Hugging Face names was "
-                "expected, as model.params, init_weights and from_pretrained give it."
+                "params must be a flat dict of Hugging Face names, as model.params, init_weights and from_pretrained "
+                f"give it; {len(missing)} are missing, {missing[0]!r} among them."
             )
         return self.module.bind(params)
 

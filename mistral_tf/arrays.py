@@ -28,7 +28,7 @@ def as_dtype(dtype: Any) -> Any:
     """A TensorFlow dtype from itself, its name, or any framework's; raises ConfigError for one no model can have."""
     name = str(dtype_name(dtype))
     if name not in DTYPES:
-        raise ConfigError(f"dtype: {dtype!r}, one of {', '.join(DTYPES)} was expected.")
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     return DTYPES[name]
 
 
@@ -109,7 +109,7 @@ def model_inputs(
     """Lists, NumPy arrays or tensors as tensors, checked where there are values to look at."""
     if not isinstance(past_key_values, KVCache | None):
         found = type(past_key_values).__name__
-        raise InputError(f"past_key_values: {found}, a KVCache was expected: what KVCache.allocate or a call returns.")
+        raise InputError(f"past_key_values must be a KVCache, as KVCache.allocate or a call returns it, got {found}.")
     traced = is_traced(input_ids, attention_mask, position_ids, inputs_embeds, document_ids)
     ids = integers("input_ids", input_ids)
     positions = integers("position_ids", position_ids)
@@ -167,7 +167,7 @@ def integers(name: str, value: Any, *, rank: int = 2) -> Tensor | None:
     if len(value.shape) == 1 and rank == 2:
         value = value[None]
     if len(value.shape) != rank:
-        raise InputError(f"{name}: shape {tuple(value.shape)}, {rank} dimensions were expected.")
+        raise InputError(f"{name} must have {rank} dimensions, got the shape {tuple(value.shape)}.")
     return tf.cast(value, tf.int32)
 
 

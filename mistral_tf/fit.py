@@ -262,7 +262,7 @@ class KerasModel(SavedModel):
     def _check_labels(self, y: Tensor, scores: Tensor) -> None:
         expected = scores.shape[:-1] if self._problem(y) == "single_label_classification" else scores.shape
         if not _trimmed(y.shape).is_compatible_with(_trimmed(expected)):
-            raise InputError(f"labels: shape {tuple(y.shape)}, {list(expected)} was expected.")
+            raise InputError(f"labels must have the shape {list(expected)}, got {tuple(y.shape)}.")
 
     def _pairs(self, y: Any, output: Any, weight: Any) -> tuple[Any, Any, Any]:
         """Labels, scores and weights side by side, as the loss in force compares them."""

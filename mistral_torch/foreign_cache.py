@@ -106,7 +106,7 @@ def _slots(layer: Any, order_BS: Tensor, empty_BRKH: Tensor, window: int | None)
     B, _, K, H = empty_BRKH.shape
     if any((x.shape[0], *x.shape[2:]) != (B, K, H) for x in held):
         raise InputError(
-            f"past_key_values: keys {tuple(layer.keys.shape)}, [{B}, {K}, columns, {H}] was expected; make a new cache "
+            f"past_key_values: keys must be [{B}, {K}, columns, {H}], got {tuple(layer.keys.shape)}; make a new cache "
             "for another batch or model."
         )
     slot_BS = order_BS[:, columns - held[0].shape[1] :]

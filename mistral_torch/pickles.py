@@ -173,7 +173,7 @@ def _without_numbers(
     except Exception as cause:  # a broken pickle fails in as many ways as there are bytes
         raise CorruptCheckpointError(f"{path}: data.pkl is broken ({_first_line(cause)}); copy it again.") from cause
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
-        raise UnsafeFileError(f"{path}: holds {type(found).__name__}; a state dict, names to tensors, was expected.")
+        raise UnsafeFileError(f"{path} must hold a state dict, names to tensors, got {type(found).__name__}.")
     if len(found) > MAX_TENSORS:
         raise LimitExceededError(f"{path}: {len(found)} tensors; at most {MAX_TENSORS} are read.")
     for name, value in found.items():

@@ -46,7 +46,7 @@ class Characters:
         ids = [BEGIN]
         for at, message in enumerate(rest):
             if message["role"] not in ("user", "assistant"):
-                raise TemplateError(f"messages[{at}]: role {message['role']!r}; user or assistant was expected.")
+                raise TemplateError(f"messages[{at}]: role must be user or assistant, got {message['role']!r}.")
             mine = system if users and at == users[0 if self.system == "first" else -1] else []
             text = "".join([*mine, message["content"]])
             if message["role"] == "user":

@@ -80,7 +80,7 @@ def facts_of(config: MistralConfig) -> dict[str, Any]:
     architecture = (config.architectures or ("MistralForCausalLM",))[0]
     if architecture not in HEADS:
         raise UnsupportedFeatureError(
-            f"architectures: {architecture!r}, one of {', '.join(HEADS)} was expected; correct the config."
+            f"architectures must be one of {', '.join(HEADS)}, got {architecture!r}; correct the config."
         )
     count = parameter_count(config, architecture)
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2

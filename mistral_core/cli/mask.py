@@ -65,7 +65,7 @@ def overrides(options: argparse.Namespace) -> dict[str, Any]:
     if options.window.lower() == "none":
         return {"sliding_window": None, "layer_types": None}
     if not options.window.isdecimal():
-        raise InputError(f"--window: {options.window!r}; a number of tokens, or none, was expected.")
+        raise InputError(f"--window must be a number of tokens, or none, got {options.window!r}.")
     return {"sliding_window": int(options.window)}
 
 

@@ -187,9 +187,9 @@ def read(path: Path) -> list[Any]:
     try:
         messages = strict_json.read_object(path, error=InputError, max_bytes=CONVERSATION_BYTES).get("messages")
     except UnsafeFileError as cause:
-        raise InputError(f"{path}: not a file; a saved conversation was expected.") from cause
+        raise InputError(f"{path} must be a file with a saved conversation.") from cause
     if not isinstance(messages, list):
-        raise InputError(f'{path}: no list of messages; {{"messages": [...]}} was expected, as /save writes it.')
+        raise InputError(f'{path} must be {{"messages": [...]}}, as /save writes it; it has no list of messages.')
     return messages
 
 

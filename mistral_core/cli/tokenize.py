@@ -64,7 +64,7 @@ def _ids(text: str) -> list[int]:
     try:
         return [int(word) for word in words]
     except ValueError as cause:
-        raise EmptyInputError(f"text: {text[:40]!r}; with --decode ids were expected, such as 1 733 16289.") from cause
+        raise EmptyInputError(f"text must be ids with --decode, such as 1 733 16289, got {text[:40]!r}.") from cause
 
 
 def _painted(text: str, place: int) -> str:

@@ -188,4 +188,4 @@ def check_regular(status: os.stat_result, where: str) -> None:
     """Raise UnsafeFileError for what is no regular file."""
     if not stat.S_ISREG(status.st_mode):
         kind = next((kind for is_kind, kind in _KINDS if is_kind(status.st_mode)), "something else")
-        raise UnsafeFileError(f"{where}: {kind}, not a regular file as was expected; remove it or name another.")
+        raise UnsafeFileError(f"{where} must be a regular file, got {kind}; remove it or name another.")

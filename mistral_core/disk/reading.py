@@ -252,7 +252,7 @@ def _filled(descriptor: int, most: int) -> bytes:
 def _placed(path: Path) -> Iterator[tuple[Folder, str]]:
     """The folder that a path is looked up in, and its name there."""
     if not is_path(path):
-        raise UnsafeFileError(f"{str(path)[:200]!a}: no path; one without NUL and half surrogates was expected.")
+        raise UnsafeFileError(f"path must be without NUL and half surrogates, got {str(path)[:200]!a}.")
     folder: Folder | None = getattr(path, "folder", None)
     for root in (folder.path, folder.absolute) if folder else ():
         if folder and path.is_relative_to(root):

@@ -29,7 +29,7 @@ def read_object(
         data = reading.read(path, limit=max_bytes, what=" of JSON")
     except CheckpointError as cause:
         if cause.errno == errno.EACCES:
-            raise error(f"{path}: cannot be read (Permission denied); a JSON file was expected.") from cause
+            raise error(f"{path} must be a JSON file that can be read (Permission denied).") from cause
         raise
     return parse_object(data, where=str(path), error=error)
 
@@ -78,7 +78,7 @@ def parse_object(data: bytes, *, where: str, error: type[MistralError]) -> dict[
     if _is_deeper([value], MAX_DEPTH):
         raise error(too_deep)
     if not isinstance(value, dict):
-        raise error(f"{where}: the top level is {type(value).__name__}, a JSON object was expected.")
+        raise error(f"{where}: the top level must be a JSON object, got {type(value).__name__}.")
     if _has_surrogate(text, value):
         raise error(f"{where}: holds a lone surrogate (\\ud800 to \\udfff); remove it.")
     return value

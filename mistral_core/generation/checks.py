@@ -243,7 +243,7 @@ CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 def problems(generation: GenerationConfig, config: MistralConfig) -> list[str]:
     """Every option that means nothing, alone, together or for a model."""
     found = [
-        f"{name}: {_short(getattr(generation, name))}, {expected} was expected"
+        f"{name} must be {expected}, got {_short(getattr(generation, name))}"
         for name, (is_right, expected) in CHECKS.items()
         if not is_right(getattr(generation, name))
     ]
@@ -263,7 +263,7 @@ def _wrong_ids(generation: GenerationConfig, config: MistralConfig) -> list[str]
         "logit_bias": generation.logit_bias or (),
     }
     return [
-        f"{name}: {_short(token)}, 0 to {config.vocab_size - 1} was expected"
+        f"{name} must be 0 to {config.vocab_size - 1}, got {_short(token)}"
         for name, tokens in ids.items()
         for token in tokens
         if not is_int(token) or not 0 <= token < config.vocab_size

@@ -167,8 +167,8 @@ def transition_scores(
     rows_BN = rows_BN[:, : max((rows_BN >= 0).sum(axis=1), default=0)]
     if len(rows_BN) != len(sequences) or rows_BN.shape[1] > sequences.shape[1]:
         raise InputError(
-            f"compute_transition_scores: sequences of shape {sequences.shape}, {len(rows_BN)} rows with the new tokens "
-            "of the scores at their end were expected; of beams give beam_indices."
+            f"compute_transition_scores: sequences must be {len(rows_BN)} rows with the new tokens of the scores at "
+            f"their end, got the shape {sequences.shape}; of beams give beam_indices."
         )
     tokens_BN = sequences[:, sequences.shape[1] - rows_BN.shape[1] :]
     found = score_NRV[np.arange(rows_BN.shape[1]), np.maximum(rows_BN, 0), tokens_BN]
@@ -345,6 +345,6 @@ def _check_assistant(engine: Engine, assistant: Engine, prompt: Prompt) -> None:
         raise GenerationConfigError("assistant_model: it reads ids; give input_ids instead of inputs_embeds.")
     if assistant.config.vocab_size != engine.config.vocab_size:
         raise GenerationConfigError(
-            f"assistant_model: vocab_size {assistant.config.vocab_size}, {engine.config.vocab_size} was expected; "
+            f"assistant_model: vocab_size must be {engine.config.vocab_size}, got {assistant.config.vocab_size}; "
             "it must have been trained with the same tokenizer."
         )

@@ -148,15 +148,13 @@ def _checked_lengths(config: MistralConfig, cache: Any, rows: int) -> list[int]:
     """How many tokens of each row a cache holds."""
     if not all(hasattr(cache, name) for name in ("keys", "values", "length", "capacity", "rollback")):
         raise InputError(
-            f"past_key_values: {type(cache).__name__}, a KVCache was expected, or what generate returned with "
+            f"past_key_values must be a KVCache, got {type(cache).__name__}; give one, or what generate returned with "
             "return_dict_in_generate=True."
         )
     found = (len(cache.keys), *(int(cache.keys[0].shape[axis]) for axis in (0, 2, 3)))
     expected = (config.num_hidden_layers, rows, config.num_key_value_heads, config.head_dim)
     if found != expected:
-        raise InputError(
-            f"past_key_values: (layers, rows, key/value heads, head_dim) are {found}, {expected} were expected."
-        )
+        raise InputError(f"past_key_values: (layers, rows, key/value heads, head_dim) must be {expected}, got {found}.")
     return [int(length) for length in cache.length]
 
 

@@ -83,7 +83,7 @@ class Hooks(NamedTuple):
         """Those among the options of a call, which are taken out; raises GenerationConfigError."""
         allowed = options.pop("prefix_allowed_tokens_fn", None)
         if allowed is not None and not callable(allowed):
-            raise GenerationConfigError(f"prefix_allowed_tokens_fn: {type(allowed).__name__}, a function was expected.")
+            raise GenerationConfigError(f"prefix_allowed_tokens_fn must be a function, got {type(allowed).__name__}.")
         processors, criteria = (options.pop(name, None) for name in ("logits_processor", "stopping_criteria"))
         return cls(_functions("logits_processor", processors), _functions("stopping_criteria", criteria), allowed)
 
@@ -105,7 +105,7 @@ class Hooks(NamedTuple):
         found = border.numpy(scores)
         if found.shape != scores_BV.shape:
             raise GenerationConfigError(
-                f"logits_processor: scores of shape {found.shape} came back, {scores_BV.shape} was expected."
+                f"logits_processor must return scores of the shape {scores_BV.shape}, got {found.shape}."
             )
         return found.astype(np.float32)
 
@@ -117,8 +117,8 @@ class Hooks(NamedTuple):
             size = scores_BV.shape[1]
             if not len(allowed) or allowed.min() < 0 or allowed.max() >= size:
                 raise GenerationConfigError(
-                    f"prefix_allowed_tokens_fn: {allowed.tolist()[:8]} for row {row}; ids from 0 to {size - 1} were "
-                    "expected, at least one."
+                    f"prefix_allowed_tokens_fn must give at least one id from 0 to {size - 1} for row {row}, "
+                    f"got {allowed.tolist()[:8]}."
                 )
             constrained[row, allowed] = scores_BV[row, allowed]
         return constrained
@@ -131,7 +131,7 @@ class Hooks(NamedTuple):
             found = border.numpy(criterion(ids, scores))
             if found.size not in (1, len(ended)):
                 raise GenerationConfigError(
-                    f"stopping_criteria: {found.size} answers for {len(ended)} rows; one, or one a row, was expected."
+                    f"stopping_criteria must give one answer, or one for each of {len(ended)} rows, got {found.size}."
                 )
             ended |= found.reshape(-1).astype(bool)
         return ended
@@ -157,7 +157,7 @@ def _functions(name: str, value: Any) -> tuple[Callable[..., Any], ...]:
     functions = tuple(value) if isinstance(value, list | tuple) else () if value is None else (value,)
     for function in functions:
         if not callable(function):
-            raise GenerationConfigError(f"{name}: {type(function).__name__}, a list of functions was expected.")
+            raise GenerationConfigError(f"{name} must be a list of functions, got {type(function).__name__}.")
     return functions
 
 

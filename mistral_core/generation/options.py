@@ -183,7 +183,7 @@ class GenerationConfig:
         write = getattr(config, "to_diff_dict", None) or getattr(config, "to_dict", None)
         data = config if isinstance(config, Mapping) else write() if callable(write) else None
         if not isinstance(data, Mapping):
-            raise GenerationConfigError(f"generation_config: {type(config).__name__}, a GenerationConfig was expected.")
+            raise GenerationConfigError(f"generation_config must be a GenerationConfig, got {type(config).__name__}.")
         made = cls._from_dict(data)
         if options := effective({name: value for name, value in made.extra.items() if value is not None}):
             raise GenerationConfigError(f"generation_config: {explained(options, made.__dict__)}.")

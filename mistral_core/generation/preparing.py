@@ -78,7 +78,7 @@ def _embedded(
     if input_ids is not None and ids_BT.size:
         validate.check_ids("input_ids", ids_BT, config.vocab_size)
     if len(ids_BT) != batch:
-        raise InputError(f"input_ids: {len(ids_BT)} rows beside inputs_embeds of {batch}; as many were expected.")
+        raise InputError(f"input_ids must have as many rows as inputs_embeds, {batch}, got {len(ids_BT)}.")
     first = mask_BE.shape[1] - ids_BT.shape[1]  # embeddings that stand before those of the ids
     mask_BT = mask_BE[:, first:] if first >= 0 else np.ones_like(ids_BT)
     columns = embeds_BED.shape[1] if generation.max_length is not None else ids_BT.shape[1]

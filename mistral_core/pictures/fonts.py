@@ -35,7 +35,7 @@ class Fonts:
         self._files.append(None)
         if font is not None:
             if not self._opens(font):
-                raise InputError(f"font: {font!r} cannot be read; a TrueType or OpenType file was expected.")
+                raise InputError(f"font must be a TrueType or OpenType file that can be read, got {font!r}.")
             self._files.insert(0, font)
 
     def written(self, text: str, size: int, colour: str, *, longest: float = float("inf"), bold: bool = False) -> Image:

@@ -37,7 +37,7 @@ def read(tokenizer: MistralTokenizer, source: Source, *, padding_side: str = "le
     Raises EmptyInputError, InputError, SequenceTooLongError, and what the tokenizer raises.
     """
     if padding_side not in ("left", "right"):
-        raise InputError(f"padding_side: {padding_side!r}; 'left' or 'right' was expected.")
+        raise InputError(f"padding_side must be 'left' or 'right', got {padding_side!r}.")
     rows = [_ids(tokenizer, each) for each in _several(source)]
     if not all(rows):
         raise EmptyInputError("the text has no token; give some words.")
@@ -65,7 +65,7 @@ def _several(source: Any) -> list[Any]:
     if isinstance(source, str) or (isinstance(source, Sequence) and is_chat(source)):
         return [source]
     if not isinstance(source, Sequence) or not source:
-        raise InputError(f"text: {source!r}; a text, a list of texts or a list of messages was expected.")
+        raise InputError(f"text must be a text, a list of texts or a list of messages, got {source!r}.")
     return list(source)
 
 
@@ -73,7 +73,7 @@ def _ids(tokenizer: MistralTokenizer, source: Any) -> list[int]:
     if isinstance(source, str):
         return tokenizer.encode(source)
     if not isinstance(source, Sequence) or not is_chat(source):
-        raise InputError(f"text: {source!r}; a text or a list of messages was expected.")
+        raise InputError(f"text must be a text or a list of messages, got {source!r}.")
     is_open = source[-1].get("role") == "assistant"  # an answer that the model would go on with
     return list(
         tokenizer.apply_chat_template(source, add_generation_prompt=not is_open, continue_final_message=is_open)

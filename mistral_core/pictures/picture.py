@@ -110,7 +110,7 @@ class Picture:
         shown = self._panel(panel)
         tokens = self.texts[shown.row]
         if not (0 <= query < len(tokens) and 0 <= key < len(tokens)):
-            raise InputError(f"query, key: {query}, {key}; two columns in [0, {len(tokens)}) were expected.")
+            raise InputError(f"query, key must be two columns in [0, {len(tokens)}), got {query}, {key}.")
         reason = Reason(int(shown.reasons[query, key]))
         sentence = STYLES[reason].sentence
         if reason is Reason.SEES and query == key:

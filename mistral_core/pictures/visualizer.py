@@ -228,7 +228,7 @@ def _among(wanted: int | str, count: int, name: str) -> list[int]:
     if wanted == "all":
         return list(range(count))
     if not isinstance(wanted, int) or isinstance(wanted, bool) or not -count <= wanted < count:
-        raise InputError(f"{name}: {wanted!r}; a number from 0 to {count - 1}, or 'all', was expected.")
+        raise InputError(f"{name} must be a number from 0 to {count - 1}, or 'all', got {wanted!r}.")
     return [wanted % count]
 
 

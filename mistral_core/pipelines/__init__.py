@@ -75,7 +75,7 @@ def pipeline(
 def _task(name: str) -> str:
     task = ALIASES.get(name, name)
     if task not in TASKS:
-        raise InputError(f"task: {shown(name)}, one of {', '.join((*TASKS, *ALIASES))} was expected.")
+        raise InputError(f"task must be one of {', '.join((*TASKS, *ALIASES))}, got {shown(name)}.")
     return task
 
 
@@ -97,7 +97,7 @@ def _backend_of(model: Any, backend: str | None, framework: str | None) -> str:
     """The backend that a model's class comes from, or extends, or that is named for it."""
     if backends.owner(model) is None and backend is None and framework is None:
         raise InputError(
-            f"model: {type(model).__name__}; a path, or a model of a backend was expected, or give backend=."
+            f"model must be a path, or a model of a backend, got {type(model).__name__}; or give backend=."
         )
     return backends.chosen(backend, framework=framework, model=model)
 
@@ -105,6 +105,6 @@ def _backend_of(model: Any, backend: str | None, framework: str | None) -> str:
 def _check_object(model: Any, task: str, loading: list[str]) -> None:
     expected, own = TASKS[task][0], getattr(model, "architecture", None)
     if own != expected:
-        raise InputError(f"model: a {own or type(model).__name__}, for {task} a {expected} was expected.")
+        raise InputError(f"model must be a {expected} for {task}, got a {own or type(model).__name__}.")
     if loading:
         raise InputError(f"{', '.join(loading)}: for a model that is to be loaded; leave out what this one is already.")

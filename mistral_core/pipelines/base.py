@@ -52,7 +52,9 @@ class Pipeline:
         if self._is_one(inputs, chosen):
             return self._of_one(inputs, next(self._results([inputs], chosen, size)), chosen)
         if not isinstance(inputs, Iterable):
-            raise InputError(f"{self.task}: {type(inputs).__name__}; {self._expected} was expected, or several of it.")
+            raise InputError(
+                f"{self.task} must be given {self._expected}, or several of it, got {type(inputs).__name__}."
+            )
         results = self._results(inputs, chosen, size)
         return list(results) if isinstance(inputs, list | tuple) else results
 
@@ -121,14 +123,14 @@ def check_count(name: str, value: Any, *, low: int = 1, or_none: bool = False) -
     """Raise InputError for an option that is not an integer of `low` or more."""
     if not (or_none and value is None) and not (is_int(value) and value >= low):
         raise InputError(
-            f"{name}: {shown(value)}, an integer of {low} or more{' or None' if or_none else ''} was expected."
+            f"{name} must be an integer of {low} or more{' or None' if or_none else ''}, got {shown(value)}."
         )
 
 
 def check_one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Raise InputError for an option that is none of some."""
     if value not in choices:
-        raise InputError(f"{name}: {shown(value)}, one of {', '.join(map(str, choices))} was expected.")
+        raise InputError(f"{name} must be one of {', '.join(map(str, choices))}, got {shown(value)}.")
 
 
 def _checked_size(size: Any) -> int:

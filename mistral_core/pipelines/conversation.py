@@ -148,7 +148,7 @@ class Conversation:
         new = [dict(message) if isinstance(message, Mapping) else {} for message in messages]
         for at, message in enumerate(new):
             if not isinstance(message.get("role"), str) or "content" not in message:
-                raise InputError(f"messages[{at}]: an object with role and content was expected; correct it.")
+                raise InputError(f"messages[{at}] must be an object with role and content; correct it.")
         self.format.prompt([*new, {"role": "user", "content": "?"}] if not new or new[-1]["role"] != "user" else new)
         self.messages = new
 

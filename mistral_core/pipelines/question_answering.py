@@ -89,11 +89,11 @@ class QuestionAnsweringPipeline(Pipeline):
 
     def _text(self, item: Any, options: QuestionAnsweringOptions) -> Any:
         if not isinstance(item, Mapping):
-            raise InputError(f"{self.task}: {type(item).__name__}; {self._expected} was expected.")
+            raise InputError(f"{self.task} must be given {self._expected}, got {type(item).__name__}.")
         check_names("a question", item, ("question", "context"))
         for name in ("question", "context"):
             if not isinstance(item.get(name), str):
-                raise InputError(f"{name}: {type(item.get(name)).__name__}, a str was expected.")
+                raise InputError(f"{name} must be a str, got {type(item.get(name)).__name__}.")
             if not item[name].strip():
                 raise EmptyInputError(f"{name}: nothing but blanks; leave this one out.")
         return encoded(
@@ -106,10 +106,10 @@ def _pairs(question: Any, context: Any) -> Any:
     if isinstance(question, str):
         return {"question": question, "context": context}
     if not isinstance(question, list | tuple):
-        raise InputError(f"question: {type(question).__name__}, a str or a list of them was expected.")
+        raise InputError(f"question must be a str or a list of them, got {type(question).__name__}.")
     contexts = [context] * len(question) if isinstance(context, str) else list(context or ())
     if len(contexts) != len(question):
-        raise InputError(f"context: {len(contexts)} texts, {len(question)} were expected: one for each question.")
+        raise InputError(f"context must be {len(question)} texts, one for each question, got {len(contexts)}.")
     return [{"question": q, "context": c} for q, c in zip(question, contexts, strict=True)]
 
 

@@ -118,9 +118,7 @@ class TextGenerationPipeline(Pipeline):
         stops = {} if options.stop_sequence is None else {"stop_strings": options.stop_sequence}
         given = config.replace(**stops, **options.generate)
         if isinstance(given.seed, tuple):
-            raise InputError(
-                f"seed: {given.seed}; an int was expected, with which each prompt is continued as if alone."
-            )
+            raise InputError(f"seed must be an int, with which each prompt is continued as if alone, got {given.seed}.")
         return given
 
     def _prompt(self, item: Any, options: TextGenerationOptions, generation: GenerationConfig) -> PipelineInput:
@@ -128,7 +126,7 @@ class TextGenerationPipeline(Pipeline):
             ids = self.tokenizer.encode(options.prefix + item, add_special_tokens=options.add_special_tokens)
             return PipelineInput(item, self._fitting(ids, options, generation), True)
         if not _is_chat(item):
-            raise InputError(f"{self.task}: {type(item).__name__}; {self._expected} was expected.")
+            raise InputError(f"{self.task} must be given {self._expected}, got {type(item).__name__}.")
         continues = options.continue_final_message
         if continues is None:
             continues = item[-1].get("role") == "assistant"

@@ -33,7 +33,7 @@ class TokenClassificationOptions:
         check_count("stride", self.stride, low=0, or_none=True)
         check_count("max_length", self.max_length, or_none=True)
         if isinstance(self.ignore_labels, str):
-            raise InputError(f"ignore_labels: {self.ignore_labels!r}, a list of labels was expected.")
+            raise InputError(f"ignore_labels must be a list of labels, got {self.ignore_labels!r}.")
 
 
 class Document(NamedTuple):
@@ -95,7 +95,7 @@ class TokenClassificationPipeline(Pipeline):
         length = len(tokens.before) + len(tokens.ids) + len(tokens.after)
         if length > longest and options.stride is None:
             raise SequenceTooLongError(
-                f"{self.task}: a text of {length} tokens, {longest} was expected at most; give a stride to read it in "
+                f"{self.task}: a text must be of at most {longest} tokens, got {length}; give a stride to read it in "
                 "rows that overlap."
             )
         return Document(text, tokens, words, windows(tokens, longest, options.stride or 0))
@@ -103,7 +103,9 @@ class TokenClassificationPipeline(Pipeline):
     def _joined(self, words: Any, delimiter: str) -> tuple[str, Text, list[int]]:
         """The text of words that are tokenized one by one, its tokens, and the word of each."""
         if not isinstance(words, list | tuple) or not words or not all(isinstance(word, str) for word in words):
-            raise InputError(f"{self.task}: with is_split_into_words a list of words was expected, not {words!r:.80}.")
+            raise InputError(
+                f"{self.task}: with is_split_into_words a text must be a list of words, got {words!r:.80}."
+            )
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
         numbers: list[int] = []

@@ -20,7 +20,7 @@ def _nf4_state(parts: Parts) -> dict[str, int | float]:
     where = f"{parts.where}: {_STATE}"
     info = parts.infos[_STATE]
     if info.dtype != "U8" or info.nbytes > _SMALL:
-        raise CorruptCheckpointError(f"{where} is {info.nbytes} bytes of {info.dtype}; a small JSON was expected.")
+        raise CorruptCheckpointError(f"{where} must be a small JSON, got {info.nbytes} bytes of {info.dtype}.")
     state = strict_json.parse_object(parts.read(_STATE).tobytes(), where=where, error=CorruptCheckpointError)
     nested = "weight.nested_absmax" in parts.infos
     shape = state.get("shape")
@@ -30,7 +30,7 @@ def _nf4_state(parts: Parts) -> dict[str, int | float]:
     whole = all(is_int(size) and 0 < size < 1 << 31 for size in sizes)
     if state.get("quant_type") != "nf4" or len(sizes) != 3 + nested or not whole or not is_number(offset):
         raise CorruptCheckpointError(
-            f"{where}: quant_type nf4, a shape of two sizes, and blocksize, nested or not, were expected."
+            f"{where} must have quant_type nf4, a shape of two sizes, and blocksize, nested or not."
         )
     names = ("out", "in", "block", "nested_block")
     return {**dict(zip(names, sizes, strict=False)), "offset": float(offset or 0)}

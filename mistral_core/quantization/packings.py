@@ -47,10 +47,10 @@ class Parts(NamedTuple):
         found = self.infos[part]
         if found.dtype not in dtypes:
             wanted = ", ".join(sorted(dtypes))
-            raise DtypeMismatchError(f"{self.where}: {part} is {found.dtype}; {wanted} was expected.")
+            raise DtypeMismatchError(f"{self.where}: {part} must be {wanted}, got {found.dtype}.")
         if (found.shape not in shapes) if shapes else (len(found.shape) != 2 or 0 in found.shape):
             wanted = " or ".join(str(list(shape)) for shape in shapes if shape is not None) or "a matrix"
-            raise ShapeMismatchError(f"{self.where}: {part} is {list(found.shape)}; {wanted} was expected.")
+            raise ShapeMismatchError(f"{self.where}: {part} must be {wanted}, got {list(found.shape)}.")
         return found.shape
 
 

@@ -111,7 +111,7 @@ def read(given: Any, *, where: str) -> Scheme:
     """The scheme of a Hugging Face `quantization_config`; raises UnsupportedFeatureError, ConfigError."""
     where = f"{where}: quantization_config"
     if not isinstance(given, Mapping):
-        raise ConfigError(f"{where} is {type(given).__name__}, an object was expected.")
+        raise ConfigError(f"{where} must be an object, got {type(given).__name__}.")
     method = given.get("quant_method")
     if method is None and (given.get("load_in_4bit") or given.get("load_in_8bit")):  # as transformers reads it
         method = "bitsandbytes"
@@ -126,7 +126,7 @@ def read_raw(given: Any, *, where: str) -> Scheme:
     """The scheme of a `quantization` in params.json; raises UnsupportedFeatureError, ConfigError."""
     where = f"{where}: quantization"
     if not isinstance(given, Mapping):
-        raise ConfigError(f"{where} is {type(given).__name__}, an object was expected.")
+        raise ConfigError(f"{where} must be an object, got {type(given).__name__}.")
     _one_of(given, "qformat_weight", ("fp8_e4m3",), where)
     _one_of(given, "qscheme_act", ("TENSOR", "NO_SCALES", None), where)
     return Scheme("scaled", "FP8", scale="qscale_weight")
@@ -178,7 +178,7 @@ def _compressed_tensors(given: Mapping[str, Any], where: str) -> Scheme:
     form = _one_of(given, "format", ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized"), where)
     groups = given.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
-        raise ConfigError(f"{where}: config_groups, an object with at least one group, was expected.")
+        raise ConfigError(f"{where}: config_groups must be an object with at least one group.")
     found = {_weights(group, form, where) for group in groups.values()}
     if len(found) > 1:
         raise UnsupportedFeatureError(f"{where}: groups of several kinds; dequantise the checkpoint first.")
@@ -191,7 +191,7 @@ def _weights(group: Any, form: str, where: str) -> Scheme:
     if not isinstance(weights, Mapping):
         raise ConfigError(f"{where}: each group of config_groups should tell of its weights.")
     if group.get("format") not in (None, form):
-        raise UnsupportedFeatureError(f"{where}: a group in the format {group['format']!r}; {form} was expected.")
+        raise UnsupportedFeatureError(f"{where}: the format of a group must be {form}, got {group['format']!r}.")
     kinds = {"float-quantized": ("float",), "naive-quantized": ("int", "float")}.get(form, ("int",))
     kind = _one_of(weights, "type", kinds, where, default="int")
     bits = _one_of(weights, "num_bits", (4, 8) if form == "pack-quantized" else (8,), where, default=8)
@@ -234,11 +234,11 @@ def _group_size(given: Mapping[str, Any], where: str) -> int | None:
     if size in (None, -1):
         return None
     if not is_int(size) or not 0 < size < 1 << 31:
-        raise ConfigError(f"{where}: group_size is {size!r}, a positive integer or -1 was expected.")
+        raise ConfigError(f"{where}: group_size must be a positive integer or -1, got {size!r}.")
     return int(size)
 
 
 def _block(value: Any, where: str) -> tuple[int, int]:
     if not (isinstance(value, list) and len(value) == 2 and all(is_int(n) and 0 < n < 1 << 31 for n in value)):
-        raise ConfigError(f"{where}: blocks of {value!r}, two positive integers were expected.")
+        raise ConfigError(f"{where}: the size of blocks must be two positive integers, got {value!r}.")
     return value[0], value[1]

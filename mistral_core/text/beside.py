@@ -110,12 +110,12 @@ def setting(name: str, value: Any, where: str) -> Any:
     at = f"{where}: {CONFIG}: {name}"
     if name == "model_max_length":
         if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            raise TokenizerError(f"{at}: {str(value)[:40]!a}; a number of tokens was expected.")
+            raise TokenizerError(f"{at} must be a number of tokens, got {str(value)[:40]!a}.")
         return int(value)
     if name != "model_input_names":
         return check_side(at, value)
     if not isinstance(value, list) or not all(isinstance(each, str) for each in value) or "input_ids" not in value:
-        raise TokenizerError(f"{at}: {str(value)[:80]!a}; a list of names, input_ids among them, was expected.")
+        raise TokenizerError(f"{at} must be a list of names, input_ids among them, got {str(value)[:80]!a}.")
     return tuple(value)
 
 
@@ -123,7 +123,7 @@ def flag(config: Mapping[str, Any], name: str, where: str) -> bool | None:
     """A key of a tokenizer_config.json that is true or false, or not there; raises TokenizerError for others."""
     value = config.get(name)
     if value is not None and not isinstance(value, bool):
-        raise TokenizerError(f"{where}: {name}: {value!a}; true or false was expected: correct {CONFIG}.")
+        raise TokenizerError(f"{where}: {name} must be true or false, got {value!a}: correct {CONFIG}.")
     return value
 
 
@@ -147,7 +147,7 @@ def _content(token: Any, where: str) -> str | None:
     """The text of a token, which may be a serialized AddedToken; of a list, as old files have it, none."""
     token = token.get("content") if isinstance(token, dict) else token
     if token is not None and not isinstance(token, str):
-        raise TokenizerError(f"{where}: {str(token)[:80]!a}; a token was expected: correct it.")
+        raise TokenizerError(f"{where} must be a token, got {str(token)[:80]!a}: correct it.")
     return token
 
 
@@ -165,7 +165,7 @@ def _others(said: Mapping[str, Any], where: str) -> tuple[str, ...]:
 def _decoder(entries: Any, where: str) -> dict[int, dict[str, Any]]:
     """The tokens of an added_tokens_decoder."""
     if not isinstance(entries, dict):
-        raise TokenizerError(f"{where}: added_tokens_decoder: {type(entries).__name__}; an object was expected.")
+        raise TokenizerError(f"{where}: added_tokens_decoder must be an object, got {type(entries).__name__}.")
     limits.check(len(entries), limits.SPECIAL_TOKENS, what="added tokens", where=where)
     return {_number(key, where): _entry(entry, _number(key, where), where) for key, entry in entries.items()}
 
@@ -182,7 +182,7 @@ def _entry(entry: Any, number: int, where: str) -> dict[str, Any]:
     """An added token as an entry of tokenizer.json."""
     content = entry.get("content") if isinstance(entry, dict) else None
     if not isinstance(content, str) or not content:
-        raise TokenizerError(f"{where}: the added token {number}: {str(entry)[:80]!a}; one with content was expected.")
+        raise TokenizerError(f"{where}: the added token {number} must have a content, got {str(entry)[:80]!a}.")
     limits.check(len(content), limits.TOKEN_CHARACTERS, what="characters of one token", where=where)
     flags = {name: bool(entry.get(name, False)) for name in ("single_word", "lstrip", "rstrip")}
     special = bool(entry.get("special", False))

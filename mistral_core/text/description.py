@@ -77,11 +77,11 @@ def _check_ids(whole: dict[str, Any], where: str) -> None:
         raise TokenizerError(f"{where}: no vocabulary, or added_tokens that are no list; fetch it again.")
     for each in added:
         if not isinstance(each, dict) or not isinstance(each.get("content"), str):
-            raise TokenizerError(f"{where}: the added token {shown(each)}; an object was expected: fetch it again.")
+            raise TokenizerError(f"{where}: the added token must be an object, got {shown(each)}: fetch it again.")
     ids = [*(vocabulary.values() if isinstance(vocabulary, dict) else ()), *(each.get("id") for each in added)]
     wrong = next((each for each in ids if isinstance(each, bool) or not isinstance(each, int) or each < 0), None)
     if wrong is not None or None in ids:
-        raise TokenizerError(f"{where}: the id {str(wrong)[:40]!a}; an integer of at least 0 was expected.")
+        raise TokenizerError(f"{where}: the id must be an integer of at least 0, got {str(wrong)[:40]!a}.")
     limits.check(max(ids, default=0), limits.VOCABULARY, what="as an id", where=where)
 
 
@@ -90,7 +90,7 @@ def _check_model(model: Part, where: str) -> None:
     vocabulary = model.get("vocab")
     unknown, kind = model.get("unk_token"), model.get("type")
     if not isinstance(unknown, str | None):
-        raise TokenizerError(f"{where}: unk_token {str(unknown)[:80]!a}; a string was expected: fetch it again.")
+        raise TokenizerError(f"{where}: unk_token must be a string, got {str(unknown)[:80]!a}: fetch it again.")
     names = _names(vocabulary)
     if kind == "WordPiece":
         limit = model.get("max_input_chars_per_word")

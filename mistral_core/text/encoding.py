@@ -48,7 +48,7 @@ def as_arrays(columns: Mapping[str, list[Any]], return_tensors: str) -> Encoding
     return_tensors = getattr(return_tensors, "value", return_tensors)  # an enum of transformers
     if return_tensors != "np" and return_tensors not in FRAMEWORKS:
         names = ", ".join(("np", *FRAMEWORKS))
-        raise TokenizerError(f"return_tensors: {return_tensors!r}; None or one of {names} was expected.")
+        raise TokenizerError(f"return_tensors must be None or one of {names}, got {return_tensors!r}.")
     lengths = sorted({len(row) for row in columns["input_ids"]})
     if len(lengths) > 1:
         raise TokenizerError(f"texts of {lengths[0]} to {lengths[-1]} tokens make no array; pass padding=True.")

@@ -56,13 +56,13 @@ def choice(name: str, value: Any, known: dict[Any, Any]) -> Any:
     value = getattr(value, "value", value)  # an enum of transformers
     if (value is None or isinstance(value, bool | str)) and value in known:
         return known[value]
-    raise TokenizerError(f"{name}: {shown(value)}; one of {', '.join(map(repr, known))} was expected.")
+    raise TokenizerError(f"{name} must be one of {', '.join(map(repr, known))}, got {shown(value)}.")
 
 
 def check_side(name: str, side: Any) -> str:
     """The side; raises TokenizerError for another."""
     if side not in ("left", "right"):
-        raise TokenizerError(f"{name}: {shown(side)}; 'left' or 'right' was expected.")
+        raise TokenizerError(f"{name} must be 'left' or 'right', got {shown(side)}.")
     return str(side)
 
 
@@ -70,7 +70,7 @@ def check_integer(name: str, value: Any, least: int) -> int:
     """An integer; raises TokenizerError for less than `least` and for anything else."""
     number = integer(value)
     if number is None or number < least:
-        raise TokenizerError(f"{name}: {shown(value)}; an integer of at least {least} was expected.")
+        raise TokenizerError(f"{name} must be an integer of at least {least}, got {shown(value)}.")
     return number
 
 
@@ -110,9 +110,7 @@ def plain(value: Any) -> Any:
 def several(name: str, texts: Any) -> list[Any]:
     """The texts of a batch."""
     if isinstance(texts, bytes) or not isinstance(texts, Iterable):
-        raise TokenizerError(
-            f"{name}: {type(texts).__name__}, a str or a list of them was expected; decode bytes first."
-        )
+        raise TokenizerError(f"{name} must be a str or a list of them, got {type(texts).__name__}; decode bytes first.")
     return list(texts)
 
 
@@ -125,7 +123,7 @@ def listed(value: Any) -> Any:
 def check_text(name: str, text: Any) -> str:
     """A text that can be written in UTF-8; raises TokenizerError for anything else."""
     if not isinstance(text, str):
-        raise TokenizerError(f"{name}: {type(text).__name__}, a str was expected; decode bytes first.")
+        raise TokenizerError(f"{name} must be a str, got {type(text).__name__}; decode bytes first.")
     if wrong := utf8.problem(text):
         raise TokenizerError(f"{name}: {wrong}.")
     return text
@@ -134,13 +132,13 @@ def check_text(name: str, text: Any) -> str:
 def check_ids(ids: int | Iterable[int], size: int) -> list[int]:
     """Ids in [0, size), of a single id, a list or an array; raises TokenizerError, which is an IndexError if beyond."""
     if integer(ids) is None and not hasattr(ids, "__iter__"):
-        raise TokenizerError(f"ids: {shown(ids)}; an integer, or a list or an array of them, was expected.")
+        raise TokenizerError(f"ids must be an integer, or a list or an array of them, got {shown(ids)}.")
     sequence = [ids] if integer(ids) is not None else listed(ids)
     checked = []
     for at, each in enumerate(sequence):
         number = each if type(each) is int else integer(each)
         if number is None:
-            raise TokenizerError(f"ids[{at}]: {shown(each)}; an integer was expected: decode row by row.")
+            raise TokenizerError(f"ids[{at}] must be an integer, got {shown(each)}: decode row by row.")
         if not 0 <= number < size:
             raise TokenIndexError(f"ids[{at}]: {shown(number)} is not in [0, {size}); take the tokenizer of the model.")
         checked.append(number)

@@ -252,9 +252,7 @@ class Tokenizer(AsTokenizer, ABC):
         if text_pair is not None:
             pairs = [text_pair] * len(texts) if isinstance(text_pair, str) else several("text_pair", text_pair)
             if len(pairs) != len(texts):
-                raise TokenizerError(
-                    f"text_pair: {len(pairs)} texts, {len(texts)} were expected: one beside each text."
-                )
+                raise TokenizerError(f"text_pair must be {len(texts)} texts, one beside each text, got {len(pairs)}.")
             seconds = self._columns("text_pair", pairs, parse_special, return_offsets_mapping)
         return self._prepared(firsts, seconds, single, options)
 

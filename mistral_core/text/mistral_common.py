@@ -56,7 +56,7 @@ class MistralCommonTokenizer(Tokenizer):
             raise UnsupportedFeatureError("clean_up_tokenization_spaces: it would change the text; leave it out.")
         mode = getattr(mode, "value", mode)  # mistral-common's enum
         if mode not in ("test", "finetuning"):
-            raise TokenizerError(f"mode: {mode!r}; 'test' or 'finetuning' was expected.")
+            raise TokenizerError(f"mode must be 'test' or 'finetuning', got {mode!r}.")
         self._path, self.mode = Path(tokenizer_path), mode
         self._data = reading.read(self._path, limit=limits.TEXT_BYTES)
         self.tokenizer = _loaded(self._path, self._data, mode)

@@ -74,7 +74,7 @@ def parse(data: bytes, where: str = "tekken.json") -> Tekken:
     if tekken.version not in VERSIONS:
         known = ", ".join(VERSIONS)
         raise TokenizerError(
-            f"{where}: version {tekken.version[:40]!a}, one of {known} was expected; update this package."
+            f"{where}: version must be one of {known}, got {tekken.version[:40]!a}; update this package."
         )
     if len(set(words)) != len(words) or b"" in words:
         raise TokenizerError(f"{where}: its tokens are not all different; fetch it again.")

@@ -61,9 +61,9 @@ class MistralTokenizer(Tokenizer):
             source = sources.of_text(source, dict(config or {}), where)
         mode = source.config.get("mode") or "test" if mode is None else mode
         if mode not in ("test", "finetuning"):
-            raise TokenizerError(f"mode: {mode!r}; 'test' or 'finetuning' was expected.")
+            raise TokenizerError(f"mode must be 'test' or 'finetuning', got {mode!r}.")
         if version is not None and version not in VERSIONS:
-            raise TokenizerError(f"version: {version!r}; one of {', '.join(VERSIONS)} was expected.")
+            raise TokenizerError(f"version must be one of {', '.join(VERSIONS)}, got {version!r}.")
         self._source, self._coder, self._where, self.mode = source, source.coder, where, mode
         self._prefix = "always" if sentencepiece_compat else None
         self.version = version or source.version

@@ -73,7 +73,7 @@ def read(directory: Path) -> dict[str, Any]:
     manifest = strict_json.read_object(path, error=CorruptCheckpointError, max_bytes=MAX_BYTES)
     listed = manifest.get("files")
     if not isinstance(listed, dict) or not all(_is_entry(entry) for entry in listed.values()):
-        raise CorruptCheckpointError(f"{path}: a size and a sha256 for each file were expected; save again.")
+        raise CorruptCheckpointError(f"{path} must have a size and a sha256 for each file; save again.")
     for name in listed:
         for part in name.split("/"):
             files.check_bare_name(part, str(path))
@@ -89,7 +89,7 @@ def verify(directory: files.PathLike, mode: str = "full") -> None:
     """
     directory = reading.held(files.as_path(directory))
     if mode not in MODES:
-        raise ValueError(f"verify: {mode!r}, one of {', '.join(MODES)} was expected.")
+        raise ValueError(f"verify must be one of {', '.join(MODES)}, got {mode!r}.")
     path = directory / MANIFEST
     if mode == "off" or (mode == "sizes" and not path.exists()):
         return

@@ -211,7 +211,7 @@ def test_generate_follows_a_changed_model(backend, change):
 
 
 def test_a_tuple_is_no_cache(backend):
-    with pytest.raises(InputError, match=r"past_key_values: tuple, a KVCache was expected"):
+    with pytest.raises(InputError, match=r"past_key_values must be a KVCache"):
         model_of(backend)(IDS, past_key_values=((1, 2), (3, 4)))
 
 

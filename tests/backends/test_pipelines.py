@@ -320,7 +320,7 @@ def test_words_given_one_by_one(torch_pipes):
     assert pipe([words, words[:2]], **options)[0] == found
     assert pipe(words, delimiter="--", **options)[-1]["end"] == len("--".join(words))
     for wrong in ([], ["Emma", 3], [[]]):
-        with pytest.raises(InputError, match="a list of words was expected"):
+        with pytest.raises(InputError, match="must be a list of words"):
             pipe([wrong], **options)
 
 
@@ -350,7 +350,7 @@ def test_a_long_question_is_cut(torch_pipes):
 WRONG = [
     ({"context": EMMA}, InputError, "question: NoneType"),
     ({"question": QUESTION}, InputError, "context: NoneType"),
-    ({"question": [QUESTION] * 2, "context": [EMMA]}, InputError, "1 texts, 2 were expected"),
+    ({"question": [QUESTION] * 2, "context": [EMMA]}, InputError, "must be 2 texts, one for each question, got 1"),
     ({"question": " ", "context": EMMA}, EmptyInputError, "question: nothing but blanks"),
     ({"question": QUESTION, "context": "\n"}, EmptyInputError, "context: nothing but blanks"),
     ({"question": QUESTION, "context": EMMA, "doc_stride": 30, "max_seq_len": 20}, InputError, "have room for"),
@@ -360,7 +360,7 @@ WRONG = [
         InputError,
         r"no option 'topk' \(did you mean 'top_k'\?\); it has .*top_k",
     ),
-    ({"inputs": [EMMA]}, InputError, "a dictionary of question and context was expected"),
+    ({"inputs": [EMMA]}, InputError, "must be given a dictionary of question and context"),
     ({"inputs": [{"question": QUESTION, "contxt": EMMA}]}, InputError, "contxt"),
     ({}, InputError, "give question= and context="),
 ]
@@ -375,7 +375,7 @@ def test_questions_that_are_none(torch_pipes, case):
 
 def test_inputs_that_are_none(torch_pipes):
     for task in ARCHITECTURES:
-        with pytest.raises(InputError, match="was expected"):
+        with pytest.raises(InputError, match="must be"):
             torch_pipes[task](3)
         with pytest.raises((InputError, TokenizerError)):
             torch_pipes[task]([3])
@@ -435,7 +435,7 @@ def test_a_new_head_warns_as_from_pretrained_does(paths):
 
 def test_what_does_not_exist(paths, torch_pipes):
     path, model = paths["text-generation"], torch_pipes["text-generation"].model
-    with pytest.raises(InputError, match=r"task: 'translation', one of text-generation, .*, ner was expected"):
+    with pytest.raises(InputError, match=r"task must be one of text-generation, .*, ner.*, got 'translation'"):
         pipeline("translation", model=path)
     with pytest.raises(InputError, match="there is no default"):
         pipeline("text-generation")

@@ -223,7 +223,7 @@ def test_a_device_is_asked_for_by_name(tmp_path, model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([IDS, None, None, ((IDS, IDS),)], "KVCache was expected"),
+        ([IDS, None, None, ((IDS, IDS),)], "must be a KVCache"),
         ([IDS, None, None, None, None, True, 1], "too many positional"),
         ([[IDS, IDS, IDS, IDS, IDS, IDS, IDS]], "too many positional"),
         ([{"input_ids": IDS, "entity_ids": IDS}], "entity_ids"),

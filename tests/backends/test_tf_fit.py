@@ -331,7 +331,7 @@ def test_losses_added_by_layers_count():
         (IDS, CLASSES, r"labels: shape \(None,\), \[None, 9\]"),
         (IDS.tolist(), TOKENS, "Unrecognized data type"),
         ({**INPUTS, "entity_ids": IDS}, TOKENS, "entity_ids"),
-        (IDS + 0.5, TOKENS, "integers were expected"),
+        (IDS + 0.5, TOKENS, "must be integers"),
     ],
 )
 def test_mistakes_in_fit_are_told(x, y, message):

@@ -327,4 +327,6 @@ def test_keras_leaves_our_errors_what_they_are():
     model = MistralForCausalLM(CONFIG)
     with pytest.raises(InputError) as found:
         model(IDS, past_key_values=((1, 2), (3, 4)))
-    assert str(found.value).startswith("past_key_values: tuple, a KVCache was expected")
+    assert str(found.value).startswith(
+        "past_key_values must be a KVCache, as KVCache.allocate or a call returns it, got tuple"
+    )

@@ -253,7 +253,7 @@ def test_tokenize(capsys, monkeypatch):
     assert main(["tokenize", PATH, "--decode"]) == 0
     assert capsys.readouterr().out.splitlines() == ["  1  <s>", "790  ▁Emma", "Emma"]
     assert main(["tokenize", PATH, "--decode", "one"]) == 2
-    assert "ids were expected" in capsys.readouterr().err
+    assert "must be ids with --decode" in capsys.readouterr().err
 
 
 def test_tokenize_in_colour(capsys, monkeypatch):

@@ -74,7 +74,7 @@ def test_a_small_file_is_read(at):
 @pytest.mark.parametrize("size", [0, 1, 3, 4, 8, 23, 40, 80])
 def test_25_truncated(at, size):
     at.write_bytes(made(at).read_bytes()[:size])
-    with pytest.raises(TruncatedFileError, match="were expected"):
+    with pytest.raises(TruncatedFileError, match="must have"):
         GgufFile(at)
 
 
@@ -83,7 +83,7 @@ def test_26_27_pointers_and_pages(at):
     with pytest.raises(CorruptCheckpointError, match="git lfs pull"):
         GgufFile(at)
     at.write_bytes(b"<html>not found</html>" * 10)
-    with pytest.raises(CorruptCheckpointError, match="begins b'<html>not"):
+    with pytest.raises(CorruptCheckpointError, match="must begin with b'GGUF', got b'<html>not"):
         GgufFile(at)
 
 
@@ -147,15 +147,15 @@ def test_62_a_header_beyond_the_limit(at, monkeypatch):
 
 
 CORRUPT = {
-    "magic": ({"magic": b"GGML"}, "b'GGUF' was expected"),
-    "an array of arrays": ({"keys": (key("a", ARRAY, struct.pack("<IQ", ARRAY, 1)),)}, "not arrays of arrays"),
-    "a type of values": ({"keys": (key("a", 13, b"\0" * 8),)}, "a value of type 13"),
-    "a truth value": ({"keys": (key("a", BOOL, b"\x02"),)}, "a truth value of 2"),
+    "magic": ({"magic": b"GGML"}, "must begin with b'GGUF'"),
+    "an array of arrays": ({"keys": (key("a", ARRAY, struct.pack("<IQ", ARRAY, 1)),)}, "must be of numbers or strings"),
+    "a type of values": ({"keys": (key("a", 13, b"\0" * 8),)}, "the type of a value must be 0 to 12, got 13"),
+    "a truth value": ({"keys": (key("a", BOOL, b"\x02"),)}, "a truth value must be 0 or 1, got 2"),
     "a string in an array beyond the file": (
         {"keys": (key("a", ARRAY, struct.pack("<IQQ", STRING, 1, 2**63)),)},
-        "were expected",
+        "must have",
     ),
-    "more strings than bytes": ({"keys": (key("a", ARRAY, struct.pack("<IQ", STRING, 10**6)),)}, "were expected"),
+    "more strings than bytes": ({"keys": (key("a", ARRAY, struct.pack("<IQ", STRING, 10**6)),)}, "must have"),
     "text": ({"keys": (key("a", STRING, text(b"\xff")),)}, "not UTF-8"),
     "the name of a key": ({"keys": (text(b"\xff"),)}, "not UTF-8"),
     "a key twice": ({"keys": (key("a", BOOL, b"\0"), key("a", BOOL, b"\0"))}, "'a' stands there twice"),
@@ -168,17 +168,17 @@ CORRUPT = {
     "an unaligned offset": ({"tensors": (tensor(offset=8),)}, "offset 8 is no multiple of 32"),
     "a hole": ({"tensors": (tensor(), tensor("u", offset=64)), "data": 128}, "'u' leaves a hole after 't'"),
     "an overlap": ({"tensors": (tensor(shape=(8, 2)), tensor("u", offset=32)), "data": 128}, "'u' overlaps 't'"),
-    "data cut off": ({"data": 16}, "were expected"),
+    "data cut off": ({"data": 16}, "must have"),
     "data left over": ({"data": 96}, "64 bytes at the end"),
-    "no values": ({"tensors": (tensor(shape=(0, 2)),)}, "rows of blocks of 1 were"),
-    "half a block": ({"tensors": (tensor(shape=(40, 2), kind=8),), "data": 96}, "rows of blocks of 32 were"),
+    "no values": ({"tensors": (tensor(shape=(0, 2)),)}, "must be blocks of 1,"),
+    "half a block": ({"tensors": (tensor(shape=(40, 2), kind=8),), "data": 96}, "must be blocks of 32,"),
 }
 
 
 @pytest.mark.parametrize("what", CORRUPT)
 def test_62_corrupt(at, what):
     pieces, message = CORRUPT[what]
-    with pytest.raises(CorruptCheckpointError, match=f"x.gguf: .*{re.escape(message)}"):
+    with pytest.raises(CorruptCheckpointError, match=f"x.gguf.*{re.escape(message)}"):
         GgufFile(made(at, **pieces))
 
 

@@ -255,7 +255,7 @@ def test_guesses_stop_at_an_end_inside_them():
 def test_an_assistant_of_another_vocabulary_is_refused():
     other = TINY.replace(vocab_size=96)
     assistant = engine.Engine(other, random_parameters(other, "MistralForCausalLM"))
-    with pytest.raises(GenerationConfigError, match="vocab_size 96, 97 was expected"):
+    with pytest.raises(GenerationConfigError, match="vocab_size must be 97, got 96"):
         driver.generate(engine.Engine(TINY, PARAMETERS), prepared(IDS, None, {}), assistant=assistant)
 
 
@@ -338,9 +338,9 @@ def test_a_cache_of_a_forward_pass_is_continued():
     past = KVCache.allocate(TINY, 2)  # it grows
     past = heads.causal_lm(TINY, PARAMETERS, IDS[:, :6], past_key_values=past).past_key_values
     assert np.array_equal(new(max_new_tokens=12, past_key_values=past), new(max_new_tokens=12))
-    with pytest.raises(InputError, match=r"are \(3, 2, 2, 16\), \(3, 1, 2, 16\) were expected"):
+    with pytest.raises(InputError, match=r"must be \(3, 1, 2, 16\), got \(3, 2, 2, 16\)"):
         new(IDS[:1], past_key_values=past)
-    with pytest.raises(InputError, match="tuple, a KVCache was expected"):
+    with pytest.raises(InputError, match="must be a KVCache, got tuple"):
         new(past_key_values=((1, 2), (3, 4)))
 
 

@@ -138,8 +138,8 @@ def test_pieces_are_of_few_kinds_and_waste_little(chunk):
         ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size"),
         ({"bad_words_ids": [[]]}, "bad_words_ids"),
         ({"bad_words_ids": [5]}, "bad_words_ids"),
-        ({"bad_words_ids": [[97]]}, "bad_words_ids: 97"),
-        ({"logit_bias": {97: 1.0}}, "logit_bias: 97"),
+        ({"bad_words_ids": [[97]]}, "bad_words_ids must be 0 to 96, got 97"),
+        ({"logit_bias": {97: 1.0}}, "logit_bias must be 0 to 96, got 97"),
         ({"logit_bias": {5: math.inf}}, "logit_bias"),
         ({"stop_strings": ["a", ""]}, "stop_strings"),
         ({"seed": -1}, "seed"),
@@ -157,11 +157,11 @@ def test_pieces_are_of_few_kinds_and_waste_little(chunk):
         ({"on_device_loop": True, "repetition_penalty": 1.5}, "on_device_loop"),
         ({"do_sample": 1}, "do_sample"),
         ({"min_length": -1}, "min_length"),
-        ({"suppress_tokens": [97]}, "suppress_tokens: 97"),
-        ({"begin_suppress_tokens": [-5]}, "begin_suppress_tokens: -5"),
-        ({"forced_bos_token_id": 97}, "forced_bos_token_id: 97"),
+        ({"suppress_tokens": [97]}, "suppress_tokens must be 0 to 96, got 97"),
+        ({"begin_suppress_tokens": [-5]}, "begin_suppress_tokens must be 0 to 96, got -5"),
+        ({"forced_bos_token_id": 97}, "forced_bos_token_id must be 0 to 96, got 97"),
         ({"forced_eos_token_id": "x"}, "forced_eos_token_id"),
-        ({"sequence_bias": [[[5, 97], 1.0]]}, "sequence_bias: 97"),
+        ({"sequence_bias": [[[5, 97], 1.0]]}, "sequence_bias must be 0 to 96, got 97"),
         ({"sequence_bias": [[[5], math.nan]]}, "sequence_bias"),
         ({"sequence_bias": 5}, "sequence_bias"),
         ({"exponential_decay_length_penalty": [1]}, "exponential_decay_length_penalty"),
@@ -364,5 +364,5 @@ def test_a_config_of_another_library_is_taken():
     with pytest.raises(GenerationConfigError, match="watermarking_config"):
         GenerationConfig.taken({"watermarking_config": {"bias": 2.0}})
     for wrong in (5, "x", [1]):
-        with pytest.raises(GenerationConfigError, match="a GenerationConfig was expected"):
+        with pytest.raises(GenerationConfigError, match="must be a GenerationConfig"):
             GenerationConfig.taken(wrong)

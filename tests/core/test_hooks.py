@@ -116,14 +116,18 @@ def test_a_processor_is_asked_once_a_token_though_guesses_were_wanted():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"logits_processor": [5]}, GenerationConfigError, "logits_processor: int, a list of functions"),
-        ({"logits_processor": [lambda i, s: s[:, :5]]}, GenerationConfigError, r"\(2, 5\) came back, \(2, 97\)"),
+        ({"logits_processor": [5]}, GenerationConfigError, "logits_processor must be a list of functions, got int"),
+        ({"logits_processor": [lambda i, s: s[:, :5]]}, GenerationConfigError, r"the shape \(2, 97\), got \(2, 5\)"),
         ({"logits_processor": [lambda i, s: s * np.nan]}, NonFiniteInputError, "logits_processor"),
-        ({"stopping_criteria": "x"}, GenerationConfigError, "stopping_criteria: str"),
-        ({"stopping_criteria": [lambda i, s: np.zeros(3)]}, GenerationConfigError, "3 answers for 2 rows"),
+        ({"stopping_criteria": "x"}, GenerationConfigError, "stopping_criteria must be a list of functions, got str"),
+        ({"stopping_criteria": [lambda i, s: np.zeros(3)]}, GenerationConfigError, "each of 2 rows, got 3"),
         ({"prefix_allowed_tokens_fn": lambda r, i: []}, GenerationConfigError, "at least one"),
-        ({"prefix_allowed_tokens_fn": lambda r, i: [97]}, GenerationConfigError, r"\[97\] for row 0"),
-        ({"prefix_allowed_tokens_fn": 5}, GenerationConfigError, "prefix_allowed_tokens_fn: int"),
+        ({"prefix_allowed_tokens_fn": lambda r, i: [97]}, GenerationConfigError, r"for row 0, got \[97\]"),
+        (
+            {"prefix_allowed_tokens_fn": 5},
+            GenerationConfigError,
+            "prefix_allowed_tokens_fn must be a function, got int",
+        ),
         ({"logits_processor": [lambda i, s: s], "on_device_loop": True}, GenerationConfigError, "on_device_loop"),
     ],
 )
@@ -241,8 +245,8 @@ def test_options_that_look_back_see_ids_and_not_embeddings():
     [
         (None, {}, "give input_ids or inputs_embeds"),
         (IDS, {"inputs": IDS}, "another name of input_ids"),
-        (IDS[:1], {"inputs_embeds": EMBEDDING[IDS]}, "1 rows beside inputs_embeds of 2"),
-        (None, {"inputs_embeds": EMBEDDING[IDS][..., :5]}, "inputs_embeds: shape"),
+        (IDS[:1], {"inputs_embeds": EMBEDDING[IDS]}, "as many rows as inputs_embeds, 2, got 1"),
+        (None, {"inputs_embeds": EMBEDDING[IDS][..., :5]}, "inputs_embeds must have the shape"),
         (None, {"inputs_embeds": EMBEDDING[IDS], "assistant": engine.Engine(TINY, PARAMETERS)}, "assistant_model"),
         (IDS, {"token_type_ids": np.ones_like(IDS)}, "no token types"),
         (IDS, {"position_ids": np.zeros_like(IDS)}, "position_ids"),

@@ -147,7 +147,7 @@ def test_weights_are_those_of_the_reference(weights):
 
 @pytest.mark.parametrize("options", [{"layer": 5}, {"layer": -6}, {"head": 6}, {"head": "max"}, {"layer": True}])
 def test_layers_and_heads_that_are_not_there(weights, options):
-    with pytest.raises(InputError, match="was expected"):
+    with pytest.raises(InputError, match="must be a number from 0 to"):
         weights.picture("Emma", **options)
 
 

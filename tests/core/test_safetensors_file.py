@@ -32,9 +32,9 @@ def entry(start=0, end=8, dtype="F32", shape=(2,)) -> dict:
 CORRUPT, LIMIT, DTYPE = errors.CorruptCheckpointError, errors.LimitExceededError, errors.DtypeMismatchError
 
 HEADERS = {
-    "leading space": (b' {"a":1}', b"", CORRUPT, "begins"),
-    "list": (b"[]", b"", CORRUPT, "begins"),
-    "empty": (b"", b"", CORRUPT, "begins"),
+    "leading space": (b' {"a":1}', b"", CORRUPT, "must begin with"),
+    "list": (b"[]", b"", CORRUPT, "must begin with"),
+    "empty": (b"", b"", CORRUPT, "must begin with"),
     "not UTF-8": (b'{"\xff":1}', b"", CORRUPT, "UTF-8"),
     "trailing NUL": (b"{}\0", b"", CORRUPT, "JSON"),
     "5000 digits": (b'{"a":' + b"9" * 5000 + b"}", b"", CORRUPT, "JSON"),
@@ -43,7 +43,7 @@ HEADERS = {
     "million": (b"{" + b'"a":0,' * 300_000 + b"}", b"", LIMIT, "20000"),
     "20001": ({f"t{i}": entry(0, 0, shape=[0]) for i in range(20_001)}, b"", LIMIT, "20001"),
     "no object": ({"a": 7}, b"", CORRUPT, "'a'"),
-    "extra key": ({"a": {**entry(), "code": "x"}}, bytes(8), CORRUPT, "exactly"),
+    "extra key": ({"a": {**entry(), "code": "x"}}, bytes(8), CORRUPT, "and nothing else"),
     "dtype list": ({"a": entry(dtype=["F32"])}, bytes(8), DTYPE, "'a'"),
     "dtype F99": ({"a": entry(dtype="F99")}, bytes(8), DTYPE, "F99.*F64, F32, BF16, F16"),
     "float offset": ({"a": entry(0.0, 8)}, bytes(8), CORRUPT, "integers"),
@@ -56,7 +56,7 @@ HEADERS = {
     "same bytes": ({"a": entry(), "b": entry()}, bytes(8), CORRUPT, "overlaps"),
     "hole": ({"a": entry(), "b": entry(12, 20)}, bytes(20), CORRUPT, "'b' leaves a hole"),
     "late start": ({"a": entry(4, 12)}, bytes(12), CORRUPT, "hole after the header"),
-    "out of file": ({"a": entry()}, bytes(7), errors.TruncatedFileError, "expected"),
+    "out of file": ({"a": entry()}, bytes(7), errors.TruncatedFileError, "must have"),
     "beyond 2^63": ({"a": entry(2**64, 2**64 + 8)}, bytes(8), CORRUPT, "hole"),
     "rest": ({"a": entry()}, bytes(9), CORRUPT, "1 bytes belong to no tensor"),
     "overflow": ({"a": entry(shape=[2**32, 2**32])}, bytes(8), LIMIT, "2\\^60"),

@@ -257,11 +257,11 @@ def test_data_is_copied_and_bounded():
     deep = []
     for _ in range(MAX_DEPTH):
         deep = [deep]
-    with pytest.raises(TemplateError, match="deeper than"):
+    with pytest.raises(TemplateError, match="at most .* levels"):
         RenderedTemplate(ECHO, messages=[user(deep)])
     endless = {"role": "user"}
     endless["content"] = endless
-    with pytest.raises(TemplateError, match="deeper than"):
+    with pytest.raises(TemplateError, match="at most .* levels"):
         RenderedTemplate(ECHO, messages=[endless])
     with pytest.raises(TemplateError, match="at most 16 MB"):
         render(ECHO, messages=[user("a" * (16 << 20))])
@@ -269,11 +269,11 @@ def test_data_is_copied_and_bounded():
 
 @pytest.mark.parametrize("messages", [[], {}, "a", ["a"], None, [[user("a")]]])
 def test_messages_are_a_list_of_dicts(messages):
-    with pytest.raises(TemplateError, match="^messages: "):
+    with pytest.raises(TemplateError, match="^messages must be "):
         RenderedTemplate(ECHO, messages=messages)
 
 
 def test_a_template_is_a_bounded_string():
-    for template, message in ((b"a", "a str was expected"), ("a" * (129 << 10), "at most"), ("\ud800", "surrogate")):
+    for template, message in ((b"a", "must be a str"), ("a" * (129 << 10), "at most"), ("\ud800", "surrogate")):
         with pytest.raises(TemplateError, match=message):
             RenderedTemplate(template, messages=[user("")])

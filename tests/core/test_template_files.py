@@ -48,7 +48,7 @@ def test_a_link_of_the_hub_s_cache_is_followed(tmp_path):
 
 def test_what_is_no_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "chat_template.jinja")
-    with pytest.raises(UnsafeFileError, match="not a regular file"):
+    with pytest.raises(UnsafeFileError, match="must be a regular file"):
         read(tmp_path, {})
     (tmp_path / "chat_template.jinja").unlink()
     put(tmp_path, "elsewhere/rag.jinja", "a")
@@ -87,7 +87,7 @@ def test_sizes_are_bounded(tmp_path):
     ],
 )
 def test_a_malformed_field_is_a_template_error(tmp_path, field):
-    with pytest.raises(TemplateError, match="tokenizer_config.json: chat_template: "):
+    with pytest.raises(TemplateError, match="tokenizer_config.json: chat_template[: ]"):
         read(tmp_path, {"chat_template": field})
 
 

@@ -120,7 +120,7 @@ def test_arrays():
     assert TOKENIZER([], return_tensors="np")["input_ids"].shape == (0, 0)
     with pytest.raises(TokenizerError, match="padding=True"):
         TOKENIZER(["a", "a longer one"], return_tensors="np")
-    with pytest.raises(TokenizerError, match="return_tensors: 'mlx'.* np, pt, jax, tf"):
+    with pytest.raises(TokenizerError, match="return_tensors must be .* np, pt, jax, tf, got 'mlx'"):
         TOKENIZER("a", return_tensors="mlx")
     with pytest.raises(TokenizerError, match="padding_side"):
         TOKENIZER("a", padding_side="middle")
@@ -135,9 +135,9 @@ def test_pairs():
         text, add_special_tokens=False
     )
     assert TOKENIZER([question, text], [text, question])["input_ids"][0] == both
-    with pytest.raises(TokenizerError, match="text_pair: 1 texts, 2 were expected"):
+    with pytest.raises(TokenizerError, match="text_pair must be 2 texts, one beside each text, got 1"):
         TOKENIZER([question, text], [text])
-    with pytest.raises(TokenizerError, match="text_pair: bytes"):
+    with pytest.raises(TokenizerError, match="text_pair must be a str .* got bytes"):
         TOKENIZER.encode(question, b"bytes")
 
 

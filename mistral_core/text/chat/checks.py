@@ -48,14 +48,14 @@ def raise_all(problems: Iterable[str]) -> None:
 def sequence(value: Any, where: str, wanted: str) -> Sequence[Any]:
     """The value if it is a list or a tuple."""
     if not isinstance(value, (list, tuple)):
-        raise Problem(f"{where}: {type(value).__name__}, {wanted} was expected")
+        raise Problem(f"{where} must be {wanted}, got {type(value).__name__}")
     return value
 
 
 def mapping(value: Any, where: str) -> Mapping[str, Any]:
     """The value if it is a dict."""
     if not isinstance(value, Mapping):
-        raise Problem(f"{where}: {type(value).__name__}, a dict was expected")
+        raise Problem(f"{where} must be a dict, got {type(value).__name__}")
     return value
 
 
@@ -69,7 +69,7 @@ def field(value: Mapping[str, Any], name: str, where: str) -> Any:
 def text(value: Any, where: str) -> str:
     """The value if it is a text that has a UTF-8 form."""
     if not isinstance(value, str):
-        raise Problem(f"{where}: {type(value).__name__}, a str was expected")
+        raise Problem(f"{where} must be a str, got {type(value).__name__}")
     if wrong := utf8.problem(value):
         raise Problem(f"{where}: {wrong}")
     return value

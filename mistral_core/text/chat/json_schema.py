@@ -14,7 +14,7 @@ def schema_problems(schema: Any, where: str) -> Iterator[str]:
     if isinstance(schema, bool):
         return
     if not isinstance(schema, dict):
-        yield f"{where}: {type(schema).__name__}, a schema (a dict or a bool) was expected"
+        yield f"{where} must be a schema (a dict or a bool), got {type(schema).__name__}"
         return
     for keyword, value in schema.items():
         rule = KEYWORDS.get(keyword)
@@ -28,7 +28,7 @@ Rule = Callable[[Any, str], Iterator[str]]
 def _is(wanted: str, holds: Callable[[Any], bool]) -> Rule:
     def rule(value: Any, where: str) -> Iterator[str]:
         if not holds(value):
-            yield f"{where}: {value!r:.80}; {wanted} was expected"
+            yield f"{where} must be {wanted}, got {value!r:.80}"
 
     return rule
 
@@ -40,7 +40,7 @@ def _either(first: Rule, second: Rule, *, by: type) -> Rule:
 
 def _schemas(value: Any, where: str) -> Iterator[str]:
     if not (isinstance(value, list) and value):
-        yield f"{where}: {value!r:.80}; a list of schemas was expected"
+        yield f"{where} must be a list of schemas, got {value!r:.80}"
         return
     for index, each in enumerate(value):
         yield from schema_problems(each, f"{where}[{index}]")
@@ -51,7 +51,7 @@ def _named(rule: Rule, *, patterns: bool = False) -> Rule:
 
     def named(value: Any, where: str) -> Iterator[str]:
         if not isinstance(value, Mapping):
-            yield f"{where}: {type(value).__name__}, a dict was expected"
+            yield f"{where} must be a dict, got {type(value).__name__}"
             return
         for name, each in value.items():
             if patterns:

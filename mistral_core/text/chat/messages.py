@@ -90,7 +90,7 @@ def read(conversation: Any, *, continue_final_message: bool = False) -> list[Mes
 def check(messages: Sequence[Message], *, version: Version, mode: Mode) -> None:
     """Raise one TemplateError that tells of everything wrong in the order, or else in the content, of messages."""
     if mode not in MODES:
-        raise TemplateError(f"mode: {mode!r}; one of {', '.join(MODES)} was expected.")
+        raise TemplateError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
     raise_all([*_end_problems(messages, mode), *_order_problems(messages), *_pair_problems(messages, version)])
     raise_all(problem for each in messages for problem in _content_problems(each, version))
     last = messages[-1].index if mode == "finetuning" else None
@@ -102,7 +102,7 @@ def _message(index: int, given: Any) -> Message:
     fields = mapping(given, where)
     role = fields.get("role")
     if not isinstance(role, str) or role not in ROLES:
-        raise Problem(f"{where}: role {role!r}; one of {', '.join(ROLES)} was expected")
+        raise Problem(f"{where}: role must be one of {', '.join(ROLES)}, got {role!r}")
     role = ROLES[role]
     if role == "assistant":
         return Message(index, role, _answer(fields, where), _calls(fields.get("tool_calls"), f"{where}.tool_calls"))
@@ -149,7 +149,7 @@ def _chunk(value: Any, where: str) -> str | Thought:
         raise Problem(f"{where}: a chunk of type {kind!r}; only text and thinking are read: leave it out")
     closed = fields.get("closed", True)
     if not isinstance(closed, bool):
-        raise Problem(f"{where}.closed: {closed!r}; true or false was expected")
+        raise Problem(f"{where}.closed must be true or false, got {closed!r}")
     return Thought(text(field(fields, "thinking", where), f"{where}.thinking"), closed)
 
 
@@ -163,7 +163,7 @@ def _calls(value: Any, where: str) -> tuple[Call, ...]:
 def _call(value: Any, where: str) -> Call:
     fields = mapping(value, where)
     if fields.get("type", "function") != "function":
-        raise Problem(f"{where}.type: {fields['type']!r}; 'function' was expected")
+        raise Problem(f"{where}.type must be 'function', got {fields['type']!r}")
     function = mapping(field(fields, "function", where), f"{where}.function")
     arguments = field(function, "arguments", f"{where}.function")
     at = f"{where}.function.arguments"
@@ -183,7 +183,7 @@ def _call(value: Any, where: str) -> Call:
 
 def _end_problems(messages: Sequence[Message], mode: Mode) -> Iterator[str]:
     if not messages:
-        yield "conversation: no message; at least one was expected"
+        yield "conversation must have at least one message, got none"
         return
     last = messages[-1]
     if mode == "finetuning":
@@ -205,7 +205,7 @@ def _order_problems(messages: Sequence[Message]) -> Iterator[str]:
     for before, each in pairwise(messages):
         if each.role not in FOLLOWERS[before.role]:
             wanted = ", ".join(FOLLOWERS[before.role])
-            yield f"{each.where}: role {each.role!r} after {before.role!r}; one of {wanted} was expected: move it"
+            yield f"{each.where}: role must be one of {wanted}, got {each.role!r} after {before.role!r}: move it"
 
 
 def _pair_problems(messages: Sequence[Message], version: Version) -> Iterator[str]:
@@ -237,13 +237,13 @@ def _content_problems(message: Message, version: Version) -> Iterator[str]:
         yield f"{message.where}: {found}; this version writes either: give one of them"
     for name in [call.name for call in message.calls] if message.name is None else [message.name]:
         if not NAME.match(name):
-            yield f"{message.where}: the name {name!r}; 1 to 64 of a-z, A-Z, 0-9, _ and - were expected: rename it"
+            yield f"{message.where}: the name must be 1 to 64 of a-z, A-Z, 0-9, _ and -, got {name!r}: rename it"
 
 
 def _id_problems(message: Message, version: Version, *, may_lack_ids: bool) -> Iterator[str]:
     ids: list[str | None] = [message.call_id] if message.role == "tool" else [call.id for call in message.calls]
     for each in ids:
         if version.call_id == "nine" and not (each and NINE.match(each)) and not (may_lack_ids and each == NO_ID):
-            yield f"{message.where}: the call id {each!r}; nine letters or digits were expected: rename it"
+            yield f"{message.where}: the call id must be nine letters or digits, got {each!r}: rename it"
         if version.call_id == "some" and (not each or each == NO_ID):
-            yield f"{message.where}: the call id {each!r}; a text other than 'null' was expected: name it"
+            yield f"{message.where}: the call id must be a text other than 'null', got {each!r}: name it"

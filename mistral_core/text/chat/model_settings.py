@@ -38,12 +38,12 @@ def _effort(rule: Any, asked: str | None) -> str | None:
     values = rule.get("values") if isinstance(rule, Mapping) else None
     if not isinstance(values, list) or not set(map(str, values)) <= {*EFFORTS} or rule.get("default") not in values:
         raise TokenizerError(
-            f"tekken.json: reasoning_effort of model_settings_builder is {rule!r:.80}; "
-            f"`values` of {', '.join(EFFORTS)} and one of them as `default` were expected; fetch the file again."
+            f"tekken.json: reasoning_effort of model_settings_builder must have `values` of {', '.join(EFFORTS)} and "
+            f"one of them as `default`, got {rule!r:.80}; fetch the file again."
         )
     effort = rule["default"] if asked is None else asked
     if effort not in values:
-        raise Problem(f"reasoning_effort: {asked!r}; one of {', '.join(values)} was expected")
+        raise Problem(f"reasoning_effort must be one of {', '.join(values)}, got {asked!r}")
     return effort
 
 
@@ -55,7 +55,7 @@ def _answer_schema(given: Any) -> dict[str, Any] | None:
     fields = mapping(given, where)
     kind, wrapped = fields.get("type", "text"), fields.get("json_schema")
     if kind not in ("text", "json_object", "json_schema"):
-        raise Problem(f"{where}.type: {kind!r}; one of text, json_object, json_schema was expected")
+        raise Problem(f"{where}.type must be one of text, json_object, json_schema, got {kind!r}")
     if kind != "json_schema":
         return ANY_JSON if kind == "json_object" else None
     where = f"{where}.json_schema"

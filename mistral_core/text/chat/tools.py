@@ -28,14 +28,14 @@ def definitions(tools: Any) -> str:
 def _definition(given: Any, where: str) -> dict[str, Any]:
     fields = function_schema(given, where) if callable(given) else mapping(given, where)
     if fields.get("type", "function") != "function":
-        raise Problem(f"{where}.type: {fields['type']!r}; 'function' was expected")
+        raise Problem(f"{where}.type must be 'function', got {fields['type']!r}")
     where = f"{where}.function"
     function = mapping(field(fields, "function", where), where)
     name = text(field(function, "name", where), f"{where}.name")
     if not NAME.match(name):
-        raise Problem(f"{where}.name: {name!r}; 1 to 64 of a-z, A-Z, 0-9, _ and - were expected")
+        raise Problem(f"{where}.name must be 1 to 64 of a-z, A-Z, 0-9, _ and -, got {name!r}")
     if not isinstance(function.get("strict"), bool | None):
-        raise Problem(f"{where}.strict: {function['strict']!r}; true or false was expected")
+        raise Problem(f"{where}.strict must be true or false, got {function['strict']!r}")
     described, parameters = function.get("description"), function.get("parameters")
     return {
         "type": "function",

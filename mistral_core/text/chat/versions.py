@@ -54,5 +54,5 @@ VERSIONS = {
 def version_named(name: str) -> Version:
     """The row of a version; raises TemplateError for a name that is none."""
     if name not in VERSIONS:
-        raise TemplateError(f"version: {name!r}; one of {', '.join(VERSIONS)} was expected.")
+        raise TemplateError(f"version must be one of {', '.join(VERSIONS)}, got {name!r}.")
     return VERSIONS[name]

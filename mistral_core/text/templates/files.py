@@ -58,14 +58,14 @@ def of_field(value: Any, where: str) -> dict[str, str]:
     pairs = [{"name": DEFAULT, "template": value}] if isinstance(value, str) else value
     if not isinstance(pairs, list) or len(pairs) > MAX_TEMPLATES:
         raise TemplateError(
-            f"{where}: {type(value).__name__}; a string or at most {MAX_TEMPLATES} templates were expected."
+            f"{where} must be a string or at most {MAX_TEMPLATES} templates, got {type(value).__name__}."
         )
     found: dict[str, str] = {}
     for each in pairs:
         name, text = (each.get("name"), each.get("template")) if isinstance(each, dict) else (None, None)
         if not isinstance(name, str) or not isinstance(text, str) or name in found:
             raise TemplateError(
-                f"{where}: {str(each)[:80]!r}; a name of its own and a template, both strings, were expected."
+                f"{where} must be a name of its own and a template, both strings, got {str(each)[:80]!r}."
             )
         check_bare_name(name, where)  # saved, it is the name of a file
         found[name] = _checked(text.encode("utf-8", "surrogatepass"), where)

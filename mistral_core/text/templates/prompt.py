@@ -91,7 +91,7 @@ class RenderedTemplate:
             **_plain(variables, "variables"),
         }
         if not self._written["messages"]:
-            raise TemplateError("messages: none; a conversation of at least one was expected.")
+            raise TemplateError("messages must be a conversation of at least one, got none.")
         self._unused = unused_characters(template, json.dumps([self._given, self._written], ensure_ascii=False))
         self._end = _put_end(self._written["messages"][-1], self._unused) if continue_final_message else None
         self._now = time.time()
@@ -158,7 +158,7 @@ class RenderedTemplate:
 
 def _check_template(template: str) -> None:
     if not isinstance(template, str):
-        raise TemplateError(f"chat template: {type(template).__name__}, a str was expected.")
+        raise TemplateError(f"chat template must be a str, got {type(template).__name__}.")
     size = len(_encoded(template, "chat template"))
     if size > MAX_TEMPLATE_BYTES:
         raise TemplateError(f"chat template: {size} bytes, at most {MAX_TEMPLATE_BYTES} are read; shorten it.")
@@ -169,7 +169,7 @@ def _check_template(template: str) -> None:
 
 def _records(given: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(given, (list, tuple)) or not all(isinstance(each, dict) for each in given):
-        raise TemplateError(f"{where}: {_shown(given)}; a list of dicts was expected.")
+        raise TemplateError(f"{where} must be a list of dicts, got {_shown(given)}.")
     return [_plain(each, f"{where}[{at}]") for at, each in enumerate(given)]
 
 
@@ -178,7 +178,7 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
     if isinstance(value, np.generic):  # out of an array or a table
         value = value.item()
     if depth > MAX_DEPTH:
-        raise TemplateError(f"{where[:200]}: deeper than {MAX_DEPTH} levels; a conversation was expected.")
+        raise TemplateError(f"{where[:200]} must be a conversation of at most {MAX_DEPTH} levels, got more.")
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -192,7 +192,7 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
         return [_plain(each, f"{where}[{at}]", depth + 1) for at, each in enumerate(value)]
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {_plain(key, where): _plain(each, f"{where}[{key!r}]", depth + 1) for key, each in value.items()}
-    raise TemplateError(f"{where}: {_shown(value)}; a dict of strings, list, str, number, bool or None was expected.")
+    raise TemplateError(f"{where} must be a dict of strings, list, str, number, bool or None, got {_shown(value)}.")
 
 
 def _encoded(text: str, where: str) -> bytes:

@@ -105,7 +105,7 @@ def _read_header(path: Path, descriptor: int, size: int) -> tuple[bytes, int]:
     first = os.pread(descriptor, 256, 0)
     refuse_pointer(path, first)
     if size < 8:
-        raise TruncatedFileError(f"{path}: {size} bytes, at least 8 were expected; copy or download it again.")
+        raise TruncatedFileError(f"{path} must have at least 8 bytes, got {size}; copy or download it again.")
     length = int.from_bytes(first[:8], "little")
     if length > MAX_HEADER_BYTES and first[:8].isascii() and first[:8].decode().isprintable():
         raise CorruptCheckpointError(f"{path}: text, not safetensors: it begins {first[:60]!a}.")
@@ -121,7 +121,7 @@ def _read_header(path: Path, descriptor: int, size: int) -> tuple[bytes, int]:
 def _parse(path: Path, header: bytes) -> dict[str, Any]:
     """The JSON object of a header, duplicates refused."""
     if not header.startswith(b"{"):
-        raise CorruptCheckpointError(f"{path}: the header begins {header[:20]!a}, '{{' was expected.")
+        raise CorruptCheckpointError(f"{path}: the header must begin with '{{', got {header[:20]!a}.")
     # before parsing: a tensor has at most 7 commas, and the objects of a million would fill the memory
     if header.count(b",") > 10 * MAX_TENSORS:
         raise LimitExceededError(f"{path}: the header lists more than {MAX_TENSORS} tensors.")
@@ -152,7 +152,7 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
     """One entry of the header, checked by itself."""
     where = f"{path}: {quoted(name)}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise CorruptCheckpointError(f"{where}: exactly dtype, shape and data_offsets were expected.")
+        raise CorruptCheckpointError(f"{where} must have dtype, shape and data_offsets, and nothing else.")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
         raise DtypeMismatchError(f"{where}: dtype {quoted(str(dtype))} is unknown; {supported()}.")
@@ -182,6 +182,6 @@ def _check_layout(path: Path, infos: list[TensorInfo], start: int, size: int) ->
             raise CorruptCheckpointError(f"{path}: {quoted(info.name)} {fault} {before}; copy the file again.")
         position, before = info.end, quoted(info.name)
     if position > size:
-        raise TruncatedFileError(f"{path}: {size} bytes, {position} were expected; copy or download it again.")
+        raise TruncatedFileError(f"{path} must have {position} bytes, got {size}; copy or download it again.")
     if position < size:
         raise CorruptCheckpointError(f"{path}: {size - position} bytes belong to no tensor; copy the file again.")

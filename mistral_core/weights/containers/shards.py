@@ -100,7 +100,7 @@ def weight_map_of(index: Path, suffix: str = ".safetensors") -> tuple[dict[str, 
     data = strict_json.read_object(index, error=CheckpointIndexError, max_bytes=MAX_INDEX_BYTES)
     weight_map = data.get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map):
-        raise CheckpointIndexError(f"{index}: weight_map, a mapping of tensors to files, was expected.")
+        raise CheckpointIndexError(f"{index}: weight_map must be a mapping of tensors to files.")
     limits.check(len(weight_map), limits.TENSORS, what="tensors", where=str(index))
     for name, file in weight_map.items():
         if not isinstance(file, str):
@@ -142,7 +142,7 @@ def shard_bytes(size: int | str) -> int:
     number = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?\s*", str(size).upper())
     unit = _UNITS.get(number[2] or "") if number else None
     if number is None or unit is None or float(number[1]) * unit < 1:
-        raise ConversionError(f"max_shard_size: {size!r}, a positive size such as '5GB' was expected.")
+        raise ConversionError(f"max_shard_size must be a positive size such as '5GB', got {size!r}.")
     return int(float(number[1]) * unit)
 
 

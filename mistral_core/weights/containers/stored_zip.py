@@ -80,14 +80,14 @@ class StoredZip:
 
     def _refuse(self, entry: zipfile.ZipInfo, fault: str) -> NoReturn:
         raise UnsafeFileError(
-            f"{self.path}: {quoted(entry.filename)} {fault}; stored members, each once, were expected. Re-save it as "
+            f"{self.path}: members must be stored, each once, but {quoted(entry.filename)} {fault}. Re-save it as "
             "safetensors."
         )
 
     def read(self, name: str, limit: int) -> bytes:
         """The bytes of a small member; raises UnsafeFileError if it is not there, LimitExceededError."""
         if name not in self.members:
-            raise UnsafeFileError(f"{self.path}: a zip without {name}; a file of torch.save was expected.")
+            raise UnsafeFileError(f"{self.path} must be a file of torch.save, got a zip without {name}.")
         start, size = self.members[name]
         check_size(self.path, size, limit)
         data = bytearray(size)

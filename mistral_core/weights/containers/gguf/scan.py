@@ -84,7 +84,7 @@ class Scan:
     def header(self) -> tuple[dict[str, Value], dict[str, TensorInfo]]:
         """Values by key and tensors by name."""
         if self._take(4) != MAGIC:
-            raise self._bad(f"the file begins {self.peek()[:20]!a}, {MAGIC!a} was expected")
+            raise self._bad(f"the file must begin with {MAGIC!a}, got {self.peek()[:20]!a}")
         version = self._number("<I")
         if version not in _VERSIONS:
             order = "big-endian, " if version and version % 2**24 == 0 else ""
@@ -122,18 +122,18 @@ class Scan:
         if code == BOOL:
             byte = self._take(1)[0]
             if byte > 1:
-                raise self._bad(f"a truth value of {byte}, 0 or 1 was expected")
+                raise self._bad(f"a truth value must be 0 or 1, got {byte}")
             return bool(byte)
         if code == STRING:
             return self._text(MAX_HEADER_BYTES)
         if code == ARRAY:
             return self._array(self._number("<I"), self._number("<Q"))
-        raise self._bad(f"a value of type {code}, 0 to 12 was expected")
+        raise self._bad(f"the type of a value must be 0 to 12, got {code}")
 
     def _array(self, code: int, count: int) -> Value:
         width = 8 if code == STRING else 1 if code == BOOL else SCALARS[code].itemsize if code in SCALARS else None
         if width is None:
-            raise self._bad(f"an array of type {code}; numbers and strings were expected, not arrays of arrays")
+            raise self._bad(f"an array must be of numbers or strings, got one of type {code}")
         if count > MAX_ITEMS:
             raise LimitExceededError(f"{self.path}: an array of {count} values; at most {MAX_ITEMS} are read.")
         if code == STRING:
@@ -169,7 +169,7 @@ class Scan:
         value = values.get(ALIGNMENT, np.uint32(DEFAULT_ALIGNMENT))
         found = int(value) if isinstance(value, np.integer) else 0
         if found.bit_count() != 1 or not 0 < found <= MAX_ALIGNMENT:
-            raise self._bad(f"{ALIGNMENT} is {str(value)[:40]!a}, a power of two up to {MAX_ALIGNMENT} was expected")
+            raise self._bad(f"{ALIGNMENT} must be a power of two up to {MAX_ALIGNMENT}, got {str(value)[:40]!a}")
         return found
 
     def _info(
@@ -180,7 +180,7 @@ class Scan:
             raise LimitExceededError(f"{where}: shape {str(shape)[:80]} is beyond 2^60 values.")
         if 0 in shape or shape[-1] % KINDS[code].values:
             raise CorruptCheckpointError(
-                f"{where}: {code} {list(shape)}, rows of blocks of {KINDS[code].values} were expected; copy it again."
+                f"{where}: rows of {code} must be blocks of {KINDS[code].values}, got {list(shape)}; copy it again."
             )
         if offset % alignment:
             raise CorruptCheckpointError(f"{where}: offset {offset} is no multiple of {alignment}; copy it again.")
@@ -233,7 +233,7 @@ class Scan:
         return len(self.buffer)
 
     def _short(self, end: int) -> TruncatedFileError:
-        return TruncatedFileError(f"{self.path}: {self.size} bytes, {end} were expected; copy or download it again.")
+        return TruncatedFileError(f"{self.path} must have {end} bytes, got {self.size}; copy or download it again.")
 
     def _bad(self, what: str) -> CorruptCheckpointError:
         return CorruptCheckpointError(f"{self.path}: before byte {self.at}: {what}; copy the file again.")

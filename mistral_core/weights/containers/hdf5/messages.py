@@ -76,7 +76,7 @@ def _dtype(data: bytes) -> tuple[str, int]:
     if kind in (_FIXED, _FLOAT, _OPAQUE) and 0 < size <= 8:
         letter = {_FIXED: "I" if data[1] & 8 else "U", _FLOAT: "another F", _OPAQUE: "V"}[kind]
         return f"{letter}{size if kind == _OPAQUE else 8 * size}", size
-    raise UnsafeFileError(f"it is {_CLASSES.get(kind, 'of another type')}; numbers were expected.")
+    raise UnsafeFileError(f"it must be numbers, got {_CLASSES.get(kind, 'another type')}.")
 
 
 def _shape(data: bytes) -> tuple[int, ...]:

@@ -101,7 +101,7 @@ class Structure:
         piece = bytearray(size)
         read_at(self.descriptor, memoryview(piece), self.start + offset)
         if not piece.startswith(mark):
-            raise CorruptCheckpointError(f"{bytes(piece[:4])!a} at {offset}, {mark!a} was expected; copy it again.")
+            raise CorruptCheckpointError(f"{mark!a} must be at {offset}, got {bytes(piece[:4])!a}; copy it again.")
         self.taken.append((offset, offset + size))
         return bytes(piece)
 
@@ -110,7 +110,7 @@ class Structure:
         first = self._take(0, min(_SUPERBLOCK, self.size))
         refuse_pointer(self.path, first)
         if len(first) < _SUPERBLOCK:
-            raise TruncatedFileError(f"{self.size} bytes, at least {_SUPERBLOCK} were expected; copy it again.")
+            raise TruncatedFileError(f"it must have at least {_SUPERBLOCK} bytes, got {self.size}; copy it again.")
         if not first.startswith(_SIGNATURE):
             raise CorruptCheckpointError(f"not HDF5: it begins {first[:8]!a}; copy or download it again.")
         self._leaf, self._inner = struct.unpack_from("<HH", first, 16)

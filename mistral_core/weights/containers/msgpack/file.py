@@ -100,7 +100,7 @@ class _Walk:
                 self.at = before
                 self.tree((*path, key), found)
             else:
-                raise self._bad(f"{quoted(name)} is {kind}, a map or an array was expected")
+                raise self._bad(f"{quoted(name)} must be a map or an array, got {kind}")
             if len(found) > MAX_TENSORS:
                 raise LimitExceededError(f"{self.path}: more than {MAX_TENSORS} tensors.")
 
@@ -108,7 +108,7 @@ class _Walk:
         """The keys of a map, one at a time; the caller takes each value before it asks for the next."""
         kind, count = self._header()
         if kind != "map":
-            raise self._bad(f"{where} is {kind}, a map was expected")
+            raise self._bad(f"{where} must be a map, got {kind}")
         seen: set[str] = set()
         for _ in range(count):
             key = self._text()
@@ -140,7 +140,7 @@ class _Walk:
         for key in self._numbered(name):
             kind, length = self._header()
             if kind != "ext":
-                raise self._bad(f"chunk {key} of {quoted(name)} is {kind}, an array was expected")
+                raise self._bad(f"chunk {key} of {quoted(name)} must be an array, got {kind}")
             pieces.append(self._array(name, length))
         extents = [extent for piece in pieces for extent in piece.extents]
         dtypes = {piece.dtype for piece in pieces}
@@ -157,7 +157,7 @@ class _Walk:
     def _numbered(self, name: str) -> Any:
         for number, key in enumerate(self._keys(name)):
             if key != str(number):
-                raise self._bad(f"{quoted(key)} in {quoted(name)}, {number} was expected")
+                raise self._bad(f"the key in {quoted(name)} must be {number}, got {quoted(key)}")
             yield key
 
     def _array(self, name: str, length: int) -> TensorInfo:
@@ -165,10 +165,10 @@ class _Walk:
         end = self._end(length)
         kind, count = self._header()
         if (kind, count) != ("array", 3):
-            raise self._bad(f"{quoted(name)} is {kind} of {count}, (shape, dtype, bytes) was expected")
+            raise self._bad(f"{quoted(name)} must be (shape, dtype, bytes), got {kind} of {count}")
         kind, rank = self._header()
         if kind != "array" or rank > MAX_RANK:
-            raise self._bad(f"the shape of {quoted(name)} is {kind} of {rank}, at most {MAX_RANK} sizes were expected")
+            raise self._bad(f"the shape of {quoted(name)} must be at most {MAX_RANK} sizes, got {kind} of {rank}")
         shape = [self._integer() for _ in range(rank)]
         dtype = self._text()
         if dtype not in _BY_NAME:
@@ -177,7 +177,7 @@ class _Walk:
         code = _BY_NAME[dtype]
         self._check_shape(name, shape)
         if kind != "bin" or math.prod(shape) * DTYPES[code].itemsize != size or self.at + size != end:
-            raise self._bad(f"{quoted(name)}: {kind} of {size} bytes, {dtype} {shape} was expected")
+            raise self._bad(f"{quoted(name)} must be {dtype} {shape}, got {kind} of {size} bytes")
         self.at = end
         return TensorInfo(name, code, tuple(shape), self.path, end - size, end)
 
@@ -188,12 +188,12 @@ class _Walk:
     def _expect(self, key: str) -> None:
         found = self._text()
         if found != key:
-            raise self._bad(f"{quoted(found)}, {key!r} was expected")
+            raise self._bad(f"a key must be {key!r}, got {quoted(found)}")
 
     def _text(self) -> str:
         kind, length = self._header()
         if kind != "str" or length > MAX_NAME:
-            raise self._bad(f"{kind} of {length}, a name of at most {MAX_NAME} bytes was expected")
+            raise self._bad(f"a key must be a name of at most {MAX_NAME} bytes, got {kind} of {length}")
         try:
             return self._take(length).decode()
         except UnicodeDecodeError as cause:
@@ -204,7 +204,7 @@ class _Walk:
         if first < 0x80:
             return first
         if first not in _INTEGERS:
-            raise self._bad(f"byte {first:#x}, a size of 0 or more was expected")
+            raise self._bad(f"a size must be 0 or more, got byte {first:#x}")
         layout = _INTEGERS[first]
         value: int = struct.unpack(layout, self._take(struct.calcsize(layout)))[0]
         return value
@@ -228,7 +228,7 @@ class _Walk:
     def _extension(self, length: int) -> tuple[str, int]:
         number = self._take(1)[0]
         if number != ARRAY:
-            raise self._bad(f"extension {number}, an array ({ARRAY}) was expected")
+            raise self._bad(f"an extension must be an array ({ARRAY}), got {number}")
         return "ext", length
 
     def _take(self, count: int) -> bytes:
@@ -244,7 +244,7 @@ class _Walk:
         """Where `count` bytes end, if the file has them."""
         if self.at + count > self.size:
             raise TruncatedFileError(
-                f"{self.path}: {self.size} bytes, {self.at + count} were expected; copy or download it again."
+                f"{self.path} must have {self.at + count} bytes, got {self.size}; copy or download it again."
             )
         return self.at + count
 

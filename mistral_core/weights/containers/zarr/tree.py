@@ -58,7 +58,7 @@ def describe(directory: Path) -> Tree:
             for entry in data["tree_metadata"].values()
         ]
     except (KeyError, TypeError, AttributeError) as cause:
-        raise CorruptCheckpointError(f"{path}: tree_metadata, keys and types, was expected; save it again.") from cause
+        raise CorruptCheckpointError(f"{path} must have tree_metadata, with keys and types; save it again.") from cause
     names = [name for name, kind in entries if kind not in _NOTHING]
     if len(names) > MAX_TENSORS:
         raise LimitExceededError(f"{path}: {len(names)} arrays; at most {MAX_TENSORS} are read.")
@@ -279,7 +279,7 @@ def layers_in(tree: ZarrTree, name: str, axis: int) -> Iterator[tuple[int, tuple
     """(index, (axis, index)) of the layers of a stack; raises ShapeMismatchError, LimitExceededError."""
     shape = tree.tensors[name].shape
     if len(shape) <= axis:
-        raise ShapeMismatchError(f"{tree.path}: {quoted(name)} is {list(shape)}, a stack of layers was expected.")
+        raise ShapeMismatchError(f"{tree.path}: {quoted(name)} must be a stack of layers, got {list(shape)}.")
     if shape[axis] > MAX_TENSORS:
         raise LimitExceededError(f"{tree.path}: {quoted(name)} has {shape[axis]} layers; at most {MAX_TENSORS}.")
     for index in range(shape[axis]):
