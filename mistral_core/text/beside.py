@@ -18,6 +18,15 @@ FILES = (CONFIG, MAP, ADDED)
 TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 """The special tokens that have a part to play here."""
 
+INPUTS = ("input_ids", "attention_mask")
+"""What a tokenizer makes for a model, by default."""
+MADE = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "clean_up_tokenization_spaces": False,
+    "model_input_names": list(INPUTS),
+}
+"""A tokenizer_config.json where there was none; transformers 4 adds token_type_ids unless it is told of the inputs."""
+
 LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 """Keys with more special tokens: lists, or dicts by names of their own."""
 

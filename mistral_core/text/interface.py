@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
 from ..errors import TemplateError, TokenizerError, UnsupportedFeatureError
+from .beside import INPUTS
 from .clients import AsTokenizer
 from .encoding import Encoding, as_arrays
 from .inputs import (
@@ -53,7 +54,7 @@ class Tokenizer(AsTokenizer, ABC):
     pad_token: str | None
     """Settable; where there is none, rows are padded with `padding_id`, which the attention mask hides."""
 
-    model_input_names: tuple[str, ...] = ("input_ids", "attention_mask")
+    model_input_names: tuple[str, ...] = INPUTS
     takes_pairs = True
     """Whether a second text may stand beside each."""
     padding_side = "left"

@@ -297,8 +297,8 @@ class MistralTokenizer(Tokenizer):
 
     def _config(self) -> dict[str, Any]:
         """A tokenizer_config.json that says what this tokenizer does."""
-        made = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        config = {name: value for name, value in self._source.config.items() if name != "chat_template"} or made
+        config = {name: value for name, value in self._source.config.items() if name != "chat_template"}
+        config = config or dict(beside.MADE)
         config.setdefault("model_input_names", list(self.model_input_names))  # transformers 4 adds a third otherwise
         for name in sources.TOKENS:
             token = getattr(self, name)

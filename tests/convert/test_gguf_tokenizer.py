@@ -135,6 +135,7 @@ def test_the_embedded_tokenizer(tmp_path):
     settings = json.loads(found["tokenizer_config.json"])
     assert (settings["bos_token"], settings["eos_token"], settings["unk_token"]) == ("<s>", "</s>", "<unk>")
     assert settings["add_bos_token"] is True
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
     tokenizer, original = (Tokenizer.from_str(each.decode()) for each in (found["tokenizer.json"], whole))
     assert [tokenizer.decode(row) for row in ids(whole)] == [original.decode(row) for row in ids(whole)]
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ....errors import CorruptCheckpointError
+from ....text.beside import MADE
 from ....text.bpe import merges_by_score
 from ....text.sentencepiece import CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
 from ...containers.gguf.file import GgufFile
@@ -170,11 +171,10 @@ def _settings(file: GgufFile) -> dict[str, Any]:
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     special = {key: _token(file, tokens, name) for key, name in names.items()}
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        **MADE,
         **{key: token for key, token in special.items() if token is not None},
         "add_bos_token": file.values.get(f"{PREFIX}add_bos_token", True) is True,
         "add_eos_token": file.values.get(f"{PREFIX}add_eos_token", False) is True,
-        "clean_up_tokenization_spaces": False,
     }
 
 
