@@ -3,7 +3,8 @@
 Each PYTHON is an interpreter as `conformance.exchange` takes it. Every directory that we write, by a backend's
 `save_pretrained`, by `convert` and by a tokenizer's `save_pretrained`, is loaded there by AutoTokenizer and by the auto
 class of each framework, and `model.generate(**tokenizer(text, return_tensors=...))` gives the tokens that the float64
-reference gives after the ids of our tokenizer.
+reference gives after the ids of our tokenizer, of the same logits. The table says of how many texts the tokens are
+equal, and how far the logits are apart, in units of float32's eps and relative to the largest.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import json
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,7 +30,7 @@ from mistral_core.weights.checkpoint import save
 from mistral_core.weights.convert import convert
 from mistral_core.weights.formats import FORMATS
 
-from .exchange import CONFIG, run
+from .exchange import BOUND, CONFIG, run
 from .weights import random_parameters
 
 PEERS = {"transformers4": ("torch", "flax", "tf"), "transformers5": ("torch",)}
@@ -50,11 +51,11 @@ class Written(NamedTuple):
     write: Callable[[Path], None]
 
 
-def save_pretrained(name: str, source: Path) -> Callable[[Path], None]:
+def save_pretrained(name: str, source: Path, **options: Any) -> Callable[[Path], None]:
     """What a backend writes, and the tokenizer beside it."""
 
     def write(folder: Path) -> None:
-        backend.get(name).model_class("MistralForCausalLM").from_pretrained(source).save_pretrained(folder)
+        backend.get(name).model_class("MistralForCausalLM").from_pretrained(source).save_pretrained(folder, **options)
         MistralTokenizer.from_pretrained(source).save_pretrained(folder)
 
     return write
@@ -69,8 +70,18 @@ def converted(source: Path, *, through: str | None = None, to: str = "hf") -> Ca
             if through is not None:
                 convert(source, first, to=through, allow_lossy=True)
             convert(source if through is None else first, folder, to=to, allow_lossy=True)
-            if not (folder / "tokenizer_config.json").exists():  # GGUF keeps it inside
-                MistralTokenizer.from_pretrained(source if through is None else first).save_pretrained(folder)
+
+    return write
+
+
+def converted_alone(source: Path) -> Callable[[Path], None]:
+    """What `convert` writes of a GGUF file that nothing lies beside: the tokenizer is in the file."""
+
+    def write(folder: Path) -> None:
+        with tempfile.TemporaryDirectory() as between:
+            convert(source, Path(between) / "model", to="gguf", allow_lossy=True)
+            alone = (Path(between) / "model" / "model.gguf").rename(Path(between) / "model.gguf")
+            convert(alone, folder, to="hf")
 
     return write
 
@@ -101,8 +112,12 @@ def written(source: Path) -> Iterator[Written]:
     for row in FORMATS.values():
         if row.written and row.name != "hf":
             yield Written(f"convert --to {row.name}, then --to hf", every, converted(source, through=row.name))
+    yield Written("convert --to gguf, then that file alone --to hf", every, converted_alone(source))
     for format, frameworks in OWN.items():
         yield Written(f"convert --to {format}", frameworks, converted(source, to=format))
+    yield Written(
+        "mistral_torch: save_pretrained, in shards", every, save_pretrained("torch", source, max_shard_size="50KB")
+    )
     yield Written(
         "mistral_torch: save_pretrained of the tiny model", ("torch",), save_pretrained("torch", TINY_CHECKPOINT)
     )
@@ -112,8 +127,17 @@ def written(source: Path) -> Iterator[Written]:
             yield Written(f"tokenizer of {path.name}: save_pretrained", ("torch",), with_tokenizer(path))
 
 
-def expected(folder: Path) -> list[list[int]]:
-    """For each text the ids of our tokenizer and the reference's tokens after them, up to the end of sequence."""
+class Wanted(NamedTuple):
+    """What comes of one text."""
+
+    tokens: list[int]
+    """The ids of our tokenizer and the reference's tokens after them, up to the end of sequence."""
+    logits: np.ndarray
+    """The reference's after the last id: [V]."""
+
+
+def expected(folder: Path) -> list[Wanted]:
+    """What our tokenizer and the float64 reference make of each text from the files of a directory."""
     from mistral_core.weights import pretrained
 
     tokenizer = MistralTokenizer.from_pretrained(folder)
@@ -122,8 +146,11 @@ def expected(folder: Path) -> list[list[int]]:
     rows = []
     for text in TEXTS:
         ids = tokenizer(text)["input_ids"]
-        tokens = heads.greedy(loaded.config, weights, np.array([ids]), max_new_tokens=NEW)[0].tolist()
-        rows.append(ids + until(tokens, loaded.config.eos_token_id))
+        given = np.array([ids])
+        tokens = heads.greedy(loaded.config, weights, given, max_new_tokens=NEW)[0].tolist()
+        logits = heads.causal_lm(loaded.config, weights, given).logits
+        assert logits is not None
+        rows.append(Wanted(ids + until(tokens, loaded.config.eos_token_id), logits[0, -1]))
     return rows
 
 
@@ -132,24 +159,94 @@ def until(tokens: list[int], end: object) -> list[int]:
     return tokens[: tokens.index(end) + 1] if end in tokens else tokens
 
 
-def results(python: str, peer: str, each: Written, folder: Path) -> Iterator[tuple[str, str, str, str, bool]]:
-    """One row for each framework: peer, how it was written, framework, what came of it, whether it is right."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        each.write(folder / "model")
-        wanted = expected(folder / "model")
-    texts, out = folder / "texts.json", folder / "out.json"
-    texts.write_text(json.dumps({"texts": TEXTS, "new": NEW}))
-    for framework in each.frameworks:
-        if framework not in PEERS[peer]:
-            continue
-        failed = run(python, peer, "run", framework, folder / "model", texts, out)
-        if failed:
-            yield (peer, each.how, framework, *failed)
-            continue
-        found = json.loads(out.read_text())
-        equal = sum(row == tokens for row, tokens in zip(found, wanted, strict=True))
-        yield peer, each.how, framework, f"{equal} of {len(wanted)} texts: equal ids and tokens", equal == len(wanted)
+class Cell(NamedTuple):
+    """What a framework made of a directory."""
+
+    text: str
+    passed: bool
+
+
+def column(python: str, peer: str, framework: str, folders: Mapping[str, Path], out: Path) -> str:
+    """Have a framework run directories, one after the other; returns its versions.
+
+    What it finds in each goes below `out`, into a file of the directory's key. Raises RuntimeError where it does not
+    begin.
+    """
+    out.mkdir()
+    job = out / "job.json"
+    job.write_text(
+        json.dumps({"folders": {key: str(path) for key, path in folders.items()}, "texts": TEXTS, "new": NEW})
+    )
+    failed = run(python, peer, "run", framework, job, out)
+    if not (out / "versions.json").exists():
+        raise RuntimeError(f"{peer}, {framework}: {failed and failed[0]}")
+    versions: dict[str, str] = json.loads((out / "versions.json").read_text())
+    return ", ".join(f"{package} {version}" for package, version in versions.items())
+
+
+def apart(found: np.ndarray, wanted: np.ndarray) -> float:
+    """max |difference| / max |wanted|; NaN where one is, infinite where there are more or fewer."""
+    return float(np.abs(found - wanted).max() / np.abs(wanted).max()) if found.shape == wanted.shape else np.inf
+
+
+def cell(path: Path, wanted: Sequence[Wanted]) -> Cell:
+    """What a framework found in one directory, beside what it had to find."""
+    if not path.exists():
+        return Cell("the process ended before it", False)
+    with np.load(path) as found:
+        if "error" in found:
+            return Cell(str(found["error"]), False)
+        equal = sum(np.array_equal(found[f"tokens:{at}"], row.tokens) for at, row in enumerate(wanted))
+        distance = float(np.max([apart(found[f"logits:{at}"], row.logits) for at, row in enumerate(wanted)]))
+    text = f"{equal} of {len(wanted)}, {distance / np.finfo(np.float32).eps:.1f} ulp"
+    return Cell(text, equal == len(wanted) and bool(distance < BOUND))
+
+
+def table(columns: Sequence[str], rows: Mapping[str, Sequence[Cell | None]]) -> str:
+    """Markdown: a row for each way to write a directory, a column for each framework; then how many are right."""
+    lines = [f"| written by | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for how, cells in rows.items():
+        texts = ["" if each is None else each.text if each.passed else f"**{each.text}**" for each in cells]
+        lines.append(f"| {how} | {' | '.join(texts)} |")
+    every = [each for cells in rows.values() for each in cells if each is not None]
+    lines += ["", f"{sum(each.passed for each in every)} of {len(every)} are right."]
+    return "\n".join(lines)
+
+
+def source(folder: Path) -> Path:
+    """A model and a tokenizer in Hugging Face's format."""
+    tokenizer = MistralTokenizer.from_pretrained(TINY_CHECKPOINT)
+    save(folder, *small_model(tokenizer.vocab_size))
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def compared(
+    asked: Sequence[tuple[str, str, str]], ways: Sequence[Written], root: Path
+) -> tuple[list[str], dict[str, list[Cell | None]]]:
+    """The table's columns and rows: every directory, written once, is run by each (interpreter, peer, framework)."""
+    folders = {str(at): root / str(at) for at in range(len(ways))}
+    wanted = {}
+    for (key, folder), each in zip(folders.items(), ways, strict=True):
+        print(f"conformance.directories: {each.how}", file=sys.stderr, flush=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            each.write(folder)
+            wanted[key] = expected(folder)
+    columns: list[str] = []
+    rows: dict[str, list[Cell | None]] = {each.how: [] for each in ways}
+    for python, peer, framework in asked:
+        print(f"conformance.directories: {peer}, {framework}", file=sys.stderr, flush=True)
+        its = {
+            key: folder
+            for (key, folder), each in zip(folders.items(), ways, strict=True)
+            if framework in each.frameworks
+        }
+        out = root / f"{peer}-{framework}"
+        columns.append(column(python, peer, framework, its, out))
+        for key, each in zip(folders, ways, strict=True):
+            rows[each.how].append(cell(out / f"{key}.npz", wanted[key]) if key in its else None)
+    return columns, rows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -160,22 +257,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="leave out what is written in another way")
     options = vars(parser.parse_args(argv))
     only = options.pop("only")
-    asked = {peer: python for peer, python in options.items() if python}
+    asked = [(python, peer, name) for peer, python in options.items() if python for name in PEERS[peer]]
     if not asked:
         parser.error(f"give one interpreter at least: {', '.join(PEERS)}")
-    passed = True
-    print("| library | written by | framework | result | |\n|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as source:
-        tokenizer = MistralTokenizer.from_pretrained(TINY_CHECKPOINT)
-        save(Path(source) / "hf", *small_model(tokenizer.vocab_size))
-        tokenizer.save_pretrained(Path(source) / "hf")
-        for each in written(Path(source) / "hf"):
-            for peer, python in asked.items() if only in each.how else ():
-                with tempfile.TemporaryDirectory() as folder:
-                    for row in results(python, peer, each, Path(folder)):
-                        print(f"| {' | '.join(row[:4])} | {'yes' if row[4] else '**no**'} |", flush=True)
-                        passed &= row[4]
-    return 0 if passed else 1
+    with tempfile.TemporaryDirectory() as root:
+        ways = [each for each in written(source(Path(root) / "source")) if only in each.how]
+        columns, rows = compared(asked, ways, Path(root))
+    print(table(columns, rows))
+    return 0 if all(each is None or each.passed for cells in rows.values() for each in cells) else 1
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 
     PYTHON -P exchange_transformers4.py read FORMAT PATH IDS.npy OUT.npz
     PYTHON -P exchange_transformers4.py write FORMAT WEIGHTS.npz CONFIG.json OUT_DIR
-    PYTHON -P exchange_transformers4.py run FRAMEWORK PATH TEXTS.json OUT.json
+    PYTHON -P exchange_transformers4.py run FRAMEWORK JOB.json OUT_DIR
 
 This file runs without any package of ours.
 """
@@ -11,6 +11,7 @@ This file runs without any package of ours.
 import json
 import os
 import sys
+from collections.abc import Callable
 
 os.environ.update(TF_USE_LEGACY_KERAS="1", TF_CPP_MIN_LOG_LEVEL="3", CUDA_VISIBLE_DEVICES="", JAX_PLATFORMS="cpu")
 import numpy as np
@@ -124,8 +125,25 @@ def write(format, weights, config, out):
         model.save_pretrained(out, safe_serialization=format == "tf-safetensors")
 
 
-def run(framework, path, texts, out):
-    """The prompts' and the likeliest tokens, as a user of this framework asks for them."""
+def run(framework, job, out):
+    """The prompts' and the likeliest tokens of each directory, and the logits they follow from."""
+    from importlib.metadata import version
+
+    packages = ("transformers", {"tf": "tensorflow"}.get(framework, framework))
+    with open(f"{out}/versions.json", "w", encoding="utf-8") as file:
+        json.dump({package: version(package) for package in packages}, file)
+    with open(job, encoding="utf-8") as file:
+        given = json.load(file)
+    for key, path in given["folders"].items():
+        try:
+            found = generated(framework, path, given["texts"], given["new"])
+        except Exception as error:  # one that does not load says nothing of the others
+            found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"}
+        np.savez(f"{out}/{key}.npz", **found)
+
+
+def generated(framework, path, texts, new):
+    """Tokens and logits of each text, as a user of this framework asks for them."""
     import transformers
 
     auto, tensors, loading = {
@@ -134,21 +152,23 @@ def run(framework, path, texts, out):
         "tf": (transformers.TFAutoModelForCausalLM, "tf", {}),
     }[framework]
     # without it Flax and TensorFlow do not load what transformers' own torch model saved
-    told = {"from_pt": True} if framework != "torch" and os.path.exists(f"{path}/model.safetensors") else {}
-    with open(texts, encoding="utf-8") as file:
-        given = json.load(file)
+    kept = [f"{path}/model.safetensors{index}" for index in ("", ".index.json")]
+    told = {"from_pt": True} if framework != "torch" and any(map(os.path.exists, kept)) else {}
     tokenizer, model = transformers.AutoTokenizer.from_pretrained(path), auto.from_pretrained(path, **loading, **told)
-    end, rows = model.config.eos_token_id, []
-    for text in given["texts"]:
+    end, found = model.config.eos_token_id, {}
+    for at, text in enumerate(texts):
         inputs = tokenizer(text, return_tensors=tensors)
-        found = model.generate(**inputs, max_new_tokens=given["new"], do_sample=False, pad_token_id=end)
-        found = np.asarray(getattr(found, "sequences", found))[0].tolist()
+        tokens = model.generate(**inputs, max_new_tokens=new, do_sample=False, pad_token_id=end)
+        tokens = np.asarray(getattr(tokens, "sequences", tokens))[0].tolist()
         length = np.asarray(inputs["input_ids"]).shape[1]
-        new = found[length:]
-        rows.append(found[:length] + (new[: new.index(end) + 1] if end in new else new))
-    with open(out, "w", encoding="utf-8") as file:
-        json.dump(rows, file)
+        written = tokens[length:]
+        # Flax fills up to max_new_tokens
+        found[f"tokens:{at}"] = tokens[:length] + (written[: written.index(end) + 1] if end in written else written)
+        logits = model(**inputs).logits
+        found[f"logits:{at}"] = np.asarray(logits.detach() if framework == "torch" else logits, np.float32)[0, -1]
+    return found
 
 
 if __name__ == "__main__":
-    {"read": read, "write": write, "run": run}[sys.argv[1]](*sys.argv[2:])
+    commands: dict[str, Callable[..., None]] = {"read": read, "write": write, "run": run}
+    commands[sys.argv[1]](*sys.argv[2:])

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Callable
+from importlib.metadata import version
 
 import numpy as np
 import torch
@@ -25,20 +27,32 @@ def write(format, weights, config, out):
     model.save_pretrained(out, max_shard_size="50KB")
 
 
-def run(framework, path, texts, out):
-    """The prompts' and the likeliest tokens, as a user asks for them."""
-    with open(texts, encoding="utf-8") as file:
+def run(framework, job, out):
+    """The prompts' and the likeliest tokens of each directory, and the logits they follow from."""
+    with open(f"{out}/versions.json", "w", encoding="utf-8") as file:
+        json.dump({package: version(package) for package in ("transformers", "torch")}, file)
+    with open(job, encoding="utf-8") as file:
         given = json.load(file)
+    for key, path in given["folders"].items():
+        try:
+            found = generated(path, given["texts"], given["new"])
+        except Exception as error:  # one that does not load says nothing of the others
+            found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"}
+        np.savez(f"{out}/{key}.npz", **found)
+
+
+def generated(path, texts, new):
+    """Tokens and logits of each text, as a user asks for them."""
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    rows = []
-    for text in given["texts"]:
+    model, found = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), {}
+    for at, text in enumerate(texts):
         inputs = tokenizer(text, return_tensors="pt")
-        found = model.generate(**inputs, max_new_tokens=given["new"], do_sample=False)[0].tolist()
-        rows.append(found)
-    with open(out, "w", encoding="utf-8") as file:
-        json.dump(rows, file)
+        found[f"tokens:{at}"] = model.generate(**inputs, max_new_tokens=new, do_sample=False)[0].numpy()
+        with torch.no_grad():
+            found[f"logits:{at}"] = model(**inputs).logits[0, -1].numpy()
+    return found
 
 
 if __name__ == "__main__":
-    {"read": read, "write": write, "run": run}[sys.argv[1]](*sys.argv[2:])
+    commands: dict[str, Callable[..., None]] = {"read": read, "write": write, "run": run}
+    commands[sys.argv[1]](*sys.argv[2:])
