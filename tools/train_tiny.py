@@ -4,7 +4,7 @@ The novels are in the public domain; a Debian package has them. One CPU core tak
 
     apt-get install --no-install-recommends r-cran-janeaustenr
     Rscript -e 'writeLines(janeaustenr::austen_books()$text, "austen.txt", useBytes = TRUE)'
-    python examples/train_tiny.py austen.txt out/
+    python tools/train_tiny.py austen.txt out/
 """
 
 from __future__ import annotations
