@@ -257,8 +257,10 @@ class MistralTokenizer(Tokenizer):
         return chat.parts(conversation, tools, version=version, mode=self.mode, model_settings=settings, **options)
 
     def _rendered(self, conversation: Any, tools: Any, chat_template: str | None, **options: Any) -> list[Part]:
+        from .chat.tools import without_functions
         from .templates import prompt as template
 
+        tools = without_functions(tools)
         name = None if chat_template in (None, OWN) else chat_template
         if name is None or name in self.chat_templates:
             text = template_files.choose(self.chat_templates, name=name, tools=bool(tools))

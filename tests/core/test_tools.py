@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import pytest
 
+from mistral_core import MistralTokenizer
+from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.errors import TemplateError
 from mistral_core.text.chat.json_schema import KEYWORDS, schema_problems
 from mistral_core.text.chat.tools import definitions
@@ -99,6 +101,19 @@ def test_a_function_becomes_a_definition():
     }
     assert json.loads(definitions([get_weather])) == [{"type": "function", "function": wanted}]
     assert json.loads(definitions([nothing]))[0]["function"]["parameters"] == {"type": "object", "properties": {}}
+
+
+def test_a_jinja_template_gets_functions_as_definitions():
+    tokenizer = MistralTokenizer.from_pretrained(TINY_CHECKPOINT)
+    template = "{% for tool in tools %}{{ tool | tojson }}{% endfor %}{{ messages[0].content }}"
+    say = [{"role": "user", "content": "Rain?"}]
+    functions, definition = (get_weather, nothing), json.loads(definitions([nothing]))[0]
+    said = tokenizer.apply_chat_template(say, tools=functions, chat_template=template, tokenize=False)
+    assert said.count('"type": "function"') == 2
+    mixed = tokenizer.apply_chat_template(say, tools=[get_weather, definition], chat_template=template, tokenize=False)
+    assert mixed == said
+    with pytest.raises(TemplateError, match="does not describe 'city'"):
+        tokenizer.apply_chat_template(say, tools=[silent], chat_template=template, tokenize=False)
 
 
 def bare(city):

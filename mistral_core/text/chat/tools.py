@@ -25,6 +25,17 @@ def definitions(tools: Any) -> str:
         return as_json(found, "tools") if found else ""
 
 
+def without_functions(tools: Any) -> Any:
+    """Tools for a jinja template: each Python function as its definition, all else as it is, for the template to judge.
+
+    Raises TemplateError for a function that says too little.
+    """
+    if not isinstance(tools, (list, tuple)):
+        return tools
+    with told():
+        return [function_schema(each, f"tools[{i}]") if callable(each) else each for i, each in enumerate(tools)]
+
+
 def _definition(given: Any, where: str) -> dict[str, Any]:
     fields = function_schema(given, where) if callable(given) else mapping(given, where)
     if fields.get("type", "function") != "function":
