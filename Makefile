@@ -5,18 +5,37 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 CLIENTS := .venv-clients
+# what is wrong is still said; that a folder of the environment holds no package is not
+PIP := -m pip install --quiet --quiet --disable-pip-version-check
+# compilers find again what they compiled before, in this run or an earlier one: the key is the whole program
+KEPT := $(CURDIR)/.cache
+PYTEST := OMP_NUM_THREADS=1 JAX_COMPILATION_CACHE_DIR=$(KEPT)/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
+    JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 TORCHINDUCTOR_CACHE_DIR=$(KEPT)/inductor $(BIN)/python -m pytest -q
+# processes after each other, so that none keeps what all three frameworks have compiled
+PARTS := "tests --ignore=tests/backends --dist loadfile" "tests/backends --dist loadfile" "conformance --dist loadgroup"
 
 demo: $(STAMP)
 	$(BIN)/mistral demo
 
-test: $(STAMP)
+test: TIER = not sweep and not slow
+test-all: TIER = not sweep
+test test-all: lint
+	failed=0; for part in $(PARTS); do $(PYTEST) -n 2 -m "$(TIER)" $$part || failed=1; done; exit $$failed
+
+# one backend and the core, for a change that is being made: make test-quick BACKEND=flax
+test-quick: BACKEND = torch
+test-quick: $(STAMP)
+	$(BIN)/ruff check .
+	MISTRAL_TEST_BACKENDS=$(BACKEND) $(PYTEST) -n 2 -m "not sweep and not slow" --dist loadfile \
+	    tests --ignore=tests/backends
+
+lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not sweep" -n 2 --dist loadfile
 
 sweep: $(STAMP)
-	$(BIN)/python -m pytest -q -m sweep
+	$(PYTEST) -m sweep
 
 conformance: $(STAMP)
 	$(BIN)/python -m conformance
@@ -27,23 +46,23 @@ clients: $(CLIENTS)/installed
 
 $(CLIENTS)/installed: pyproject.toml constraints.txt tests/clients/constraints.txt
 	$(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	$(CLIENTS)/bin/python $(PIP) -c constraints.txt torch
+	$(CLIENTS)/bin/python $(PIP) -c constraints.txt \
 	    -c tests/clients/constraints.txt -e '.[torch]' pytest transformers accelerate peft datasets trl lm-eval outlines \
 	    xgrammar sentence-transformers langchain-core
 	# it asks for an older huggingface_hub than transformers does, and runs with the newer one
-	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -c tests/clients/constraints.txt \
+	$(CLIENTS)/bin/python $(PIP) -c tests/clients/constraints.txt \
 	    --no-deps langchain-huggingface
 	touch $(CLIENTS)/installed
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,flax,tf,convert,orbax,chat,pictures,fast,mistral-common,dev]'
+	$(BIN)/python $(PIP) -c constraints.txt torch
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[torch,flax,tf,convert,orbax,chat,pictures,fast,mistral-common,dev]'
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: demo test sweep conformance clients clean
+.PHONY: demo test test-all test-quick lint sweep conformance clients clean

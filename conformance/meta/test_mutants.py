@@ -83,7 +83,7 @@ def test_every_mutant_is_killed(backend, mutant, copy_of):
     assert not survived, f"{mutant.name}: {mutant.check} stays green"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["torch", *(pytest.param(name, marks=pytest.mark.slow) for name in BACKENDS[1:])])
 @pytest.mark.parametrize("edit", CORE, ids=lambda edit: edit.new)
 def test_every_mutant_of_the_decode_loop_is_killed(backend, edit, monkeypatch):
     source = edited(Path(mistral_core.generation.ending.__file__).read_text(), edit)
