@@ -64,7 +64,8 @@ def test_devices_add_up_sums_and_counts_flax():
     from mistral_flax.losses import cross_entropy, divided
 
     model = MistralForCausalLM(CONFIG)
-    wanted, gradients = jax.value_and_grad(lambda p: model(IDS, labels=LABELS, params=p).loss)(model.params)
+    whole = jax.jit(jax.value_and_grad(lambda p: model(IDS, labels=LABELS, params=p).loss))
+    wanted, gradients = whole(model.params)
 
     def over_the_mapped_axis(params, ids, labels):
         def loss(params):
@@ -75,17 +76,20 @@ def test_devices_add_up_sums_and_counts_flax():
 
         return jax.value_and_grad(loss)(params)
 
-    split = jax.vmap(over_the_mapped_axis, (None, 0, 0), axis_name="rows")
+    split = jax.jit(jax.vmap(over_the_mapped_axis, (None, 0, 0), axis_name="rows"))
     found, parts = split(model.params, IDS[:, None], LABELS[:, None])  # what jax.pmap does, on one device
     assert np.allclose(found, wanted, atol=1e-6)
     # each row's gradient of the sum of all rows' losses, of which the whole is the mean
     assert all(np.allclose(parts[name].mean(0), g, atol=1e-5) for name, g in gradients.items())
 
-    def part(params, row):
-        return model(IDS[row], labels=LABELS[row], params=params, num_items_in_batch=jnp.int32(COUNT)).loss
+    def part(params, ids, labels):
+        return model(ids, labels=labels, params=params, num_items_in_batch=jnp.int32(COUNT)).loss
 
-    whole = jax.tree.map(lambda *leaves: sum(leaves), *(jax.grad(part)(model.params, row) for row in range(4)))
-    assert all(np.allclose(whole[name], g, atol=1e-6) for name, g in gradients.items())
+    gradient = jax.jit(jax.grad(part))
+    total = jax.tree.map(
+        lambda *leaves: sum(leaves), *(gradient(model.params, *row) for row in zip(IDS, LABELS, strict=True))
+    )
+    assert all(np.allclose(total[name], g, atol=1e-6) for name, g in gradients.items())
 
 
 @pytest.fixture
