@@ -17,11 +17,12 @@ from mistral_core.text.encoding import Encoding
 from mistral_core.weights import pretrained
 from mistral_core.weights.checkpoint import Checkpoint
 
-IDS = np.random.default_rng(0).integers(3, TINY.vocab_size, (2, 9))
+CONFIG = TINY.replace(num_hidden_layers=1)
+IDS = np.random.default_rng(0).integers(3, CONFIG.vocab_size, (2, 9))
 BACKENDS = ("torch", "flax", "tf")
 
 
-def model_of(backend, architecture="MistralForCausalLM", config=TINY):
+def model_of(backend, architecture="MistralForCausalLM", config=CONFIG):
     model = getattr(backend, architecture)(config).load_arrays(random_parameters(config, architecture))
     return model.eval() if backend.__name__ == "mistral_torch" else model
 
@@ -32,8 +33,8 @@ def numpy(backend, array):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    arrays = random_parameters(TINY, "MistralForCausalLM")
-    pretrained.save(tmp_path / "model", TINY, arrays.items(), architecture="MistralForCausalLM",
+    arrays = random_parameters(CONFIG, "MistralForCausalLM")
+    pretrained.save(tmp_path / "model", CONFIG, arrays.items(), architecture="MistralForCausalLM",
                     generation_config=pretrained.GenerationConfig())  # fmt: skip
     return tmp_path / "model"
 
@@ -58,7 +59,7 @@ def test_auto_classes(backend, checkpoint, auto):
     config = backend.AutoConfig.from_pretrained(checkpoint, num_labels=3)
     fresh = getattr(backend, auto).from_config(config, rope_theta=7.0)
     assert type(loaded) is type(fresh) is getattr(backend, AUTO[auto])
-    assert (fresh.config.num_labels, fresh.config.rope_theta, config.rope_theta) == (3, 7.0, TINY.rope_theta)
+    assert (fresh.config.num_labels, fresh.config.rope_theta, config.rope_theta) == (3, 7.0, CONFIG.rope_theta)
     with pytest.raises(UnsupportedFeatureError, match=rf"{auto}.from_pretrained\(path\)"):
         getattr(backend, auto)()
 
@@ -134,13 +135,13 @@ def test_devices_that_are_not_there(backend, checkpoint):
 
 
 def test_a_model_owns_its_config(backend):
-    config = TINY.replace()
+    config = CONFIG.replace()
     model = backend.MistralForCausalLM(config)
     model.config.pad_token_id = 2
     assert model.model.config.pad_token_id == 2
     assert config.pad_token_id != 2
     with pytest.raises(ConfigError, match="pad_token_id"):
-        model.config.pad_token_id = TINY.vocab_size
+        model.config.pad_token_id = CONFIG.vocab_size
     model.config = model.config.replace(use_cache=False)
     assert not model.model.config.use_cache
 
@@ -156,12 +157,12 @@ BUILT = [
 
 @pytest.mark.parametrize(("field", "value"), BUILT)
 def test_what_a_model_is_built_of_cannot_be_assigned(backend, field, value):
-    model = backend.MistralForCausalLM(TINY)
+    model = backend.MistralForCausalLM(CONFIG)
     with pytest.raises(ConfigError, match=rf"{'layer_windows' if field == 'sliding_window' else field}=.*built with"):
         setattr(model.config, field, value)
     with pytest.raises(ConfigError, match="Make or load a model with what you want"):
-        model.config = TINY.replace(**{field: value})
-    assert getattr(model.config, field) == getattr(TINY, field)
+        model.config = CONFIG.replace(**{field: value})
+    assert getattr(model.config, field) == getattr(CONFIG, field)
 
 
 @pytest.mark.feature("Assignable config fields")
@@ -171,7 +172,7 @@ def test_a_changed_config_is_used(backend):
     model.config.use_cache = False
     assert model(IDS).past_key_values is None
     model.config.output_hidden_states = True
-    assert len(model(IDS).hidden_states) == TINY.num_hidden_layers + 1
+    assert len(model(IDS).hidden_states) == CONFIG.num_hidden_layers + 1
 
 
 @pytest.mark.parametrize("one", [np.int64(1), np.array(1), np.uint8(1)], ids=repr)
@@ -200,7 +201,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_generate_follows_a_changed_model(backend, change):
-    ids, other = IDS % 60, backend.MistralForCausalLM(TINY)
+    ids, other = IDS % 60, backend.MistralForCausalLM(CONFIG)
     used, fresh = model_of(backend), model_of(backend)
     before = numpy(backend, used.generate(ids, max_new_tokens=6)).tolist()
     for model in (used, fresh):
@@ -220,21 +221,21 @@ def test_classes_can_be_extended(backend, checkpoint, tmp_path):
         """What a user adds."""
 
     model = Mine.from_pretrained(checkpoint)
-    assert [name for name, _ in model.named_arrays()] == list(shapes(TINY))
+    assert [name for name, _ in model.named_arrays()] == list(shapes(CONFIG))
     model.save_pretrained(tmp_path / "mine")
     assert backend.MistralForCausalLM.from_pretrained(tmp_path / "mine").config.architectures == ("MistralForCausalLM",)
-    bare = type("Bare", (backend.MistralModel,), {})(TINY)
+    bare = type("Bare", (backend.MistralModel,), {})(CONFIG)
     assert next(iter(bare.named_arrays()))[0] == "model.embed_tokens.weight"
 
 
 def test_a_model_does_not_hold_the_arrays_it_was_given(backend):
     arrays = {}
-    for name, array in random_parameters(TINY, "MistralForCausalLM").items():
+    for name, array in random_parameters(CONFIG, "MistralForCausalLM").items():
         memory = np.empty(array.nbytes + 64, np.uint8)
         start = -memory.ctypes.data % 64  # where frameworks would take it over
         arrays[name] = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
         arrays[name][...] = array
-    model = backend.MistralForCausalLM(TINY).load_arrays(arrays)
+    model = backend.MistralForCausalLM(CONFIG).load_arrays(arrays)
     before = {name: array.copy() for name, array in model.named_arrays()}
     for array in arrays.values():
         array[...] = 0
@@ -248,11 +249,11 @@ def test_a_model_does_not_hold_the_arrays_it_was_given(backend):
 @pytest.mark.parametrize("architecture", HEADS)
 def test_num_parameters(backend, architecture):
     for tied in (False, True):
-        config = TINY.replace(tie_word_embeddings=tied)
+        config = CONFIG.replace(tie_word_embeddings=tied)
         model = model_of(backend, architecture, config)
         total = sum(int(np.prod(shape)) for shape in shapes(config, architecture).values())
         assert model.num_parameters() == total
-        assert model.num_parameters(exclude_embeddings=True) == total - TINY.vocab_size * TINY.hidden_size
+        assert model.num_parameters(exclude_embeddings=True) == total - CONFIG.vocab_size * CONFIG.hidden_size
         assert model.num_parameters(only_trainable=True) == total
 
 
@@ -266,7 +267,7 @@ def test_embeddings(backend):
 
 
 def test_embeddings_can_be_replaced(backend):
-    model, other = model_of(backend), model_of(backend, config=TINY.replace(initializer_range=0.5))
+    model, other = model_of(backend), model_of(backend, config=CONFIG.replace(initializer_range=0.5))
     before = model.num_parameters()
     model.set_input_embeddings(other.get_input_embeddings())
     model.set_output_embeddings(other.get_output_embeddings())
@@ -274,24 +275,24 @@ def test_embeddings_can_be_replaced(backend):
     assert np.array_equal(ours["model.embed_tokens.weight"], theirs["model.embed_tokens.weight"])
     assert np.array_equal(ours["lm_head.weight"], theirs["lm_head.weight"])
     assert model.num_parameters() == before
-    assert numpy(backend, model(IDS).logits).shape == (*IDS.shape, TINY.vocab_size)
+    assert numpy(backend, model(IDS).logits).shape == (*IDS.shape, CONFIG.vocab_size)
 
 
-SIZES = [(TINY.vocab_size + 5, None), (TINY.vocab_size - 30, None), (TINY.vocab_size, None), (None, 64), (101, 8)]
+SIZES = [(CONFIG.vocab_size + 5, None), (CONFIG.vocab_size - 30, None), (CONFIG.vocab_size, None), (None, 64), (101, 8)]
 
 
 @pytest.mark.feature("Resize token embeddings")
 @pytest.mark.parametrize(("size", "multiple"), SIZES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_resizing_keeps_the_bits_of_old_rows(backend, size, multiple, tied, tmp_path):
-    config = TINY.replace(tie_word_embeddings=tied)
+    config = CONFIG.replace(tie_word_embeddings=tied)
     model = model_of(backend, config=config)
-    ids = np.minimum(IDS, TINY.vocab_size - 31)
+    ids = np.minimum(IDS, CONFIG.vocab_size - 31)
     before, logits = dict(model.named_arrays()), numpy(backend, model(ids).logits)
     before = {name: array.copy() for name, array in before.items()}
     embedding = model.resize_token_embeddings(size, pad_to_multiple_of=multiple)
-    wanted = -(-(size or TINY.vocab_size) // (multiple or 1)) * (multiple or 1)
-    kept = min(wanted, TINY.vocab_size)
+    wanted = -(-(size or CONFIG.vocab_size) // (multiple or 1)) * (multiple or 1)
+    kept = min(wanted, CONFIG.vocab_size)
     assert embedding is model.get_input_embeddings()
     assert model.config.vocab_size == model.model.config.vocab_size == wanted
     after = dict(model.named_arrays())
@@ -359,4 +360,4 @@ def test_encodings_are_keyword_arguments(backend):
 def test_saved_files_are_safetensors(backend, tmp_path):
     model_of(backend).save_pretrained(tmp_path, max_shard_size="100KB", safe_serialization=True)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    assert set(Checkpoint.open(tmp_path).tensors) == set(shapes(TINY))
+    assert set(Checkpoint.open(tmp_path).tensors) == set(shapes(CONFIG))

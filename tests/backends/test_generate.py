@@ -26,15 +26,16 @@ from mistral_core.errors import (
 from mistral_core.reference import engine, heads
 from mistral_core.text.tokenizer import MistralTokenizer
 
-NEW = 2 * TINY.sliding_window + 3
-PARAMETERS = random_parameters(TINY, "MistralForCausalLM")
-IDS = np.random.default_rng(0).integers(3, TINY.vocab_size, (2, 9))
-EXPECTED = heads.greedy(TINY, PARAMETERS, IDS, max_new_tokens=NEW)
+CONFIG = TINY.replace(num_hidden_layers=1)
+NEW = 2 * CONFIG.sliding_window + 3
+PARAMETERS = random_parameters(CONFIG, "MistralForCausalLM")
+IDS = np.random.default_rng(0).integers(3, CONFIG.vocab_size, (2, 9))
+EXPECTED = heads.greedy(CONFIG, PARAMETERS, IDS, max_new_tokens=NEW)
 
 
 @pytest.fixture(scope="module")
 def model(backend):
-    return backend.MistralForCausalLM(TINY).load_arrays(PARAMETERS)
+    return backend.MistralForCausalLM(CONFIG).load_arrays(PARAMETERS)
 
 
 def new_tokens(out):
@@ -83,14 +84,14 @@ def test_options_come_before_the_config_and_the_config_before_the_checkpoint_s(m
         (GenerationConfigError, [[1]], {"stop_strings": "x"}),
         (GenerationConfigError, [[1]], {"num_beams": 2, "num_return_sequences": 3}),
         (GenerationConfigError, [[1]], {"prompt_lookup_num_tokens": 2, "on_device_loop": True}),
-        (TokenIdError, [[1, TINY.vocab_size]], {}),
+        (TokenIdError, [[1, CONFIG.vocab_size]], {}),
         (EmptyInputError, [[]], {}),
         (EmptyInputError, [[1, 2]], {"attention_mask": [[0, 0]]}),
         (GenerationConfigError, [[1]], {"max_new_tokens": -1}),
         (GenerationConfigError, [[1]], {"max_new_tokens": True}),
         (GenerationConfigError, [[1]], {"temperatur": 1.0}),
-        (GenerationConfigError, [[1]], {"eos_token_id": TINY.vocab_size}),
-        (SequenceTooLongError, [[1]], {"max_new_tokens": TINY.max_position_embeddings}),
+        (GenerationConfigError, [[1]], {"eos_token_id": CONFIG.vocab_size}),
+        (SequenceTooLongError, [[1]], {"max_new_tokens": CONFIG.max_position_embeddings}),
     ],
 )
 def test_errors_come_before_any_work(model, error, inputs, options):
@@ -108,7 +109,7 @@ MASK = np.array([[0, 0, 0, 0, 1, 1, 1, 1, 1], [1] * 9])
 
 
 def reference(**options):
-    return engine.generate(TINY, PARAMETERS, IDS, **options)
+    return engine.generate(CONFIG, PARAMETERS, IDS, **options)
 
 
 @pytest.mark.feature("Sampling: the same seed, the same tokens in every framework")
@@ -194,7 +195,7 @@ def test_a_caller_s_functions_get_the_framework_s_arrays(model):
         )  # fmt: skip
         wanted = reference(attention_mask=MASK, num_beams=beams, **{**options, "max_new_tokens": 3})
         assert np.array_equal(found, wanted.sequences)
-        assert asked == [(True, True, (2 * beams, n), (2 * beams, TINY.vocab_size)) for n in (9, 10, 11)]
+        assert asked == [(True, True, (2 * beams, n), (2 * beams, CONFIG.vocab_size)) for n in (9, 10, 11)]
 
 
 def test_embeddings_and_what_is_told_of_each_step(model):
@@ -228,12 +229,12 @@ def test_what_decode_loops_ask_a_cache(backend, model):
     cache = model(IDS, attention_mask=MASK, use_cache=True).past_key_values
     assert cache.get_seq_length() == 9
     assert cache.get_max_cache_shape() == -1
-    assert backend.KVCache.allocate(TINY, 2, 30).get_max_cache_shape() == 30
+    assert backend.KVCache.allocate(CONFIG, 2, 30).get_max_cache_shape() == 30
     pair = cache.batch_repeat_interleave(2)
     assert np.asarray(pair.length).tolist() == [5, 5, 9, 9]
     assert np.asarray(pair.reorder_cache(np.array([2, 0])).length).tolist() == [9, 5]
     assert np.asarray(pair.batch_select_indices(np.array([3])).length).tolist() == [9]
-    full = backend.KVCache.allocate(TINY, 2, 30, rolling=False)
+    full = backend.KVCache.allocate(CONFIG, 2, 30, rolling=False)
     full = model(IDS, attention_mask=MASK, past_key_values=full).past_key_values
     for cropped in (full.crop(7), full.crop(-2)):
         assert np.asarray(cropped.length).tolist() == [5, 7]
@@ -252,11 +253,11 @@ def test_what_decode_loops_ask_a_cache(backend, model):
 @pytest.mark.parametrize("options", [{"eos_token_id": None}, SAMPLED], ids=["greedy", "sampled"])
 def test_guesses_change_no_token(backend, model, options):
     ids, options = np.tile(IDS, 2) % 17 + 3, {"max_new_tokens": NEW, **options}
-    wanted = engine.generate(TINY, PARAMETERS, ids, **options).sequences
+    wanted = engine.generate(CONFIG, PARAMETERS, ids, **options).sequences
     other = {
         n: (x + 0.02 * np.random.default_rng(3).normal(size=x.shape)).astype(x.dtype) for n, x in PARAMETERS.items()
     }
-    assistant = backend.MistralForCausalLM(TINY).load_arrays(other)
+    assistant = backend.MistralForCausalLM(CONFIG).load_arrays(other)
     found = model.generate(ids, **options, assistant_model=assistant, return_dict_in_generate=True)
     assert np.array_equal(found.sequences, wanted)
     found = model.generate(ids, **options, prompt_lookup_num_tokens=3, max_matching_ngram_size=1)
@@ -265,8 +266,8 @@ def test_guesses_change_no_token(backend, model, options):
 
 @pytest.mark.feature("Chunked prefill")
 def test_a_prompt_in_chunks_is_the_whole_prompt(model):
-    long = np.random.default_rng(2).integers(3, TINY.vocab_size, (1, 75))
-    wanted = engine.generate(TINY, PARAMETERS, long, max_new_tokens=5, eos_token_id=None).sequences
+    long = np.random.default_rng(2).integers(3, CONFIG.vocab_size, (1, 75))
+    wanted = engine.generate(CONFIG, PARAMETERS, long, max_new_tokens=5, eos_token_id=None).sequences
     for chunk in (None, 32, 8):
         out = model.generate(long, max_new_tokens=5, eos_token_id=None, prefill_chunk_size=chunk)
         assert np.array_equal(out, wanted), chunk
@@ -278,11 +279,11 @@ def test_the_next_turn_starts_from_the_cache(model):
     first = model.generate(IDS, attention_mask=MASK, **options, return_dict_in_generate=True)
     ids = np.concatenate([np.asarray(first.sequences), IDS[:, :3]], axis=1)
     mask = np.concatenate([np.asarray(first.attention_mask), np.ones((2, 3), int)], axis=1)
-    wanted = engine.generate(TINY, PARAMETERS, ids, attention_mask=mask, **options).sequences
+    wanted = engine.generate(CONFIG, PARAMETERS, ids, attention_mask=mask, **options).sequences
     for past in (first, first.past_key_values, first):  # which stay as they are
         assert np.array_equal(model.generate(ids, attention_mask=mask, past_key_values=past, **options), wanted)
-    edited = np.concatenate([ids[:, :-7], (ids[:, -7:] + 1) % TINY.vocab_size], axis=1)
-    wanted = engine.generate(TINY, PARAMETERS, edited, attention_mask=mask, **options).sequences
+    edited = np.concatenate([ids[:, :-7], (ids[:, -7:] + 1) % CONFIG.vocab_size], axis=1)
+    wanted = engine.generate(CONFIG, PARAMETERS, edited, attention_mask=mask, **options).sequences
     assert np.array_equal(model.generate(edited, attention_mask=mask, past_key_values=first, **options), wanted)
     with pytest.raises(InputError, match="past_key_values"):
         model.generate(IDS[:1], past_key_values=first, **options)
@@ -294,7 +295,7 @@ def test_the_next_turn_starts_from_the_cache(model):
 def test_a_loop_on_the_device_flax_tf(framework, options):
     if framework not in REQUESTED:
         pytest.skip(f"{framework} was not asked for")
-    model = importlib.import_module(f"mistral_{framework}").MistralForCausalLM(TINY).load_arrays(PARAMETERS)
+    model = importlib.import_module(f"mistral_{framework}").MistralForCausalLM(CONFIG).load_arrays(PARAMETERS)
     options = {"max_new_tokens": NEW, **options, "eos_token_id": None}
     plain = reference(attention_mask=MASK, **options)
     out = model.generate(IDS, attention_mask=MASK, on_device_loop=True, **options, return_dict_in_generate=True)
@@ -309,7 +310,7 @@ def test_a_loop_on_the_device_flax_tf(framework, options):
 def test_torch_has_no_loop_on_the_device():
     torch = pytest.importorskip("mistral_torch")
     with pytest.raises(UnsupportedFeatureError, match="on_device_loop"):
-        torch.MistralForCausalLM(TINY).generate(IDS, on_device_loop=True, max_new_tokens=3)
+        torch.MistralForCausalLM(CONFIG).generate(IDS, on_device_loop=True, max_new_tokens=3)
 
 
 # Text
@@ -355,7 +356,7 @@ def test_stop_strings_end_rows_of_a_batch_one_by_one(backend):
 def test_logits_that_are_no_numbers_are_an_error(backend):  # 109
     broken = {name: np.array(x) for name, x in PARAMETERS.items()}
     broken["model.norm.weight"][:] = np.nan
-    model = backend.MistralForCausalLM(TINY).load_arrays(broken)
+    model = backend.MistralForCausalLM(CONFIG).load_arrays(broken)
     for options in ({}, SAMPLED, {"num_beams": 2}):
         with pytest.raises(NonFiniteInputError):
             model.generate(IDS, max_new_tokens=3, **options)
@@ -387,16 +388,16 @@ def test_an_interrupted_call_leaves_the_cache_as_it_was(model):  # 113
 
 @pytest.mark.feature("Few compilations: fixed shapes")
 def test_prompts_of_fifty_lengths_are_few_compilations(backend, monkeypatch):
-    model = backend.MistralForCausalLM(TINY.replace(sliding_window=None)).load_arrays(PARAMETERS)
+    model = backend.MistralForCausalLM(CONFIG.replace(sliding_window=None)).load_arrays(PARAMETERS)
     counted = counting(backend.__name__, model, monkeypatch)
-    ids = np.random.default_rng(0).integers(3, TINY.vocab_size, (1, 1000))
+    ids = np.random.default_rng(0).integers(3, CONFIG.vocab_size, (1, 1000))
     for length in range(1, 1000, 20):
         model.generate(ids[:, :length], max_new_tokens=2, eos_token_id=None, compile="on")
     assert 1 < counted() <= 8
 
 
 def test_a_setting_that_changes_no_program_compiles_nothing_anew(backend, monkeypatch):
-    model = backend.MistralForCausalLM(TINY).load_arrays(PARAMETERS)
+    model = backend.MistralForCausalLM(CONFIG).load_arrays(PARAMETERS)
     counted = counting(backend.__name__, model, monkeypatch)
 
     def run(**options):
@@ -406,7 +407,7 @@ def test_a_setting_that_changes_no_program_compiles_nothing_anew(backend, monkey
     once = counted()
     assert once > 0
     model.config.pad_token_id, model.config.bos_token_id, model.config.eos_token_id = 5, 6, 7
-    model.config.id2label, model.config.initializer_range = {i: f"label {i}" for i in range(TINY.num_labels)}, 0.5
+    model.config.id2label, model.config.initializer_range = {i: f"label {i}" for i in range(CONFIG.num_labels)}, 0.5
     model.generation_config.temperature, model.generation_config.pad_token_id = 0.5, 8
     run(do_sample=True, temperature=np.float32(0.7), seed=3, max_new_tokens=np.int64(4), eos_token_id=9)
     assert counted() == once
@@ -448,6 +449,6 @@ def test_a_window_bounds_the_cache(model):
     for new in (5, 90):
         out = model.generate(IDS, max_new_tokens=new, eos_token_id=None, return_dict_in_generate=True)
         sizes.append([k.shape[1] for k in out.past_key_values.keys])
-    assert set(sizes[1]) == {TINY.sliding_window + 1 + 64}  # window, spare slot, lookback
+    assert set(sizes[1]) == {CONFIG.sliding_window + 1 + 64}  # window, spare slot, lookback
     full = model.generate(IDS, max_new_tokens=5, cache="full", eos_token_id=None, return_dict_in_generate=True)
     assert all(k.shape[1] >= 14 for k in full.past_key_values.keys)
