@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mistral_core.config import MistralConfig
+from mistral_core.outputs import CausalLMOutput
 from mistral_core.reference import heads, ops
 from mistral_core.weights import pretrained
 
@@ -34,11 +35,11 @@ def check(
     window, length = _sizes(config)
     if config.sliding_window is not None:
         config = config.replace(sliding_window=window)
-    adapter = adapters.get(backend)
+    adapter, expected = adapters.get(backend), _expected(config, parameters, dtype, length)
     return [
         item
         for each in ((implementation,) if implementation else adapter.implementations)
-        for item in _check(Subject(adapter, each, dtype), config, parameters, window, length)
+        for item in _check(Subject(adapter, each, dtype), config, parameters, window, expected)
     ]
 
 
@@ -54,17 +55,37 @@ def _sizes(config: MistralConfig) -> tuple[int, int]:
     return window, 2 * window + 3
 
 
-def _check(
-    subject: Subject, config: MistralConfig, parameters: dict[str, Array], window: int, length: int
-) -> Iterator[Comparison]:
-    adapter = subject.adapter
-    model = adapter.model("MistralForCausalLM", config, parameters, subject.dtype, subject.implementation)
+class _Expected(NamedTuple):
+    """A batch with a padded row, and what the reference makes of it: rounded as the dtype says, and exact."""
+
+    ids: Array
+    mask: Array
+    wanted: CausalLMOutput
+    exact: CausalLMOutput
+    tokens: Array
+    """[B, T + new] after a greedy decode; in float32 only."""
+
+
+def _expected(config: MistralConfig, parameters: dict[str, Array], dtype: str, length: int) -> _Expected:
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, length))
     mask = np.ones_like(ids)
     mask[0, : length // 3] = 0
-    rounds = ops.exact if subject.dtype == "float32" else ops.rounding(subject.dtype)
-    wanted = heads.causal_lm(config, parameters, ids, attention_mask=mask, round=rounds)
-    exact = heads.causal_lm(config, parameters, ids, attention_mask=mask)
+    wanted = exact = heads.causal_lm(config, parameters, ids, attention_mask=mask)
+    tokens = ids
+    if dtype == "float32":
+        new = min(NEW_TOKENS, config.max_position_embeddings - length)
+        tokens = np.concatenate([ids, heads.greedy(config, parameters, ids, mask, max_new_tokens=new)], axis=1)
+    else:
+        wanted = heads.causal_lm(config, parameters, ids, attention_mask=mask, round=ops.rounding(dtype))
+    return _Expected(ids, mask, wanted, exact, tokens)
+
+
+def _check(
+    subject: Subject, config: MistralConfig, parameters: dict[str, Array], window: int, expected: _Expected
+) -> Iterator[Comparison]:
+    adapter, (ids, mask, wanted, exact, tokens) = subject.adapter, expected
+    length = ids.shape[1]
+    model = adapter.model("MistralForCausalLM", config, parameters, subject.dtype, subject.implementation)
     out = adapter.call(model, input_ids=ids, attention_mask=mask, output_hidden_states=True)
     assert wanted.hidden_states is not None
     assert exact.hidden_states is not None
@@ -78,11 +99,9 @@ def _check(
         logits = _in_chunks(subject, model, config, ids, mask, sizes)
         yield subject.compare(name, "logits cached", logits, wanted.logits, exact.logits)
     if subject.dtype == "float32":
-        new = min(NEW_TOKENS, config.max_position_embeddings - length)
-        tokens = heads.greedy(config, parameters, ids, mask, max_new_tokens=new)
+        new = tokens.shape[1] - length
         written = model.generate(ids, attention_mask=mask, max_new_tokens=new, eos_token_id=None)
-        target = np.concatenate([ids, tokens], axis=1)
-        yield compare(subject.key, f"{new} tokens", "greedy", adapter.numpy(written), target, Tolerance(0.0, 1.0))
+        yield compare(subject.key, f"{new} tokens", "greedy", adapter.numpy(written), tokens, Tolerance(0.0, 1.0))
 
 
 def _in_chunks(
