@@ -14,6 +14,8 @@ from mistral_core.compat.clients import SeenAs
 from mistral_core.errors import InputError, UnsupportedFeatureError
 
 from .attention import ALIASES, checked
+from .cache import KVCache
+from .outputs import Dictionary
 
 
 class AsTransformers(SeenAs):
@@ -131,11 +133,26 @@ class AsTransformers(SeenAs):
         """Undo `enable_input_require_grads`."""
         self._require_grads_hook.remove()
 
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        """torch's way to the copy of a module for one device of DataParallel, which gathers what the copies return."""
+        replica = super()._replicate_for_data_parallel()
+        replica._forward_hooks = self._forward_hooks.copy()
+        replica.register_forward_hook(_gatherable)
+        return replica
+
 
 def attention_name(implementation: str | None) -> str:
     """An attention implementation by the name that transformers gives it."""
     own = checked(implementation)
     return {ours: theirs for theirs, ours in ALIASES.items()}.get(own, own)
+
+
+def any_parameter(model: nn.Module) -> Tensor:
+    """One of its parameters; the copies that DataParallel makes of a model have them elsewhere."""
+    held = next(model.parameters(), None)
+    if held is not None:
+        return held
+    return next(x for module in model.modules() for x in getattr(module, "_former_parameters", {}).values())
 
 
 def execution_device(model: nn.Module) -> torch.device | None:
@@ -165,3 +182,19 @@ def _hooks(module: nn.Module) -> list[Any]:
 
 def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
     output.requires_grad_(True)
+
+
+def _gatherable(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """The output of a copy of the model, as torch puts those of all devices together, along the batch."""
+    for field in output.values() if isinstance(output, dict) else output:
+        if isinstance(field, Tensor | None) or type(field) is tuple:
+            continue
+        if not isinstance(field, KVCache) or field.capacity is not None:
+            kind = "a KVCache with a capacity" if isinstance(field, KVCache) else f"a {type(field).__name__}"
+            raise UnsupportedFeatureError(
+                f"past_key_values: {kind}, which DataParallel cannot put together from several devices; give a KVCache "
+                "without capacity, or use_cache=False."
+            )
+    if isinstance(output, Dictionary):
+        output._yields_names = True
+    return output

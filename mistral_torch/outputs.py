@@ -20,14 +20,16 @@ class Dictionary(OrderedDict[str, Any]):
     """The fields that are there by name; a field that is not there is None."""
 
     _fields: tuple[str, ...]
+    _yields_names = False
+    """Whether iteration gives the names, as a dictionary's does: so torch's `gather` takes a replica's output apart."""
 
     def __new__(cls, *values: Any, **named: Any) -> Self:
         return OrderedDict.__new__(cls)
 
     def __init__(self, *values: Any, **named: Any) -> None:
-        """The output of these fields, in the order of the class, by name, or of one mapping."""
+        """The output of these fields, in the order of the class, by name, or of one mapping or its items."""
         super().__init__()
-        if len(values) == 1 and isinstance(values[0], Mapping | Iterator) and not named:  # as libraries make one anew
+        if len(values) == 1 and _is_mapping(values[0]) and not named:  # as libraries make one anew
             values, named = (), dict(values[0])
         for name, value in fields_given(type(self), values, named).items():
             super().__setitem__(name, value)
@@ -73,7 +75,7 @@ class Dictionary(OrderedDict[str, Any]):
         raise KeyError(f"{type(self).__name__} has no field {key!r}; it has {', '.join(self._fields)}.")
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.to_tuple())
+        return iter(self.keys() if self._yields_names else self.to_tuple())
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.items())})"
@@ -89,6 +91,13 @@ class Dictionary(OrderedDict[str, Any]):
     def _replace(self, **named: Any) -> Self:
         """The same output with other fields; None takes one away."""
         return type(self)(**{**self._asdict(), **named})
+
+
+def _is_mapping(value: Any) -> bool:
+    """Whether it is a mapping, or its items: an iterator of them, or a tuple of pairs that begin with a name."""
+    if isinstance(value, tuple) and value:
+        return all(isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) for item in value)
+    return isinstance(value, Mapping | Iterator)
 
 
 class ModelOutput(Dictionary, outputs.ModelOutput):

@@ -19,7 +19,7 @@ from mistral_core.weights import pretrained, push
 from mistral_core.weights.resizing import VOCABULARY, resized_config, resized_rows
 
 from .arrays import as_device, as_dtype, from_numpy, to_numpy
-from .compat import AsTransformers, execution_device, kept_parameter
+from .compat import AsTransformers, any_parameter, execution_device, kept_parameter
 
 
 class PreTrainedModel(AsTransformers, nn.Module):
@@ -270,13 +270,13 @@ class PreTrainedModel(AsTransformers, nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters are, or, while accelerate keeps them elsewhere, where it computes with them."""
-        device = next(self.parameters()).device
+        device = any_parameter(self).device
         return execution_device(self) or device if device.type == "meta" else device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the parameters."""
-        return next(self.parameters()).dtype
+        return any_parameter(self).dtype
 
     def _apply(self, *arguments: Any, **options: Any) -> Self:
         """torch's way to move and cast; from and to the meta device it makes two parameters of a tied one."""
