@@ -21,13 +21,18 @@ PREFERENCES = datasets.Dataset.from_dict(
 )
 
 
-def trained(make, model, config, tmp_path, **options):
-    """The losses of two steps, and the trainer."""
+def made(make, model, config, tmp_path, **options):
+    """A trainer of two steps."""
     given = config.pop("config")(
         output_dir=str(tmp_path), max_steps=2, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
         bf16=False, per_device_train_batch_size=2, learning_rate=1e-3, save_strategy="no", **config,
     )  # fmt: skip
-    trainer = make(model, args=given, **options)
+    return make(model, args=given, **options)
+
+
+def trained(make, model, config, tmp_path, **options):
+    """The losses of two steps, and the trainer."""
+    trainer = made(make, model, config, tmp_path, **options)
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert len(losses) == 2
@@ -50,15 +55,29 @@ def test_supervised_fine_tuning(model, their_model, tokenizer, tmp_path):
     type(model).from_pretrained(tmp_path / "saved")
 
 
-@pytest.mark.client("trl", "SFTTrainer(packing=True): no padding, a first loss near that of the rows alone")
+@pytest.mark.client("trl", "SFTTrainer(packing=True): loss and gradients are those of the documents one by one")
 def test_packing(path, model, tokenizer, tmp_path):
-    options = {"train_dataset": TEXTS, "processing_class": tokenizer}
-    alone, _ = trained(trl.SFTTrainer, model, {"config": trl.SFTConfig, "shuffle_dataset": False}, tmp_path, **options)
-    packed = {"config": trl.SFTConfig, "packing": True, "max_length": 64, "gradient_accumulation_steps": 1}
-    again = type(model).from_pretrained(path)
-    losses, trainer = trained(trl.SFTTrainer, again, packed, tmp_path, **options)
-    assert trainer.padding_free
-    assert losses[0] == pytest.approx(alone[0], rel=0.3)
+    config = {"config": trl.SFTConfig, "packing": True, "max_length": 64}
+    trainer = made(trl.SFTTrainer, model, config, tmp_path, train_dataset=TEXTS, processing_class=tokenizer)
+    batch = next(iter(trainer.get_train_dataloader()))
+    (ids,), (position,) = batch["input_ids"], batch["position_ids"]
+    documents = ids.tensor_split((position == 0).nonzero().flatten()[1:].tolist())
+    # trl writes the end of a text into it, and what is written in a text is text to our tokenizer
+    texts = sorted(f"{text}{tokenizer.eos_token}" for text in TEXTS["text"])
+    assert sorted(tokenizer.decode(each, skip_special_tokens=True) for each in documents) == texts
+
+    alone, targets = type(model).from_pretrained(path).train(), len(ids) - len(documents)
+    wanted = [alone(each[None], labels=each[None], num_items_in_batch=targets).loss for each in documents]
+    sum(wanted).backward()
+    loss = trainer.compute_loss(model, dict(batch))
+    loss.backward()
+    torch.testing.assert_close(loss, sum(wanted), rtol=1e-5, atol=0)
+    for (name, parameter), other in zip(model.named_parameters(), alone.parameters(), strict=True):
+        difference = (parameter.grad - other.grad).abs().max()
+        assert difference <= 1e-5 * other.grad.abs().max(), name
+
+    seeing = trainer.compute_loss(model, {"input_ids": ids[None], "labels": batch["labels"]})
+    assert abs(seeing - loss) > 0.01 * loss, "documents that see each other have another loss"
 
 
 @pytest.mark.client("trl", "DPOTrainer without ref_model: begins at ln 2, the losses of transformers' model")
