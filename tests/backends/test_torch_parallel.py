@@ -160,7 +160,8 @@ def one_process(tmp_path):
 @pytest.mark.parametrize("options", [{"find_unused_parameters": True}, {"static_graph": True}, {}], ids=str)
 def test_distributed_data_parallel(one_process, options):
     model = make()
-    wanted, found = model(IDS, labels=IDS), DistributedDataParallel(model, **options)(IDS, labels=IDS)
+    parallel = DistributedDataParallel(model, **options)  # backward asks for it too
+    wanted, found = model(IDS, labels=IDS), parallel(IDS, labels=IDS)
     same(found, wanted)
     found.loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
