@@ -36,7 +36,7 @@ from mistral_core.weights.containers.tensor_file import (
     opened,
     quoted,
 )
-from mistral_core.weights.formats import hf, raw
+from mistral_core.weights.formats import raw, sharded
 from mistral_core.weights.formats.base import Outline, Target
 from mistral_core.weights.opened import Checkpoint
 
@@ -233,7 +233,7 @@ class _HuggingFace:
 
     def open(self, path: Path, config: MistralConfig | None) -> Checkpoint:
         """Understand the headers; names stay those of the files."""
-        return hf.from_shards(path, "hf-bin", open_files(path, self.family), config)
+        return sharded.from_shards(path, "hf-bin", open_files(path, self.family), config)
 
     def check(self, outline: Outline) -> None:
         """Raise UnsupportedFeatureError: pickles are not written."""

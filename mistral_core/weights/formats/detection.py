@@ -1,0 +1,207 @@
+"""The formats of weights: one row each, one module each, found by name and content, never by guessing.
+
+A new format is a module with `open`, `check` and `create` (see `base.Format`) and a row here; the module may lie in
+another package that registers it at the entry point `mistral.formats`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ...compat import unread
+from ...config import MistralConfig
+from ...disk import reading
+from ...errors import CheckpointNotFoundError, ConversionError, MissingExtraError, UnsupportedFeatureError
+from ..containers import tensor_file
+from ..containers.hdf5 import file as hdf5_file
+from ..containers.safetensors import SafetensorsFile
+from ..containers.shards import weight_map_of
+from ..containers.tensor_file import quoted
+from ..containers.zarr import tree as zarr_tree
+from ..opened import Checkpoint
+from .base import Format
+
+GROUP = "mistral.formats"
+
+
+class Row(NamedTuple):
+    """A format: its name, what it is, the files that show it is there, its module, what must be installed."""
+
+    name: str
+    summary: str
+    files: tuple[str, ...]
+    module: str
+    extra: str | None = None
+    written: bool = True
+
+
+def _with_index(*names: str) -> tuple[str, ...]:
+    return tuple(each for name in names for each in (name, f"{name}.index.json"))
+
+
+FORMATS = {
+    row.name: row
+    for row in (
+        Row("hf", "Hugging Face safetensors", _with_index("model.safetensors"), ".sharded"),
+        Row("raw", "Mistral's own: consolidated.safetensors", _with_index("consolidated.safetensors"), ".raw"),
+        Row("flax-msgpack", "transformers' Flax", _with_index("flax_model.msgpack"), ".flax_msgpack"),
+        Row("flax-safetensors", "transformers' Flax, in safetensors", (), ".flax_safetensors"),
+        Row("tf-h5", "transformers' TensorFlow", _with_index("tf_model.h5"), ".tf_h5", "convert"),
+        Row("tf-safetensors", "transformers' TensorFlow, in safetensors", (), ".tf_safetensors"),
+        Row("keras-hub", "a KerasHub preset", ("model.weights.json",), ".keras_hub", "convert"),
+        Row("keras", "our Keras models", ("model.keras", "model.weights.h5"), ".keras", "convert"),
+        Row("orbax", "our Flax parameters in Orbax", ("params/_METADATA", "_METADATA"), ".orbax", "orbax"),
+        Row("maxtext", "MaxText's tree in Orbax", ("0/items/_METADATA", "items/_METADATA"), ".maxtext", "orbax"),
+        Row("gguf", "GGUF, architecture llama", ("model.gguf",), ".gguf", "convert"),
+        Row("hf-bin", "pytorch_model.bin", _with_index("pytorch_model.bin"), "torch", "torch", written=False),
+        Row("raw-pth", "consolidated.NN.pth", ("consolidated.00.pth",), "torch", "torch", written=False),
+    )
+}
+"""In the order in which they are looked for; the last two are pickles, taken only where nothing else is there."""
+
+PICKLES = ("hf-bin", "raw-pth")
+
+
+def module_of(name: str) -> Format:
+    """The module of a format; raises ConversionError for an unknown name, MissingExtraError."""
+    if name not in FORMATS:
+        raise ConversionError(f"format: {name!r}, one of {', '.join(FORMATS)} was expected.")
+    row = FORMATS[name]
+    try:
+        if row.module.startswith("."):
+            module: Format = importlib.import_module(row.module, __package__)
+            return module
+        points = {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
+        if name in points:
+            loaded: Format = points[name].load()
+            return loaded
+        raise ImportError(f"no entry point {name} in {GROUP}")
+    except ImportError as cause:
+        if row.extra is None:
+            raise
+        raise MissingExtraError(
+            f"the format {name} needs {cause.name or cause}; pip install 'mistral-frameworks[{row.extra}]'."
+        ) from cause
+
+
+def open_checkpoint(path: Path, *, format: str | None = None, config: MistralConfig | None = None) -> Checkpoint:
+    """Open a path as a format, or as what it is; of several in one directory, as `hf` if that is among them."""
+
+    def opened(path: Path) -> Checkpoint:
+        chosen = format
+        if chosen is None:
+            found = detect(path)
+            if len(found) > 1 and found[0] != "hf":
+                raise several(path, found)
+            chosen = found[0]
+        checkpoint = module_of(chosen).open(path, config)
+        checkpoint.keep_open()
+        return checkpoint
+
+    return reading.of_one_moment(path, opened)
+
+
+def several(path: Path, found: Collection[str]) -> ConversionError:
+    """The error for a directory with more than one format."""
+    return ConversionError(f"{path}: holds {', '.join(found)}; say which one by format= or --from.")
+
+
+def detect(path: Path) -> list[str]:
+    """The formats at a path, at least one; raises CheckpointNotFoundError, UnsupportedFeatureError.
+
+    A file is told by its first bytes and the names in it, a directory by the names of its files; where names are
+    shared between formats, what is in them decides.
+    """
+    path = reading.held(path)
+    if not path.is_dir():
+        return [_of_index(path) if path.name.endswith(".index.json") else _of_file(path)]
+    names = set(reading.names(path))
+    found = [_told_apart(path, row, name) for row in FORMATS.values() for name in _present(path, row, names)]
+    found = list(dict.fromkeys(found))
+    loose = sorted(name for name in names if name.endswith((".gguf", ".keras", ".weights.h5")) and "-of-" not in name)
+    if not found and len(loose) > 1:
+        raise ConversionError(f"{path}: holds {', '.join(map(quoted, loose))}; give the path of one of them.")
+    if not found and loose:
+        found = [_of_file(path / loose[0])]
+    safe = [name for name in found if name not in PICKLES]
+    if not found:
+        raise _nothing(path, names)
+    return safe or found
+
+
+def _present(directory: Path, row: Row, names: Collection[str]) -> Iterator[str]:
+    for name in row.files:
+        if name in names or ("/" in name and (directory / name).exists()):
+            yield name
+
+
+def _told_apart(directory: Path, row: Row, name: str) -> str:
+    """The format of a file whose name several formats use."""
+    if row.name == "hf":
+        path = directory / name
+        found = _of_index(path) if name.endswith(".index.json") else _of_file(path)
+        return found if found.endswith("-safetensors") else "hf"  # raw names under this name are a mistake to explain
+    if name == "model.weights.h5":
+        return _of_hdf5(directory / name)
+    if row.name == "orbax":
+        return zarr_tree.format_of((directory / name).parent)
+    return row.name
+
+
+def _of_index(path: Path) -> str:
+    """The format of an index, by its name or by the names that it maps."""
+    for row in FORMATS.values():
+        if path.name in row.files and row.name != "hf":
+            return row.name
+    return _of_names(weight_map_of(path)[0])
+
+
+def _of_file(path: Path) -> str:
+    """The format of one file, by its first bytes and what they lead to."""
+    first = tensor_file.first_bytes(path)
+    if first.startswith(b"GGUF"):
+        return "gguf"
+    if first.startswith(b"\x89HDF\r\n\x1a\n"):
+        return _of_hdf5(path)
+    if first.startswith(b"PK"):
+        return "keras" if path.name.endswith(".keras") else _of_pickle(path)
+    if path.name.endswith(".msgpack"):
+        return "flax-msgpack"
+    if path.name.endswith((".bin", ".pth", ".pt", ".ckpt")):
+        return _of_pickle(path)
+    return _of_names(SafetensorsFile(path).tensors)
+
+
+def _of_pickle(path: Path) -> str:
+    return "raw-pth" if path.name.startswith("consolidated") else "hf-bin"
+
+
+def _of_names(names: Collection[str]) -> str:
+    """The format of safetensors, by the names of the tensors."""
+    if any(name.endswith(":0") for name in names):
+        return "tf-safetensors"
+    if any(name.endswith((".kernel", ".embedding")) for name in names):
+        return "flax-safetensors"
+    if any(name.startswith(("tok_embeddings.", "layers.0.attention.")) for name in names):
+        return "raw"
+    return "hf"
+
+
+def _of_hdf5(path: Path) -> str:
+    """The format of an HDF5 file, by its groups."""
+    names = hdf5_file.root_names(path)
+    if "layers/reversible_embedding" in names:
+        return "keras-hub"
+    return "tf-h5" if "layer_names" in names else "keras"
+
+
+def _nothing(directory: Path, names: Collection[str]) -> Exception:
+    """The error for a directory in which no format is found."""
+    if text := unread.told(names):
+        return UnsupportedFeatureError(f"{directory}: {text}.")
+    looked_for = ", ".join(row.files[0] for row in FORMATS.values() if row.files)
+    return CheckpointNotFoundError(f"{directory}: none of {looked_for} is there; check the path.")
