@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from mistral_core.errors import MissingExtraError, TemplateError, TemplateSecurityError, TemplateTimeoutError
-from mistral_core.text.templates import process as template_process
-from mistral_core.text.templates import worker as template_worker
-from mistral_core.text.templates.process import PROCESS, TemplateProcess
 from mistral_core.text.templates.prompt import render, segments
+from mistral_core.text.templates.sandbox import process as template_process
+from mistral_core.text.templates.sandbox import worker as template_worker
+from mistral_core.text.templates.sandbox.process import PROCESS, TemplateProcess
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
@@ -266,7 +266,7 @@ def test_threads_share_the_process():
 FORK = """
 import os
 from mistral_core.text.templates.prompt import render
-from mistral_core.text.templates.process import PROCESS
+from mistral_core.text.templates.sandbox.process import PROCESS
 
 def shown(text):
     return render("{{ messages[0].content }}", messages=[{"role": "user", "content": text}])

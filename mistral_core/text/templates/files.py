@@ -10,7 +10,7 @@ from typing import Any
 from ...disk import limits, reading, strict_json
 from ...disk.files import check_bare_name
 from ...errors import TemplateError, UnsafeFileError
-from .worker import MAX_TEMPLATE_BYTES
+from .sandbox.worker import MAX_TEMPLATE_BYTES
 
 FILE = "chat_template.jinja"
 OLD_FILE = "chat_template.json"

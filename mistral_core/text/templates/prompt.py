@@ -19,9 +19,9 @@ from ...errors import TemplateError, TemplateSecurityError, TemplateTimeoutError
 from .. import utf8
 from ..segments import Part, Segment
 from .marks import Marks, unused_characters
-from .process import PROCESS
 from .said import NOT_ASKED, check_tag, with_spans, without_ends
-from .worker import MAX_MEMORY, MAX_TEMPLATE_BYTES
+from .sandbox.process import PROCESS
+from .sandbox.worker import MAX_MEMORY, MAX_TEMPLATE_BYTES
 
 MAX_DEPTH = limits.TEMPLATE_DEPTH
 """Of lists and dicts in each other."""

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from ...errors import MissingExtraError, TemplateError, TemplateTimeoutError
+from ....errors import MissingExtraError, TemplateError, TemplateTimeoutError
 from . import worker
 
 SECONDS = 2.0
