@@ -41,7 +41,7 @@ import sys, time
 from mistral_core.weights import convert as module, formats
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-formats.module_of(sys.argv[3])
+formats.format_named(sys.argv[3])
 base = peak()
 start = time.perf_counter()
 report = module.convert(sys.argv[1], sys.argv[2], to=sys.argv[3], verify=sys.argv[4], overwrite=True, allow_lossy=True)

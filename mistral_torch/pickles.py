@@ -14,6 +14,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,8 +25,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mistral_core import MistralConfig
 from mistral_core.disk import limits, reading
 from mistral_core.errors import CorruptCheckpointError, LimitExceededError, UnsafeFileError, UnsupportedFeatureError
+from mistral_core.parameters import BASE_PREFIX
+from mistral_core.weights import layouts
 from mistral_core.weights.containers import tensor_file
-from mistral_core.weights.containers.shards import Family, Specs, open_files
+from mistral_core.weights.containers.shards import Family, Specs
 from mistral_core.weights.containers.stored_zip import Member, StoredZip
 from mistral_core.weights.containers.tensor_file import (
     CODES,
@@ -36,8 +39,9 @@ from mistral_core.weights.containers.tensor_file import (
     opened,
     quoted,
 )
-from mistral_core.weights.formats import raw, sharded
+from mistral_core.weights.formats import sharded
 from mistral_core.weights.formats.base import Outline, Target
+from mistral_core.weights.formats.sharded import Sharded
 from mistral_core.weights.opened import Checkpoint
 
 from .arrays import DTYPES
@@ -224,30 +228,22 @@ def _make(path: Path, specs: Specs) -> dict[str, TensorInfo]:
     _not_written()
 
 
-class _HuggingFace:
-    """pytorch_model.bin, and shards with an index."""
-
-    family = Family(
-        "pytorch_model.bin", "pytorch_model-{:05d}-of-{:05d}.bin", "pytorch_model.bin.index.json", PickledFile, _make
-    )
-
-    def open(self, path: Path, config: MistralConfig | None) -> Checkpoint:
-        """Understand the headers; names stay those of the files."""
-        return sharded.from_shards(path, "hf-bin", open_files(path, self.family), config)
+@dataclass(frozen=True)
+class _Pickled(Sharded):
+    """Shards that are pickles, which are read and not written."""
 
     def check(self, outline: Outline) -> None:
         """Raise UnsupportedFeatureError: pickles are not written."""
         _not_written()
 
-    def create(self, directory: Path, outline: Outline, limit: int) -> Mapping[str, Target]:
+    def create(self, directory: Path, outline: Outline, limit: int) -> dict[str, Target]:
         """Raise UnsupportedFeatureError: pickles are not written."""
         _not_written()
 
 
-class _Raw(_HuggingFace):
-    """consolidated.00.pth and params.json."""
-
-    family = Family("consolidated.00.pth", "", "consolidated.pth.index.json", PickledFile, _make)
+@dataclass(frozen=True)
+class _Raw(_Pickled):
+    """consolidated.00.pth, which others may go on."""
 
     def open(self, path: Path, config: MistralConfig | None) -> Checkpoint:
         """Understand the header; raises UnsupportedFeatureError where the matrices are cut for several devices."""
@@ -258,8 +254,15 @@ class _Raw(_HuggingFace):
                 f"{directory}: {self.family.single} goes on in {', '.join(map(quoted, others))}, cut for several "
                 "devices; merge them into one consolidated.safetensors first."
             )
-        return raw.from_shards(path, "raw-pth", open_files(path, self.family), config)
+        return super().open(path, config)
 
 
-HF = _HuggingFace()
-RAW = _Raw()
+_BIN = Family(
+    "pytorch_model.bin", "pytorch_model-{:05d}-of-{:05d}.bin", "pytorch_model.bin.index.json", PickledFile, _make
+)
+HF = _Pickled("hf-bin", _BIN, prefix=BASE_PREFIX)
+"""pytorch_model.bin, and shards with an index."""
+
+_PTH = Family("consolidated.00.pth", "", "consolidated.pth.index.json", PickledFile, _make)
+RAW = _Raw("raw-pth", _PTH, sharded.PARAMS, sharded.raw_name, layouts.rotary_pairs)
+"""consolidated.00.pth and params.json."""

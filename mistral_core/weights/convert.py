@@ -27,12 +27,12 @@ from ..errors import (
     NonFiniteWeightsError,
     OutputExistsError,
 )
-from ..parameters import Parameter, shapes
+from ..parameters import shapes
 from . import casting, fingerprint, formats, manifest
 from .containers.shards import shard_bytes
 from .containers.tensor_file import DTYPES
-from .formats.base import Outline
-from .layouts import Layout
+from .formats.base import Format, Lossy, Moving, Outline
+from .layouts import as_it_is
 from .matching import canonical_names, match, own_class
 from .opened import Checkpoint, fits_in_cache
 from .sources import PRESET_FILES, resolve_checkpoint
@@ -181,10 +181,10 @@ def _plan(
     dtypes = {name: code or checkpoint.tensors[source].dtype for name, source in sources.items()}
     texts = {name: read() for name, read in checkpoint.texts.items()}
     outline = Outline(config, architecture, dtypes, texts, chosen)
-    module = formats.module_of(to)
-    module.check(outline)
+    chosen_format = formats.format_named(to)
+    chosen_format.check(outline)
     losses = {"source": "; ".join(checkpoint.losses)} if checkpoint.losses else {}
-    losses |= module.lossy(outline) if hasattr(module, "lossy") else {}
+    losses |= chosen_format.lossy(outline) if isinstance(chosen_format, Lossy) else {}
     sizes = {name: math.prod(shape) for name, shape in shapes(config, architecture).items()}
     report = Report(
         str(checkpoint.path),
@@ -195,7 +195,7 @@ def _plan(
         len(sources),
         sum(sizes[name] * DTYPES[dtypes[name]].itemsize for name in sources),
         _counted(dtypes.values()),
-        _moves(checkpoint, sources, outline, getattr(module, "LAYOUT", None)),
+        _moves(checkpoint, sources, outline, chosen_format),
         sorted(texts),
         dict(losses),
     )
@@ -224,11 +224,12 @@ def _moves(
     checkpoint: Checkpoint,
     sources: Mapping[str, str],
     outline: Outline,
-    layout_of: Callable[[Parameter], Layout] | None,
+    target: Format,
 ) -> dict[str, int]:
     """What the source's layout and the target's ask for; a move that is undone and done again is told twice."""
     undone = (move for source in sources.values() if (move := checkpoint.tensors[source].moves))
-    done = (move for row in outline.rows().values() if layout_of and (move := layout_of(row).moves))
+    layout_of = target.layout_of if isinstance(target, Moving) else as_it_is
+    done = (move for row in outline.rows().values() if (move := layout_of(row).moves))
     before = {f"no longer {move}": count for move, count in _counted(undone).items()}
     return before | {f"now {move}": count for move, count in _counted(done).items()}
 
@@ -401,7 +402,7 @@ def _same_logits(plan: _Plan, directory: Path) -> dict[str, Any]:
     """The fingerprint of source and result; raises CorruptCheckpointError where they should be equal and are not."""
     before = fingerprint.of(plan.checkpoint, plan.outline.architecture)
     after = fingerprint.of(
-        formats.module_of(plan.format).open(directory, plan.outline.config), plan.outline.architecture
+        formats.format_named(plan.format).open(directory, plan.outline.config), plan.outline.architecture
     )
     difference = fingerprint.difference(before, after)
     if difference and not plan.report.losses:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ _OF_ACTIVATIONS = frozenset(
 
 
 def dequantised(
-    shards: list[TensorFile], described: Path, key: str, read: Any, config: MistralConfig | None
+    shards: list[TensorFile], described: Path, key: str, read: Any, config: Callable[[], MistralConfig]
 ) -> list[TensorFile]:
     """Opened files, or one view of them in which packed matrices are float tensors.
 
@@ -50,10 +50,9 @@ def dequantised(
     data = strict_json.read_object(described, error=ConfigError)
     if data.get(key) is None:
         return shards
-    named = config.dtype if config else data.get("dtype") or data.get("torch_dtype")
+    scheme = read(data[key], where=str(described))
     codes = {dtype.name: code for dtype, code in CODES.items()}
-    code = codes.get(str(named).removeprefix("torch."), "F32")
-    return [Dequantised(shards, read(data[key], where=str(described)), code)]
+    return [Dequantised(shards, scheme, codes.get(str(config().dtype), "F32"))]
 
 
 def labelled(tensors: Mapping[str, StoredTensor], files: Iterable[TensorFile]) -> dict[str, StoredTensor]:

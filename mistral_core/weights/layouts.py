@@ -33,7 +33,9 @@ class Layout(NamedTuple):
         return ", ".join(name for name, done in names.items() if done)
 
 
-AS_IT_IS = Layout()
+def as_it_is(row: Parameter) -> Layout:
+    """The table's own layout."""
+    return Layout()
 
 
 def kernel(row: Parameter) -> Layout:

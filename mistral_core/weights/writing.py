@@ -46,9 +46,9 @@ def write_checkpoint(
     each tensor. Raises TensorMismatchError and its kinds,
     CorruptCheckpointError, and what the format raises for what it cannot express.
     """
-    module = formats.module_of(format)
-    module.check(outline)
-    targets = module.create(directory, outline, limit)
+    chosen_format = formats.format_named(format)
+    chosen_format.check(outline)
+    targets = chosen_format.create(directory, outline, limit)
     written = _Written(outline, hashes, {} if losses is None else losses)
     with _Syncing(directory) as syncing:
         with Workers(written.largest) as workers:
@@ -58,7 +58,7 @@ def write_checkpoint(
                 del array  # before the next one comes
         digests = written.complete()
         syncing.written(_SYNC_BYTES)
-        description = manifest.describe(directory, module.open(directory, None), hashes=hashes)
+        description = manifest.describe(directory, chosen_format.open(directory, None), hashes=hashes)
     for name, expected in digests.items():
         if hashes and description["tensors"].get(name, {}).get("sha256") != expected:
             raise CorruptCheckpointError(f"{directory}: {name} reads back differently; check the disk.")

@@ -1,10 +1,12 @@
 """convert: what it refuses before it writes, what it reports, what travels along, and that nothing is lost."""
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
 import tracemalloc
+import types
 import warnings
 
 import numpy as np
@@ -16,6 +18,7 @@ from mistral_core.cli import main
 from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.weights import casting, difference, formats, manifest, pretrained
 from mistral_core.weights.checkpoint import load
+from mistral_core.weights.formats.sharded import Sharded
 from mistral_core.weights.opened import Checkpoint
 
 TEXTS = {
@@ -276,22 +279,23 @@ def test_logits_of_source_and_result_are_equal_and_kept(tmp_path):
 
 
 def test_64_logits_that_differ_stop_the_conversion(tmp_path, monkeypatch):
-    raw = formats.module_of("raw")
-    opened, done = raw.open, []
+    opened, done = Sharded.open, []
 
-    def read_as_half_split(path, config):
-        checkpoint = opened(path, config)
+    def read_as_half_split(self, path, config):
+        checkpoint = opened(self, path, config)
+        if self.name != "raw":
+            return checkpoint
         if done:  # the first time it is read back for its hashes
             wrong = checkpoint.tensors["model.layers.0.self_attn.q_proj.weight"]
             monkeypatch.setitem(
                 checkpoint.tensors,
                 "model.layers.0.self_attn.q_proj.weight",
-                wrong._replace(load=lambda cached: np.roll(wrong.load(cached), 1, axis=0)),
+                wrong._replace(load=lambda *how: np.roll(wrong.load(*how), 1, axis=0)),
             )
         done.append(path)
         return checkpoint
 
-    monkeypatch.setattr(raw, "open", read_as_half_split)
+    monkeypatch.setattr(Sharded, "open", read_as_half_split)
     with pytest.raises(errors.CorruptCheckpointError, match="logits differ"):
         convert(TINY_CHECKPOINT, tmp_path / "raw", to="raw", verify="logits")
     assert os.listdir(tmp_path) == []
@@ -358,6 +362,30 @@ def test_quiet(source, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         convert(source, tmp_path / "out", to="raw", check_finite=False)
+
+
+@pytest.mark.parametrize("format", [row.name for row in formats.FORMATS.values() if row.written])
+def test_what_is_moved_is_told(tmp_path, format):
+    """The report of a conversion there says what that of one back undoes."""
+    config = TINY.replace(head_dim=16)  # a power of four: MaxText's scale of the queries is exact
+    source = write(tmp_path / "hf", "hf", ordinary(config), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        there = convert(source, tmp_path / "a", to=format)
+    back = convert(tmp_path / "a", tmp_path / "b", to="hf", dry_run=True)
+    undone = {move.removeprefix("no longer ").removesuffix(", queries scaled") for move in back.moves}
+    assert undone == {move.removeprefix("now ") for move in there.moves}
+
+
+def test_a_format_needs_no_more_than_it_promises(monkeypatch, tmp_path):
+    """Another package's format has `open`, `check` and `create`; what is lossy or moves is optional."""
+    one = formats.format_named("hf")
+    plain = types.SimpleNamespace(open=one.open, check=one.check, create=one.create)
+    point = types.SimpleNamespace(load=lambda: plain)
+    monkeypatch.setitem(formats.FORMATS, "plain", formats.Row("plain", "another package's", (), None))
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: [point])
+    report = convert(TINY_CHECKPOINT, tmp_path / "out", to="plain")
+    assert (report.moves, report.losses) == ({}, {})
 
 
 @pytest.mark.parametrize("format", [row.name for row in formats.FORMATS.values() if row.written])

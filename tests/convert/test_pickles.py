@@ -392,7 +392,7 @@ def test_several_parts_of_a_raw_model(tmp_path):
 
 @pytest.mark.parametrize("format", ["hf-bin", "raw-pth"])
 def test_pickles_are_not_written(tmp_path, format):
-    module = formats.module_of(format)
+    module = formats.format_named(format)
     outline = Outline(TINY, "MistralForCausalLM", {})
     for call in (lambda: module.check(outline), lambda: module.create(tmp_path, outline, 1)):
         with pytest.raises(errors.UnsupportedFeatureError, match="--to hf"):

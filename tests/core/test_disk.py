@@ -250,7 +250,7 @@ def openings(source: str) -> set[str]:
             found.add(function.id)
         elif isinstance(function, ast.Attribute):
             owner = ast.unparse(function.value)
-            ours = function.attr == "open" and (owner in ("Checkpoint", "cls", "family") or "module" in owner)
+            ours = function.attr == "open" and (owner in ("Checkpoint", "cls", "family") or "format" in owner)
             ours |= function.attr in ("read_bytes", "write_bytes") and owner in ("self", "tensor_file")
             if (function.attr in OPENERS and not ours) or (owner, function.attr) in OF_MODULES:
                 found.add(function.attr)
@@ -274,7 +274,7 @@ def test_only_disk_opens_files():
 )  # fmt: skip
 def test_the_search_finds(call):
     assert openings(call)
-    assert not openings("Checkpoint.open(p); formats.module_of(x).open(p, None); reading.opened(p); json.loads(t)")
+    assert not openings("Checkpoint.open(p); formats.format_named(x).open(p, None); reading.opened(p); json.loads(t)")
 
 
 # One table of limits

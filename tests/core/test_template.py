@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from mistral_core.errors import TemplateError
 from mistral_core.text.segments import Control
-from mistral_core.text.templates.sandbox import process as template_process
 from mistral_core.text.templates.marks import Marks, unused_characters
 from mistral_core.text.templates.prompt import MAX_DEPTH, RenderedTemplate, render, segments
+from mistral_core.text.templates.sandbox import process as template_process
 
 DATA = Path(__file__).parents[1] / "data" / "templates"
 TEMPLATES = {path.stem: path.read_text() for path in sorted(DATA.glob("*.jinja"))}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -49,7 +49,7 @@ class Target(NamedTuple):
 
 
 class Format(Protocol):
-    """What a module of this package has."""
+    """What a format has, be it a module or an object; `Lossy` and `Moving` say what it may have besides."""
 
     def open(self, path: Path, config: MistralConfig | None) -> Checkpoint:
         """Understand the headers of a directory or file; raises CheckpointError and its kinds, ConfigError."""
@@ -59,6 +59,22 @@ class Format(Protocol):
 
     def create(self, directory: Path, outline: Outline, limit: int) -> Mapping[str, Target]:
         """Write everything but the numbers into an empty directory; canonical name -> where its numbers go."""
+
+
+@runtime_checkable
+class Lossy(Protocol):
+    """A format that loses something of numbers which it can express."""
+
+    def lossy(self, outline: Outline) -> Mapping[str, str]:
+        """Canonical name -> what the tensor loses, before anything is written."""
+
+
+@runtime_checkable
+class Moving(Protocol):
+    """A format whose layout is not the table's."""
+
+    def layout_of(self, row: Parameter) -> Layout:
+        """The layout of a row's tensors, for reports of what is moved."""
 
 
 def opened_config(path: Path, config: MistralConfig | None) -> Callable[[], MistralConfig]:
@@ -96,7 +112,7 @@ def targets_in_layout(
     infos: Mapping[str, TensorInfo],
     outline: Outline,
     names: Mapping[str, str],
-    layout_of: Callable[[Parameter], Layout] = lambda row: layouts.AS_IT_IS,
+    layout_of: Callable[[Parameter], Layout] = layouts.as_it_is,
 ) -> dict[str, Target]:
     """Targets at places in files; `infos` is by name in the file, `names` canonical name -> name in the file."""
 
@@ -110,7 +126,7 @@ def targets_in_layout(
 def specs_in_layout(
     outline: Outline,
     names: Mapping[str, str],
-    layout_of: Callable[[Parameter], Layout] = lambda row: layouts.AS_IT_IS,
+    layout_of: Callable[[Parameter], Layout] = layouts.as_it_is,
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name in the file -> (dtype code, shape in the file), in table order."""
     return {

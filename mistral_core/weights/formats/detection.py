@@ -1,21 +1,14 @@
-"""The formats of weights: one row each, one module each, found by name and content, never by guessing.
-
-A new format is a module with `open`, `check` and `create` (see `base.Format`) and a row here; the module may lie in
-another package that registers it at the entry point `mistral.formats`.
-"""
+"""Which format is at a path: told by names and content, never guessed."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from ...compat import unread
 from ...config import MistralConfig
 from ...disk import reading
-from ...errors import CheckpointNotFoundError, ConversionError, MissingExtraError, UnsupportedFeatureError
+from ...errors import CheckpointNotFoundError, ConversionError, UnsupportedFeatureError
 from ..containers import tensor_file
 from ..containers.hdf5 import file as hdf5_file
 from ..containers.safetensors import SafetensorsFile
@@ -23,69 +16,7 @@ from ..containers.shards import weight_map_of
 from ..containers.tensor_file import quoted
 from ..containers.zarr import tree as zarr_tree
 from ..opened import Checkpoint
-from .base import Format
-
-GROUP = "mistral.formats"
-
-
-class Row(NamedTuple):
-    """A format: its name, what it is, the files that show it is there, its module, what must be installed."""
-
-    name: str
-    summary: str
-    files: tuple[str, ...]
-    module: str
-    extra: str | None = None
-    written: bool = True
-
-
-def _with_index(*names: str) -> tuple[str, ...]:
-    return tuple(each for name in names for each in (name, f"{name}.index.json"))
-
-
-FORMATS = {
-    row.name: row
-    for row in (
-        Row("hf", "Hugging Face safetensors", _with_index("model.safetensors"), ".sharded"),
-        Row("raw", "Mistral's own: consolidated.safetensors", _with_index("consolidated.safetensors"), ".raw"),
-        Row("flax-msgpack", "transformers' Flax", _with_index("flax_model.msgpack"), ".flax_msgpack"),
-        Row("flax-safetensors", "transformers' Flax, in safetensors", (), ".flax_safetensors"),
-        Row("tf-h5", "transformers' TensorFlow", _with_index("tf_model.h5"), ".tf_h5", "convert"),
-        Row("tf-safetensors", "transformers' TensorFlow, in safetensors", (), ".tf_safetensors"),
-        Row("keras-hub", "a KerasHub preset", ("model.weights.json",), ".keras_hub", "convert"),
-        Row("keras", "our Keras models", ("model.keras", "model.weights.h5"), ".keras", "convert"),
-        Row("orbax", "our Flax parameters in Orbax", ("params/_METADATA", "_METADATA"), ".orbax", "orbax"),
-        Row("maxtext", "MaxText's tree in Orbax", ("0/items/_METADATA", "items/_METADATA"), ".maxtext", "orbax"),
-        Row("gguf", "GGUF, architecture llama", ("model.gguf",), ".gguf", "convert"),
-        Row("hf-bin", "pytorch_model.bin", _with_index("pytorch_model.bin"), "torch", "torch", written=False),
-        Row("raw-pth", "consolidated.NN.pth", ("consolidated.00.pth",), "torch", "torch", written=False),
-    )
-}
-"""In the order in which they are looked for; the last two are pickles, taken only where nothing else is there."""
-
-PICKLES = ("hf-bin", "raw-pth")
-
-
-def module_of(name: str) -> Format:
-    """The module of a format; raises ConversionError for an unknown name, MissingExtraError."""
-    if name not in FORMATS:
-        raise ConversionError(f"format: {name!r}, one of {', '.join(FORMATS)} was expected.")
-    row = FORMATS[name]
-    try:
-        if row.module.startswith("."):
-            module: Format = importlib.import_module(row.module, __package__)
-            return module
-        points = {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
-        if name in points:
-            loaded: Format = points[name].load()
-            return loaded
-        raise ImportError(f"no entry point {name} in {GROUP}")
-    except ImportError as cause:
-        if row.extra is None:
-            raise
-        raise MissingExtraError(
-            f"the format {name} needs {cause.name or cause}; pip install 'mistral-frameworks[{row.extra}]'."
-        ) from cause
+from .registry import FORMATS, PICKLES, Row, format_named
 
 
 def open_checkpoint(path: Path, *, format: str | None = None, config: MistralConfig | None = None) -> Checkpoint:
@@ -98,7 +29,7 @@ def open_checkpoint(path: Path, *, format: str | None = None, config: MistralCon
             if len(found) > 1 and found[0] != "hf":
                 raise several(path, found)
             chosen = found[0]
-        checkpoint = module_of(chosen).open(path, config)
+        checkpoint = format_named(chosen).open(path, config)
         checkpoint.keep_open()
         return checkpoint
 

@@ -49,7 +49,7 @@ def open(path: Path, config: MistralConfig | None) -> Checkpoint:
         weights = Hdf5File(file)
         config = config or base.opened_config(path, None)()
     rows = _rows(weights, config)
-    tensors = stored_in_layout([weights], config, rows, lambda row: layouts.AS_IT_IS)
+    tensors = stored_in_layout([weights], config, rows, layouts.as_it_is)
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer/")}
     found = config
     return Checkpoint(path, "keras", {weights.path: weights}, kept, lambda: found, texts)

@@ -31,6 +31,7 @@ from ..opened import Checkpoint, stored_in_layout
 from . import base
 from .base import Outline, Target
 
+layout_of = layouts.heads_kernel
 SINGLE, INDEX = "model.weights.h5", "model.weights.json"
 SHARD = "model_{:05d}.weights.h5"
 SUFFIX = ".weights.h5"
@@ -71,7 +72,7 @@ def open(path: Path, config: MistralConfig | None) -> Checkpoint:
         path,
         "keras-hub",
         {file.path: file for file in opened},
-        stored_in_layout(opened, config, rows, layouts.heads_kernel),
+        stored_in_layout(opened, config, rows, layout_of),
         lambda: config,
         texts,
     )
@@ -183,8 +184,8 @@ def create(directory: Path, outline: Outline, limit: int) -> dict[str, Target]:
         config = {"proto": None, "sequence_length": None, "add_bos": False, "add_eos": False}
         _write_json(directory / "tokenizer.json", _serialized("tokenizer", "MistralTokenizer", "int32", config))
     names = {name: _path(name, row) for name, row in outline.rows().items()}
-    specs = base.specs_in_layout(outline, names, layouts.heads_kernel)
-    return base.targets_in_layout(_create_files(directory, specs, limit), outline, names, layouts.heads_kernel)
+    specs = base.specs_in_layout(outline, names, layout_of)
+    return base.targets_in_layout(_create_files(directory, specs, limit), outline, names, layout_of)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ from . import base
 from .base import Outline, Target
 
 ITEMS = Path("0", "items")
-LAYOUT = layouts.heads_kernel
+layout_of = layouts.heads_kernel
 
 _STACK_AXIS = 1
 _BLOCK = 1 << 20  # numbers that are widened at once
@@ -94,7 +94,7 @@ def _name(row: Parameter, layer: str) -> str:
 def _stored(
     tree: ZarrTree, name: str, row: Parameter, config: MistralConfig, layer: tuple[int, int] | None
 ) -> StoredTensor:
-    layout = LAYOUT(row)
+    layout = layout_of(row)
     scale = _query_scale(row, config)
 
     def canonical(array: np.ndarray) -> np.ndarray:
@@ -151,14 +151,14 @@ def _place(name: str, row: Parameter, outline: Outline, scanned: bool) -> tuple[
     layer = layer_of(name)
     stacked = scanned and layer is not None
     path = ("params", "params", *_name(row, "layers" if stacked else f"layers_{layer}").split("."))
-    shape = layouts.stored_shape(row, outline.config, LAYOUT(row))
+    shape = layouts.stored_shape(row, outline.config, layout_of(row))
     stack = (_STACK_AXIS, outline.config.num_hidden_layers) if stacked else None
     return Array(path, outline.dtypes[name], shape, stack), layer if layer is not None and stacked else 0
 
 
 def _target(info: TensorInfo, row: Parameter, outline: Outline) -> Target:
     def write(array: np.ndarray) -> None:
-        tensor_file.write(info, layouts.to_stored(array, row, outline.config, LAYOUT(row)))
+        tensor_file.write(info, layouts.to_stored(array, row, outline.config, layout_of(row)))
 
     return Target(write)
 

@@ -25,6 +25,7 @@ from . import base
 from .base import Outline, Target
 from .transformers_names import rows_by, tf_name
 
+layout_of = layouts.kernel
 SINGLE, INDEX = "tf_model.h5", "tf_model.h5.index.json"
 WIDENED = "mistral_dtypes"
 """The root attribute of ours: `canonical name=BF16` for each tensor that is stored as float32 and is not."""
@@ -86,7 +87,7 @@ def open(path: Path, config: MistralConfig | None) -> Checkpoint:
     config = base.opened_config(path, config)()
     first = next((name.partition("/")[0] for shard in shards for name in shard.tensors), "")
     rows = rows_by(lambda name, row: f"{first}/{tf_name(name, row)}", config)
-    tensors = stored_in_layout(shards, config, rows, layouts.kernel)
+    tensors = stored_in_layout(shards, config, rows, layout_of)
     for shard in shards:
         for text in shard.texts("", WIDENED) if isinstance(shard, Hdf5File) else ():
             name, _, code = text.partition("=")
@@ -129,7 +130,7 @@ def create(directory: Path, outline: Outline, limit: int) -> dict[str, Target]:
     names = {name: f"{model}/{tf_name(name, row)}" for name, row in outline.rows().items()}
     specs = {
         names[name]: ("F32" if outline.dtypes[name] == "BF16" else outline.dtypes[name], shape)
-        for name, (_, shape) in zip(names, base.specs_in_layout(outline, names, layouts.kernel).values(), strict=True)
+        for name, (_, shape) in zip(names, base.specs_in_layout(outline, names, layout_of).values(), strict=True)
     }
     canonical = {names[name]: name for name, code in outline.dtypes.items() if code == "BF16" and name in names}
 
@@ -143,7 +144,7 @@ def create(directory: Path, outline: Outline, limit: int) -> dict[str, Target]:
 
 def _target(info: TensorInfo, row: Parameter, outline: Outline) -> Target:
     def put(array: np.ndarray) -> None:
-        stored = layouts.to_stored(array, row, outline.config, layouts.kernel(row))
+        stored = layouts.to_stored(array, row, outline.config, layout_of(row))
         write(info, widened(stored) if info.dtype == "F32" else stored)
 
     return Target(put)

@@ -27,13 +27,14 @@ def _leaf(row: Parameter, leaf: str, embedding: str) -> str:
 
 
 def rows_by(
-    namer: Callable[[str, Parameter], str], config: MistralConfig, *, prefix: str = ""
+    namer: Callable[[str, Parameter], str | None], config: MistralConfig, *, prefix: str = ""
 ) -> dict[str, tuple[str, Parameter]]:
     """Name in the file -> (canonical name, row) of every class; `prefix` is what names of a bare model lack."""
     return {
-        namer(name, row).removeprefix(prefix): (name, row)
+        stored.removeprefix(prefix): (name, row)
         for architecture in HEADS
         for name, row in parameters(config.replace(tie_word_embeddings=False), architecture)
+        if (stored := namer(name, row)) is not None
     }
 
 

@@ -30,7 +30,7 @@ from . import tokenizer as gguf_tokenizer
 from .vocabulary import has_tokenizer
 
 SINGLE = "model.gguf"
-LAYOUT = layouts.rotary_pairs
+layout_of = layouts.rotary_pairs
 NARROW = "mistral.dtypes"
 """Ours: a JSON object, name of a vector -> what it was before it became float32 for llama.cpp."""
 
@@ -49,7 +49,7 @@ def open(path: Path, config: MistralConfig | None) -> Checkpoint:
     fields = gguf_config.read(file)
     config = config or carried.config(directory, fields)
     rows = {row.gguf.format(layer_of(name)): (name, row) for name, row in parameters(config) if row.gguf}
-    tensors = stored_in_layout([file], config, rows, LAYOUT)
+    tensors = stored_in_layout([file], config, rows, layout_of)
     _check_frequencies(file, tensors)
     tensors = {name: _as_floats(tensor) for name, tensor in tensors.items()}
     return Checkpoint(
@@ -195,7 +195,7 @@ def _target(info: TensorInfo, row: Parameter, outline: Outline) -> Target:
         return widened(array) if len(row.axes) == 1 else array
 
     def write(array: np.ndarray) -> None:
-        array = layouts.to_stored(array, row, outline.config, LAYOUT(row))
+        array = layouts.to_stored(array, row, outline.config, layout_of(row))
         tensor_file.write_bytes(info, tensor_file.as_bytes(stored(array)))
 
     def comes_back(array: np.ndarray) -> np.ndarray:
