@@ -6,14 +6,11 @@ import contextlib
 import ctypes
 import errno
 import fcntl
-import json
 import os
 import re
 import secrets
 import shutil
-import socket
 import stat
-import time
 from collections.abc import Collection, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -34,7 +31,6 @@ WEIGHT_FILES = (
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _EXCHANGE_UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-_UNREADABLE_LOCK_SECONDS = 10.0
 _LEFT = re.compile(r"\..+\.tmp-\d+-[0-9a-f]{8}")
 
 
@@ -63,8 +59,7 @@ def _temporary_file(path: Path) -> Iterator[tuple[Path, int]]:
         temporary = _sibling(path, "tmp")
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         descriptor = os.open(temporary, flags, 0o666 if before is None else 0o600)
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _flock(descriptor, wait=True)
         if os.fstat(descriptor).st_nlink:
             break
         os.close(descriptor)  # a sweep came between
@@ -126,10 +121,10 @@ def opened_to_write(path: Path, *, new: bool = False) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def locked_file(path: Path) -> Iterator[int]:
-    """A descriptor of a file, made if it is not there, that no other process has in this way at the same time.
+def locked_file(path: Path, *, wait: bool = True) -> Iterator[int]:
+    """A descriptor of a file, made if it is not there, that nobody else has in this way at the same time.
 
-    Raises OSError.
+    Raises OSError: BlockingIOError where somebody has it, unless it should `wait`.
     """
     while True:
         try:
@@ -140,8 +135,9 @@ def locked_file(path: Path) -> Iterator[int]:
                 raise
             continue  # who was done has removed the empty directory
         try:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OSError(errno.EINVAL, "no regular file", str(path))
+            _flock(descriptor, wait)
             with contextlib.suppress(FileNotFoundError):  # who had it before may have given it another place
                 here = os.path.samestat(os.stat(path), os.fstat(descriptor))
                 if here:
@@ -154,6 +150,15 @@ def locked_file(path: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _flock(descriptor: int, wait: bool) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass  # a file system without locks: what is swapped in one step is whole all the same
 
 
 def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
@@ -270,7 +275,7 @@ def _sweep(path: Path) -> None:
         for entry in [e for e in os.scandir(path.parent) if e.name.startswith(prefix)]:
             pid = entry.name.removeprefix(prefix).partition("-")[0]
             # our own pid is stale too: we hold the lock, and in containers pids repeat
-            if not pid.isdigit() or (int(pid) != os.getpid() and _start_time(int(pid)) is not None):
+            if not pid.isdigit() or (int(pid) != os.getpid() and _is_alive(int(pid))):
                 continue
             if kind == "old" and not path.exists():
                 os.rename(entry.path, path)
@@ -367,75 +372,23 @@ def _exchange(new: Path, target: Path) -> bool:
 
 @contextlib.contextmanager
 def _locked(target: Path) -> Iterator[None]:
+    """Let nobody else write a target: a file beside it is locked, by the kernel, which knows when a process ends."""
     lock = target.with_name(f"{target.name}.lock")
-    while not _create_lock(lock):
-        if not _remove_stale(lock):
-            raise OutputBusyError(
-                f"{target}: another process is writing it; wait for it, or remove {lock} if there is none."
-            )
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked_file(lock, wait=False))
+        except BlockingIOError as cause:
+            raise OutputBusyError(f"{target}: another process is writing it and holds {lock}; wait for it.") from cause
+        stack.callback(lock.unlink, missing_ok=True)
         yield
-    finally:
-        lock.unlink(missing_ok=True)
 
 
-def _create_lock(lock: Path) -> bool:
+def _is_alive(pid: int) -> bool:
+    """Whether there is a process of this number."""
     try:
-        descriptor = os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    except FileExistsError:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
         return False
-    owner = {"pid": os.getpid(), "host": socket.gethostname(), "start": _start_time(os.getpid())}
-    try:
-        write_at(descriptor, json.dumps(owner).encode(), 0)
-    except BaseException:  # a full disk, say: an empty lock would seem to be someone's
-        lock.unlink(missing_ok=True)
-        raise
-    finally:
-        os.close(descriptor)
-    return True
-
-
-def _remove_stale(lock: Path) -> bool:
-    """True where no live process holds the lock any more."""
-    try:
-        descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return True
-    try:
-        # two may find the same stale lock: the second must not remove the new lock of the first
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if not lock.exists() or os.fstat(descriptor).st_ino != lock.stat().st_ino:
-            return True
-        if _alive(os.read(descriptor, 4096), os.fstat(descriptor).st_mtime):
-            return False
-        lock.unlink()
-        return True
-    finally:
-        os.close(descriptor)
-
-
-def _alive(owner: bytes, written: float) -> bool:
-    try:
-        values = json.loads(owner)
-        pid, host, start = int(values["pid"]), values["host"], values["start"]
-        pid.to_bytes(4, "little", signed=True)
-    except (ValueError, LookupError, TypeError, OverflowError, RecursionError):  # being written, or cut off by a crash
-        return time.time() - written < _UNREADABLE_LOCK_SECONDS
-    return host != socket.gethostname() or (start is not None and start == _start_time(pid))
-
-
-def _start_time(pid: int) -> int | None:
-    """When a process started, in the system's own unit; None if there is no such process."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-        return None if fields[0] in (b"Z", b"X") else int(fields[19])
-    except FileNotFoundError:
-        if Path("/proc/self/stat").exists():
-            return None
-    try:
-        os.kill(pid, 0)  # no /proc: existence is all there is to ask
-    except ProcessLookupError:
-        return None
     except PermissionError:
         pass
-    return 0
+    return True
