@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
         raise UnsupportedFeatureError(f"--device: {options.device!r}; what is compared is computed on the CPU.")
     names = options.backend or list(backends.installed())
     if not names:
-        raise MissingExtraError("no framework is installed; pip install 'mistral-frameworks[torch]' (or flax, or tf).")
+        raise backends.none_installed()
     for name in names:
         backends.get(name)
     found = []

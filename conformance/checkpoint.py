@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mistral_core.arrays import Array
 from mistral_core.config import MistralConfig
 from mistral_core.outputs import CausalLMOutput
 from mistral_core.reference import heads, ops
 from mistral_core.weights import pretrained
 
 from . import adapters
-from .compare import Array, Comparison, compare
+from .compare import Comparison, compare
 from .pieces import Subject
 from .tolerances import Tolerance
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from .tolerances import Tolerance, eps_of
+from mistral_core.arrays import Array
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from .tolerances import Tolerance, eps_of
 
 
 class Comparison(NamedTuple):

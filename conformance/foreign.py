@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
+from mistral_core.arrays import Array
 from mistral_core.config import MistralConfig
 from mistral_core.config.presets import TINY
 from mistral_core.reference import heads
 
-from .adapters.base import Array
 from .cases import token_ids
 from .weights import random_parameters
 

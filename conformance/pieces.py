@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from mistral_core.arrays import Array
 from mistral_core.config import MistralConfig
 from mistral_core.config.presets import TINY
 from mistral_core.reference import heads, model, ops
@@ -17,7 +18,7 @@ from mistral_core.reference.cache import KVCache, slot_order
 
 from .adapters import Adapter
 from .cases import CAUSAL, LENGTHS, Case, T, padded, token_ids
-from .compare import Array, Comparison, compare
+from .compare import Comparison, compare
 from .tolerances import Tolerance, eps_of, rounds_elsewhere, tolerance
 from .weights import random_parameters
 
@@ -29,6 +30,8 @@ REFERENCE: dict[str, Any] = {
 }
 ALWAYS_FLOAT32 = ("logits", "start_logits", "end_logits", "loss")
 BODY_LAYER = 1
+GREEDY_TOKENS = 24
+SLOPE_STEP = 1e-6
 CHUNKINGS = ((1,) * T, (T,), (7, 1, 3, T - 11))  # 7 is the window and two more
 
 
@@ -264,7 +267,7 @@ def rollback(subject: Subject, count: int) -> Iterator[Comparison]:
     yield subject.compare(f"rollback of {count}", "logits", out.logits, wanted[:, 12:], exact[:, 12:])
 
 
-def greedy(subject: Subject, *, tokens: int = 24) -> Iterator[Comparison]:
+def greedy(subject: Subject) -> Iterator[Comparison]:
     """Greedy tokens of a ragged batch, padded on either side, and the end of sequence."""
     config = TINY
     parameters = weights(config, "MistralForCausalLM", subject.dtype)
@@ -274,7 +277,7 @@ def greedy(subject: Subject, *, tokens: int = 24) -> Iterator[Comparison]:
     rounds = ops.exact if subject.dtype == "float32" else ops.rounding(subject.dtype)
     for side in ("left", "right"):
         mask = padded(side)
-        wanted = heads.greedy(config, parameters, ids, mask, max_new_tokens=tokens, round=rounds)
+        wanted = heads.greedy(config, parameters, ids, mask, max_new_tokens=GREEDY_TOKENS, round=rounds)
         end = int(wanted[1, 5])
         for eos, rows in (
             (None, slice(3)),
@@ -285,7 +288,7 @@ def greedy(subject: Subject, *, tokens: int = 24) -> Iterator[Comparison]:
                 instance.generate(
                     ids[rows],
                     attention_mask=mask[rows],
-                    max_new_tokens=tokens,
+                    max_new_tokens=GREEDY_TOKENS,
                     eos_token_id=eos,
                     pad_token_id=0,
                 )
@@ -295,13 +298,13 @@ def greedy(subject: Subject, *, tokens: int = 24) -> Iterator[Comparison]:
             yield compare(subject.key, f"{side}-padded, eos {eos}", "greedy", out, target, bound)
 
 
-def ended(tokens: Array, eos: int | None, *, pad: int = 0) -> Array:
+def ended(tokens: Array, eos: int | None) -> Array:
     """Rows padded after their first end of sequence, and no longer than the longest."""
     if eos is None:
         return tokens
     stops = np.where((tokens == eos).any(1), (tokens == eos).argmax(1) + 1, tokens.shape[1])
     column = np.arange(tokens.shape[1])
-    return np.where(column < stops[:, None], tokens, pad)[:, : stops.max()]
+    return np.where(column < stops[:, None], tokens, 0)[:, : stops.max()]
 
 
 def gradients(subject: Subject, case: Case) -> Iterator[Comparison]:
@@ -356,7 +359,7 @@ def direction(name: str, shape: tuple[int, ...]) -> Array:
 
 
 @functools.cache
-def difference_slopes(case_name: str, step: float = 1e-6) -> dict[str, float]:
+def difference_slopes(case_name: str) -> dict[str, float]:
     """Name -> slope of the specification's loss along `direction`, by a central difference."""
     case = by_name(case_name)
     parameters = {n: a.astype(np.float64) for n, a in weights(case.config, case.architecture, "float32").items()}
@@ -365,10 +368,10 @@ def difference_slopes(case_name: str, step: float = 1e-6) -> dict[str, float]:
         ahead, behind = (
             REFERENCE[case.architecture](
                 case.config,
-                {**parameters, name: array + sign * step * direction(name, array.shape)},
+                {**parameters, name: array + sign * SLOPE_STEP * direction(name, array.shape)},
                 **case.inputs,
             ).loss
             for sign in (1, -1)
         )
-        slopes[name] = float((ahead - behind) / (2 * step))
+        slopes[name] = float((ahead - behind) / (2 * SLOPE_STEP))
     return slopes

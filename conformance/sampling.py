@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mistral_core.arrays import Array
 from mistral_core.config.presets import TINY
 from mistral_core.generation import GenerationConfig
 from mistral_core.generation.sampling import Rule, Values, numbers
@@ -15,7 +16,7 @@ from mistral_core.reference import engine
 from mistral_core.reference import sampling as reference
 
 from .cases import Case, padded, token_ids
-from .compare import Array, Comparison, compare
+from .compare import Comparison, compare
 from .pieces import Subject, weights
 from .tolerances import Tolerance, tolerance
 

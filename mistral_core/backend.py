@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+from . import extras
 from .errors import InputError, MissingExtraError
 from .telling import nearest, shown
 
@@ -94,9 +95,7 @@ def get(name: str) -> Backend:
             raise
         if isinstance(cause, MissingExtraError):
             raise
-        raise MissingExtraError(
-            f"backend {name!r} needs {cause.name or cause}; pip install 'mistral-frameworks[{name}]'."
-        ) from cause
+        raise extras.missing(f"backend {name!r}", cause.name or str(cause), name) from cause
     return backend
 
 
@@ -105,9 +104,7 @@ def lacking(extra: str, *packages: str) -> MissingExtraError | None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if not missing:
         return None
-    return MissingExtraError(
-        f"mistral_{extra} needs {' and '.join(missing)}; pip install 'mistral-frameworks[{extra}]'."
-    )
+    return extras.missing(f"mistral_{extra}", " and ".join(missing), extra)
 
 
 def chosen(backend: Any = None, *, framework: Any = None, model: Any = None, given: Iterable[Any] = ()) -> str:
@@ -128,9 +125,14 @@ def chosen(backend: Any = None, *, framework: Any = None, model: Any = None, giv
         return owners.pop()
     name = next(installed(), None)
     if name is None:
-        raise MissingExtraError("no framework is installed; pip install 'mistral-frameworks[torch]' (or flax, or tf).")
+        raise none_installed()
     _say_once(f"backend: {name}, the first that is installed of {', '.join(names())}; `backend` chooses another")
     return name
+
+
+def none_installed() -> MissingExtraError:
+    """The error where there is no backend to choose."""
+    return MissingExtraError("no framework is installed; pip install 'mistral-frameworks[torch]' (or flax, or tf).")
 
 
 def owner(value: Any) -> str | None:

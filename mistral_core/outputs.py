@@ -15,8 +15,7 @@ from collections import namedtuple
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, ValuesView
 from typing import Any, Self, cast
 
-Array = Any
-"""A NumPy, torch, JAX or TensorFlow array."""
+from .arrays import AnyArray
 
 
 class Output:
@@ -130,12 +129,12 @@ class ModelOutput(Output):
 
     __slots__ = ()
 
-    last_hidden_state: Array
+    last_hidden_state: AnyArray
     """[B, T, D], after the final norm."""
     past_key_values: Any
-    hidden_states: tuple[Array, ...] | None
+    hidden_states: tuple[AnyArray, ...] | None
     """L + 1 arrays [B, T, D]: the embeddings, then each layer's output, the last one after the final norm."""
-    attentions: tuple[Array, ...] | None
+    attentions: tuple[AnyArray, ...] | None
     """L arrays [B, N, T, S]: each layer's attention weights."""
 
 
@@ -144,13 +143,13 @@ class CausalLMOutput(Output):
 
     __slots__ = ()
 
-    loss: Array | None
+    loss: AnyArray | None
     """Scalar float32: mean cross entropy of the next token where its label is not -100."""
-    logits: Array | None
+    logits: AnyArray | None
     """[B, T, V] float32."""
     past_key_values: Any
-    hidden_states: tuple[Array, ...] | None
-    attentions: tuple[Array, ...] | None
+    hidden_states: tuple[AnyArray, ...] | None
+    attentions: tuple[AnyArray, ...] | None
 
 
 class SequenceClassifierOutput(Output):
@@ -158,12 +157,12 @@ class SequenceClassifierOutput(Output):
 
     __slots__ = ()
 
-    loss: Array | None
-    logits: Array | None
+    loss: AnyArray | None
+    logits: AnyArray | None
     """[B, C] float32, read at the last real token."""
     past_key_values: Any
-    hidden_states: tuple[Array, ...] | None
-    attentions: tuple[Array, ...] | None
+    hidden_states: tuple[AnyArray, ...] | None
+    attentions: tuple[AnyArray, ...] | None
 
 
 class TokenClassifierOutput(Output):
@@ -171,11 +170,11 @@ class TokenClassifierOutput(Output):
 
     __slots__ = ()
 
-    loss: Array | None
-    logits: Array | None
+    loss: AnyArray | None
+    logits: AnyArray | None
     """[B, T, C] float32."""
-    hidden_states: tuple[Array, ...] | None
-    attentions: tuple[Array, ...] | None
+    hidden_states: tuple[AnyArray, ...] | None
+    attentions: tuple[AnyArray, ...] | None
 
 
 class QuestionAnsweringOutput(Output):
@@ -183,13 +182,13 @@ class QuestionAnsweringOutput(Output):
 
     __slots__ = ()
 
-    loss: Array | None
-    start_logits: Array | None
+    loss: AnyArray | None
+    start_logits: AnyArray | None
     """[B, T] float32."""
-    end_logits: Array | None
+    end_logits: AnyArray | None
     """[B, T] float32."""
-    hidden_states: tuple[Array, ...] | None
-    attentions: tuple[Array, ...] | None
+    hidden_states: tuple[AnyArray, ...] | None
+    attentions: tuple[AnyArray, ...] | None
 
 
 class GenerateOutput(Output):
@@ -197,23 +196,23 @@ class GenerateOutput(Output):
 
     __slots__ = ()
 
-    sequences: Array
+    sequences: AnyArray
     """[B, T + new]: prompt and continuation, ended rows padded; B rows, or num_return_sequences for each of them.
     After inputs_embeds alone, only what is new."""
-    sequences_scores: Array | None
+    sequences_scores: AnyArray | None
     """[B] float32: of beams, the sum of log-probabilities over length ** length_penalty."""
-    scores: tuple[Array, ...] | None
+    scores: tuple[AnyArray, ...] | None
     """[B, V] float32 for each new token: what it was chosen from, -inf for what could not come; of beams, a row for
     each beam that was running."""
-    logits: tuple[Array, ...] | None
+    logits: tuple[AnyArray, ...] | None
     """[B, V] float32 for each new token: the model's own."""
-    beam_indices: Array | None
+    beam_indices: AnyArray | None
     """[B, new]: of beams, the row of `scores` that each new token was chosen from, -1 after the end."""
-    attentions: tuple[tuple[Array, ...], ...] | None
+    attentions: tuple[tuple[AnyArray, ...], ...] | None
     """For each new token, L arrays: [B, N, T, T] of the prompt, then [B, N, 1, T + 1] and so on."""
-    hidden_states: tuple[tuple[Array, ...], ...] | None
+    hidden_states: tuple[tuple[AnyArray, ...], ...] | None
     """For each new token, L + 1 arrays: [B, T, D] of the prompt, then [B, 1, D]."""
     past_key_values: Any
     """The cache of all tokens but the last of each row; None of beams."""
-    attention_mask: Array | None
+    attention_mask: AnyArray | None
     """[B, T + new]: 1 for real tokens."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .arrays import Array
 from .config import MistralConfig
 from .errors import (
     CacheOverflowError,
@@ -22,8 +23,6 @@ from .errors import (
     SequenceTooLongError,
     TokenIdError,
 )
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 IGNORE = -100
 """The label that no loss counts."""

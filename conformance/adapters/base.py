@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from mistral_core.arrays import Array
 from mistral_core.config import MistralConfig
 from mistral_core.generation.sampling import Rule, Values
 from mistral_core.reference.sampling import Choice
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Adapter(abc.ABC):

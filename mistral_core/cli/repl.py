@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib
 import json
 import os
 import re
@@ -13,8 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import extras
 from ..disk import files, strict_json
-from ..errors import InputError, MissingExtraError, MistralError, OutputExistsError, UnsafeFileError
+from ..errors import InputError, MistralError, OutputExistsError, UnsafeFileError
 from ..pipelines.conversation import Conversation
 from ..telling import printable
 
@@ -43,13 +43,7 @@ CONVERSATION_BYTES = 16 << 20
 def require() -> None:
     """Raise MissingExtraError where what an interactive chat needs is not installed."""
     for name in ("rich", "prompt_toolkit"):
-        try:
-            importlib.import_module(name)
-        except ImportError as cause:
-            raise MissingExtraError(
-                f"chat: in a terminal it needs {name}; pip install 'mistral-frameworks[chat]', or send a text "
-                "through a pipe."
-            ) from cause
+        extras.require(name, "chat", what="a chat in a terminal, not through a pipe,")
 
 
 class Repl:

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..arrays import Array
 from ..errors import GenerationConfigError, NonFiniteInputError
 from ..outputs import GenerateOutput
 from ..reference.sampling import row_keys
 from ..text.stream import StoppingStream
-from ..validate import Array
 from . import engine as engines
 from .ending import stop_streams
 from .history import limits

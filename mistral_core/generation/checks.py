@@ -7,11 +7,11 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..arrays import Array
 from ..config import MistralConfig
 from ..disk import limits
 from ..errors import EmptyInputError, GenerationConfigError, SequenceTooLongError
 from ..plain import is_int, is_number
-from ..validate import Array
 
 if TYPE_CHECKING:
     from .options import GenerationConfig

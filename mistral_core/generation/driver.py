@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..arrays import Array
 from ..errors import GenerationConfigError, InputError, NonFiniteInputError
 from ..outputs import GenerateOutput
 from ..reference.sampling import log_softmax, row_keys
 from ..text.stream import StoppingStream, telling
-from ..validate import Array
 from . import beams
 from .ending import Ending, column, score_columns
 from .engine import Chosen, Engine, Prompt, begin, expanded, feed, piece_widths

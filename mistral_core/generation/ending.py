@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import Array
 from ..errors import GenerationConfigError
 from ..text.stream import StoppingStream
-from ..validate import Array
 from .engine import Engine, Prompt
 
 

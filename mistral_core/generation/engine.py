@@ -12,10 +12,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from ..arrays import Array
 from ..config import MistralConfig
 from ..errors import InputError
 from ..outputs import GenerateOutput
-from ..validate import Array
 from .cache_layout import grown_layout
 from .hooks import Hooks
 from .options import GenerationConfig

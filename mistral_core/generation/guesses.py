@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..validate import Array
+from ..arrays import Array
 from . import engine as engines
 from .history import limits
 from .sampling import Rule, Values, numbers

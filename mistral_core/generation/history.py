@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..arrays import Array
 from ..errors import GenerationConfigError
-from ..validate import Array
 from .checks import biases, several
 from .options import GenerationConfig
 

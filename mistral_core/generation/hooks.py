@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from ..arrays import Array
 from ..errors import GenerationConfigError
 from ..reference import sampling
-from ..validate import Array
 from .history import shaped
 from .options import GenerationConfig
 from .sampling import Rule, Values

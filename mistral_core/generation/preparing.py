@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from .. import validate
+from ..arrays import Array
 from ..config import MistralConfig
 from ..errors import InputError
-from ..validate import Array
 from .checks import ADVICE, check_prompt
 from .engine import Prompt
 from .hooks import Hooks

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..validate import Array
+from ..arrays import Array
 from .options import GenerationConfig
 
 NUMBERS = (

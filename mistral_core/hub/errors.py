@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import sys
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..errors import (
     AuthRequiredError,
@@ -62,7 +63,7 @@ def _kinds() -> list[tuple[type, type[HubError], str]]:
     """Their error, ours, and what to do; subclasses first."""
     from huggingface_hub import errors as hf
 
-    http = sys.modules[hf.HfHubHTTPError.__mro__[1].__module__.partition(".")[0]]  # httpx or httpx2
+    http = _http_library()
     log_in = "log in with `hf auth login` or pass token="
     unknown = f"no such repository, nor such a path here; check the id, or, if it is private, {log_in}"
     gated = f"gated; accept its licence on its page, then {log_in}"
@@ -83,6 +84,16 @@ def _kinds() -> list[tuple[type, type[HubError], str]]:
         (http.RequestError, OfflineError, unreachable),
         (hf.OfflineModeIsEnabled, OfflineError, "offline mode is on; unset HF_HUB_OFFLINE"),
     ]
+
+
+def _http_library() -> Any:
+    """What huggingface_hub speaks HTTP by, whose errors it lets through; up to its release 1.30 that is httpx."""
+    try:
+        from huggingface_hub.utils import httpx
+
+        return httpx
+    except ImportError:
+        return importlib.import_module("httpx")
 
 
 def _of_status(response: object, repository: Repository) -> HubError:

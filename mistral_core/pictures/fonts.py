@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError, MissingExtraError
+from .. import extras
+from ..errors import InputError
 from .labels import SPACE
 
 if TYPE_CHECKING:
@@ -24,11 +25,10 @@ class Fonts:
     """The fonts that are here, `font` (a file) before them. Raises InputError for a file that is no font."""
 
     def __init__(self, font: str | None = None) -> None:
-        try:
-            from PIL import Image, ImageDraw, ImageFont
-        except ImportError as cause:
-            raise MissingExtraError("a PNG needs Pillow; pip install 'mistral-frameworks[pictures]'.") from cause
-        self._image, self._draw, self._types = Image, ImageDraw, ImageFont
+        self._image, self._draw, self._types = (
+            extras.require(f"PIL.{name}", "pictures", what="a PNG", package="Pillow")
+            for name in ("Image", "ImageDraw", "ImageFont")
+        )
         self._sized: dict[tuple[str | None, int], FreeTypeFont] = {}
         self._known: dict[tuple[str | None, str], bool] = {}
         self._files: list[str | None] = [name for name in FILES if self._opens(name)]

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..arrays import Array
 from ..errors import EmptyInputError, InputError, SequenceTooLongError
 from ..reference.ops import token_order
 from ..text.tokenizer import MistralTokenizer
 from .labels import labels
-from .picture import Array, Token
+from .picture import Token
 
 MOST_TOKENS = 2048
 """A matrix of more is no picture any more."""

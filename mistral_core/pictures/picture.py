@@ -9,14 +9,11 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-import numpy as np
-
+from ..arrays import Array
 from ..errors import InputError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Reason(enum.IntEnum):

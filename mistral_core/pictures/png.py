@@ -77,8 +77,8 @@ def _panels(picture: Picture, fonts: Fonts) -> Iterator[list[Block]]:
     yield from rows.values()
 
 
-def _text(fonts: Fonts, text: str, size: int, *, bold: bool = False, colour: str = LIGHT["ink"]) -> Block:
-    written = fonts.written(text, size, colour, bold=bold)
+def _text(fonts: Fonts, text: str, size: int, *, bold: bool = False) -> Block:
+    written = fonts.written(text, size, LIGHT["ink"], bold=bold)
     return Block(*written.size, lambda image, x, y: image.paste(written, (x, y), written))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import backend as backends
+from ..arrays import Array
 from ..config import MistralConfig
 from ..errors import InputError, MissingExtraError
 from ..hub import download
@@ -19,7 +20,7 @@ from ..reference import ops
 from ..telling import printable
 from ..text.tokenizer import MistralTokenizer
 from .inputs import Rows, Source, read
-from .picture import Array, Panel, Picture, Reason
+from .picture import Panel, Picture, Reason
 
 REFERENCE = "reference"
 LOADING = ("dtype", "torch_dtype", "device", "device_map", "attn_implementation")

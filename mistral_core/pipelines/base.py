@@ -11,12 +11,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from ..arrays import Array
 from ..backend import Backend
 from ..errors import EmptyInputError, InputError
 from ..hub.download import ARGUMENTS
 from ..plain import is_int, plain
 from ..telling import nearest, shown
-from ..validate import Array, check_call
+from ..validate import check_call
 
 LOADING = (
     *ARGUMENTS, "config", "dtype", "torch_dtype", "device", "device_map", "attn_implementation", "trust_remote_code",

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import Array
 from ..errors import EmptyInputError, InputError
-from ..validate import Array
 from .base import Pipeline, check_count, check_names, encoded, softmax, stitched, windows
 
 LONGEST_ROW = 384

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import Array
 from ..config import MistralConfig
 from ..errors import InputError
-from ..validate import Array
 from .base import Pipeline, check_count, check_names, check_one_of, softmax
 
 FUNCTIONS = ("sigmoid", "softmax", "none")

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..arrays import Array
 from ..errors import InputError, SequenceTooLongError
-from ..validate import Array
 from .base import Pipeline, Text, Window, check_count, check_one_of, encoded, softmax, stitched, windows
 
 STRATEGIES = ("none", "simple", "first", "average", "max")

@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..arrays import Array
 from ..config import MistralConfig
 from ..generation.cache_layout import check_rollback, layer_slots
-from .ops import Array
 
 
 class KVCache(NamedTuple):

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import Array
 from ..config import MistralConfig
 from ..generation import GenerationConfig, driver
 from ..generation.sampling import Rule, Values
@@ -13,7 +14,6 @@ from ..outputs import GenerateOutput
 from . import heads
 from .cache import KVCache
 from .heads import Parameters
-from .ops import Array
 from .sampling import choose
 
 

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import Array
 from ..config import MistralConfig
 from ..outputs import CausalLMOutput, QuestionAnsweringOutput, SequenceClassifierOutput, TokenClassifierOutput
 from . import ops
 from .cache import KVCache
 from .model import Parameters as Parameters
 from .model import forward
-from .ops import Array, Round, exact
+from .ops import Round, exact
 
 
 def head_weight(config: MistralConfig, parameters: Parameters) -> Array:
@@ -111,12 +112,11 @@ def greedy(
     attention_mask: Array | None = None,
     *,
     max_new_tokens: int,
-    cache: KVCache | None = None,
     round: Round = exact,
 ) -> Array:
     """The `max_new_tokens` likeliest tokens [B, new] one by one, from a cache; the end of sequence does not stop it."""
     mask = np.ones_like(input_ids) if attention_mask is None else np.asarray(attention_mask)
-    cache = cache or KVCache.allocate(config, len(input_ids), mask.shape[1] + max_new_tokens)
+    cache = KVCache.allocate(config, len(input_ids), mask.shape[1] + max_new_tokens)
     out = causal_lm(config, parameters, input_ids, attention_mask=mask, past_key_values=cache, round=round)
     assert out.logits is not None
     last = out.logits[np.arange(len(mask)), ops.last_token(np.where(mask != 0, 0, -1))]

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ..arrays import Array
 from ..config import MistralConfig
 from ..generation.cache_layout import grown_slots
 from ..outputs import ModelOutput
 from . import ops
 from .cache import KVCache, slot_order
-from .ops import Array, Round, exact
+from .ops import Round, exact
 
 Parameters = Mapping[str, Array]
 

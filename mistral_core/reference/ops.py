@@ -12,10 +12,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from ..arrays import Array
 from ..config import MistralConfig
 from ..config.rope import rotary_table
 
-Array = np.ndarray[Any, np.dtype[Any]]
 Round = Callable[[Array], Array]
 
 

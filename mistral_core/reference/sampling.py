@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..arrays import Array
 from ..generation.sampling import Rule, Values
-from .ops import Array
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 

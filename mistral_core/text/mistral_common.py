@@ -11,8 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from .. import extras
 from ..disk import files, into, limits, reading, strict_json
-from ..errors import MissingExtraError, TemplateError, TokenizerError, UnsupportedFeatureError
+from ..errors import TemplateError, TokenizerError, UnsupportedFeatureError
 from . import sources
 from .inputs import UNBOUNDED, refuse
 from .interface import FormattedChat, Tokenizer
@@ -228,22 +229,17 @@ class MistralCommonTokenizer(Tokenizer):
 
 def _loaded(path: Path, data: bytes, mode: str) -> Any:
     """mistral-common's tokenizer of a file, whatever the file is called; it is given a copy of what was read of it."""
-    try:
-        from mistral_common.protocol.instruct.validator import ValidationMode
-        from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-    except ImportError as cause:
-        raise MissingExtraError(
-            "MistralCommonTokenizer needs mistral-common; pip install 'mistral-frameworks[mistral-common]'."
-        ) from cause
+    extra = "mistral-common"
+    needed = {"what": "MistralCommonTokenizer", "package": extra}
+    validator = extras.require("mistral_common.protocol.instruct.validator", extra, **needed)
+    tokenizers = extras.require("mistral_common.tokens.tokenizers.mistral", extra, **needed)
     try:
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / path.name
             files.write_file(copy, data)
-            return MistralTokenizer.from_file(str(copy), mode=ValidationMode(mode))
+            return tokenizers.MistralTokenizer.from_file(str(copy), mode=validator.ValidationMode(mode))
     except ImportError as cause:
-        raise MissingExtraError(
-            "a tokenizer.model needs sentencepiece; pip install 'mistral-frameworks[mistral-common]'."
-        ) from cause
+        raise extras.missing("a tokenizer.model", "sentencepiece", extra) from cause
     except Exception as cause:  # sentencepiece raises RuntimeError, mistral-common whatever json and pydantic raise
         reason = re.sub(r"\S*" + re.escape(f"/{path.name}"), path.name, str(cause))  # the copy is no name of the user's
         raise TokenizerError(f"{path}: not a tokenizer of mistral-common ({reason}); fetch it again.") from cause

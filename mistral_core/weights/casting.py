@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from ..arrays import bits
+
 _BLOCK = 1 << 17  # numbers looked at together: they stay in the cache
 
 
@@ -63,9 +65,9 @@ def rounded(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     array = np.ascontiguousarray(array)
     with np.errstate(all="ignore"):
         result = array.astype(dtype)
-        nan = np.isnan(array)
-        if nan.any():
-            _bits(result)[nan] = _nan_bits(_bits(array)[nan], array.dtype, dtype)
+        if not is_finite(array):
+            nan = np.isnan(array)
+            bits(result)[nan] = _nan_bits(bits(array)[nan], array.dtype, dtype)
     return result
 
 
@@ -77,7 +79,7 @@ def widened(array: np.ndarray) -> np.ndarray:
 def narrowed(array: np.ndarray, dtype: np.dtype) -> np.ndarray | None:
     """The inverse of `widened`; None where a bit would be lost."""
     result = rounded(array, dtype)
-    return result if np.array_equal(_bits(widened(result)), _bits(array)) else None
+    return result if np.array_equal(bits(widened(result)), bits(array)) else None
 
 
 def between(before: np.ndarray, after: np.ndarray) -> Loss:
@@ -89,10 +91,18 @@ def between(before: np.ndarray, after: np.ndarray) -> Loss:
 def is_finite(array: np.ndarray) -> bool:
     """Whether an array holds neither NaN nor infinity."""
     info = ml_dtypes.finfo(array.dtype)
-    bits = _bits(array)
-    magnitude = bits.dtype.type((1 << (8 * array.dtype.itemsize - 1)) - 1)
+    words = bits(array)
+    magnitude = words.dtype.type((1 << (8 * array.dtype.itemsize - 1)) - 1)
     infinite = ((1 << info.nexp) - 1) << info.nmant
-    return all(int((block & magnitude).max()) < infinite for block in _blocks(bits))
+    return all(int((block & magnitude).max()) < infinite for block in _blocks(words))
+
+
+def first_not_finite(array: np.ndarray) -> list[int] | None:
+    """The index of the first NaN or infinity; None where there is none."""
+    if is_finite(array):
+        return None
+    with np.errstate(invalid="ignore"):
+        return [int(i) for i in np.unravel_index(int(np.isfinite(array).argmin()), array.shape)]
 
 
 def _loss(array: np.ndarray, result: np.ndarray, info: Any) -> Loss:
@@ -130,17 +140,13 @@ def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
     return (flat[start : start + _BLOCK] for start in range(0, flat.size, _BLOCK))
 
 
-def _nan_bits(bits: np.ndarray, source: np.dtype, target: np.dtype) -> np.ndarray:
+def _nan_bits(nan: np.ndarray, source: np.dtype, target: np.dtype) -> np.ndarray:
     """The same NaNs in another dtype: the payload's upper bits, and never the infinity of an empty payload."""
     a, b = ml_dtypes.finfo(source), ml_dtypes.finfo(target)
-    wide = bits.astype(np.uint64)
+    wide = nan.astype(np.uint64)
     sign = wide >> np.uint64(8 * source.itemsize - 1)
     payload = wide & np.uint64((1 << a.nmant) - 1)
     shift = int(b.nmant) - int(a.nmant)
     payload = payload << np.uint64(shift) if shift >= 0 else np.maximum(payload >> np.uint64(-shift), np.uint64(1))
     exponent = np.uint64(((1 << b.nexp) - 1) << b.nmant)
     return ((sign << np.uint64(8 * target.itemsize - 1)) | exponent | payload).astype(f"u{target.itemsize}")
-
-
-def _bits(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).view(np.dtype(f"u{array.dtype.itemsize}"))

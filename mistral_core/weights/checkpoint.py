@@ -22,7 +22,7 @@ from ..errors import (
 )
 from ..parameters import HEADS, initial_value, parameters
 from ..telling import warn
-from . import manifest
+from . import casting, manifest
 from .containers.shards import shard_bytes
 from .containers.tensor_file import CODES, DTYPES, quoted
 from .formats.base import Outline
@@ -110,10 +110,9 @@ def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     """Round an array to the nearest values of a dtype; LossyConversionError where one becomes infinite."""
     if array.dtype == dtype:
         return array
-    with np.errstate(over="ignore", invalid="ignore"):
-        result = array.astype(dtype)
-        narrower = ml_dtypes.finfo(dtype).max < ml_dtypes.finfo(array.dtype).max
-        overflown = np.count_nonzero(np.isinf(result) & ~np.isinf(array)) if narrower else 0
+    result = casting.rounded(array, dtype)
+    narrower = ml_dtypes.finfo(dtype).max < ml_dtypes.finfo(array.dtype).max
+    overflown = np.count_nonzero(np.isinf(result) & ~np.isinf(array)) if narrower else 0
     if overflown:
         raise LossyConversionError(
             f"{name}: {overflown} values are beyond {dtype.name}; load it as bfloat16 or float32."
@@ -126,11 +125,9 @@ def _check_finite(checkpoint: Checkpoint, sources: Iterable[str | None]) -> None
     bad = []
     for source in sources:
         if source is not None:
-            with np.errstate(invalid="ignore"):
-                finite = np.isfinite(checkpoint.read(source))
-            if not finite.all():
-                first = np.unravel_index(int(finite.argmin()), finite.shape)
-                bad.append(f"{quoted(source)} first at {[int(i) for i in first]}")
+            first = casting.first_not_finite(checkpoint.read(source))
+            if first is not None:
+                bad.append(f"{quoted(source)} first at {first}")
     if bad:
         raise NonFiniteWeightsError(f"{checkpoint.path}: NaN or infinity in {'; '.join(bad)}.")
 

@@ -332,9 +332,7 @@ def _cast(
     cached = fits_in_cache(plan.report.bytes)
     for name, source in sorted(plan.sources.items(), key=lambda pair: checkpoint.place(pair[1])):
         array = checkpoint.read(source, cached=cached)
-        if check_finite and not casting.is_finite(array):
-            with np.errstate(invalid="ignore"):
-                first = [int(i) for i in np.unravel_index(int(np.isfinite(array).argmin()), array.shape)]
+        if check_finite and (first := casting.first_not_finite(array)) is not None:
             raise NonFiniteWeightsError(
                 f"{checkpoint.path}: NaN or infinity in {name}, first at {first}; pass check_finite=False "
                 "(--allow-nonfinite) to convert it as it is."

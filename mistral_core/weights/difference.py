@@ -8,6 +8,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from ..arrays import bits
 from ..errors import ConfigError
 from . import fingerprint
 from .matching import canonical_names
@@ -54,7 +55,7 @@ def _compared(name: str, a: np.ndarray, b: np.ndarray) -> TensorDifference:
     dtypes = (a.dtype.name, b.dtype.name)
     if a.shape != b.shape:
         return TensorDifference(name, False, f"shapes {a.shape} and {b.shape}", dtypes)
-    if a.dtype == b.dtype and np.array_equal(_bits(a), _bits(b)):
+    if a.dtype == b.dtype and np.array_equal(bits(a), bits(b)):
         return TensorDifference(name, True, "", dtypes)
     narrow = min(a.dtype, b.dtype, key=lambda dtype: ml_dtypes.finfo(dtype).nmant)
     x, y = a.astype(np.float64), b.astype(np.float64)
@@ -92,7 +93,3 @@ def layers(first: Checkpoint, second: Checkpoint, ids: np.ndarray) -> Iterator[L
     for name, (x, y) in zip(names, pairs, strict=True):
         distance = float(np.abs(x - y).max())
         yield LayerDifference(name, distance, distance / max(float(np.abs(x).max()), 1e-300))
-
-
-def _bits(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..arrays import bits
 from ..config import MistralConfig
 from ..parameters import Parameter, axis_sizes, shape_of
 
@@ -66,37 +67,32 @@ def to_stored(array: np.ndarray, row: Parameter, config: MistralConfig, layout: 
     """An array of the table's layout in another, C-contiguous; the same array where nothing moves."""
     if not layout.moves:
         return array
-    bits = _bits(array)
+    moved = bits(array)
     if layout.interleaved:
         heads, size = _heads(row, config)
-        bits = bits.reshape(heads, 2, size // 2, -1).swapaxes(1, 2).reshape(bits.shape)
+        moved = moved.reshape(heads, 2, size // 2, -1).swapaxes(1, 2).reshape(moved.shape)
     if layout.transposed:
-        bits = _transposed(bits)
-    return bits.view(array.dtype).reshape(stored_shape(row, config, layout))
+        moved = _transposed(moved)
+    return moved.view(array.dtype).reshape(stored_shape(row, config, layout))
 
 
 def to_canonical(array: np.ndarray, row: Parameter, config: MistralConfig, layout: Layout) -> np.ndarray:
     """The inverse of `to_stored`."""
     if not layout.moves:
         return array
-    bits = _bits(array)
+    moved = bits(array)
     shape = shape_of(row, config)
     if layout.transposed:
-        bits = _transposed(bits.reshape(shape[::-1]))
+        moved = _transposed(moved.reshape(shape[::-1]))
     if layout.interleaved:
         heads, size = _heads(row, config)
-        bits = bits.reshape(heads, size // 2, 2, -1).swapaxes(1, 2).reshape(shape)
-    return bits.view(array.dtype).reshape(shape)
+        moved = moved.reshape(heads, size // 2, 2, -1).swapaxes(1, 2).reshape(shape)
+    return moved.view(array.dtype).reshape(shape)
 
 
 def _heads(row: Parameter, config: MistralConfig) -> tuple[int, int]:
     sizes = axis_sizes(config)
     return sizes[row.axes[0][0]], sizes[row.axes[0][1]]
-
-
-def _bits(array: np.ndarray) -> np.ndarray:
-    """The array as integers, which NumPy copies several times faster than bfloat16."""
-    return np.ascontiguousarray(array).view(np.dtype(f"u{array.dtype.itemsize}"))
 
 
 def _transposed(matrix: np.ndarray) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""JSON Schema, Draft 7: is a schema one? The table is the meta-schema of the draft."""
+"""JSON Schema, Draft 7: is a schema one? The table is the meta-schema of the draft.
+
+The package jsonschema would say the same of one schema; it brings a compiled package with it, and everybody has chat.
+"""
 
 from __future__ import annotations
 

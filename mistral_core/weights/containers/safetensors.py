@@ -1,4 +1,8 @@
-"""One safetensors file: a strict check of its header, made and understood."""
+"""One safetensors file: a strict check of its header, made and understood.
+
+Not by the library: it maps a file, knows no limit of ours, and in release 0.8.0 writes wrong bytes of an array that is
+not contiguous. The tests read and write each file with both.
+"""
 
 from __future__ import annotations
 

@@ -163,13 +163,8 @@ def split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return [*shards, current] if current else shards
 
 
-def create_shards(
-    directory: Path, specs: Specs, limit: int, family: Family = HUGGING_FACE, *, key: Callable[[str], str] = str
-) -> dict[str, TensorInfo]:
-    """Reserve every shard and write their index; name in the file -> where the tensor goes.
-
-    `key` makes the index' name of a tensor of its name in the file.
-    """
+def create_shards(directory: Path, specs: Specs, limit: int, family: Family = HUGGING_FACE) -> dict[str, TensorInfo]:
+    """Reserve every shard and write their index; name in the file -> where the tensor goes."""
     sizes = {name: math.prod(shape) * DTYPES[code].itemsize for name, (code, shape) in specs.items()}
     files.require_space(directory, sum(sizes.values()))
     shards = split(sizes, limit)
@@ -181,7 +176,7 @@ def create_shards(
         parameter_count = sum(math.prod(shape) for _, shape in specs.values())
         index = {
             "metadata": {"total_parameters": parameter_count, "total_size": sum(sizes.values())},
-            "weight_map": {key(name): info.file.name for name, info in infos.items()},
+            "weight_map": {name: info.file.name for name, info in infos.items()},
         }
         files.write_file(directory / family.index_name, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
     return infos

@@ -234,10 +234,10 @@ def read_at(descriptor: int, view: memoryview, offset: int) -> bool:
     return True
 
 
-def first_bytes(path: Path, count: int = 256) -> bytes:
+def first_bytes(path: Path) -> bytes:
     """The beginning of a file; raises TruncatedFileError if it is empty, CorruptCheckpointError for an LFS pointer."""
     with opened(path) as descriptor:
-        first = os.pread(descriptor, count, 0)
+        first = os.pread(descriptor, 256, 0)
     if not first:
         raise TruncatedFileError(f"{path}: 0 bytes; copy or download it again.")
     refuse_pointer(path, first)

@@ -20,7 +20,7 @@ from ..containers.tensor_file import DTYPES, TensorInfo
 from ..containers.zarr import tree as zarr_tree
 from ..containers.zarr import writing as zarr_writing
 from ..containers.zarr.tree import ZarrTree
-from ..containers.zarr.writing import Array
+from ..containers.zarr.writing import ZarrArray
 from ..opened import Checkpoint, StoredTensor
 from . import base
 from .base import Outline, Target
@@ -146,14 +146,14 @@ def create(directory: Path, outline: Outline, limit: int) -> dict[str, Target]:
     return targets
 
 
-def _place(name: str, row: Parameter, outline: Outline, scanned: bool) -> tuple[Array, int]:
+def _place(name: str, row: Parameter, outline: Outline, scanned: bool) -> tuple[ZarrArray, int]:
     """The array that a tensor goes to, and which layer of it."""
     layer = layer_of(name)
     stacked = scanned and layer is not None
     path = ("params", "params", *_name(row, "layers" if stacked else f"layers_{layer}").split("."))
     shape = layouts.stored_shape(row, outline.config, layout_of(row))
     stack = (_STACK_AXIS, outline.config.num_hidden_layers) if stacked else None
-    return Array(path, outline.dtypes[name], shape, stack), layer if layer is not None and stacked else 0
+    return ZarrArray(path, outline.dtypes[name], shape, stack), layer if layer is not None and stacked else 0
 
 
 def _target(info: TensorInfo, row: Parameter, outline: Outline) -> Target:

@@ -16,7 +16,7 @@ from ..containers import tensor_file
 from ..containers.zarr import tree as zarr_tree
 from ..containers.zarr import writing as zarr_writing
 from ..containers.zarr.tree import ZarrTree
-from ..containers.zarr.writing import Array
+from ..containers.zarr.writing import ZarrArray
 from ..opened import Checkpoint, StoredTensor
 from . import base
 from .base import Outline, Target
@@ -92,6 +92,6 @@ def create(directory: Path, outline: Outline, limit: int) -> dict[str, Target]:
     shapes = {name: shape_of(row, outline.config) for name, row in outline.rows().items()}
     (directory / FOLDER).mkdir()
     infos = zarr_writing.create(
-        directory / FOLDER, [Array((name,), outline.dtypes[name], shape) for name, shape in shapes.items()]
+        directory / FOLDER, [ZarrArray((name,), outline.dtypes[name], shape) for name, shape in shapes.items()]
     )
     return {name: Target(partial(tensor_file.write, infos[name, 0])) for name in shapes}

@@ -10,7 +10,8 @@ import importlib.metadata
 from importlib.metadata import EntryPoint
 from typing import NamedTuple
 
-from ...errors import ConversionError, MissingExtraError
+from ... import extras
+from ...errors import ConversionError
 from .base import Format
 
 GROUP = "mistral.formats"
@@ -66,9 +67,7 @@ def format_named(name: str) -> Format:
     except ImportError as cause:
         if row.extra is None:
             raise
-        raise MissingExtraError(
-            f"the format {name} needs {cause.name or cause}; pip install 'mistral-frameworks[{row.extra}]'."
-        ) from cause
+        raise extras.missing(f"the format {name}", cause.name or str(cause), row.extra) from cause
 
 
 def _entry_point(row: Row) -> EntryPoint:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ....errors import LossyConversionError, MissingExtraError, NonFiniteWeightsError, UnsupportedFeatureError
+from .... import extras
+from ....errors import LossyConversionError, NonFiniteWeightsError, UnsupportedFeatureError
 from ..tensor_file import TensorInfo, quoted
 
 _STRIP_BYTES = 1 << 20  # of quantised numbers at once: unpacking takes several times as much
@@ -89,12 +90,7 @@ def _check_quantisable(strip: np.ndarray, info: TensorInfo) -> None:
 
 
 def _quants(name: str, code: str) -> tuple[ModuleType, Any]:
-    try:
-        from gguf import GGMLQuantizationType, quants
-    except ImportError as cause:
-        raise MissingExtraError(
-            f"{quoted(name)}: {code} needs {cause.name}; pip install 'mistral-frameworks[convert]'."
-        ) from cause
-    if code not in GGMLQuantizationType.__members__:
+    quants = extras.require("gguf.quants", "convert", what=f"{quoted(name)}: {code}")
+    if code not in quants.GGMLQuantizationType.__members__:
         raise UnsupportedFeatureError(f"{quoted(name)}: the installed gguf does not know {code}; upgrade it.")
-    return quants, GGMLQuantizationType[code]
+    return quants, quants.GGMLQuantizationType[code]

@@ -1,7 +1,8 @@
 """The header of a GGUF file, scanned strictly and fast; nothing is believed before it is compared with the file.
 
 The format is that of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md: keys and values, then tensors with
-their sizes in reverse, then the numbers, each tensor at a multiple of the alignment.
+their sizes in reverse, then the numbers, each tensor at a multiple of the alignment. The package gguf maps a file and
+believes what its header says.
 """
 
 from __future__ import annotations

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from .... import extras
 from ....disk import files, reading
 from ....disk.reading import opened
-from ....errors import CorruptCheckpointError, MissingExtraError
+from ....errors import CorruptCheckpointError
 from ..tensor_file import DTYPES, TensorFile, TensorInfo, quoted, stamp_of
 from .structure import Found, Structure
 
@@ -120,12 +121,7 @@ def create(
 
 @contextlib.contextmanager
 def _made(path: Path) -> Iterator[Any]:
-    try:
-        import h5py
-    except ImportError as cause:
-        raise MissingExtraError(
-            f"{path}: writing HDF5 needs h5py; pip install 'mistral-frameworks[convert]'."
-        ) from cause
+    h5py = extras.require("h5py", "convert", what=f"{path}: writing HDF5")
     try:
         with h5py.File(path, "w-", libver=("earliest", "latest"), locking="best-effort") as file:
             yield file

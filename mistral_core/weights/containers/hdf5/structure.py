@@ -1,8 +1,9 @@
 """What an HDF5 file of weights is made of, parsed strictly: groups, and in them contiguous datasets.
 
-The HDF5 library hangs on a file with a flipped bit, so it never sees one that it did not write here. The layout is that
-of `h5py.File(path, "w")`, which Keras and transformers use: superblock 0, object headers 1, groups as symbol tables
-(HDF5 File Format Specification 3.0). Everything else is refused by name.
+The HDF5 library hangs on a file with a flipped bit, or crashes (issues 1707 of HDFGroup/hdf5, 1183 of h5py), so it
+never sees one that it did not write here. The layout is that of `h5py.File(path, "w")`, which Keras and transformers
+use: superblock 0, object headers 1, groups as symbol tables (HDF5 File Format Specification 3.0). Everything else is
+refused by name.
 """
 
 from __future__ import annotations

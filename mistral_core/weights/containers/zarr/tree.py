@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .... import extras
 from ....disk import files, limits, reading, strict_json
 from ....errors import (
     CorruptCheckpointError,
     LimitExceededError,
-    MissingExtraError,
     ShapeMismatchError,
     UnexpectedTensorsError,
 )
@@ -223,13 +223,7 @@ class _Part(TensorFile):
 
 def library() -> Any:
     """The module tensorstore; raises MissingExtraError."""
-    try:
-        import tensorstore
-    except ImportError as cause:
-        raise MissingExtraError(
-            f"Orbax checkpoints need {cause.name}; pip install 'mistral-frameworks[orbax]'."
-        ) from cause
-    return tensorstore
+    return extras.require("tensorstore", "orbax", what="a checkpoint of Orbax")
 
 
 def _stamps(directory: Path) -> dict[Path, tuple[int, int, int, int]]:

@@ -17,7 +17,7 @@ from ..tensor_file import DTYPES, TensorInfo
 from .tree import METADATA, ZARR_NAMES
 
 
-class Array(NamedTuple):
+class ZarrArray(NamedTuple):
     """An array to be written."""
 
     path: tuple[str, ...]
@@ -33,7 +33,7 @@ class Array(NamedTuple):
         return ".".join(self.path)
 
 
-def create(directory: Path, arrays: Iterable[Array]) -> dict[tuple[str, int], TensorInfo]:
+def create(directory: Path, arrays: Iterable[ZarrArray]) -> dict[tuple[str, int], TensorInfo]:
     """Describe arrays and reserve their bytes; (name, layer or 0) -> where it goes, in the shape of one layer."""
     arrays = list(arrays)
     infos: dict[tuple[str, int], TensorInfo] = {}
@@ -73,7 +73,7 @@ def _zarray(dtype: str, shape: list[int], chunk: list[int]) -> dict[str, Any]:
     }
 
 
-def _metadata(arrays: Iterable[Array]) -> dict[str, Any]:
+def _metadata(arrays: Iterable[ZarrArray]) -> dict[str, Any]:
     return {
         "tree_metadata": {
             str(array.path): {
