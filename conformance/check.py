@@ -8,7 +8,7 @@ from mistral_core import backend as backends
 from mistral_core import devices
 from mistral_core.cli import backends_argument, loading_arguments, progress, put
 from mistral_core.data import TINY_CHECKPOINT
-from mistral_core.errors import MissingExtraError, UnsupportedFeatureError
+from mistral_core.errors import UnsupportedFeatureError
 
 from . import checkpoint, report
 

@@ -8,7 +8,7 @@ import sys
 from functools import partial
 
 from ..errors import InputError
-from ..pipelines.conversation import Conversation, Turn
+from ..pipelines.conversation import Conversation
 from ..text.tokenizer import MistralTokenizer
 from . import generate, progress, put, repl, stdin
 
@@ -60,12 +60,6 @@ def has_chat_format(tokenizer: MistralTokenizer) -> bool:
     return bool(tokenizer.chat_templates) or tokenizer.version not in (None, "v1")
 
 
-def summary(turn: Turn) -> str:
-    """One line of what an answer took."""
-    why = {"stopped": ", stopped", "length": ", cut at its greatest length"}.get(turn.ended, "")
-    return f"{turn.new_tokens} tokens, {turn.new_tokens / max(turn.seconds, 1e-9):.1f} tokens/s{why}"
-
-
 def _answer(conversation: Conversation, text: str, *, as_json: bool) -> int:
     answer = conversation.say(text, on_text=None if as_json else partial(put, end=""))
     assert conversation.last is not None
@@ -73,5 +67,5 @@ def _answer(conversation: Conversation, text: str, *, as_json: bool) -> int:
         put(json.dumps({"text": answer, **conversation.last._asdict(), "messages": conversation.messages}))
     else:
         put()
-    progress(summary(conversation.last))
+    progress(repl.summary(conversation.last))
     return 0

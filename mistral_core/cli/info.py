@@ -11,6 +11,10 @@ from ..config import MistralConfig
 from ..config.presets import PRESETS
 from ..errors import MistralError, UnsupportedFeatureError
 from ..parameters import HEADS, parameter_count
+from ..text import sources
+from ..text.tokenizer import MistralTokenizer
+from ..weights.opened import Checkpoint
+from ..weights.sources import resolve_checkpoint
 from . import put
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -37,9 +41,6 @@ def describe(path: str) -> dict[str, Any]:
     """Architecture, sizes, memory by dtype, window, files."""
     if path in PRESETS:
         return {"preset": path, **facts_of(PRESETS[path])}
-    from ..weights.opened import Checkpoint
-    from ..weights.sources import resolve_checkpoint
-
     root = resolve_checkpoint(path)
     checkpoint = Checkpoint.open(root)
     directory = checkpoint.directory
@@ -59,9 +60,6 @@ def describe(path: str) -> dict[str, Any]:
 
 def _tokenizer(root: Path, vocab_size: int) -> dict[str, Any]:
     """What its tokenizer is read from, and how conversations are written; or why it cannot be read."""
-    from ..text import sources
-    from ..text.tokenizer import MistralTokenizer
-
     try:
         name = next(name for name in sources.NAMES if name in sources.found_in(root))
         tokenizer = MistralTokenizer.from_pretrained(root)

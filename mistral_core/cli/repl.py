@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .. import extras
 from ..disk import files, strict_json
 from ..errors import InputError, MistralError, OutputExistsError, UnsafeFileError
-from ..pipelines.conversation import Conversation
+from ..pipelines.conversation import Conversation, Turn
 from ..telling import printable
 
 if TYPE_CHECKING:
@@ -140,8 +140,6 @@ class Repl:
         raise EOFError
 
     def _answer(self, ask: Callable[[], str]) -> None:
-        from .chat import summary
-
         try:
             with _stopped_by_ctrl_c(self.conversation):
                 answer = ask()
@@ -167,6 +165,12 @@ class Repl:
         from rich.text import Text
 
         self.console.print(Text(printable(text), style=style), **options)
+
+
+def summary(turn: Turn) -> str:
+    """One line of what an answer took."""
+    why = {"stopped": ", stopped", "length": ", cut at its greatest length"}.get(turn.ended, "")
+    return f"{turn.new_tokens} tokens, {turn.new_tokens / max(turn.seconds, 1e-9):.1f} tokens/s{why}"
 
 
 def save(path: Path, messages: list[dict[str, Any]], *, replace: bool) -> None:

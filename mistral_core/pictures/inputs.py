@@ -12,7 +12,7 @@ from ..errors import EmptyInputError, InputError, SequenceTooLongError
 from ..reference.ops import token_order
 from ..text.tokenizer import MistralTokenizer
 from .labels import labels
-from .picture import Token
+from .panel import Token
 
 MOST_TOKENS = 2048
 """A matrix of more is no picture any more."""

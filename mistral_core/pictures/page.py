@@ -8,13 +8,16 @@ import html
 import json
 from importlib import resources
 from string import Template
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import SequenceTooLongError
 from .palette import DARK, LIGHT
-from .picture import SELF, STYLES, WEIGHT, Panel, Picture, Reason, Token
+from .panel import SELF, STYLES, WEIGHT, Panel, Reason, Token
+
+if TYPE_CHECKING:
+    from .picture import Picture
 
 MOST_TOKENS = 512
 MOST_CELLS = 1 << 23

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .picture import Reason
+from .panel import Reason
 
 LIGHT = {
     "paper": "#ffffff",

@@ -2,87 +2,23 @@
 
 from __future__ import annotations
 
-import enum
 import html
+import io
 import os
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ..arrays import Array
+from ..disk.files import write_file
 from ..errors import InputError
+from .page import page
+from .panel import SELF, STYLES, WEIGHT, Panel, Reason, Token
+from .png import draw
+from .terminal import plain, show
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-
-class Reason(enum.IntEnum):
-    """Why a token sees another, or does not; the values of `Panel.reasons`."""
-
-    SEES = 0
-    FUTURE = 1
-    WINDOW = 2
-    DOCUMENT = 3
-    PADDING = 4
-
-
-class Style(NamedTuple):
-    """How a reason is told."""
-
-    letter: str
-    """Without colours."""
-    title: str
-    sentence: str
-    """With {query}, {key}, {distance} and {window} to be filled in."""
-
-
-STYLES = {
-    Reason.SEES: Style("#", "sees", "{query} sees {key}."),
-    Reason.FUTURE: Style(".", "comes later", "{query} does not see {key}, which comes later."),
-    Reason.WINDOW: Style(
-        "w",
-        "outside the window",
-        "{query} does not see {key}, {distance} tokens back: outside the window of {window} (itself included).",
-    ),
-    Reason.DOCUMENT: Style("d", "another document", "{query} does not see {key}, which is in another document."),
-    Reason.PADDING: Style("p", "padding", "{query} and {key}: padding sees nothing and is seen by no token."),
-}
-SELF = "{query} sees itself."
-WEIGHT = "{query} gives {weight} of its attention to {key}."
-
-
-class Token(NamedTuple):
-    """One token of a text, safe to show anywhere."""
-
-    label: str
-    position: int | None
-    """The number of real tokens before it in its row; None for padding."""
-    document: int | None = None
-    """Which of several packed documents it is in."""
-    is_control: bool = False
-
-    @property
-    def name(self) -> str:
-        """As sentences call it."""
-        if self.position is None:
-            return "padding"
-        inside = "" if self.document is None else f", document {self.document}"
-        return f"'{self.label.strip('▁') or self.label}' (position {self.position}{inside})"
-
-
-class Panel(NamedTuple):
-    """One matrix: the tokens of a text on both axes, for some layers."""
-
-    title: str
-    row: int
-    """Which of the texts."""
-    layers: tuple[int, ...]
-    window: int | None
-    reasons: Array
-    """[T, T] uint8, of `Reason`: row t, column s says whether query t sees key s."""
-    head: int | None = None
-    weights: Array | None = None
-    """[T, T] float32: the share of its attention that query t gives to key s."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,21 +61,14 @@ class Picture:
 
     def text(self, *, columns: int | None = None) -> str:
         """The picture in plain letters, at most so many columns wide."""
-        from .terminal import plain
-
         return plain(self, columns=columns)
 
     def print(self, file: TextIO | None = None) -> None:
         """Print it: in colour on a terminal that has them, else in letters."""
-        from .terminal import show
-
         show(self, sys.stdout if file is None else file)
 
     def html(self, path: str | os.PathLike[str] | None = None) -> str:
         """One self-contained page; written to `path` if given. Raises SequenceTooLongError, ConversionError."""
-        from ..disk.files import write_file
-        from .page import page
-
         text = page(self)
         if path is not None:
             write_file(path, text.encode())
@@ -150,11 +79,6 @@ class Picture:
 
         Raises SequenceTooLongError, ConversionError, InputError (font), MissingExtraError without Pillow.
         """
-        import io
-
-        from ..disk.files import write_file
-        from .png import draw
-
         image = draw(self, font=font)
         if path is not None:
             data = io.BytesIO()

@@ -1,4 +1,8 @@
-"""A picture as an image, in the page's light colours."""
+"""A picture as an image, in the page's light colours.
+
+Drawn by Pillow, which matplotlib would need too, with eight packages more: here are cells of whole pixels, labels in the
+first font that has their characters, and the same bytes for the same fonts.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..errors import SequenceTooLongError
 from .fonts import Fonts
 from .palette import LIGHT, faded, weight_colour
-from .picture import STYLES, Panel, Picture, Reason, Token
+from .panel import STYLES, Panel, Reason, Token
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
+
+    from .picture import Picture
 
 MOST_TOKENS = 512
 MOST_PIXELS = 1 << 27

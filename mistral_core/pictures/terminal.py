@@ -7,11 +7,14 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TextIO
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from .labels import ascii_only
 from .palette import DARK, SELF, TERMINAL, weight_colour
-from .picture import STYLES, Panel, Picture, Reason, Token
+from .panel import STYLES, Panel, Reason, Token
+
+if TYPE_CHECKING:
+    from .picture import Picture
 
 LONGEST_LABEL = 16
 FEWEST = 4

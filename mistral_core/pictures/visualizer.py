@@ -17,10 +17,13 @@ from ..errors import InputError, MissingExtraError
 from ..hub import download
 from ..plain import plain_int
 from ..reference import ops
+from ..reference.model import forward
 from ..telling import printable
 from ..text.tokenizer import MistralTokenizer
+from ..weights import pretrained
 from .inputs import Rows, Source, read
-from .picture import Panel, Picture, Reason
+from .panel import Panel, Reason
+from .picture import Picture
 
 REFERENCE = "reference"
 LOADING = ("dtype", "torch_dtype", "device", "device_map", "attn_implementation")
@@ -194,9 +197,6 @@ class AttentionVisualizer(_Visualizer):
         """L arrays [B, N, T, T]."""
         inputs: dict[str, Any] = {"attention_mask": rows.attention_mask, "document_ids": rows.document_ids}
         if self.backend is None:
-            from ..reference.model import forward
-            from ..weights import pretrained
-
             if self._model is None:
                 loaded = pretrained.load(self.path, "MistralModel", dtype="float32", **self._overrides)
                 self._model = dict(loaded.tensors)

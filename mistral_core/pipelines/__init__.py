@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from .. import backend as backends
+from ..config import MistralConfig
 from ..errors import InputError
 from ..hub import download
 from ..telling import shown
+from ..text.tokenizer import MistralTokenizer
 from .base import LOADING, Pipeline
 
 TASKS: Mapping[str, tuple[str, str]] = {
@@ -60,8 +62,6 @@ def pipeline(
         found = backends.get(_backend_of(model, backend, framework))
         _check_object(model, task, [*loading, *(model_kwargs or {})])
     if isinstance(tokenizer, str | os.PathLike):
-        from ..text.tokenizer import MistralTokenizer
-
         tokenizer = MistralTokenizer.from_pretrained(tokenizer, **hub)
     if tokenizer is None:
         raise InputError("tokenizer: a model object brings none; give a tokenizer, or its path.")
@@ -87,8 +87,6 @@ def _task_of(architecture: str | None) -> str:
 
 
 def _own_architecture(path: Any, config: Any, hub: Mapping[str, Any]) -> str | None:
-    from ..config import MistralConfig
-
     config = MistralConfig.from_pretrained(path, **hub) if config is None else config
     return (config.architectures or ("MistralForCausalLM",))[0]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import backend as backends
 from ..errors import TokenizerError
 
 FRAMEWORKS = {"pt": "torch", "jax": "flax", "tf": "tf"}
@@ -61,8 +62,6 @@ def as_arrays(columns: Mapping[str, list[Any]], return_tensors: str) -> Encoding
     lists = {name: rows for name, rows in columns.items() if name == OVERFLOWING}
     if return_tensors == "np":
         return Encoding({**arrays, **lists})
-    from ..backend import get
-
-    backend = get(FRAMEWORKS[return_tensors])
+    backend = backends.get(FRAMEWORKS[return_tensors])
     kind = np.int64 if return_tensors == "pt" else np.int32  # ids of JAX and TensorFlow are int32
     return Encoding({**{name: backend.from_numpy(each.astype(kind)) for name, each in arrays.items()}, **lists})

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
 from ..errors import TemplateError, TokenizerError, UnsupportedFeatureError
+from ..weights.push import push_files
 from .beside import INPUTS
 from .clients import AsTokenizer
 from .encoding import Encoding, as_arrays
@@ -420,8 +421,6 @@ class Tokenizer(AsTokenizer, ABC):
 
         `private`, `commit_message`, `revision`, `token`, `create_pr` as for models. Raises HubError and its kinds.
         """
-        from ..weights.push import push_files
-
         with tempfile.TemporaryDirectory() as folder:
             written = [Path(name) for name in self.save_pretrained(folder)]
             message = options.pop("commit_message", None) or "Upload tokenizer"

@@ -14,7 +14,11 @@ from typing import Any, Literal
 from .. import extras
 from ..disk import files, into, limits, reading, strict_json
 from ..errors import TemplateError, TokenizerError, UnsupportedFeatureError
+from ..hub import download
 from . import sources
+from .chat import messages
+from .chat.checks import Problem
+from .chat.functions import function_schema
 from .inputs import UNBOUNDED, refuse
 from .interface import FormattedChat, Tokenizer
 from .rows import Columns, Frame
@@ -87,8 +91,6 @@ class MistralCommonTokenizer(Tokenizer):
 
         `settings` are those of the constructor; where they do not say, what `save_pretrained` wrote counts.
         """
-        from ..hub import download
-
         path = reading.held(
             download.resolve(
                 pretrained_model_name_or_path,
@@ -199,10 +201,6 @@ class MistralCommonTokenizer(Tokenizer):
         from mistral_common.exceptions import MistralCommonException
         from mistral_common.protocol.instruct.request import ChatCompletionRequest
         from pydantic import ValidationError
-
-        from .chat import messages
-        from .chat.checks import Problem
-        from .chat.functions import function_schema
 
         refuse("apply_chat_template", options)
         if said:

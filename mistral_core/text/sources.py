@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from ..disk import reading
 from ..errors import TokenizerError
 from ..telling import warn
+from ..weights.formats.base import reader
+from ..weights.opened import Checkpoint
 from . import beside, bpe, description, sentencepiece, tekken
 from .amended import amend, amended, check_ids
 from .beside import CONFIG as CONFIG
@@ -66,15 +68,11 @@ def found_in(path: Path) -> Files:
 
     Raises TokenizerError where there is none.
     """
-    from ..weights.formats import base
-
     path = reading.held(path)
     if path.is_file() and path.suffix != ".gguf":
         files = _present(path.parent, beside.FILES)
-        files[_name_of(path)] = base.reader(path)
+        files[_name_of(path)] = reader(path)
     elif path.is_file() or (path / "assets" / "tokenizer").is_dir() or _is_gguf_alone(path):
-        from ..weights.opened import Checkpoint
-
         files = dict(Checkpoint.open(path).texts)
     else:
         files = _present(path, (*NAMES, *beside.FILES))
@@ -84,9 +82,7 @@ def found_in(path: Path) -> Files:
 
 
 def _present(directory: Path, names: Iterable[str]) -> dict[str, Callable[[], bytes]]:
-    from ..weights.formats import base
-
-    return {name: base.reader(directory / name) for name in names if (directory / name).exists()}
+    return {name: reader(directory / name) for name in names if (directory / name).exists()}
 
 
 def _is_gguf_alone(directory: Path) -> bool:

@@ -9,14 +9,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from ..disk import into
 from ..errors import TemplateError, TokenizerError
+from ..hub import download
 from . import beside, sources
+from .chat import prompt as chat_prompt
+from .chat.tools import without_functions
 from .chat.versions import VERSIONS
 from .inputs import refuse
 from .interface import FormattedChat, Tokenizer
 from .rows import Columns, Frame
 from .segments import Part
 from .templates import files as template_files
+from .templates import prompt as template_prompt
+from .templates import saved
 
 SETTINGS = ("model_max_length", "padding_side", "truncation_side", "model_input_names")
 """What a tokenizer_config.json says beside special tokens, and what is written into it."""
@@ -100,8 +106,6 @@ class MistralTokenizer(Tokenizer):
         tokenizer.json has Llama's. `revision`, `cache_dir`, `token` and `local_files_only` go to the hub; `settings`
         are `padding_side`, `truncation_side`, `model_max_length`, `pad_token`.
         """
-        from ..hub import download
-
         settings = {name: value for name, value in settings.items() if value not in NO_EFFECT.get(name, ())}
         known = (*SETTINGS, *sources.TOKENS)
         refuse("from_pretrained", {name: value for name, value in settings.items() if name not in known}, known)
@@ -121,8 +125,6 @@ class MistralTokenizer(Tokenizer):
 
         transformers loads them and gives the same ids. A tokenizer.json that was read is written byte for byte.
         """
-        from ..disk import into
-
         directory = Path(save_directory)
         name, content = self._source.file
         written = {name: content, **self._templates(), **self._beside()}
@@ -206,8 +208,6 @@ class MistralTokenizer(Tokenizer):
         own = self.chat_templates
         if self._assigned_template is not None or self.version is None or not _is_of_mistral(own):
             return own.get(template_files.DEFAULT)
-        from .templates import saved
-
         settings = self._source.settings
         return saved.made(self.version, prefix=self._coder.prefix, model_settings=settings, marked=True)
 
@@ -247,19 +247,16 @@ class MistralTokenizer(Tokenizer):
     def _parts(
         self, conversation: Any, tools: Any, version: str, *, add_generation_prompt: bool = False, **options: Any
     ) -> list[Part]:
-        from .chat import prompt as chat
-
         known = ("continue_final_message", "reasoning_effort", "response_format")
         refuse("Mistral's format", {name: value for name, value in options.items() if name not in known}, known)
         if add_generation_prompt and options.get("continue_final_message"):
             raise TemplateError("add_generation_prompt and continue_final_message contradict each other; pass one.")
         settings = self._source.settings
-        return chat.parts(conversation, tools, version=version, mode=self.mode, model_settings=settings, **options)
+        return chat_prompt.parts(
+            conversation, tools, version=version, mode=self.mode, model_settings=settings, **options
+        )
 
     def _rendered(self, conversation: Any, tools: Any, chat_template: str | None, **options: Any) -> list[Part]:
-        from .chat.tools import without_functions
-        from .templates import prompt as template
-
         tools = without_functions(tools)
         name = None if chat_template in (None, OWN) else chat_template
         if name is None or name in self.chat_templates:
@@ -268,16 +265,14 @@ class MistralTokenizer(Tokenizer):
             text = name
         tokens: dict[str, Any] = {name: getattr(self, name) or "" for name in sources.TOKENS}
         controls = list(self._coder.controls.values())
-        return template.parts(text, controls=controls, messages=conversation, tools=tools, **tokens, **options)
+        return template_prompt.parts(text, controls=controls, messages=conversation, tools=tools, **tokens, **options)
 
     def encode_fim(self, prompt: str, suffix: str | None = None) -> list[int]:
         """The ids that ask for what stands between two texts of code.
 
         Raises TemplateError for v1, TokenizerError where the vocabulary has no tokens for it.
         """
-        from .chat import prompt as chat
-
-        return self._coder.prompt(chat.fim_segments(prompt, suffix, version=self.version or "v1"), apart=True)
+        return self._coder.prompt(chat_prompt.fim_segments(prompt, suffix, version=self.version or "v1"), apart=True)
 
     # How
 
@@ -286,8 +281,6 @@ class MistralTokenizer(Tokenizer):
 
         None for a tokenizer.json of v1 without one: that of a base model is the same.
         """
-        from .templates import saved
-
         templates = self.chat_templates
         is_base = self.version == "v1" and self._source.file[0] == sources.JSON
         if not templates and self.version is not None and not is_base:
