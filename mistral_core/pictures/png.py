@@ -1,7 +1,7 @@
 """A picture as an image, in the page's light colours.
 
-Drawn by Pillow, which matplotlib would need too, with eight packages more: here are cells of whole pixels, labels in the
-first font that has their characters, and the same bytes for the same fonts.
+Drawn by Pillow, which matplotlib would need too, with eight packages more: here are cells of whole pixels, labels in
+the first font that has their characters, and the same bytes for the same fonts.
 """
 
 from __future__ import annotations

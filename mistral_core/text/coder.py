@@ -66,7 +66,7 @@ class Coder:
         self._added = {each: token.content for each, token in added.items() if each not in self.special}
         self._words = self._added.keys() - self.controls.keys()
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True) if size is None else size
-        self._encoded = 0
+        self._is_fast = False
         self._take_out_user_defined()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -113,10 +113,15 @@ class Coder:
             texts = [_spaced(text, prefix or self.prefix) for text in texts]
             if self._user_defined and any(map(self._cut.search, texts)):
                 return [self._with_user_defined(text)["input_ids"] for text in texts]
-        self._encoded += sum(map(len, texts))
-        if self._encoded > fast.MUCH * self.vocab_size and self._fast is not None:
+        if self._is_fast and self._fast is not None:
             return self._fast(texts)
         return self._batch(self._encoding, texts)
+
+    def encode_fast(self) -> None:
+        """Encode by kitoken from now on; raises MissingExtraError, TokenizerError where its ids would be others."""
+        if self._fast is None:
+            raise TokenizerError(f"{self._where}: fast=True would give other ids of this vocabulary; leave it out.")
+        self._is_fast = True
 
     def parsed(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, in which control tokens are found."""

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from mistral_core.errors import MissingExtraError, TokenizerError
 from mistral_core.text import fast, tekken
 from mistral_core.text.bpe import byte_characters, merges_by_score
 from mistral_core.text.decoder import BYTE_TOKENS
@@ -39,13 +40,15 @@ def random_texts(tokens, count, seed=0):
         yield "".join(rng.choice(kind) for kind in rng.choices(kinds, shares, k=rng.randrange(40)))
 
 
-@pytest.fixture(scope="module", params=FILES)
+def sweep(all, quick):
+    """All of them, most in the sweep only."""
+    return [each if each in quick else pytest.param(each, marks=pytest.mark.sweep) for each in all]
+
+
+@pytest.fixture(scope="module", params=sweep(FILES, ("v3", "tekken")))
 def both(request):
-    """One tokenizer that never encodes fast and one that always does."""
-    slow, quick = (MistralTokenizer.from_pretrained(FILES[request.param]) for _ in range(2))
-    assert quick._coder._fast is not None
-    quick._coder._encoded = 1 << 40
-    return slow, quick
+    """One tokenizer that encodes as it is and one that encodes fast."""
+    return [MistralTokenizer.from_pretrained(FILES[request.param], fast=fast) for fast in (False, True)]
 
 
 def agree(both, texts):
@@ -54,7 +57,7 @@ def agree(both, texts):
 
 
 def test_any_text_has_the_ids_of_tokenizers(both):
-    agree(both, list(random_texts(list(both[0].get_vocab()), 2000)))
+    agree(both, list(random_texts(list(both[0].get_vocab()), 1000)))
 
 
 @pytest.mark.sweep
@@ -63,9 +66,14 @@ def test_many_texts_have_the_ids_of_tokenizers(both, seed):
     agree(both, list(random_texts(list(both[0].get_vocab()), 20000, seed)))
 
 
-def test_single_tokens_long_words_and_nothing(both):
-    agree(both, list(both[0].get_vocab()))
-    agree(both, ["a" * 100_000, " " * 100_000, "\U0001f9ff" * 20_000, "ab" * 50_000, "", " "])
+@pytest.mark.parametrize("every", sweep((1, 16), (16,)))
+def test_single_tokens(both, every):
+    agree(both, list(both[0].get_vocab())[::every])
+
+
+@pytest.mark.parametrize("length", sweep((100_000, 5000), (5000,)))
+def test_long_words_and_nothing(both, length):
+    agree(both, ["a" * length, " " * length, "\U0001f9ff" * (length // 5), "ab" * (length // 2), "", " "])
     agree(both, [])
 
 
@@ -87,19 +95,18 @@ def test_threads_keep_the_order(both, monkeypatch):
 # When it is made
 
 
-def test_it_is_made_after_much_text(monkeypatch):
-    tokenizer = MistralTokenizer.from_pretrained(FILES["v3"])
-    monkeypatch.setattr(fast, "MUCH", 100 / tokenizer.vocab_size)
-    tokenizer("a" * 90)
-    assert "_fast" not in vars(tokenizer._coder)
-    found = tokenizer(["a" * 20, "[INST] b"])["input_ids"]
-    assert vars(tokenizer._coder)["_fast"] is not None
-    assert found == MistralTokenizer.from_pretrained(FILES["v3"])(["a" * 20, "[INST] b"])["input_ids"]
+def test_it_is_used_where_it_is_asked_for_and_only_there(both, monkeypatch):
+    slow, quick = both
+    used = []
+    monkeypatch.setitem(vars(quick._coder), "_fast", lambda texts: used.append(len(texts)) or [[7]] * len(texts))
+    assert quick("Hello", add_special_tokens=False)["input_ids"] == [7]
+    assert used == [1]
+    slow("a b " * 1000)
+    assert "_fast" not in vars(slow._coder)  # however much it has seen: no engine is changed by itself
 
 
-def test_a_tokenizer_that_has_one_is_copied_and_pickled(monkeypatch):
-    monkeypatch.setattr(fast, "MUCH", 0)
-    tokenizer = MistralTokenizer.from_pretrained(FILES["v1"])
+def test_a_tokenizer_that_has_one_is_copied_and_pickled():
+    tokenizer = MistralTokenizer.from_pretrained(FILES["v1"], fast=True)
     ids = tokenizer.encode("Hello world")
     for copied in (copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))):
         assert "_fast" not in vars(copied._coder)
@@ -107,18 +114,25 @@ def test_a_tokenizer_that_has_one_is_copied_and_pickled(monkeypatch):
         assert vars(copied._coder)["_fast"] is not None
 
 
-def test_without_its_library_there_is_none(monkeypatch):
+def test_without_its_library_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "kitoken", None)
-    monkeypatch.setattr(fast, "MUCH", 0)
-    tokenizer = MistralTokenizer.from_pretrained(FILES["v1"])
-    assert tokenizer.encode("Hello world", add_special_tokens=False) == [22557, 1526]
-    assert vars(tokenizer._coder)["_fast"] is None
+    with pytest.raises(MissingExtraError, match=r"fast=True needs kitoken; .*\[fast\]"):
+        MistralTokenizer.from_pretrained(FILES["v1"], fast=True)
+    slow = MistralTokenizer.from_pretrained(FILES["v1"])
+    assert slow.encode("Hello world", add_special_tokens=False) == [22557, 1526]
 
 
-@pytest.mark.parametrize("name", published_files.PUBLISHED)
+def test_a_vocabulary_that_would_get_other_ids_is_refused():
+    text = bpe(["abba"]).to_str()
+    assert MistralTokenizer(text).encode("ab", add_special_tokens=False)
+    with pytest.raises(TokenizerError, match="fast=True would give other ids"):
+        MistralTokenizer(text, fast=True)
+
+
+@pytest.mark.parametrize("name", sweep(published_files.PUBLISHED, ("v0.1-current",)))
 def test_the_published_files_have_one(tmp_path, name):
     (tmp_path / "tokenizer.json").write_bytes(published_files.published(name))
-    assert MistralTokenizer.from_pretrained(tmp_path)._coder._fast is not None
+    assert MistralTokenizer.from_pretrained(tmp_path, fast=True)._coder._is_fast
 
 
 # Where it is not made: other ids would come
