@@ -50,16 +50,16 @@ NO_EFFECT: Mapping[str, tuple[Any, ...]] = {
 }
 """Argument -> the values that change nothing here."""
 
-_QUANTIZED = "weights are not quantized; load them with dtype='bfloat16'"
+_QUANTIZED = "a packed checkpoint is unpacked as it is read; leave it out, and choose dtype='bfloat16'"
 _PLACED = "a model is on one device; say which with device="
 ADVICE: Mapping[str, str] = {
     "quantization_config": _QUANTIZED,
     "load_in_8bit": _QUANTIZED,
     "load_in_4bit": _QUANTIZED,
-    "use_safetensors": "weights are read from safetensors; convert pickled ones where you trust them",
+    "use_safetensors": "safetensors are read where there are some, pickled files where there is nothing else",
     "safe_serialization": "weights are written as safetensors only, which every framework reads",
     "trust_remote_code": "no code of a checkpoint is ever run; leave it out",
-    "weights_only": "nothing is ever unpickled; leave it out",
+    "weights_only": "of a pickled file nothing but tensors is ever read; leave it out",
     "subfolder": "give the path of the folder itself, or download it first",
     "adapter_kwargs": "load the model, then the adapter with peft.PeftModel.from_pretrained",
     "variant": "give the path of a folder with one set of weights",

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import MissingNameError
 from ..telling import nearest
 
-_QUANTIZED = "weights are not quantized here; load them with dtype='bfloat16'"
+_QUANTIZED = "a packed checkpoint is unpacked as it is read; load it without, with dtype='bfloat16'"
 _TOKENIZER = "AutoTokenizer (MistralTokenizer) reads every tokenizer file of Mistral's"
 _CACHE = "KVCache.allocate(config, batch_size, capacity) makes every kind of cache"
 _PIPELINE = "mistral_core.pipeline makes one; its class need not be named"
