@@ -13,7 +13,7 @@ from mistral_core.arrays import Array
 from mistral_core.config import MistralConfig
 from mistral_core.outputs import CausalLMOutput
 from mistral_core.reference import heads, ops
-from mistral_core.weights import pretrained
+from mistral_core.weights import saving as pretrained
 
 from . import adapters
 from .compare import Comparison, compare

@@ -17,7 +17,8 @@ from mistral_core.compat.arguments import check_saving, translated
 from mistral_core.compat.clients import path_by_either_name
 from mistral_core.errors import ConfigError
 from mistral_core.parameters import BASE_PREFIX, parameters, shapes
-from mistral_core.weights import pretrained, push
+from mistral_core.weights import push
+from mistral_core.weights import saving as pretrained
 from mistral_core.weights.resizing import VOCABULARY, resized_config, resized_rows
 
 from .arrays import as_device, as_policy, from_numpy, to_numpy

@@ -39,10 +39,10 @@ from mistral_core.weights.containers.tensor_file import (
     opened,
     quoted,
 )
+from mistral_core.weights.contents import Checkpoint
 from mistral_core.weights.formats import sharded
 from mistral_core.weights.formats.base import Outline, Target
 from mistral_core.weights.formats.sharded import Sharded
-from mistral_core.weights.opened import Checkpoint
 
 from .arrays import DTYPES
 

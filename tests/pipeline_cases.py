@@ -9,7 +9,7 @@ from conformance.weights import random_parameters
 from mistral_core.config.presets import TINY
 from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.generation import GenerationConfig
-from mistral_core.weights import pretrained
+from mistral_core.weights import saving as pretrained
 
 LABELS = {
     "MistralForSequenceClassification": ("calm", "happy", "sad"),

@@ -11,7 +11,8 @@ import pytest
 from mistral_core import MistralTokenizer
 from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.reference import heads
-from mistral_core.weights import manifest, pretrained
+from mistral_core.weights import manifest
+from mistral_core.weights import saving as pretrained
 
 NEW = 256
 ATOL = 32 * float(np.finfo(np.float32).eps)

@@ -18,7 +18,7 @@ from ..generation import GenerationConfig, driver
 from ..hub import download
 from ..reference import heads
 from ..text.tokenizer import MistralTokenizer
-from ..weights import pretrained
+from ..weights import saving as pretrained
 from . import backends_argument, loading, loading_arguments, progress, put
 
 PROMPT = "Elizabeth was surprised"

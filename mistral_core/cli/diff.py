@@ -9,7 +9,7 @@ import numpy as np
 
 from ..text.tokenizer import MistralTokenizer
 from ..weights import difference
-from ..weights.opened import Checkpoint
+from ..weights.contents import Checkpoint
 from ..weights.sources import resolve_checkpoint
 from . import put
 

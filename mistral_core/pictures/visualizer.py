@@ -20,7 +20,7 @@ from ..reference import ops
 from ..reference.model import forward
 from ..telling import printable
 from ..text.tokenizer import MistralTokenizer
-from ..weights import pretrained
+from ..weights import saving as pretrained
 from .inputs import Rows, Source, read
 from .panel import Panel, Reason
 from .picture import Picture

@@ -31,10 +31,10 @@ from ..parameters import shapes
 from . import casting, fingerprint, formats, manifest
 from .containers.shards import shard_bytes
 from .containers.tensor_file import DTYPES
+from .contents import Checkpoint, fits_in_cache
 from .formats.base import Format, Lossy, Moving, Outline
 from .layouts import as_it_is
 from .matching import canonical_names, match, own_class
-from .opened import Checkpoint, fits_in_cache
 from .sources import PRESET_FILES, resolve_checkpoint
 from .writing import write_checkpoint
 

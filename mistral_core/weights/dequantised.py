@@ -16,7 +16,7 @@ from ..quantization.ints import AWQ, GPTQ
 from ..quantization.nf4 import NF4
 from ..quantization.packings import PACKED_WORDS, ROWS, Packing, Parts, scaled
 from .containers.tensor_file import CODES, DTYPES, TensorFile, TensorInfo, quoted
-from .opened import StoredTensor
+from .contents import StoredTensor
 
 PACKINGS: dict[str, Packing] = {"awq": AWQ, "gptq": GPTQ, "nf4": NF4, "packed": PACKED_WORDS}
 

@@ -11,8 +11,8 @@ import numpy as np
 from ..arrays import bits
 from ..errors import ConfigError
 from . import fingerprint
+from .contents import Checkpoint
 from .matching import canonical_names
-from .opened import Checkpoint
 
 
 class TensorDifference(NamedTuple):

@@ -9,8 +9,8 @@ import numpy as np
 
 from ..config import MistralConfig
 from ..reference import heads, model, ops
+from .contents import Checkpoint
 from .matching import canonical_names
-from .opened import Checkpoint
 
 TOKENS = 12
 KEPT = 8

@@ -19,8 +19,8 @@ from ..errors import (
 )
 from .carried import MAX_MANIFEST_BYTES as MAX_BYTES
 from .containers.tensor_file import digest, quoted
+from .contents import Checkpoint
 from .matching import canonical_names
-from .opened import Checkpoint
 from .workers import Workers
 
 MODES = ("off", "sizes", "full")

@@ -19,7 +19,7 @@ from ..errors import (
 from ..parameters import BASE_PREFIX, BODY, HEADS, parameters, shape_of
 from ..telling import warn
 from .containers.tensor_file import DTYPES, quoted
-from .opened import StoredTensor
+from .contents import StoredTensor
 
 LM_HEAD = "lm_head.weight"
 EMBEDDING = BODY[0].name

@@ -14,8 +14,8 @@ from mistral_core.config.presets import TINY
 from mistral_core.errors import ConfigError, ConversionError, InputError, TokenizerError, UnsupportedFeatureError
 from mistral_core.parameters import HEADS, shapes
 from mistral_core.text.encoding import Encoding
-from mistral_core.weights import pretrained
-from mistral_core.weights.checkpoint import Checkpoint
+from mistral_core.weights import saving as pretrained
+from mistral_core.weights.loading import Checkpoint
 
 CONFIG = TINY.replace(num_hidden_layers=1)
 IDS = np.random.default_rng(0).integers(3, CONFIG.vocab_size, (2, 9))

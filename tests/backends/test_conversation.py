@@ -11,7 +11,7 @@ from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.pipelines.conversation import Conversation
 from mistral_core.reference import heads
 from mistral_core.text.tokenizer import MistralTokenizer
-from mistral_core.weights import pretrained
+from mistral_core.weights import saving as pretrained
 
 TEXTS = ("Emma was", "And Mr. Knightley?", "What did they say?")
 NEW = 24

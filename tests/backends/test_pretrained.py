@@ -14,8 +14,9 @@ from mistral_core import GenerationConfig, MistralConfig
 from mistral_core.config.presets import TINY
 from mistral_core.errors import MissingTensorsError, UnknownArgumentError, UnknownFieldError
 from mistral_core.parameters import HEADS, parameters
-from mistral_core.weights import checkpoint, pretrained
-from mistral_core.weights.checkpoint import Checkpoint
+from mistral_core.weights import loading as checkpoint
+from mistral_core.weights import saving as pretrained
+from mistral_core.weights.loading import Checkpoint
 
 ARCHITECTURES = tuple(HEADS)
 

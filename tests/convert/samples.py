@@ -10,10 +10,10 @@ import numpy as np
 from mistral_core import TINY, MistralConfig
 from mistral_core.parameters import parameters, shape_of
 from mistral_core.weights import manifest
-from mistral_core.weights.checkpoint import dtype_of
 from mistral_core.weights.containers.tensor_file import CODES
+from mistral_core.weights.contents import Checkpoint
 from mistral_core.weights.formats.base import Outline
-from mistral_core.weights.opened import Checkpoint
+from mistral_core.weights.loading import dtype_of
 from mistral_core.weights.writing import write_checkpoint
 
 CAUSAL = "MistralForCausalLM"

@@ -16,10 +16,11 @@ from samples import any_bits, assert_same, ordinary, read, write
 from mistral_core import TINY, convert, errors
 from mistral_core.cli import main
 from mistral_core.data import TINY_CHECKPOINT
-from mistral_core.weights import casting, difference, formats, manifest, pretrained
-from mistral_core.weights.checkpoint import load
+from mistral_core.weights import casting, difference, formats, manifest
+from mistral_core.weights import saving as pretrained
+from mistral_core.weights.contents import Checkpoint
 from mistral_core.weights.formats.sharded import Sharded
-from mistral_core.weights.opened import Checkpoint
+from mistral_core.weights.loading import load
 
 TEXTS = {
     "tokenizer.json": b'{"a": 1}',

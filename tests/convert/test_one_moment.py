@@ -12,10 +12,11 @@ from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.errors import CorruptCheckpointError
 from mistral_core.generation import GenerationConfig
 from mistral_core.text.tokenizer import MistralTokenizer
-from mistral_core.weights import checkpoint, pretrained
+from mistral_core.weights import loading as checkpoint
+from mistral_core.weights import saving as pretrained
+from mistral_core.weights.contents import Checkpoint
 from mistral_core.weights.convert import convert, open_source
 from mistral_core.weights.matching import canonical_names
-from mistral_core.weights.opened import Checkpoint
 
 FORMATS = ("hf", "raw", "flax-msgpack", "tf-h5", "keras", "orbax", "maxtext", "gguf")
 EMBEDDING = "model.embed_tokens.weight"

@@ -12,10 +12,10 @@ import safetensors.numpy
 from mistral_core import TINY, errors
 from mistral_core.disk.into import MANIFEST
 from mistral_core.parameters import BASE_PREFIX, HEADS, initial_value, parameters
-from mistral_core.weights import opened
-from mistral_core.weights.checkpoint import Checkpoint, cast, load, save
+from mistral_core.weights import contents as opened
 from mistral_core.weights.containers import shards
 from mistral_core.weights.containers.safetensors import SafetensorsFile
+from mistral_core.weights.loading import Checkpoint, cast, load, save
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 CAUSAL, SEQUENCE, TOKEN = (

@@ -24,8 +24,9 @@ from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.disk.into import MANIFEST
 from mistral_core.hub import download
 from mistral_core.parameters import initial_value, parameters
-from mistral_core.weights import pretrained, sources
-from mistral_core.weights.checkpoint import load, save
+from mistral_core.weights import saving as pretrained
+from mistral_core.weights import sources
+from mistral_core.weights.loading import load, save
 
 REPO, TOKEN = "someone/tiny-mistral", "hf_SecretSecretSecret"
 NEXT = "b" * 40

@@ -16,7 +16,7 @@ from mistral_core.hub import download
 from mistral_core.pictures import AttentionMaskVisualizer, AttentionVisualizer
 from mistral_core.pipelines import pipeline
 from mistral_core.text.tokenizer import MistralTokenizer
-from mistral_core.weights import pretrained
+from mistral_core.weights import saving as pretrained
 
 REPO, NEXT = "someone/tiny-mistral", "b" * 40
 FILES = {path.name: path.read_bytes() for path in TINY_CHECKPOINT.iterdir() if path.is_file()}

@@ -13,8 +13,10 @@ from mistral_core.compat import unread
 from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.disk import files
 from mistral_core.hub import download
-from mistral_core.weights import checkpoint, formats, pretrained, push, sources
-from mistral_core.weights.opened import Checkpoint
+from mistral_core.weights import formats, push, sources
+from mistral_core.weights import loading as checkpoint
+from mistral_core.weights import saving as pretrained
+from mistral_core.weights.contents import Checkpoint
 from mistral_core.weights.sources import telling_files
 
 NAMES = {

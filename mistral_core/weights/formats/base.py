@@ -17,8 +17,8 @@ from ...parameters import Parameter, parameters
 from .. import layouts
 from ..containers import tensor_file
 from ..containers.tensor_file import TensorInfo
+from ..contents import Checkpoint
 from ..layouts import Layout
-from ..opened import Checkpoint
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ..containers.safetensors import SafetensorsFile
 from ..containers.shards import weight_map_of
 from ..containers.tensor_file import quoted
 from ..containers.zarr import tree as zarr_tree
-from ..opened import Checkpoint
+from ..contents import Checkpoint
 from .registry import FORMATS, PICKLES, Row, format_named
 
 

@@ -27,7 +27,7 @@ from ..containers import shards
 from ..containers.hdf5 import file as hdf5_file
 from ..containers.hdf5.file import Hdf5File
 from ..containers.tensor_file import DTYPES, TensorInfo, quoted
-from ..opened import Checkpoint, stored_in_layout
+from ..contents import Checkpoint, stored_in_layout
 from . import base
 from .base import Outline, Target
 

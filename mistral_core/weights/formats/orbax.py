@@ -17,7 +17,7 @@ from ..containers.zarr import tree as zarr_tree
 from ..containers.zarr import writing as zarr_writing
 from ..containers.zarr.tree import ZarrTree
 from ..containers.zarr.writing import ZarrArray
-from ..opened import Checkpoint, StoredTensor
+from ..contents import Checkpoint, StoredTensor
 from . import base
 from .base import Outline, Target
 from .transformers_names import lacking

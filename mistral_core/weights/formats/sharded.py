@@ -21,8 +21,8 @@ from ..containers.msgpack import writing as msgpack_writing
 from ..containers.msgpack.file import MsgpackFile
 from ..containers.shards import Family, create_shards, open_files, safetensors_family
 from ..containers.tensor_file import TensorFile
+from ..contents import Checkpoint, stored_as_it_is, stored_in_layout
 from ..layouts import Layout
-from ..opened import Checkpoint, stored_as_it_is, stored_in_layout
 from . import base
 from .base import Outline, Target
 from .transformers_names import flax_name, lacking, rows_by, tf_name

@@ -20,7 +20,7 @@ from ..containers.hdf5 import file as hdf5_file
 from ..containers.hdf5.file import Hdf5File
 from ..containers.shards import Family, Specs, create_shards, open_files, weight_map_of
 from ..containers.tensor_file import DTYPES, TensorInfo, quoted, write
-from ..opened import Checkpoint, StoredTensor, stored_in_layout
+from ..contents import Checkpoint, StoredTensor, stored_in_layout
 from . import base
 from .base import Outline, Target
 from .transformers_names import rows_by, tf_name

@@ -21,7 +21,7 @@ from ....errors import (
     ShapeMismatchError,
     UnexpectedTensorsError,
 )
-from ...opened import StoredTensor
+from ...contents import StoredTensor
 from ..tensor_file import CODES, DTYPES, MAX_TENSORS, TensorFile, TensorInfo, quoted
 
 METADATA = "_METADATA"

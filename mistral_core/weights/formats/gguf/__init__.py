@@ -21,7 +21,7 @@ from ...containers.gguf.file import GgufFile
 from ...containers.gguf.kinds import KINDS, LARGEST, QUANTISED, dequantised, nbytes, quantised
 from ...containers.gguf.scan import ALIGNMENT, DEFAULT_ALIGNMENT, Value
 from ...containers.tensor_file import DTYPES, TensorInfo, quoted
-from ...opened import Checkpoint, StoredTensor, stored_in_layout
+from ...contents import Checkpoint, StoredTensor, stored_in_layout
 from .. import base
 from ..base import Outline, Target
 from . import config as gguf_config

@@ -13,10 +13,10 @@ from ..disk import reading
 from ..disk.files import PathLike, check_bare_name
 from ..generation import GenerationConfig
 from ..hub import download
-from . import checkpoint
+from . import loading as checkpoint
 from .containers.tensor_file import DTYPES
+from .contents import Checkpoint
 from .matching import EMBEDDING, canonical_names
-from .opened import Checkpoint
 from .sources import resolve_checkpoint
 
 GENERATION_FILE = "generation_config.json"

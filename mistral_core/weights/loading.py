@@ -25,9 +25,9 @@ from ..telling import warn
 from . import casting, manifest
 from .containers.shards import shard_bytes
 from .containers.tensor_file import CODES, DTYPES, quoted
+from .contents import Checkpoint, fits_in_cache
 from .formats.base import Outline
 from .matching import EMBEDDING, match
-from .opened import Checkpoint, fits_in_cache
 from .sources import resolve_checkpoint
 from .writing import write_checkpoint
 
