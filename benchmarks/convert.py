@@ -24,8 +24,8 @@ import numpy as np
 from mistral_core.config import MistralConfig
 from mistral_core.parameters import shapes
 from mistral_core.weights import formats
-from mistral_core.weights.contents import Checkpoint
-from mistral_core.weights.loading import save
+from mistral_core.weights.checkpoint import save
+from mistral_core.weights.opening import Checkpoint
 
 from .common import RESULTS, ROOT, random_weights
 

@@ -28,7 +28,7 @@ import numpy as np
 from mistral_core.backend import POLITE
 from mistral_core.config.presets import PRESETS
 from mistral_core.parameters import shapes
-from mistral_core.weights.loading import save
+from mistral_core.weights.checkpoint import save
 
 CONFIG = PRESETS["mistral-7b-v0.1"]
 NUMBERS = sum(math.prod(shape) for shape in shapes(CONFIG, "MistralForCausalLM").values())

@@ -13,7 +13,7 @@ from mistral_core.arrays import Array
 from mistral_core.config import MistralConfig
 from mistral_core.outputs import CausalLMOutput
 from mistral_core.reference import heads, ops
-from mistral_core.weights import saving as pretrained
+from mistral_core.weights import loading
 
 from . import adapters
 from .compare import Comparison, compare
@@ -46,7 +46,7 @@ def check(
 
 @functools.lru_cache(maxsize=1)
 def _load(path: str, dtype: str) -> tuple[MistralConfig, dict[str, Array]]:
-    loaded = pretrained.load(path, "MistralForCausalLM", dtype=dtype)
+    loaded = loading.load_pretrained(path, "MistralForCausalLM", dtype=dtype)
     return loaded.config, dict(loaded.tensors)
 
 

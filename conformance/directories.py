@@ -26,9 +26,9 @@ from mistral_core.config import MistralConfig
 from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.reference import heads
 from mistral_core.text.tokenizer import MistralTokenizer
+from mistral_core.weights.checkpoint import save
 from mistral_core.weights.convert import convert
 from mistral_core.weights.formats import FORMATS
-from mistral_core.weights.loading import save
 
 from .exchange import BOUND, CONFIG, run
 from .weights import random_parameters
@@ -137,10 +137,10 @@ class Wanted(NamedTuple):
 
 def expected(folder: Path) -> list[Wanted]:
     """What our tokenizer and the float64 reference make of each text from the files of a directory."""
-    from mistral_core.weights import saving as pretrained
+    from mistral_core.weights import loading
 
     tokenizer = MistralTokenizer.from_pretrained(folder)
-    loaded = pretrained.load(folder, "MistralForCausalLM")
+    loaded = loading.load_pretrained(folder, "MistralForCausalLM")
     weights = dict(loaded.tensors)
     rows = []
     for text in TEXTS:

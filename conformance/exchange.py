@@ -22,10 +22,10 @@ import numpy as np
 from mistral_core.config import MistralConfig
 from mistral_core.config.presets import TINY
 from mistral_core.reference import heads
-from mistral_core.weights.contents import Checkpoint
+from mistral_core.weights.checkpoint import save
 from mistral_core.weights.convert import convert
-from mistral_core.weights.loading import save
 from mistral_core.weights.matching import canonical_names
+from mistral_core.weights.opening import Checkpoint
 
 from .cases import token_ids
 from .weights import random_parameters

@@ -19,8 +19,7 @@ from mistral_core.compat.arguments import check_saving, translated
 from mistral_core.compat.clients import path_by_either_name
 from mistral_core.errors import ConfigError
 from mistral_core.parameters import BASE_PREFIX, HEADS, parameters, shapes
-from mistral_core.weights import push
-from mistral_core.weights import saving as pretrained
+from mistral_core.weights import loading, push, saving
 from mistral_core.weights.resizing import VOCABULARY, resized_config, resized_rows
 
 from .arrays import as_device, as_dtype, from_numpy, to_numpy
@@ -96,7 +95,7 @@ class PreTrainedModel(nnx.Module):
         dtype, device = given.pop("dtype"), as_device(given.pop("device"))
         attn_implementation = given.pop("attn_implementation")
         kept = dtype if param_dtype is None else param_dtype
-        loaded = pretrained.load(
+        loaded = loading.load_pretrained(
             path,
             cls.architecture,
             config=config,
@@ -131,7 +130,7 @@ class PreTrainedModel(nnx.Module):
         they ask for and is not here raises UnsupportedFeatureError. Raises ConversionError and its kind.
         """
         check_saving(options)
-        pretrained.save(
+        saving.save_pretrained(
             directory,
             self.config,
             self.named_arrays(),

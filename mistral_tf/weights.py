@@ -17,8 +17,7 @@ from mistral_core.compat.arguments import check_saving, translated
 from mistral_core.compat.clients import path_by_either_name
 from mistral_core.errors import ConfigError
 from mistral_core.parameters import BASE_PREFIX, parameters, shapes
-from mistral_core.weights import push
-from mistral_core.weights import saving as pretrained
+from mistral_core.weights import loading, push, saving
 from mistral_core.weights.resizing import VOCABULARY, resized_config, resized_rows
 
 from .arrays import as_device, as_policy, from_numpy, to_numpy
@@ -60,7 +59,7 @@ class PreTrainedModel(KerasModel):
         dtype, device = given.pop("dtype"), as_device(given.pop("device"))
         attn_implementation = given.pop("attn_implementation")
         policy = None if dtype is None else as_policy(dtype)
-        loaded = pretrained.load(
+        loaded = loading.load_pretrained(
             path,
             cls.architecture,
             config=config,
@@ -97,7 +96,7 @@ class PreTrainedModel(KerasModel):
         they ask for and is not here raises UnsupportedFeatureError. Raises ConversionError and its kind.
         """
         check_saving(options)
-        pretrained.save(
+        saving.save_pretrained(
             directory,
             self.config,
             self.named_arrays(),

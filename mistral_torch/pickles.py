@@ -34,12 +34,14 @@ from mistral_core.weights.containers.tensor_file import (
     CODES,
     MAX_RANK,
     MAX_TENSORS,
+    UNSEEN,
+    Seen,
     TensorFile,
     TensorInfo,
     opened,
     quoted,
 )
-from mistral_core.weights.contents import Checkpoint
+from mistral_core.weights.contents import Contents
 from mistral_core.weights.formats import sharded
 from mistral_core.weights.formats.base import Outline, Target
 from mistral_core.weights.formats.sharded import Sharded
@@ -245,7 +247,7 @@ class _Pickled(Sharded):
 class _Raw(_Pickled):
     """consolidated.00.pth, which others may go on."""
 
-    def open(self, path: Path, config: MistralConfig | None) -> Checkpoint:
+    def open(self, path: Path, config: MistralConfig | None, seen: Seen = UNSEEN) -> Contents:
         """Understand the header; raises UnsupportedFeatureError where the matrices are cut for several devices."""
         directory = path if path.is_dir() else path.parent
         others = [name for name in reading.names(directory) if _OTHER_PARTS.fullmatch(name)]

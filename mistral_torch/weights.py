@@ -15,8 +15,7 @@ from mistral_core.compat.arguments import check_saving, translated
 from mistral_core.compat.clients import path_by_either_name
 from mistral_core.errors import MissingTensorsError
 from mistral_core.parameters import BASE_PREFIX, HEADS, parameters, shapes
-from mistral_core.weights import push
-from mistral_core.weights import saving as pretrained
+from mistral_core.weights import loading, push, saving
 from mistral_core.weights.resizing import VOCABULARY, resized_config, resized_rows
 
 from .arrays import as_device, as_dtype, from_numpy, to_numpy
@@ -63,7 +62,7 @@ class PreTrainedModel(AsTransformers, nn.Module):
         given = translated(options, dtype=dtype, device=device, attn_implementation=attn_implementation)
         dtype, device = given.pop("dtype"), as_device(given.pop("device"))
         attn_implementation = given.pop("attn_implementation")
-        loaded = pretrained.load(
+        loaded = loading.load_pretrained(
             path,
             cls.architecture,
             config=config,
@@ -103,7 +102,7 @@ class PreTrainedModel(AsTransformers, nn.Module):
         check_saving(options)
         if not is_writer:
             return
-        pretrained.save(
+        saving.save_pretrained(
             directory,
             self.config,
             self.named_arrays() if state is None else self._arrays_of(state),

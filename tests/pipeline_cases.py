@@ -9,7 +9,7 @@ from conformance.weights import random_parameters
 from mistral_core.config.presets import TINY
 from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.generation import GenerationConfig
-from mistral_core.weights import saving as pretrained
+from mistral_core.weights import saving
 
 LABELS = {
     "MistralForSequenceClassification": ("calm", "happy", "sad"),
@@ -62,7 +62,7 @@ def save(directory: Path) -> dict[str, Path]:
             vocab_size=2048, max_position_embeddings=600, num_labels=len(labels), id2label=labels, pad_token_id=None
         )
         arrays = random_parameters(config, architecture)
-        pretrained.save(
+        saving.save_pretrained(
             paths[task],
             config,
             arrays.items(),

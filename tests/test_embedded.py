@@ -11,8 +11,7 @@ import pytest
 from mistral_core import MistralTokenizer
 from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.reference import heads
-from mistral_core.weights import manifest
-from mistral_core.weights import saving as pretrained
+from mistral_core.weights import loading, manifest
 
 NEW = 256
 ATOL = 32 * float(np.finfo(np.float32).eps)
@@ -20,7 +19,7 @@ ATOL = 32 * float(np.finfo(np.float32).eps)
 
 @functools.cache
 def reference():
-    loaded = pretrained.load(TINY_CHECKPOINT, "MistralForCausalLM", dtype="float32")
+    loaded = loading.load_pretrained(TINY_CHECKPOINT, "MistralForCausalLM", dtype="float32")
     parameters = dict(loaded.tensors)
     prompt = np.array([MistralTokenizer.from_pretrained(TINY_CHECKPOINT).encode("Elizabeth was surprised")])
     written = heads.greedy(loaded.config, parameters, prompt, max_new_tokens=NEW)

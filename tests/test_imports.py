@@ -46,7 +46,7 @@ def imported_in(package: str) -> dict[str, set[str]]:
     [
         "import mistral_core",
         "from mistral_core import MistralConfig, GenerationConfig",
-        "import mistral_core.weights.loading",
+        "import mistral_core.weights.checkpoint",
         "from mistral_core.reference import heads",
         "from mistral_core.text.tokenizer import MistralTokenizer",
         "from mistral_core.cli import main",

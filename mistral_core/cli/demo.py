@@ -18,7 +18,7 @@ from ..generation import GenerationConfig, driver
 from ..hub import download
 from ..reference import heads
 from ..text.tokenizer import MistralTokenizer
-from ..weights import saving as pretrained
+from ..weights.loading import load_pretrained
 from . import backends_argument, loading, loading_arguments, progress, put
 
 PROMPT = "Elizabeth was surprised"
@@ -98,7 +98,7 @@ def _backends(wanted: list[str] | None) -> Iterator[backends.Backend]:
 
 def _reference(path: Any, ids: np.ndarray, new: int, tokenizer: MistralTokenizer) -> tuple[DemoRow, Expected]:
     started = time.perf_counter()
-    loaded = pretrained.load(path, "MistralForCausalLM", dtype="float32")
+    loaded = load_pretrained(path, "MistralForCausalLM", dtype="float32")
     driver.prepare(loaded.config, ids, None, GenerationConfig(), {"max_new_tokens": new})  # a typed error, at once
     parameters = {name: array.astype(np.float64) for name, array in loaded.tensors}
     loaded_at = time.perf_counter()

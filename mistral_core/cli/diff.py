@@ -9,8 +9,7 @@ import numpy as np
 
 from ..text.tokenizer import MistralTokenizer
 from ..weights import difference
-from ..weights.contents import Checkpoint
-from ..weights.sources import resolve_checkpoint
+from ..weights.opening import Checkpoint
 from . import put
 
 SHOWN = 20
@@ -25,7 +24,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print what differs; 0 where every bit is the same, 1 where not."""
-    first, second = (Checkpoint.open(resolve_checkpoint(path)) for path in (options.first, options.second))
+    first, second = (Checkpoint.open(path) for path in (options.first, options.second))
     found = list(difference.tensors(first, second))
     states = []
     if options.layers is not None:

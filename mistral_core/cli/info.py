@@ -13,7 +13,7 @@ from ..errors import MistralError, UnsupportedFeatureError
 from ..parameters import HEADS, parameter_count
 from ..text import sources
 from ..text.tokenizer import MistralTokenizer
-from ..weights.contents import Checkpoint
+from ..weights.opening import Checkpoint
 from ..weights.sources import resolve_checkpoint
 from . import put
 

@@ -20,7 +20,7 @@ from ..reference import ops
 from ..reference.model import forward
 from ..telling import printable
 from ..text.tokenizer import MistralTokenizer
-from ..weights import saving as pretrained
+from ..weights import loading
 from .inputs import Rows, Source, read
 from .panel import Panel, Reason
 from .picture import Picture
@@ -198,7 +198,7 @@ class AttentionVisualizer(_Visualizer):
         inputs: dict[str, Any] = {"attention_mask": rows.attention_mask, "document_ids": rows.document_ids}
         if self.backend is None:
             if self._model is None:
-                loaded = pretrained.load(self.path, "MistralModel", dtype="float32", **self._overrides)
+                loaded = loading.load_pretrained(self.path, "MistralModel", dtype="float32", **self._overrides)
                 self._model = dict(loaded.tensors)
             return list(forward(self.config, self._model, rows.input_ids, **inputs).attentions or ())
         if self._model is None:

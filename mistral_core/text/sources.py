@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from ..disk import reading
 from ..errors import TokenizerError
 from ..telling import warn
-from ..weights.contents import Checkpoint
 from ..weights.formats.base import reader
+from ..weights.opening import Checkpoint
 from . import beside, bpe, description, sentencepiece, tekken
 from .amended import amend, amended, check_ids
 from .beside import CONFIG as CONFIG

@@ -1,4 +1,4 @@
-"""An opened checkpoint of any format: its tensors by the table's names and layout, still on disk."""
+"""What a format finds in the files of a checkpoint: tensors by the table's names and layout, still on disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..config import MistralConfig
-from ..disk import files, limits
+from ..disk import limits
 from ..errors import ShapeMismatchError
 from ..parameters import Parameter
 from . import layouts
@@ -22,7 +22,7 @@ from .layouts import Layout
 
 
 class StoredTensor(NamedTuple):
-    """A tensor as `Checkpoint.read` gives it, and where it lies."""
+    """A tensor as `Contents.read` gives it, and where it lies."""
 
     name: str
     """The name in the file, for messages."""
@@ -48,7 +48,7 @@ class StoredTensor(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Contents:
     """The checked headers of a checkpoint's files, and its tensors."""
 
     path: Path
@@ -61,21 +61,6 @@ class Checkpoint:
     """Tokenizer, chat template and generation config by Hugging Face's file names."""
     folder: Path | None = None
     """Where config and manifest lie, if it is not where the weights are."""
-
-    @classmethod
-    def open(
-        cls, path: files.PathLike, *, format: str | None = None, config: MistralConfig | None = None
-    ) -> Checkpoint:
-        """Open a directory, an index or one file of weights; only headers are read.
-
-        `format` is one of `formats.FORMATS`, None asks names and content, and takes `hf` where there are several.
-        `config` is for a format that needs one and has none. Raises CheckpointNotFoundError, UnsupportedFeatureError,
-        CheckpointIndexError, ShardMissingError, UnsafeFileError, LimitExceededError, and what a file's header raises.
-        """
-        from . import formats
-
-        config = None if config is None else MistralConfig.taken(config)
-        return formats.open_checkpoint(files.as_path(path), format=format, config=config)
 
     @property
     def directory(self) -> Path:

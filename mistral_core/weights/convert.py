@@ -31,10 +31,11 @@ from ..parameters import shapes
 from . import casting, fingerprint, formats, manifest
 from .containers.shards import shard_bytes
 from .containers.tensor_file import DTYPES
-from .contents import Checkpoint, fits_in_cache
+from .contents import fits_in_cache
 from .formats.base import Format, Lossy, Moving, Outline
 from .layouts import as_it_is
 from .matching import canonical_names, match, own_class
+from .opening import Checkpoint
 from .sources import PRESET_FILES, resolve_checkpoint
 from .writing import write_checkpoint
 
@@ -124,7 +125,7 @@ def convert(
     )
     with files.os_errors(target):
         _check_apart(path, target)
-    checkpoint = open_source(path, source_format, config)
+    checkpoint = Checkpoint.open(path, format=source_format, one_format=True, config=config)
     manifest.verify(checkpoint.directory, "sizes")
     plan = _plan(checkpoint, target, to, dtype, options, allow_lossy)
     _check_lossless(plan, allow_lossy, check=not dry_run)
@@ -133,17 +134,6 @@ def convert(
     _write(plan, limit, overwrite, verify, allow_lossy, check_finite, progress)
     plan.report.seconds = time.monotonic() - started
     return plan.report
-
-
-def open_source(path: Path, source_format: str | None, config: MistralConfig | None = None) -> Checkpoint:
-    """The checkpoint at a path; raises ConversionError where it could be of several formats."""
-    path = reading.held(path)
-    if source_format is None:
-        found = formats.detect(path)
-        if len(found) > 1:
-            raise formats.several(path, found)
-        source_format = found[0]
-    return Checkpoint.open(path, format=source_format, config=config)
 
 
 # The plan

@@ -11,7 +11,7 @@ import numpy as np
 from ..arrays import bits
 from ..errors import ConfigError
 from . import fingerprint
-from .contents import Checkpoint
+from .contents import Contents
 from .matching import canonical_names
 
 
@@ -39,7 +39,7 @@ class LayerDifference(NamedTuple):
     """To the largest hidden state."""
 
 
-def tensors(first: Checkpoint, second: Checkpoint) -> Iterator[TensorDifference]:
+def tensors(first: Contents, second: Contents) -> Iterator[TensorDifference]:
     """Yield a difference for every tensor of either, in the order of the first one's files; one pair in memory."""
     a, b = canonical_names(first.tensors), canonical_names(second.tensors)
     for name in sorted(a, key=lambda name: first.place(a[name])):
@@ -74,7 +74,7 @@ def _compared(name: str, a: np.ndarray, b: np.ndarray) -> TensorDifference:
     )
 
 
-def layers(first: Checkpoint, second: Checkpoint, ids: np.ndarray) -> Iterator[LayerDifference]:
+def layers(first: Contents, second: Contents, ids: np.ndarray) -> Iterator[LayerDifference]:
     """Yield how far the hidden states of ids [B, T] part, after the embeddings, each layer and the last norm.
 
     Both run in the float64 reference. Raises ConfigError where the two have not the same layers.

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..config import MistralConfig
 from ..reference import heads, model, ops
-from .contents import Checkpoint
+from .contents import Contents
 from .matching import canonical_names
 
 TOKENS = 12
@@ -19,7 +19,7 @@ KEPT = 8
 class Lazy(Mapping[str, np.ndarray]):
     """The parameters of a checkpoint by canonical name in float64, each read anew when it is asked for."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Contents) -> None:
         self._checkpoint = checkpoint
         self._names = canonical_names(checkpoint.tensors)
 
@@ -39,7 +39,7 @@ def prompt(config: MistralConfig) -> np.ndarray:
     return np.random.Generator(np.random.PCG64(0)).integers(0, config.vocab_size, (1, length))
 
 
-def of(checkpoint: Checkpoint, architecture: str) -> dict[str, Any]:
+def of(checkpoint: Contents, architecture: str) -> dict[str, Any]:
     """The prompt, and the largest outputs of its last position with their indices.
 
     The outputs are logits [V] of a language model, or the last hidden state [D] of any other class.

@@ -1,37 +1,34 @@
-"""Checkpoints <-> a stream of (canonical name, array), one tensor at a time: reads every format, saves safetensors."""
+"""A checkpoint of any format as what a class needs of it: its config, and a stream of (canonical name, array)."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from ..config import MistralConfig
-from ..disk import files
+from ..disk import files, reading
 from ..errors import (
-    ConversionError,
     DtypeMismatchError,
     LossyConversionError,
-    MissingTensorsError,
     NonFiniteWeightsError,
     UnsupportedFeatureError,
 )
+from ..generation import GenerationConfig
+from ..hub import download
 from ..parameters import HEADS, initial_value, parameters
 from ..telling import warn
 from . import casting, manifest
-from .containers.shards import shard_bytes
-from .containers.tensor_file import CODES, DTYPES, quoted
-from .contents import Checkpoint, fits_in_cache
-from .formats.base import Outline
-from .matching import EMBEDDING, match
+from .containers.tensor_file import DTYPES, quoted
+from .contents import fits_in_cache
+from .matching import EMBEDDING, canonical_names, match
+from .opening import Checkpoint
 from .sources import resolve_checkpoint
-from .writing import write_checkpoint
 
-# Loading
+GENERATION_FILE = "generation_config.json"
 
 
 def load(
@@ -54,9 +51,9 @@ def load(
     `verify` is a mode of `manifest.verify`, `seed` is for a new head, `hub_arguments` are `hub.ARGUMENTS`.
     Raises CheckpointError and its kinds, ConfigError, HubError; the stream LossyConversionError.
     """
-    _check_architecture(architecture)
+    check_architecture(architecture)
     target = dtype_of(dtype) if dtype is not None else None
-    checkpoint = path if isinstance(path, Checkpoint) else _open(path, config, hub_arguments)
+    checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path, config=config, **hub_arguments)
     config = checkpoint.config if config is None else MistralConfig.taken(config)
     manifest.verify(checkpoint.directory, verify)
     where = str(checkpoint.path)
@@ -68,8 +65,59 @@ def load(
     return config, _stream(checkpoint, config, architecture, sources, target, seed)
 
 
-def _open(path: files.PathLike, config: MistralConfig | None, hub_arguments: dict[str, Any]) -> Checkpoint:
-    return Checkpoint.open(resolve_checkpoint(path, **hub_arguments), config=config)
+class Pretrained(NamedTuple):
+    """A checkpoint as a class wants it."""
+
+    config: MistralConfig
+    """With the overrides, and the dtype the tensors come in."""
+    generation_config: GenerationConfig
+    tensors: Iterator[tuple[str, np.ndarray]]
+    """(canonical name, array), one at a time."""
+
+
+def load_pretrained(
+    path: files.PathLike,
+    architecture: str,
+    *,
+    config: MistralConfig | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+    verify: str = "sizes",
+    **options: Any,
+) -> Pretrained:
+    """Open a checkpoint for a class; `options` are hub arguments, `gguf_file` and fields of the config to replace.
+
+    All tensors come in `dtype`, or in the embedding's own. Raises what `load` raises, and UnknownFieldError.
+    """
+    config = None if config is None else MistralConfig.taken(config)
+    hub_arguments = {key: options.pop(key) for key in download.ARGUMENTS if key in options}
+    root = resolve_checkpoint(path, file=options.pop("gguf_file", None), **hub_arguments)
+
+    def loaded(root: Path) -> Pretrained:
+        return _loaded(Checkpoint.open(root, config=config), architecture, config, dtype, seed, verify, options)
+
+    return reading.of_one_moment(root, loaded)
+
+
+def _loaded(
+    opened: Checkpoint,
+    architecture: str,
+    config: MistralConfig | None,
+    dtype: str | None,
+    seed: int,
+    verify: str,
+    options: Mapping[str, Any],
+) -> Pretrained:
+    """Everything from one opened checkpoint, whose directory is held: config, generation config and tensors agree."""
+    directory, config = opened.directory, (config or opened.config).replace(**options)
+    embedding = canonical_names(opened.tensors).get(EMBEDDING)
+    if dtype is None and embedding is not None and opened.tensors[embedding].dtype in DTYPES:
+        dtype = opened.dtype(embedding).name
+    config, tensors = load(opened, architecture, config=config, dtype=dtype, seed=seed, verify=verify)
+    generation = GenerationConfig.from_model_config(config)
+    if (directory / GENERATION_FILE).exists():
+        generation = GenerationConfig.from_pretrained(directory)
+    return Pretrained(config.replace(dtype=dtype), generation, tensors)
 
 
 def _stream(
@@ -93,7 +141,7 @@ def _stream(
         yield name, cast(checkpoint.read(source, cached=cached), target or checkpoint.dtype(source), name)
 
 
-def _check_architecture(name: str) -> None:
+def check_architecture(name: str) -> None:
     if name not in HEADS:
         raise UnsupportedFeatureError(f"architecture: {name!r}, one of {', '.join(HEADS)} was expected.")
 
@@ -130,55 +178,3 @@ def _check_finite(checkpoint: Checkpoint, sources: Iterable[str | None]) -> None
                 bad.append(f"{quoted(source)} first at {first}")
     if bad:
         raise NonFiniteWeightsError(f"{checkpoint.path}: NaN or infinity in {'; '.join(bad)}.")
-
-
-# Saving
-
-
-def save(
-    directory: files.PathLike,
-    config: MistralConfig,
-    tensors: Iterable[tuple[str, np.ndarray]],
-    *,
-    architecture: str = "MistralForCausalLM",
-    dtypes: Mapping[str, str] | None = None,
-    max_shard_size: int | str = "5GB",
-    overwrite: bool = True,
-    other_files: Mapping[str, bytes] | None = None,
-) -> None:
-    """Write a stream of (canonical name, array), in any order, as a checkpoint that replaces `directory`.
-
-    Headers come before the data, so every tensor has the dtype of the first unless `dtypes` (name -> dtype)
-    says otherwise. `other_files` (name -> content) go in too, as do the old directory's files that are not
-    weights. All is read back, compared and listed in a manifest before the directories are swapped.
-    Raises TensorMismatchError and its kinds, OutputExistsError, OutputBusyError, NoSpaceError,
-    ConversionError; the old directory is then untouched.
-    """
-    _check_architecture(architecture)
-    limit = shard_bytes(max_shard_size)
-    with files.atomic_directory(directory, overwrite=overwrite) as temporary:
-        dtype, stream = _peek(tensors)
-        codes = {name: CODES[dtype_of((dtypes or {}).get(name, dtype))] for name, _ in parameters(config, architecture)}
-        _write_others(temporary, other_files or {})
-        outline = Outline(config, architecture, codes)
-        manifest.store(temporary, write_checkpoint(temporary, "hf", outline, stream, limit=limit))
-
-
-def _peek(tensors: Iterable[tuple[str, np.ndarray]]) -> tuple[str, Iterator[tuple[str, np.ndarray]]]:
-    """The dtype of the first array, and the whole stream."""
-    stream = iter(tensors)
-    name, first = next(stream, (None, None))
-    if name is None or first is None:
-        raise MissingTensorsError("save: there is not a single tensor.")
-    first = np.asarray(first)
-    if first.dtype not in CODES:
-        raise DtypeMismatchError(f"{quoted(name)}: {first.dtype}, one of {', '.join(DTYPES)} was expected.")
-    return first.dtype.name, itertools.chain(iter([(name, first)]), stream)
-
-
-def _write_others(directory: Path, contents: Mapping[str, bytes]) -> None:
-    for name, content in contents.items():
-        files.check_bare_name(name, "other_files")
-        if name == "config.json" or files.is_weights(name):
-            raise ConversionError(f"other_files: {name} is written from the config and tensors; leave it out.")
-        files.write_file(directory / name, content)

@@ -19,15 +19,16 @@ from ..errors import (
 )
 from .carried import MAX_MANIFEST_BYTES as MAX_BYTES
 from .containers.tensor_file import digest, quoted
-from .contents import Checkpoint
+from .contents import Contents
 from .matching import canonical_names
+from .opening import Checkpoint
 from .workers import Workers
 
 MODES = ("off", "sizes", "full")
 EDITED = (".json", ".jinja", ".md", ".txt", "LICENSE", "NOTICE")
 
 
-def describe(directory: Path, checkpoint: Checkpoint | None = None, *, hashes: bool = True) -> dict[str, Any]:
+def describe(directory: Path, checkpoint: Contents | None = None, *, hashes: bool = True) -> dict[str, Any]:
     """What the manifest of a directory says; every file in it is read back and hashed, and every tensor.
 
     Tensors are hashed by the table's names and in its layout, so that the same tensor has the same digest in every
@@ -142,7 +143,7 @@ def _differences(directory: Path, changed: list[str], tensors: Any) -> str:
     return f"{directory}: {', '.join(changed)}{which} differ from {MANIFEST}; copy or download them again.{edited}"
 
 
-def _tensor_entries(checkpoint: Checkpoint, *, hashes: bool = True) -> dict[str, dict[str, Any]]:
+def _tensor_entries(checkpoint: Contents, *, hashes: bool = True) -> dict[str, dict[str, Any]]:
     """Canonical name -> entry, in the order of the files."""
     names = sorted(canonical_names(checkpoint.tensors).items(), key=lambda pair: checkpoint.place(pair[1]))
     entries = {name: _entry(checkpoint, source) for name, source in names}
@@ -157,7 +158,7 @@ def _tensor_entries(checkpoint: Checkpoint, *, hashes: bool = True) -> dict[str,
     return entries
 
 
-def _entry(checkpoint: Checkpoint, source: str) -> dict[str, Any]:
+def _entry(checkpoint: Contents, source: str) -> dict[str, Any]:
     tensor = checkpoint.tensors[source]
     return {
         "dtype": tensor.dtype,

@@ -17,7 +17,7 @@ from ..hub import wire
 from ..hub.errors import Repository, translated
 from . import formats, manifest
 from .containers.shards import weight_map_of
-from .contents import Checkpoint
+from .opening import Checkpoint
 from .sources import PRESET_FILES
 
 SILENCE_SECONDS = 300.0

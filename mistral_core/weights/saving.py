@@ -1,92 +1,77 @@
-"""What `from_pretrained` and `save_pretrained` of every backend share: config, generation config, tensors."""
+"""A stream of (canonical name, array) as a checkpoint of safetensors that replaces a directory, whole or not at all."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..config import MistralConfig
-from ..disk import reading
-from ..disk.files import PathLike, check_bare_name
+from ..disk import files
+from ..errors import ConversionError, DtypeMismatchError, MissingTensorsError
 from ..generation import GenerationConfig
-from ..hub import download
-from . import loading as checkpoint
-from .containers.tensor_file import DTYPES
-from .contents import Checkpoint
-from .matching import EMBEDDING, canonical_names
-from .sources import resolve_checkpoint
-
-GENERATION_FILE = "generation_config.json"
-
-
-class Pretrained(NamedTuple):
-    """A checkpoint as a class wants it."""
-
-    config: MistralConfig
-    """With the overrides, and the dtype the tensors come in."""
-    generation_config: GenerationConfig
-    tensors: Iterator[tuple[str, np.ndarray]]
-    """(canonical name, array), one at a time."""
-
-
-def load(
-    path: PathLike,
-    architecture: str,
-    *,
-    config: MistralConfig | None = None,
-    dtype: str | None = None,
-    seed: int = 0,
-    verify: str = "sizes",
-    **options: Any,
-) -> Pretrained:
-    """Open a checkpoint for a class; `options` are hub arguments, `gguf_file` and fields of the config to replace.
-
-    All tensors come in `dtype`, or in the embedding's own. Raises what `checkpoint.load` raises, and UnknownFieldError.
-    """
-    config = None if config is None else MistralConfig.taken(config)
-    hub_arguments = {key: options.pop(key) for key in download.ARGUMENTS if key in options}
-    root = _one_file(path, options.pop("gguf_file", None), hub_arguments)
-
-    def loaded(root: Path) -> Pretrained:
-        return _loaded(Checkpoint.open(root, config=config), architecture, config, dtype, seed, verify, options)
-
-    return reading.of_one_moment(root, loaded)
-
-
-def _loaded(
-    opened: Checkpoint,
-    architecture: str,
-    config: MistralConfig | None,
-    dtype: str | None,
-    seed: int,
-    verify: str,
-    options: Mapping[str, Any],
-) -> Pretrained:
-    """Everything from one opened checkpoint, whose directory is held: config, generation config and tensors agree."""
-    directory, config = opened.directory, (config or opened.config).replace(**options)
-    embedding = canonical_names(opened.tensors).get(EMBEDDING)
-    if dtype is None and embedding is not None and opened.tensors[embedding].dtype in DTYPES:
-        dtype = opened.dtype(embedding).name
-    config, tensors = checkpoint.load(opened, architecture, config=config, dtype=dtype, seed=seed, verify=verify)
-    generation = GenerationConfig.from_model_config(config)
-    if (directory / GENERATION_FILE).exists():
-        generation = GenerationConfig.from_pretrained(directory)
-    return Pretrained(config.replace(dtype=dtype), generation, tensors)
-
-
-def _one_file(path: PathLike, name: str | None, hub_arguments: dict[str, Any]) -> Path:
-    """The directory of a checkpoint, or one file of it: a repository may hold a GGUF of each size."""
-    if name is None:
-        return resolve_checkpoint(path, **hub_arguments)
-    check_bare_name(name, "gguf_file")
-    return download.resolve(path, files=(name,), **hub_arguments) / name
+from ..parameters import parameters
+from . import manifest
+from .containers.shards import shard_bytes
+from .containers.tensor_file import CODES, DTYPES, quoted
+from .formats.base import Outline
+from .loading import GENERATION_FILE, check_architecture, dtype_of
+from .writing import write_checkpoint
 
 
 def save(
-    directory: PathLike,
+    directory: files.PathLike,
+    config: MistralConfig,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    architecture: str = "MistralForCausalLM",
+    dtypes: Mapping[str, str] | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = True,
+    other_files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write a stream of (canonical name, array), in any order, as a checkpoint that replaces `directory`.
+
+    Headers come before the data, so every tensor has the dtype of the first unless `dtypes` (name -> dtype)
+    says otherwise. `other_files` (name -> content) go in too, as do the old directory's files that are not
+    weights. All is read back, compared and listed in a manifest before the directories are swapped.
+    Raises TensorMismatchError and its kinds, OutputExistsError, OutputBusyError, NoSpaceError,
+    ConversionError; the old directory is then untouched.
+    """
+    check_architecture(architecture)
+    limit = shard_bytes(max_shard_size)
+    with files.atomic_directory(directory, overwrite=overwrite) as temporary:
+        dtype, stream = _peek(tensors)
+        codes = {name: CODES[dtype_of((dtypes or {}).get(name, dtype))] for name, _ in parameters(config, architecture)}
+        _write_others(temporary, other_files or {})
+        outline = Outline(config, architecture, codes)
+        manifest.store(temporary, write_checkpoint(temporary, "hf", outline, stream, limit=limit))
+
+
+def _peek(tensors: Iterable[tuple[str, np.ndarray]]) -> tuple[str, Iterator[tuple[str, np.ndarray]]]:
+    """The dtype of the first array, and the whole stream."""
+    stream = iter(tensors)
+    name, first = next(stream, (None, None))
+    if name is None or first is None:
+        raise MissingTensorsError("save: there is not a single tensor.")
+    first = np.asarray(first)
+    if first.dtype not in CODES:
+        raise DtypeMismatchError(f"{quoted(name)}: {first.dtype}, one of {', '.join(DTYPES)} was expected.")
+    return first.dtype.name, itertools.chain(iter([(name, first)]), stream)
+
+
+def _write_others(directory: Path, contents: Mapping[str, bytes]) -> None:
+    for name, content in contents.items():
+        files.check_bare_name(name, "other_files")
+        if name == "config.json" or files.is_weights(name):
+            raise ConversionError(f"other_files: {name} is written from the config and tensors; leave it out.")
+        files.write_file(directory / name, content)
+
+
+def save_pretrained(
+    directory: files.PathLike,
     config: MistralConfig,
     tensors: Iterable[tuple[str, np.ndarray]],
     *,
@@ -95,9 +80,9 @@ def save(
     max_shard_size: str | int = "5GB",
     overwrite: bool = True,
 ) -> None:
-    """Write config, generation config and tensors as one atomic directory; raises what `checkpoint.save` raises."""
+    """Write config, generation config and tensors as one atomic directory; raises what `save` raises."""
     generation = generation_config.to_json_string()  # a default that is written counts more, to other readers
-    checkpoint.save(
+    save(
         directory,
         config,
         tensors,

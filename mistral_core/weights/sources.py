@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..compat import unread
-from ..disk.files import PathLike
+from ..disk.files import PathLike, check_bare_name
 from ..disk.into import MANIFEST
 from ..disk.names import CONFIG_FILES, TEXT_FILES, is_template
 from ..errors import ConversionError, FileNotOnHubError
@@ -25,13 +25,22 @@ TELLING_FILES = tuple(dict.fromkeys(name for row in FORMATS.values() for name in
 
 
 def resolve_checkpoint(
-    path_or_id: PathLike, *, format: str | None = None, one_format: bool = False, **hub_arguments: Any
+    path_or_id: PathLike,
+    *,
+    format: str | None = None,
+    one_format: bool = False,
+    file: str | None = None,
+    **hub_arguments: Any,
 ) -> Path:
     """The local path of a checkpoint: a path itself, or a hub id's configs, tokenizers and weights of one format.
 
-    That is `format`, else the one that is there, `hf` of several unless there should be `one_format`. Raises
+    That is `format`, else the one that is there, `hf` of several unless there should be `one_format`; or one `file` of
+    it, since a repository may hold a GGUF of each size. Raises
     CheckpointNotFoundError (for a path), ConversionError (several formats), HubError and its kinds.
     """
+    if file is not None:
+        check_bare_name(file, "gguf_file")
+        return download.resolve(path_or_id, (file,), **hub_arguments) / file
     return download.resolve(path_or_id, CheckpointFiles(format, one_format), **hub_arguments)
 
 

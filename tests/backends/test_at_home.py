@@ -12,10 +12,11 @@ from conformance.weights import random_parameters
 from mistral_core.compat import arguments
 from mistral_core.config.presets import TINY
 from mistral_core.errors import ConfigError, ConversionError, InputError, TokenizerError, UnsupportedFeatureError
+from mistral_core.generation import GenerationConfig
 from mistral_core.parameters import HEADS, shapes
 from mistral_core.text.encoding import Encoding
-from mistral_core.weights import saving as pretrained
-from mistral_core.weights.loading import Checkpoint
+from mistral_core.weights import saving
+from mistral_core.weights.checkpoint import Checkpoint
 
 CONFIG = TINY.replace(num_hidden_layers=1)
 IDS = np.random.default_rng(0).integers(3, CONFIG.vocab_size, (2, 9))
@@ -34,8 +35,8 @@ def numpy(backend, array):
 @pytest.fixture
 def checkpoint(tmp_path):
     arrays = random_parameters(CONFIG, "MistralForCausalLM")
-    pretrained.save(tmp_path / "model", CONFIG, arrays.items(), architecture="MistralForCausalLM",
-                    generation_config=pretrained.GenerationConfig())  # fmt: skip
+    saving.save_pretrained(tmp_path / "model", CONFIG, arrays.items(), architecture="MistralForCausalLM",
+                           generation_config=GenerationConfig())  # fmt: skip
     return tmp_path / "model"
 
 

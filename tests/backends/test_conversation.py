@@ -11,7 +11,7 @@ from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.pipelines.conversation import Conversation
 from mistral_core.reference import heads
 from mistral_core.text.tokenizer import MistralTokenizer
-from mistral_core.weights import saving as pretrained
+from mistral_core.weights import loading
 
 TEXTS = ("Emma was", "And Mr. Knightley?", "What did they say?")
 NEW = 24
@@ -22,7 +22,7 @@ ULP = 32 * np.finfo(np.float32).eps
 
 PARAMETERS = {
     name: array.astype(np.float64)
-    for name, array in pretrained.load(TINY_CHECKPOINT, "MistralForCausalLM", dtype="float32").tensors
+    for name, array in loading.load_pretrained(TINY_CHECKPOINT, "MistralForCausalLM", dtype="float32").tensors
 }
 TOKENIZER = MistralTokenizer.from_pretrained(TINY_CHECKPOINT)
 

@@ -11,7 +11,7 @@ from mistral_core import GenerationConfig, MistralConfig
 from mistral_core.config.presets import TINY
 from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.errors import ConfigError, MistralError, UnsupportedFeatureError
-from mistral_core.weights import loading as checkpoint
+from mistral_core.weights import checkpoint
 
 CONFIG = TINY.replace(num_hidden_layers=1, layer_types=None)
 CLASSES = (

@@ -14,9 +14,8 @@ from mistral_core import GenerationConfig, MistralConfig
 from mistral_core.config.presets import TINY
 from mistral_core.errors import MissingTensorsError, UnknownArgumentError, UnknownFieldError
 from mistral_core.parameters import HEADS, parameters
-from mistral_core.weights import loading as checkpoint
-from mistral_core.weights import saving as pretrained
-from mistral_core.weights.loading import Checkpoint
+from mistral_core.weights import checkpoint, saving
+from mistral_core.weights.checkpoint import Checkpoint
 
 ARCHITECTURES = tuple(HEADS)
 
@@ -24,7 +23,7 @@ ARCHITECTURES = tuple(HEADS)
 def save(directory, architecture="MistralForCausalLM", *, dtype="bfloat16", config=TINY):
     kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
     arrays = {name: array.astype(kind) for name, array in random_parameters(config, architecture).items()}
-    pretrained.save(
+    saving.save_pretrained(
         directory,
         config,
         arrays.items(),

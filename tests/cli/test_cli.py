@@ -21,7 +21,7 @@ from mistral_core.cli import demo, info, main
 from mistral_core.config.presets import TINY
 from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.errors import MissingExtraError
-from mistral_core.weights import loading as checkpoint
+from mistral_core.weights import checkpoint
 
 PATH = str(TINY_CHECKPOINT)
 

@@ -25,7 +25,7 @@ from mistral_core import TINY
 from mistral_core.disk.into import MANIFEST
 from mistral_core.errors import MistralError
 from mistral_core.weights import formats, manifest
-from mistral_core.weights.contents import Checkpoint
+from mistral_core.weights.opening import Checkpoint
 
 SMALL = TINY.replace(
     vocab_size=7, hidden_size=8, intermediate_size=6, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,

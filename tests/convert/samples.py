@@ -11,9 +11,9 @@ from mistral_core import TINY, MistralConfig
 from mistral_core.parameters import parameters, shape_of
 from mistral_core.weights import manifest
 from mistral_core.weights.containers.tensor_file import CODES
-from mistral_core.weights.contents import Checkpoint
 from mistral_core.weights.formats.base import Outline
 from mistral_core.weights.loading import dtype_of
+from mistral_core.weights.opening import Checkpoint
 from mistral_core.weights.writing import write_checkpoint
 
 CAUSAL = "MistralForCausalLM"

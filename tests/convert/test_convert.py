@@ -16,11 +16,10 @@ from samples import any_bits, assert_same, ordinary, read, write
 from mistral_core import TINY, convert, errors
 from mistral_core.cli import main
 from mistral_core.data import TINY_CHECKPOINT
-from mistral_core.weights import casting, difference, formats, manifest
-from mistral_core.weights import saving as pretrained
-from mistral_core.weights.contents import Checkpoint
+from mistral_core.weights import casting, difference, formats, loading, manifest
+from mistral_core.weights.checkpoint import load
 from mistral_core.weights.formats.sharded import Sharded
-from mistral_core.weights.loading import load
+from mistral_core.weights.opening import Checkpoint
 
 TEXTS = {
     "tokenizer.json": b'{"a": 1}',
@@ -396,7 +395,7 @@ def test_from_pretrained_reads_every_format(tmp_path, format):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         convert(source, tmp_path / "model", to=format)
-        loaded = pretrained.load(tmp_path / "model", "MistralForCausalLM", verify="full")
+        loaded = loading.load_pretrained(tmp_path / "model", "MistralForCausalLM", verify="full")
     assert loaded.config.layer_windows == config.layer_windows
     assert_same(dict(loaded.tensors), ordinary(config))
 

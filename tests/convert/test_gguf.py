@@ -28,9 +28,9 @@ from mistral_core.weights.containers.gguf import file as gguf_file
 from mistral_core.weights.containers.gguf.file import GgufFile
 from mistral_core.weights.containers.gguf.kinds import KINDS, QUANTISED, nbytes
 from mistral_core.weights.containers.tensor_file import CODES, DTYPES, write_bytes
-from mistral_core.weights.contents import Checkpoint
 from mistral_core.weights.formats import gguf as our_format
 from mistral_core.weights.formats.base import Outline
+from mistral_core.weights.opening import Checkpoint
 
 FOREIGN = Path(__file__).parents[1] / "data" / "foreign" / "gguf"
 PLAIN = TINY.replace(sliding_window=None)

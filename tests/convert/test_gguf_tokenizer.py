@@ -20,10 +20,10 @@ from mistral_core.text.bpe import byte_characters
 from mistral_core.text.tekken import PATTERN as TEKKEN
 from mistral_core.weights.containers.gguf import file as gguf_file
 from mistral_core.weights.containers.gguf.file import GgufFile
-from mistral_core.weights.contents import Checkpoint
 from mistral_core.weights.formats.base import Outline
 from mistral_core.weights.formats.gguf import texts as gguf_texts
 from mistral_core.weights.formats.gguf import tokenizer as gguf_tokenizer
+from mistral_core.weights.opening import Checkpoint
 
 EMBEDDED = Path(__file__).parents[2] / "mistral_core" / "data" / "tiny"
 TEXTS = [

@@ -19,9 +19,9 @@ from mistral_core.errors import (
     UnsupportedFeatureError,
 )
 from mistral_core.parameters import HEADS
-from mistral_core.weights.contents import Checkpoint
+from mistral_core.weights.checkpoint import load
 from mistral_core.weights.formats import detect
-from mistral_core.weights.loading import load
+from mistral_core.weights.opening import Checkpoint
 
 # Keras reads its variables so when it saves them
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")

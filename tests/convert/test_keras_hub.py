@@ -17,9 +17,9 @@ from mistral_core.errors import (
     UnsafeFileError,
     UnsupportedFeatureError,
 )
-from mistral_core.weights.contents import Checkpoint
+from mistral_core.weights.checkpoint import load
 from mistral_core.weights.formats import detect
-from mistral_core.weights.loading import load
+from mistral_core.weights.opening import Checkpoint
 
 FOREIGN = Path(__file__).parents[1] / "data" / "foreign" / "keras_hub"
 INEXPRESSIBLE = {"tied", "windows by layer", "yarn"}

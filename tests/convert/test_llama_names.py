@@ -10,7 +10,7 @@ import pytest
 
 from mistral_core import MistralConfig, errors
 from mistral_core.reference.heads import causal_lm
-from mistral_core.weights.loading import load
+from mistral_core.weights.checkpoint import load
 
 FOREIGN = Path(__file__).parents[1] / "data" / "foreign" / "llama"
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}

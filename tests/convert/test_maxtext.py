@@ -12,13 +12,12 @@ from samples import CONFIGS, any_bits, assert_same, bits, read, write
 
 from mistral_core import TINY, errors
 from mistral_core.parameters import parameters, shape_of
-from mistral_core.weights import formats, manifest
-from mistral_core.weights import loading as checkpoint
+from mistral_core.weights import checkpoint, formats, manifest
 from mistral_core.weights.containers.tensor_file import CODES
-from mistral_core.weights.contents import Checkpoint
 from mistral_core.weights.formats import maxtext
 from mistral_core.weights.formats.base import Outline
 from mistral_core.weights.loading import dtype_of
+from mistral_core.weights.opening import Checkpoint
 from mistral_core.weights.writing import write_checkpoint
 
 FOREIGN = Path(__file__).parents[1] / "data" / "foreign"

@@ -12,11 +12,10 @@ from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.errors import CorruptCheckpointError
 from mistral_core.generation import GenerationConfig
 from mistral_core.text.tokenizer import MistralTokenizer
-from mistral_core.weights import loading as checkpoint
-from mistral_core.weights import saving as pretrained
-from mistral_core.weights.contents import Checkpoint
-from mistral_core.weights.convert import convert, open_source
+from mistral_core.weights import checkpoint, loading
+from mistral_core.weights.convert import convert
 from mistral_core.weights.matching import canonical_names
+from mistral_core.weights.opening import Checkpoint
 
 FORMATS = ("hf", "raw", "flax-msgpack", "tf-h5", "keras", "orbax", "maxtext", "gguf")
 EMBEDDING = "model.embed_tokens.weight"
@@ -72,7 +71,7 @@ def embedding(opened: Checkpoint) -> np.ndarray:
 def test_an_opened_checkpoint_is_of_one_moment(both, swapped, ask):
     path, swap = swapped
     expected = str(ask(Checkpoint.open(both[0])))
-    opened = open_source(path, None)
+    opened = Checkpoint.open(path, one_format=True)
     swap()
     try:
         assert str(ask(opened)) == expected
@@ -111,7 +110,7 @@ def at(name: str, monkeypatch, swap) -> None:
 def test_a_load_is_of_one_moment(swapped, monkeypatch, name):
     path, swap = swapped
     at(name, monkeypatch, swap)
-    loaded = pretrained.load(path, "MistralForCausalLM")
+    loaded = loading.load_pretrained(path, "MistralForCausalLM")
     (first,) = (array for key, array in loaded.tensors if key == EMBEDDING)
     is_new = loaded.config.rope_theta == 500000.0
     assert (loaded.generation_config.temperature == 0.25) is is_new

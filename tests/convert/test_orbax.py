@@ -13,10 +13,9 @@ from samples import CAUSAL, CONFIGS, any_bits, assert_same, bits, read, write
 
 from mistral_core import TINY, MistralConfig, errors
 from mistral_core.parameters import HEADS
-from mistral_core.weights import formats, manifest
-from mistral_core.weights import loading as checkpoint
+from mistral_core.weights import checkpoint, formats, manifest
 from mistral_core.weights.containers.zarr import tree as zarr_tree
-from mistral_core.weights.contents import Checkpoint
+from mistral_core.weights.opening import Checkpoint
 
 FOREIGN = Path(__file__).parents[1] / "data" / "foreign"
 sys.path.append(str(FOREIGN))
@@ -89,7 +88,7 @@ def test_texts_travel_along(tmp_path):
 
 def test_no_jax_is_needed(once):
     code = (
-        f"from mistral_core.weights.contents import Checkpoint; import sys\n"
+        f"from mistral_core.weights.opening import Checkpoint; import sys\n"
         f"c = Checkpoint.open({str(once)!r}); [c.read(name) for name in c.tensors]\n"
         "print(*{name.partition('.')[0] for name in sys.modules} & {'jax', 'orbax', 'flax'})"
     )

@@ -8,7 +8,7 @@ from samples import CAUSAL, CONFIGS, any_bits, assert_same, ordinary, read, writ
 from mistral_core import TINY, convert, errors
 from mistral_core.parameters import HEADS
 from mistral_core.weights import formats
-from mistral_core.weights.contents import Checkpoint
+from mistral_core.weights.opening import Checkpoint
 
 FORMATS = tuple(name for name, row in formats.FORMATS.items() if row.written)
 ANY_CLASS = tuple(name for name in FORMATS if name not in ("raw", "gguf", "keras-hub", "maxtext"))

@@ -22,9 +22,9 @@ from mistral_core import TINY, errors
 from mistral_core.config.dialects import write_raw
 from mistral_core.parameters import layer_of, parameters
 from mistral_core.weights import formats, layouts
-from mistral_core.weights.contents import Checkpoint
+from mistral_core.weights.checkpoint import load
 from mistral_core.weights.formats.base import Outline
-from mistral_core.weights.loading import load
+from mistral_core.weights.opening import Checkpoint
 
 torch = pytest.importorskip("torch")
 arrays = pytest.importorskip("mistral_torch.arrays")

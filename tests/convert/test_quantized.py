@@ -16,10 +16,10 @@ from mistral_core import TINY, MistralConfig, errors
 from mistral_core.config.dialects import write_raw
 from mistral_core.parameters import layer_of, parameters
 from mistral_core.weights import layouts
+from mistral_core.weights.checkpoint import load
 from mistral_core.weights.containers.safetensors import SafetensorsFile
 from mistral_core.weights.containers.tensor_file import DTYPES, PACKED
-from mistral_core.weights.contents import Checkpoint
-from mistral_core.weights.loading import load
+from mistral_core.weights.opening import Checkpoint
 
 CONFIG = TINY.replace(num_hidden_layers=1, hidden_size=32, intermediate_size=160, dtype="bfloat16")
 ROWS = {name: row for name, row in parameters(CONFIG) if row.kind in ("attention", "mlp")}

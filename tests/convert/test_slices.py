@@ -11,7 +11,7 @@ from samples import any_bits, bits, ordinary, write
 from mistral_core import TINY
 from mistral_core.weights import formats
 from mistral_core.weights.containers import tensor_file
-from mistral_core.weights.contents import Checkpoint
+from mistral_core.weights.opening import Checkpoint
 
 FORMATS = tuple(name for name, row in formats.FORMATS.items() if row.written)
 INDEXES = [

@@ -10,8 +10,8 @@ from mistral_core import TINY
 from mistral_core.errors import ChecksumMismatchError, CorruptCheckpointError
 from mistral_core.parameters import shapes
 from mistral_core.weights import manifest
-from mistral_core.weights.contents import Checkpoint
 from mistral_core.weights.formats import detect
+from mistral_core.weights.opening import Checkpoint
 
 FOREIGN = Path(__file__).parents[1] / "data" / "foreign" / "tensorflow"
 

@@ -12,10 +12,11 @@ import safetensors.numpy
 from mistral_core import TINY, errors
 from mistral_core.disk.into import MANIFEST
 from mistral_core.parameters import BASE_PREFIX, HEADS, initial_value, parameters
-from mistral_core.weights import contents as opened
+from mistral_core.weights import contents
+from mistral_core.weights.checkpoint import Checkpoint, load, save
 from mistral_core.weights.containers import shards
 from mistral_core.weights.containers.safetensors import SafetensorsFile
-from mistral_core.weights.loading import Checkpoint, cast, load, save
+from mistral_core.weights.loading import cast, load_pretrained
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 CAUSAL, SEQUENCE, TOKEN = (
@@ -63,7 +64,7 @@ def test_arrays_begin_where_frameworks_take_them_over(tmp_path):
 def test_the_system_keeps_no_copy_for_which_there_is_no_room(tmp_path, monkeypatch, room):
     save(tmp_path, TINY, weights().items())
     size = sum(array.nbytes for array in weights().values())
-    monkeypatch.setattr(opened, "memory", lambda: 2 * size if room else 2 * size - 2)
+    monkeypatch.setattr(contents, "memory", lambda: 2 * size if room else 2 * size - 2)
     forgotten = []
     monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: forgotten.append(arguments[1:]))
     assert_same(load(tmp_path)[1], weights())
@@ -385,3 +386,23 @@ def test_check_finite_lists_all_tensors_and_places(tmp_path):
         load(directory, check_finite=True)
     assert "'model.norm.weight' first at [2]" in str(caught.value)
     assert f"'{HEAD}' first at [1, 3]" in str(caught.value)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_each_header_is_read_once(tmp_path, monkeypatch, shards):
+    """From what is downloaded and which format it is to the last tensor, a file is understood once."""
+    arrays = weights()
+    size = sum(array.nbytes for array in arrays.values())
+    save(tmp_path / "a", TINY, arrays.items(), max_shard_size=10 * size if shards == 1 else size // 2)
+    read = []
+    init = SafetensorsFile.__init__
+
+    def counted(self, path):
+        read.append(path.name)
+        init(self, path)
+
+    monkeypatch.setattr(SafetensorsFile, "__init__", counted)
+    loaded = load_pretrained(tmp_path / "a", "MistralForCausalLM")
+    assert len(dict(loaded.tensors)) == len(arrays)
+    assert sorted(read) == sorted(path.name for path in (tmp_path / "a").glob("*.safetensors"))
+    assert len(read) >= shards

@@ -14,9 +14,8 @@ from mistral_core.disk import limits
 from mistral_core.errors import CheckpointError, LimitExceededError, MistralError
 from mistral_core.generation import GenerationConfig
 from mistral_core.text.tokenizer import MistralTokenizer
-from mistral_core.weights import loading as checkpoint
-from mistral_core.weights import manifest
-from mistral_core.weights.contents import Checkpoint
+from mistral_core.weights import checkpoint, manifest
+from mistral_core.weights.opening import Checkpoint
 
 
 @pytest.fixture

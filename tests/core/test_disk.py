@@ -25,8 +25,8 @@ from mistral_core.generation import GenerationConfig
 from mistral_core.text import sources
 from mistral_core.text.tokenizer import MistralTokenizer
 from mistral_core.weights import manifest, push
-from mistral_core.weights.contents import Checkpoint
 from mistral_core.weights.convert import convert
+from mistral_core.weights.opening import Checkpoint
 
 CORE = Path(mistral_core.__file__).parent
 TINY = CORE / "data" / "tiny"

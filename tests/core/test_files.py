@@ -35,8 +35,8 @@ from mistral_core.errors import (
 from mistral_core.generation import GenerationConfig
 from mistral_core.text.tokenizer import MistralTokenizer
 from mistral_core.weights import manifest
-from mistral_core.weights.contents import Checkpoint
 from mistral_core.weights.convert import convert
+from mistral_core.weights.opening import Checkpoint
 
 
 def tree(directory: Path) -> dict[str, bytes]:
@@ -441,7 +441,7 @@ from mistral_core.generation import GenerationConfig
 from mistral_core.text.tokenizer import MistralTokenizer
 from mistral_core.weights import manifest
 from mistral_core.weights.convert import convert
-from mistral_core.weights.contents import Checkpoint
+from mistral_core.weights.opening import Checkpoint
 files.os.replace = lambda *_: os.kill(os.getpid(), 9)
 files.write_file(sys.argv[1], b"new")
 """

@@ -24,9 +24,8 @@ from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.disk.into import MANIFEST
 from mistral_core.hub import download
 from mistral_core.parameters import initial_value, parameters
-from mistral_core.weights import saving as pretrained
-from mistral_core.weights import sources
-from mistral_core.weights.loading import load, save
+from mistral_core.weights import loading, sources
+from mistral_core.weights.checkpoint import load, save
 
 REPO, TOKEN = "someone/tiny-mistral", "hf_SecretSecretSecret"
 NEXT = "b" * 40
@@ -225,11 +224,11 @@ def test_one_gguf_of_many(server, tmp_path):
     data = (tmp_path / "gguf" / "model.gguf").read_bytes()
     server.files = {"m.Q4.gguf": b"not this", "m.BF16.gguf": data}
     arguments = {"cache_dir": tmp_path / "cache"}
-    loaded = pretrained.load(REPO, "MistralForCausalLM", gguf_file="m.BF16.gguf", **arguments)
+    loaded = loading.load_pretrained(REPO, "MistralForCausalLM", gguf_file="m.BF16.gguf", **arguments)
     assert loaded.config.sliding_window == 80
     assert downloaded(server) == {"m.BF16.gguf"}
     with pytest.raises(errors.UnsafeFileError):
-        pretrained.load(REPO, "MistralForCausalLM", gguf_file="../m.gguf", **arguments)
+        loading.load_pretrained(REPO, "MistralForCausalLM", gguf_file="../m.gguf", **arguments)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from mistral_core.hub import download
 from mistral_core.pictures import AttentionMaskVisualizer, AttentionVisualizer
 from mistral_core.pipelines import pipeline
 from mistral_core.text.tokenizer import MistralTokenizer
-from mistral_core.weights import saving as pretrained
+from mistral_core.weights import loading
 
 REPO, NEXT = "someone/tiny-mistral", "b" * 40
 FILES = {path.name: path.read_bytes() for path in TINY_CHECKPOINT.iterdir() if path.is_file()}
@@ -60,7 +60,7 @@ ENTRIES = {
     "attention": lambda path: AttentionVisualizer(REPO)("Emma was"),
     "attention at a revision": lambda path: AttentionVisualizer(REPO, revision="main")("Emma was"),
     "tokenizer": lambda path: MistralTokenizer.from_pretrained(REPO),
-    "checkpoint": lambda path: pretrained.load(REPO, "MistralForCausalLM"),
+    "checkpoint": lambda path: loading.load_pretrained(REPO, "MistralForCausalLM"),
     "config": lambda path: MistralConfig.from_pretrained(REPO),
 }
 NEED_TORCH = [entry for entry in ENTRIES if entry.startswith("pipeline")] + ["generate", "chat", "demo"]

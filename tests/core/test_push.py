@@ -18,7 +18,7 @@ from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.disk.into import MANIFEST
 from mistral_core.parameters import initial_value, parameters
 from mistral_core.weights import manifest, push, sources
-from mistral_core.weights.loading import load, save
+from mistral_core.weights.checkpoint import load, save
 from mistral_core.weights.push import push_to_hub
 
 # huggingface_hub's own, of its HTTP library

@@ -19,10 +19,10 @@ from mistral_core import TINY, errors
 from mistral_core.disk.into import MANIFEST
 from mistral_core.parameters import initial_value, parameters
 from mistral_core.weights import manifest
+from mistral_core.weights.checkpoint import Checkpoint, load, save
 from mistral_core.weights.containers import shards, tensor_file
 from mistral_core.weights.containers.safetensors import SafetensorsFile
 from mistral_core.weights.containers.tensor_file import DTYPES
-from mistral_core.weights.loading import Checkpoint, load, save
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 CAUSAL, SEQUENCE, TOKEN = (
@@ -312,7 +312,7 @@ def test_manifest_cannot_point_outside(saved):
 
 def test_no_framework_is_imported():
     code = (
-        "import sys, mistral_core.weights.loading, mistral_core.hub.download;"
+        "import sys, mistral_core.weights.checkpoint, mistral_core.hub.download;"
         "print(*{'torch', 'jax', 'tensorflow', 'huggingface_hub'} & set(sys.modules))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=True)

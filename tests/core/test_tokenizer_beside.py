@@ -222,8 +222,8 @@ def test_what_is_written_names_the_inputs_of_a_model(tmp_path):
 
 @pytest.mark.parametrize("to", ["hf", "flax-msgpack"])
 def test_what_travels_with_a_checkpoint_survives_conversion_and_a_push(tmp_path, to):
-    from mistral_core.weights.contents import Checkpoint
     from mistral_core.weights.convert import convert
+    from mistral_core.weights.opening import Checkpoint
     from mistral_core.weights.push import files_of
 
     source = Path(shutil.copytree(TINY_CHECKPOINT, tmp_path / "source"))

@@ -13,10 +13,8 @@ from mistral_core.compat import unread
 from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.disk import files
 from mistral_core.hub import download
-from mistral_core.weights import formats, push, sources
-from mistral_core.weights import loading as checkpoint
-from mistral_core.weights import saving as pretrained
-from mistral_core.weights.contents import Checkpoint
+from mistral_core.weights import checkpoint, formats, loading, push, sources
+from mistral_core.weights.opening import Checkpoint
 from mistral_core.weights.sources import telling_files
 
 NAMES = {
@@ -45,7 +43,7 @@ NAMES = {
 def test_other_kinds_are_named(tmp_path, name):
     (tmp_path / "README.md").write_bytes(b"")
     (tmp_path / name).write_bytes(b"x")
-    for ask in (Checkpoint.open, lambda path: pretrained.load(path, "MistralForCausalLM")):
+    for ask in (Checkpoint.open, lambda path: loading.load_pretrained(path, "MistralForCausalLM")):
         with pytest.raises(errors.UnsupportedFeatureError, match=NAMES[name]):
             ask(tmp_path)
     with pytest.raises(errors.CheckpointNotFoundError, match=NAMES[name]):

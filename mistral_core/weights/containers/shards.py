@@ -21,7 +21,7 @@ from ...errors import (
 )
 from ...telling import warn
 from . import safetensors
-from .tensor_file import DTYPES, TensorFile, TensorInfo, quoted
+from .tensor_file import DTYPES, UNSEEN, Seen, TensorFile, TensorInfo, quoted
 
 MAX_INDEX_BYTES = limits.MANIFEST_BYTES
 MAX_SHARDS = limits.SHARDS
@@ -71,11 +71,15 @@ _UNITS = {
 }
 
 
-def open_files(path: Path, family: Family = HUGGING_FACE) -> list[TensorFile]:
-    """Check the headers of a directory, of an index and its shards, or of one file."""
+def open_files(path: Path, family: Family = HUGGING_FACE, seen: Seen = UNSEEN) -> list[TensorFile]:
+    """Check the headers of a directory, of an index and its shards, or of one file, but of those `seen` already."""
+
+    def understood(path: Path) -> TensorFile:
+        return seen[path] if path in seen else family.open(path)
+
     if path.is_dir():
-        return _open_directory(path, family)
-    return _open_index(path, family) if path.name.endswith(".index.json") else [family.open(path)]
+        return _open_directory(path, family._replace(open=understood))
+    return _open_index(path, family) if path.name.endswith(".index.json") else [understood(path)]
 
 
 def _open_directory(directory: Path, family: Family) -> list[TensorFile]:

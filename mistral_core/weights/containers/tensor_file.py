@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple, NoReturn
 
 import ml_dtypes
@@ -145,6 +146,11 @@ class TensorFile:
     def _check_stamp(self, descriptor: int, whole: bool = True) -> None:
         if not whole or stamp_of(descriptor) != self.stamp:
             raise CorruptCheckpointError(f"{self.path}: changed while it was read; load it again.")
+
+
+Seen = Mapping[Path, TensorFile]
+"""Files whose headers are understood already, by their paths."""
+UNSEEN: Seen = MappingProxyType({})
 
 
 class Kept:

@@ -16,8 +16,10 @@ from ...errors import CheckpointNotFoundError, UnsupportedFeatureError
 from ...parameters import Parameter, parameters
 from .. import layouts
 from ..containers import tensor_file
+from ..containers.tensor_file import UNSEEN as UNSEEN
+from ..containers.tensor_file import Seen as Seen
 from ..containers.tensor_file import TensorInfo
-from ..contents import Checkpoint
+from ..contents import Contents
 from ..layouts import Layout
 
 
@@ -51,8 +53,11 @@ class Target(NamedTuple):
 class Format(Protocol):
     """What a format has, be it a module or an object; `Lossy` and `Moving` say what it may have besides."""
 
-    def open(self, path: Path, config: MistralConfig | None) -> Checkpoint:
-        """Understand the headers of a directory or file; raises CheckpointError and its kinds, ConfigError."""
+    def open(self, path: Path, config: MistralConfig | None, seen: Seen = UNSEEN) -> Contents:
+        """Understand the headers of a directory or file, but of those `seen` already.
+
+        Raises CheckpointError and its kinds, ConfigError.
+        """
 
     def check(self, outline: Outline) -> None:
         """Raise UnsupportedFeatureError for what the format cannot express, before anything is written."""

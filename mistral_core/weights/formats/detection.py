@@ -4,60 +4,55 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from ...compat import unread
-from ...config import MistralConfig
 from ...disk import reading
 from ...errors import CheckpointNotFoundError, ConversionError, UnsupportedFeatureError
 from ..containers import tensor_file
 from ..containers.hdf5 import file as hdf5_file
 from ..containers.safetensors import SafetensorsFile
 from ..containers.shards import weight_map_of
-from ..containers.tensor_file import quoted
+from ..containers.tensor_file import UNSEEN, Seen, TensorFile, quoted
 from ..containers.zarr import tree as zarr_tree
-from ..contents import Checkpoint
-from .registry import FORMATS, PICKLES, Row, format_named
+from .registry import FORMATS, PICKLES, Row
 
 
-def open_checkpoint(path: Path, *, format: str | None = None, config: MistralConfig | None = None) -> Checkpoint:
-    """Open a path as a format, or as what it is; of several in one directory, as `hf` if that is among them."""
+class FoundFormat(NamedTuple):
+    """A format, and what was opened to find it."""
 
-    def opened(path: Path) -> Checkpoint:
-        chosen = format
-        if chosen is None:
-            found = detect(path)
-            if len(found) > 1 and found[0] != "hf":
-                raise several(path, found)
-            chosen = found[0]
-        checkpoint = format_named(chosen).open(path, config)
-        checkpoint.keep_open()
-        return checkpoint
-
-    return reading.of_one_moment(path, opened)
+    format: str
+    seen: Seen = UNSEEN
+    """The files whose headers are understood already."""
 
 
-def several(path: Path, found: Collection[str]) -> ConversionError:
-    """The error for a directory with more than one format."""
-    return ConversionError(f"{path}: holds {', '.join(found)}; say which one by format= or --from.")
+def only_format(path: Path, *, one_format: bool = False) -> FoundFormat:
+    """The format at a path, `hf` of several unless there should be `one_format`; raises ConversionError."""
+    seen: dict[Path, TensorFile] = {}
+    found = detect(path, seen)
+    if len(found) > 1 and (one_format or found[0] != "hf"):
+        raise ConversionError(f"{path}: holds {', '.join(found)}; say which one by format= or --from.")
+    return FoundFormat(found[0], seen)
 
 
-def detect(path: Path) -> list[str]:
+def detect(path: Path, seen: dict[Path, TensorFile] | None = None) -> list[str]:
     """The formats at a path, at least one; raises CheckpointNotFoundError, UnsupportedFeatureError.
 
     A file is told by its first bytes and the names in it, a directory by the names of its files; where names are
-    shared between formats, what is in them decides.
+    shared between formats, what is in them decides. The files that are opened for that are added to `seen`.
     """
+    seen = {} if seen is None else seen
     path = reading.held(path)
     if not path.is_dir():
-        return [_of_index(path) if path.name.endswith(".index.json") else _of_file(path)]
+        return [_of_index(path) if path.name.endswith(".index.json") else _of_file(path, seen)]
     names = set(reading.names(path))
-    found = [_told_apart(path, row, name) for row in FORMATS.values() for name in _present(path, row, names)]
+    found = [_told_apart(path, row, name, seen) for row in FORMATS.values() for name in _present(path, row, names)]
     found = list(dict.fromkeys(found))
     loose = sorted(name for name in names if name.endswith((".gguf", ".keras", ".weights.h5")) and "-of-" not in name)
     if not found and len(loose) > 1:
         raise ConversionError(f"{path}: holds {', '.join(map(quoted, loose))}; give the path of one of them.")
     if not found and loose:
-        found = [_of_file(path / loose[0])]
+        found = [_of_file(path / loose[0], seen)]
     safe = [name for name in found if name not in PICKLES]
     if not found:
         raise _nothing(path, names)
@@ -70,11 +65,11 @@ def _present(directory: Path, row: Row, names: Collection[str]) -> Iterator[str]
             yield name
 
 
-def _told_apart(directory: Path, row: Row, name: str) -> str:
+def _told_apart(directory: Path, row: Row, name: str, seen: dict[Path, TensorFile]) -> str:
     """The format of a file whose name several formats use."""
     if row.name == "hf":
         path = directory / name
-        found = _of_index(path) if name.endswith(".index.json") else _of_file(path)
+        found = _of_index(path) if name.endswith(".index.json") else _of_file(path, seen)
         return found if found.endswith("-safetensors") else "hf"  # raw names under this name are a mistake to explain
     if name == "model.weights.h5":
         return _of_hdf5(directory / name)
@@ -91,7 +86,7 @@ def _of_index(path: Path) -> str:
     return _of_names(weight_map_of(path)[0])
 
 
-def _of_file(path: Path) -> str:
+def _of_file(path: Path, seen: dict[Path, TensorFile]) -> str:
     """The format of one file, by its first bytes and what they lead to."""
     first = tensor_file.first_bytes(path)
     if first.startswith(b"GGUF"):
@@ -104,7 +99,8 @@ def _of_file(path: Path) -> str:
         return "flax-msgpack"
     if path.name.endswith((".bin", ".pth", ".pt", ".ckpt")):
         return _of_pickle(path)
-    return _of_names(SafetensorsFile(path).tensors)
+    seen[path] = SafetensorsFile(path)
+    return _of_names(seen[path].tensors)
 
 
 def _of_pickle(path: Path) -> str:

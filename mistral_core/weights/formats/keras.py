@@ -22,7 +22,7 @@ from ..containers.hdf5 import file as hdf5_file
 from ..containers.hdf5.file import Hdf5File
 from ..containers.stored_zip import StoredZip
 from ..containers.tensor_file import DTYPES, quoted
-from ..contents import Checkpoint, stored_in_layout
+from ..contents import Contents, stored_in_layout
 from . import base
 from .base import Outline, Target
 
@@ -37,7 +37,7 @@ _HEAD, _LINEAR = "layers/head/vars", "layers/linear/vars"
 _PLACES = {"weight": 0, "bias": 1}
 
 
-def open(path: Path, config: MistralConfig | None) -> Checkpoint:
+def open(path: Path, config: MistralConfig | None, seen: base.Seen = base.UNSEEN) -> Contents:
     """Understand the structure of the file."""
     file = _file_in(path) if path.is_dir() else path
     texts = base.texts_in(file.parent)
@@ -52,7 +52,7 @@ def open(path: Path, config: MistralConfig | None) -> Checkpoint:
     tensors = stored_in_layout([weights], config, rows, layouts.as_it_is)
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer/")}
     found = config
-    return Checkpoint(path, "keras", {weights.path: weights}, kept, lambda: found, texts)
+    return Contents(path, "keras", {weights.path: weights}, kept, lambda: found, texts)
 
 
 def _file_in(directory: Path) -> Path:

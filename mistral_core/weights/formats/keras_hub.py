@@ -27,7 +27,7 @@ from ..containers import shards
 from ..containers.hdf5 import file as hdf5_file
 from ..containers.hdf5.file import Hdf5File
 from ..containers.tensor_file import DTYPES, TensorInfo, quoted
-from ..contents import Checkpoint, stored_in_layout
+from ..contents import Contents, stored_in_layout
 from . import base
 from .base import Outline, Target
 
@@ -57,7 +57,7 @@ _DEFAULTS = {"rope_max_wavelength": 10000, "rope_scaling_factor": 1.0, "sliding_
 _VERSIONS = {"keras_version": "3.15.1", "keras_hub_version": "0.32.0"}
 
 
-def open(path: Path, config: MistralConfig | None) -> Checkpoint:
+def open(path: Path, config: MistralConfig | None, seen: base.Seen = base.UNSEEN) -> Contents:
     """Understand the structure of the files."""
     directory = path if path.is_dir() else path.parent
     opened = _open_files(path)
@@ -68,7 +68,7 @@ def open(path: Path, config: MistralConfig | None) -> Checkpoint:
     texts = base.texts_in(directory / TEXTS)
     if (directory / VOCABULARY).exists():
         texts[SENTENCEPIECE] = base.reader(directory / VOCABULARY)
-    return Checkpoint(
+    return Contents(
         path,
         "keras-hub",
         {file.path: file for file in opened},

@@ -21,7 +21,7 @@ from ..containers.zarr import tree as zarr_tree
 from ..containers.zarr import writing as zarr_writing
 from ..containers.zarr.tree import ZarrTree
 from ..containers.zarr.writing import ZarrArray
-from ..contents import Checkpoint, StoredTensor
+from ..contents import Contents, StoredTensor
 from . import base
 from .base import Outline, Target
 
@@ -32,7 +32,7 @@ _STACK_AXIS = 1
 _BLOCK = 1 << 20  # numbers that are widened at once
 
 
-def open(path: Path, config: MistralConfig | None) -> Checkpoint:
+def open(path: Path, config: MistralConfig | None, seen: base.Seen = base.UNSEEN) -> Contents:
     """Understand the tree; `config` is for a directory as MaxText leaves it, without config.json."""
     directory = _items(path)
     folder = next(
@@ -46,9 +46,7 @@ def open(path: Path, config: MistralConfig | None) -> Checkpoint:
     config = base.opened_config(folder, config)()
     under_params = any(name.startswith("params.") for name in zarr_tree.describe(directory).names)
     tree = ZarrTree(directory, lambda name: not under_params or name.startswith("params."))
-    return Checkpoint(
-        path, "maxtext", tree.files, _tensors(tree, config), lambda: config, base.texts_in(folder), folder
-    )
+    return Contents(path, "maxtext", tree.files, _tensors(tree, config), lambda: config, base.texts_in(folder), folder)
 
 
 def _items(path: Path) -> Path:

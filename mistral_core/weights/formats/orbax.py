@@ -17,7 +17,7 @@ from ..containers.zarr import tree as zarr_tree
 from ..containers.zarr import writing as zarr_writing
 from ..containers.zarr.tree import ZarrTree
 from ..containers.zarr.writing import ZarrArray
-from ..contents import Checkpoint, StoredTensor
+from ..contents import Contents, StoredTensor
 from . import base
 from .base import Outline, Target
 from .transformers_names import lacking
@@ -27,7 +27,7 @@ FOLDER = "params"
 _STACKED = re.compile(r"^(|model\.)layers\.(?!\d)")
 
 
-def open(path: Path, config: MistralConfig | None) -> Checkpoint:
+def open(path: Path, config: MistralConfig | None, seen: base.Seen = base.UNSEEN) -> Contents:
     """Understand the tree; the config lies beside the Orbax directory or in it."""
     directory = path if (path / zarr_tree.METADATA).exists() else path / FOLDER
     folder = _folder_of_config(path, directory)
@@ -35,7 +35,7 @@ def open(path: Path, config: MistralConfig | None) -> Checkpoint:
         raise _nothing(path)
     tree = ZarrTree(directory)
     config = base.opened_config(folder, config)()
-    return Checkpoint(
+    return Contents(
         path,
         "orbax",
         tree.files,

@@ -21,7 +21,7 @@ from ..containers.msgpack import writing as msgpack_writing
 from ..containers.msgpack.file import MsgpackFile
 from ..containers.shards import Family, create_shards, open_files, safetensors_family
 from ..containers.tensor_file import TensorFile
-from ..contents import Checkpoint, stored_as_it_is, stored_in_layout
+from ..contents import Contents, stored_as_it_is, stored_in_layout
 from ..layouts import Layout
 from . import base
 from .base import Outline, Target
@@ -95,9 +95,9 @@ class Sharded:
     prefix: str = ""
     """What the names of a bare model lack."""
 
-    def open(self, path: Path, config: MistralConfig | None) -> Checkpoint:
+    def open(self, path: Path, config: MistralConfig | None, seen: base.Seen = base.UNSEEN) -> Contents:
         """Understand the headers; raises what opening shards, reading a config and a scheme of packing raise."""
-        opened = open_files(path, self.family)
+        opened = open_files(path, self.family, seen)
         directory = path if path.is_dir() else path.parent
         read_config = functools.cache(lambda: config or self.described.read(directory))
         views = self._unpacked(path, opened, read_config)
@@ -106,7 +106,7 @@ class Sharded:
         else:
             rows = rows_by(self.file_name, read_config(), prefix=lacking(self.prefix, _names(views)))
             tensors = stored_in_layout(views, read_config(), rows, self.layout_of)
-        return Checkpoint(
+        return Contents(
             path,
             self.name,
             {shard.path: shard for shard in opened},

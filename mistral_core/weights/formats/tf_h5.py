@@ -20,7 +20,7 @@ from ..containers.hdf5 import file as hdf5_file
 from ..containers.hdf5.file import Hdf5File
 from ..containers.shards import Family, Specs, create_shards, open_files, weight_map_of
 from ..containers.tensor_file import DTYPES, TensorInfo, quoted, write
-from ..contents import Checkpoint, StoredTensor, stored_in_layout
+from ..contents import Contents, StoredTensor, stored_in_layout
 from . import base
 from .base import Outline, Target
 from .transformers_names import rows_by, tf_name
@@ -78,7 +78,7 @@ def _family(model: str, attributes: Callable[[Iterable[str]], hdf5_file.Attribut
     return Family(SINGLE, "tf_model-{:05d}-of-{:05d}.h5", INDEX, opened, create)
 
 
-def open(path: Path, config: MistralConfig | None) -> Checkpoint:
+def open(path: Path, config: MistralConfig | None, seen: base.Seen = base.UNSEEN) -> Contents:
     """Understand the structure of the files."""
     index = path / INDEX if path.is_dir() else path
     sharded = index.name.endswith(".index.json") and index.exists()
@@ -94,7 +94,7 @@ def open(path: Path, config: MistralConfig | None) -> Checkpoint:
             if name not in tensors or (code, tensors[name].dtype) != ("BF16", "F32"):
                 raise CorruptCheckpointError(f"{shard.path}: {WIDENED} says {quoted(text)}; save the model again.")
             tensors[name] = _narrow(tensors[name])
-    return Checkpoint(
+    return Contents(
         path,
         "tf-h5",
         {shard.path: shard for shard in shards},

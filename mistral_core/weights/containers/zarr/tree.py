@@ -130,7 +130,7 @@ class ZarrTree(TensorFile):
 
     @property
     def files(self) -> dict[Path, TensorFile]:
-        """Every file of the directory, for `Checkpoint.shards`."""
+        """Every file of the directory, for `Contents.shards`."""
         return {path: _Part(path, stamp) for path, stamp in self._stamps.items()}
 
     def check_unchanged(self, *, by_path: bool = False) -> None:

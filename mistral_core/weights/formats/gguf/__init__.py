@@ -21,7 +21,7 @@ from ...containers.gguf.file import GgufFile
 from ...containers.gguf.kinds import KINDS, LARGEST, QUANTISED, dequantised, nbytes, quantised
 from ...containers.gguf.scan import ALIGNMENT, DEFAULT_ALIGNMENT, Value
 from ...containers.tensor_file import DTYPES, TensorInfo, quoted
-from ...contents import Checkpoint, StoredTensor, stored_in_layout
+from ...contents import Contents, StoredTensor, stored_in_layout
 from .. import base
 from ..base import Outline, Target
 from . import config as gguf_config
@@ -42,7 +42,7 @@ _FREQUENCIES = "rope_freqs.weight"
 # Reading
 
 
-def open(path: Path, config: MistralConfig | None) -> Checkpoint:
+def open(path: Path, config: MistralConfig | None, seen: base.Seen = base.UNSEEN) -> Contents:
     """Scan the header."""
     file = GgufFile(_file_at(path))
     directory = file.path.parent
@@ -52,7 +52,7 @@ def open(path: Path, config: MistralConfig | None) -> Checkpoint:
     tensors = stored_in_layout([file], config, rows, layout_of)
     _check_frequencies(file, tensors)
     tensors = {name: _as_floats(tensor) for name, tensor in tensors.items()}
-    return Checkpoint(
+    return Contents(
         path,
         "gguf",
         {file.path: file},
