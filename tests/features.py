@@ -13,6 +13,14 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 BEGIN, END = "<!-- made by tests/features.py -->\n", "<!-- end -->\n"
 COLUMNS = {"torch": "PyTorch", "flax": "JAX / Flax", "tf": "Keras / TensorFlow"}
+PAGES = {"torch": "pytorch", "flax": "jax", "tf": "keras"}
+CHAPTERS = {
+    "generate": "generation",
+    "conversation": "text-and-chat",
+    "pipelines": "text-and-chat",
+    "mask_is_used": "pictures",
+}
+"""A word in a test file's name -> the page of its features; those of other files are on the framework's own page."""
 
 
 def markers(path: Path) -> list[tuple[str, str | None, set[str]]]:
@@ -48,21 +56,45 @@ def _of_test(test: ast.FunctionDef) -> set[str]:
     return {name for name in COLUMNS if name in words}
 
 
-def table() -> str:
-    """The table in Markdown: what all have first, then what fewer have."""
-    cells: dict[str, dict[str, str]] = {}
+def rows() -> dict[str, dict[str, tuple[str, str]]]:
+    """Feature -> backend -> ("yes" or "untested", the page of docs/ that has it)."""
+    found: dict[str, dict[str, tuple[str, str]]] = {}
     for path in sorted((ROOT / "tests" / "backends").glob("test_*.py")):
         for feature, note, backends in markers(path):
             assert backends, f"{path.name}: {feature}: no backend"
             for backend in backends:
-                row = cells.setdefault(feature, {})
-                row[backend] = "yes" if note is None and row.get(backend, "yes") == "yes" else note or row[backend]
-    ordered = sorted(
-        cells.items(), key=lambda item: (-len(item[1]), [b not in item[1] for b in COLUMNS], item[0].lower())
-    )
+                row = found.setdefault(feature, {})
+                answer = ("yes", _page(path.stem, backend)) if note is None else ("untested", "limits")
+                row[backend] = min(row.get(backend, answer), answer)
+    return dict(sorted(found.items(), key=lambda item: (-len(item[1]), item[0].lower())))
+
+
+def _page(test: str, backend: str) -> str:
+    return next((page for word, page in CHAPTERS.items() if word in test), PAGES[backend])
+
+
+def table() -> str:
+    """In Markdown a table of what several frameworks have, then a line of what each has alone."""
     lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---|" * len(COLUMNS)]
-    lines += [f"| {name} | " + " | ".join(row.get(backend, "") for backend in COLUMNS) + " |" for name, row in ordered]
-    return "\n".join(lines) + "\n"
+    alone: dict[str, list[str]] = {backend: [] for backend in COLUMNS}
+    for name, row in rows().items():
+        if len(row) > 1:
+            lines.append(f"| {_linked(name, row)} |")
+        else:
+            ((backend, (answer, page)),) = row.items()
+            alone[backend].append(name if answer == "yes" else f"{name} ([{answer}][{page}])")
+    for backend, names in alone.items():
+        lines += ["", f"[{COLUMNS[backend]}][{PAGES[backend]}] alone: {'; '.join(names)}."]
+    pages = sorted({page for row in rows().values() for _, page in row.values()})
+    return "\n".join([*lines, "", *(f"[{page}]: docs/{page}.md" for page in pages)]) + "\n"
+
+
+def _linked(name: str, row: dict[str, tuple[str, str]]) -> str:
+    """The cells of a row; the link is at the name where all have the same."""
+    if len(cells := set(row.values())) == 1:
+        ((_, page),) = cells
+        return " | ".join([f"[{name}][{page}]", *(row[b][0] if b in row else "no" for b in COLUMNS)])
+    return " | ".join([name, *(f"[{row[b][0]}][{row[b][1]}]" if b in row else "no" for b in COLUMNS)])
 
 
 def in_readme() -> str:

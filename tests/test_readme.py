@@ -1,62 +1,90 @@
-"""Every Python example of the README runs, in every framework where it says it does."""
+"""Every example of the README, of docs/ and of examples/ runs, in every framework where it says it does.
+
+What an example prints stands in the ```text block after it, or after "Prints:" in the docstring of a script, and is
+compared; three dots stand for anything.
+"""
 
 from __future__ import annotations
 
+import argparse
+import ast
 import functools
+import importlib
 import itertools
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
+from typing import NamedTuple
 
+import cli_page
 import features
+import numpy as np
+import pictures_page
 import pytest
+from PIL import Image
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-NAMES = (
-    "torch shared",
-    "flax generating",
-    "transformers",
-    "LoRA",
-    "cache",
-    "NNX",
-    "params",
-    "Linen",
-    "fit",
-    "functional",
-    "conversations",
-    "pipeline",
-    "pictures",
-    "converting",
-    "weights",
-)
-SHARED, GENERATING = EXAMPLES[:2]
-OTHERS = ("mistral_flax", "mistral_tf")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+}
+SCRIPTS = {str(path.relative_to(ROOT)): path.read_text() for path in sorted(ROOT.glob("examples/*.py"))}
+TYPED = {"examples/chat.py": "Emma was\nMr. Knightley said\n"}
+"""What is typed into a script."""
+FRAMEWORKS = ("torch", "flax", "tf")
 
 
-def test_there_are_examples():
-    assert len(EXAMPLES) == len(NAMES)
-    assert "or mistral_flax, or mistral_tf" in SHARED
+class Case(NamedTuple):
+    """An example, the framework that it runs in, what is typed and what it prints."""
+
+    source: str
+    framework: str
+    printed: str
+    typed: str = ""
+
+
+def in_page(name: str, text: str) -> dict[str, Case]:
+    """The examples of a page; one that is said to run in any framework is a case for each."""
+    found = {}
+    for number, match in enumerate(re.finditer(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", text, re.DOTALL), 1):
+        source, printed = match[1], match[2] or ""
+        first = framework(source)
+        others = [other for other in FRAMEWORKS if f"or mistral_{other}" in source or f'or "{other}"' in source]
+        for other in (first, *others):
+            changed = source.replace(f"from mistral_{first}", f"from mistral_{other}")
+            changed = changed.replace(f'backend="{first}"', f'backend="{other}"')
+            found[f"{name} {number} {other}"] = Case(changed, other, printed)
+    return found
+
+
+def in_script(name: str, text: str) -> Case:
+    """A script, and what its docstring says that it prints."""
+    printed = (ast.get_docstring(ast.parse(text)) or "").partition("Prints:\n")[2]
+    return Case(text, framework(text), textwrap.dedent(printed).strip("\n"), TYPED.get(name, ""))
+
+
+def framework(source: str) -> str:
+    """The framework that an example imports or names; those of none, or of several, go with torch's."""
+    named = re.search(r"from mistral_(torch|flax|tf)|backend=\"(torch|flax|tf)\"", source)
+    return named[1] or named[2] if named else "torch"
 
 
 CASES = {
-    **dict(zip(NAMES, EXAMPLES, strict=True)),
-    **{f"{name} shared": SHARED.replace("from mistral_torch", f"from {name}") for name in OTHERS},
-    **{
-        f"{name} sampled": GENERATING.replace("from mistral_flax", f"from {name}")
-        for name in ("mistral_torch", *OTHERS)
-    },
+    **{key: case for name, text in PAGES.items() for key, case in in_page(name, text).items()},
+    **{name: in_script(name, text) for name, text in SCRIPTS.items()},
 }
 RUN = """
 import contextlib, io, json, os, sys, traceback
-for name, directory, source in json.load(sys.stdin):
+for name, directory, source, typed in json.load(sys.stdin):
     os.makedirs(directory)
     os.chdir(directory)
-    printed, failed = io.StringIO(), ""
+    printed, failed, sys.stdin = io.StringIO(), "", io.StringIO(typed)
     try:
         with contextlib.redirect_stdout(printed):
             exec(compile(source, name, "exec"), {"__name__": "__main__"})
@@ -66,56 +94,126 @@ for name, directory, source in json.load(sys.stdin):
 """
 
 
+def test_there_are_examples():
+    assert len(PAGES) > 10
+    assert len(SCRIPTS) >= 7
+    assert {case.framework for case in CASES.values()} == set(FRAMEWORKS)
+    for name in PAGES:
+        if name not in ("docs/cli.md", "docs/clients.md", "docs/limits.md", "docs/proof.md"):
+            assert any(key.startswith(name) for key in CASES), name
+    assert sum(key.startswith("README.md 1 ") for key in CASES) == 3
+
+
 @pytest.mark.lenient_jax("an example is what a user runs, and optax's Adam mixes dtypes")
-@pytest.mark.parametrize("name", [name for name in CASES if not name.endswith("sampled")])
+@pytest.mark.parametrize("name", CASES)
 def test_example(name):
-    assert output(name)
-
-
-@pytest.mark.lenient_jax("it reads what the examples have printed")
-def test_sampled_text_is_the_same_in_every_framework():
-    first, *others = [output(f"{name} sampled") for name in ("mistral_torch", *OTHERS)]
-    assert "She said" in first
-    assert others == [first, first]
-
-
-def output(name):
-    """What an example prints."""
-    printed, failed = outputs(framework(CASES[name])).get(name, ("", "its process ended before it"))
+    printed, failed = outputs(CASES[name].framework).get(name, ("", "its process ended before it"))
     assert not failed, failed
-    return printed
+    said, expected = (_without_blanks(text) for text in (printed, CASES[name].printed))
+    assert re.fullmatch(re.escape(expected).replace(r"\.\.\.", ".*"), said, re.DOTALL), printed
 
 
-def framework(source):
-    """The framework that an example imports; those of none, or of several, go with torch's."""
-    named = re.search(r"from mistral_(torch|flax|tf)", source)
-    return named.group(1) if named else "torch"
+def _without_blanks(text: str) -> str:
+    """The text without blanks at the ends of lines, which editors take away."""
+    return "\n".join(line.rstrip() for line in text.strip().splitlines())
 
 
 @functools.cache
-def outputs(name):
+def outputs(name: str) -> dict[str, tuple[str, str]]:
     """What each example of a framework prints, and how it failed; all in one process, as importing takes longest."""
-    cases = [(case, source) for case, source in CASES.items() if framework(source) == name]
     with tempfile.TemporaryDirectory() as directory:
-        jobs = [(case, f"{directory}/{number}", source) for number, (case, source) in enumerate(cases)]
+        cases = [(key, case) for key, case in CASES.items() if case.framework == name]
+        jobs = [(key, f"{directory}/{n}", case.source, case.typed) for n, (key, case) in enumerate(cases)]
         result = subprocess.run(
             [sys.executable, "-c", RUN],
             input=json.dumps(jobs),
-            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"},
+            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", "COLUMNS": "100"},
             capture_output=True,
             text=True,
             check=False,
         )
     assert result.returncode == 0, result.stderr
-    return {case: (printed, failed) for case, printed, failed in map(json.loads, result.stdout.splitlines())}
+    return {key: (printed, failed) for key, printed, failed in map(json.loads, result.stdout.splitlines())}
+
+
+def indented(text: str) -> list[str]:
+    """The lines of a page's indented blocks, without what a comment says."""
+    return [line.strip().partition("  #")[0] for line in text.splitlines() if line.startswith("    ")]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_commands_are_such_that_the_command_line_takes_them(name):
+    from mistral_core import cli
+
+    text = re.sub(r"```.*?```", "", PAGES[name].partition(cli_page.BEGIN)[0], flags=re.DOTALL)
+    lines = [line for line in indented(text) if "mistral " in line and "import" not in line]
+    for command in itertools.chain.from_iterable(line.replace("|", ";").split("; ") for line in lines):
+        program, *words = shlex.split(command)
+        if program == "mistral":
+            parser = argparse.ArgumentParser(exit_on_error=False)
+            parser.add_argument("--json", action="store_true")
+            importlib.import_module(cli.commands()[words[0]].module).arguments(parser)
+            parser.parse_intermixed_args(words[1:])
+
+
+def test_import_lines_name_what_is_public():
+    for line in filter(lambda line: line.startswith("from mistral_"), indented(README)):
+        package, _, names = line.removeprefix("from ").partition(" import ")
+        tree = ast.parse((ROOT / package / "__init__.py").read_text())
+        (public,) = [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"]
+        assert set(names.split(", ")) <= set(ast.literal_eval(public)), line
+
+
+@pytest.mark.parametrize("name", pictures_page.commands())
+def test_an_image_is_what_the_command_above_it_makes(name, tmp_path, capsys):
+    pictures_page.make(name, tmp_path / "made.png")
+    made, kept = (np.asarray(Image.open(path)) for path in (tmp_path / "made.png", ROOT / name))
+    assert np.array_equal(made, kept), "python tests/pictures_page.py --write"
+
+
+def test_every_image_is_made_by_a_command():
+    assert {str(path.relative_to(ROOT)) for path in ROOT.glob("docs/images/*")} == set(pictures_page.commands())
+
+
+def anchors(text: str) -> set[str]:
+    """The names that a page's headings can be linked to by."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", [*PAGES, "CONTRIBUTING.md", "SECURITY.md"])
+def test_links_lead_somewhere(name):
+    text = re.sub(r"```.*?```", "", (ROOT / name).read_text(), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)", text, re.MULTILINE):
+        target, _, anchor = "".join(link).partition("#")
+        if target.startswith("https://"):
+            continue
+        path = (ROOT / name).parent / target if target else ROOT / name
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path.read_text()), anchor
+
+
+@pytest.mark.parametrize("name", [*PAGES, "CONTRIBUTING.md", "SECURITY.md"])
+def test_files_that_are_named_are_there(name):
+    folders = "|".join(path.name for path in ROOT.iterdir() if path.is_dir())
+    for path in re.findall(rf"(?<![\w/.])((?:{folders})/[\w/]+\.\w+)", (ROOT / name).read_text()):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 200
+    assert len(README.encode()) <= 12_000
 
 
 def test_the_table_of_what_works_where_is_that_of_the_tests():
     assert features.in_readme() == features.table(), "python tests/features.py --write"
 
 
+def test_the_page_of_the_command_line_is_made_of_the_commands():
+    assert cli_page.in_page() == cli_page.text(), "python tests/cli_page.py --write"
+
+
 def test_the_layout_tree_names_what_is_there():
-    root = Path(__file__).parents[1]
     tree = README.partition("## Where things are")[2]
     inside = ""
     found = 0
@@ -123,7 +221,7 @@ def test_the_layout_tree_names_what_is_there():
         for name in itertools.takewhile(lambda word: word.endswith(("/", ".py")), line.split()):
             if not line.startswith(" "):
                 inside = name
-            path = root / name if not line.startswith(" ") else root / inside / name
+            path = ROOT / name if not line.startswith(" ") else ROOT / inside / name
             assert path.exists(), path
             found += 1
     assert found > 12
