@@ -40,6 +40,10 @@ sweep: $(STAMP)
 conformance: $(STAMP)
 	$(BIN)/python -m conformance
 
+# the site, in site/
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
+
 # trainers, harnesses and adapters of others on the PyTorch models, in an environment of their own: docs/clients.md
 clients: $(CLIENTS)/installed
 	OMP_NUM_THREADS=1 $(CLIENTS)/bin/python -m pytest -q tests/clients tests/backends/test_torch_clients.py
@@ -59,10 +63,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(PIP) -c constraints.txt torch
-	$(BIN)/python $(PIP) -c constraints.txt -e '.[torch,flax,tf,convert,orbax,chat,pictures,fast,mistral-common,dev]'
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[torch,flax,tf,convert,orbax,chat,pictures,fast,mistral-common,docs,dev]'
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) .cache build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: demo test test-all test-quick lint sweep conformance clients clean
+.PHONY: demo test test-all test-quick lint sweep conformance docs clients clean
