@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     AutoTokenizer = MistralTokenizer
 
 from ._version import __version__ as __version__
+from .compat.names import named as _named
 
 # public name -> module and name there, imported at first use so that `import mistral_core` stays fast
 _PUBLIC = {
@@ -56,9 +57,7 @@ __all__ = [*_PUBLIC, "__version__"]
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
-        from .compat.names import named
-
-        return named(__name__, name)
+        return _named(__name__, name)
     module, attribute = _PUBLIC[name]
     return getattr(importlib.import_module(module, __name__), attribute)
 

@@ -14,6 +14,7 @@ def require(module: str, extra: str, *, what: str, package: str | None = None) -
     `package` is what the message calls it, where its name is not the module's.
     """
     try:
+        importlib.import_module(module.partition(".")[0])  # a part of a package that is gone may still be known
         return importlib.import_module(module)
     except ImportError as cause:
         raise missing(what, package or cause.name or module, extra) from cause

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,11 @@ OWN = {
     "mistral_tf": {"tensorflow", "keras"},
 }
 BACKENDS = set(OWN)
+OPTIONAL = {
+    "PIL", "gguf", "h5py", "huggingface_hub", "jinja2", "kitoken", "mistral_common", "prompt_toolkit", "pydantic",
+    "rich", "tensorstore", "tokenizers", "tqdm",
+}  # fmt: skip
+"""What is slow to import or may not be there: a function that needs one of these imports it."""
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -91,6 +98,49 @@ def modules_of(package: str) -> dict[str, Path]:
     """Dotted name -> file."""
     names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / package).rglob("*.py")}
     return {name.removesuffix(".__init__"): path for path, name in names.items()}
+
+
+def arrows(path: Path, name: str) -> Iterator[tuple[str, bool]]:
+    """(what a file imports, as an absolute name; whether a function does), what only a type checker reads left out."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    tree = ast.parse(path.read_text())
+    blocks = (node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+    functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    unread = {id(node) for block in blocks for node in ast.walk(block)}
+    inner = {id(node) for function in functions for node in ast.walk(function)}
+    for node in ast.walk(tree):
+        if id(node) in unread or not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        else:
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            found = [f"{base}.{alias.name}" for alias in node.names]
+        yield from ((each, id(node) in inner) for each in found)
+
+
+@pytest.mark.parametrize("package", ["mistral_core", "conformance", *sorted(BACKENDS)])
+def test_no_import_leads_back_to_itself(package):
+    """Imports inside functions are counted: they are how a circle is hidden."""
+    modules = modules_of(package)
+    graph = {}
+    for name, path in modules.items():
+        targets = (each if each in modules else each.rpartition(".")[0] for each, _ in arrows(path, name))
+        graph[name] = {target for target in targets if target in modules and target != name}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as circle:
+        pytest.fail(" -> ".join(circle.args[1]))
+
+
+def test_functions_of_the_core_import_what_is_optional_or_slow_only():
+    commands = ROOT / "mistral_core" / "cli"
+    for name, path in modules_of("mistral_core").items():
+        inside = {each for each, in_function in arrows(path, name) if in_function}
+        if commands not in path.parents:  # a command is to start fast, and imports what its options ask for
+            wrong = {each for each in inside if each.partition(".")[0] not in OPTIONAL}
+            assert not wrong, f"{name} imports {wrong} inside a function"
 
 
 def test_a_class_name_is_one_thing():
