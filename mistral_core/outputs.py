@@ -101,7 +101,7 @@ def fields_given(cls: type[Output], values: Iterable[Any], named: dict[str, Any]
     by_place = dict(zip(cls._fields, values, strict=False))
     given = {**by_place, **named}
     if len(given) < len(by_place) + len(named) or not given.keys() <= set(cls._fields):
-        raise TypeError(f"{cls.__name__}: {sorted(named)} given, each of {', '.join(cls._fields)} once was expected.")
+        raise TypeError(f"{cls.__name__} must be given each of {', '.join(cls._fields)} once, got {sorted(named)}.")
     return {name: given[name] for name in cls._fields if given.get(name) is not None}
 
 

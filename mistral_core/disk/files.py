@@ -176,7 +176,7 @@ def os_errors(path: PathLike) -> Iterator[None]:
     Raises ConversionError for what can be no path.
     """
     if not is_path(path):
-        raise ConversionError(f"{str(path)[:200]!a}: no path; one without NUL and half surrogates was expected.")
+        raise ConversionError(f"path must be without NUL and half surrogates, got {str(path)[:200]!a}.")
     try:
         yield
     except MistralError:
@@ -256,7 +256,7 @@ def _checked(target: PathLike, overwrite: bool) -> Path:
     if not overwrite and os.path.lexists(path):
         raise OutputExistsError(f"{path}: is there already; choose another path or pass overwrite=True.")
     if path.exists() and not path.is_dir():
-        raise ConversionError(f"{path}: is a file; a directory was expected.")
+        raise ConversionError(f"{path} must be a directory, got a file.")
     if os.path.ismount(path):
         raise ConversionError(f"{path}: is a mount point and cannot be replaced; write to a directory in it.")
     if Path.cwd().is_relative_to(path):

@@ -110,13 +110,13 @@ def convert(
     ConfigError, HubError and their kinds.
     """
     if verify not in VERIFY:
-        raise ConversionError(f"verify: {verify!r}, one of {', '.join(VERIFY)} was expected.")
+        raise ConversionError(f"verify must be one of {', '.join(VERIFY)}, got {verify!r}.")
     started = time.monotonic()
     target = files.as_path(destination)
     row = formats.FORMATS.get(to)
     if row is None or not row.written:
         writable = ", ".join(name for name, each in formats.FORMATS.items() if each.written)
-        raise ConversionError(f"to: {to!r} is not written; one of {writable} was expected.")
+        raise ConversionError(f"to must be a format that is written, one of {writable}, got {to!r}.")
     limit = shard_bytes(max_shard_size)
     with files.os_errors(target):
         _check_target(target, overwrite)
@@ -200,7 +200,7 @@ def _code_of(dtype: str | None, to: str) -> str | None:
         if dtype in (kind.name, code):
             return code
     names = [kind.name for kind in DTYPES.values()]
-    raise DtypeMismatchError(f"dtype: {dtype!r}, one of {', '.join(names)} (gguf: {', '.join(GGUF_TYPES)}) expected.")
+    raise DtypeMismatchError(f"dtype must be one of {', '.join(names)} (gguf: {', '.join(GGUF_TYPES)}), got {dtype!r}.")
 
 
 def _counted(items: Iterable[str]) -> dict[str, int]:

@@ -143,7 +143,7 @@ def _stream(
 
 def check_architecture(name: str) -> None:
     if name not in HEADS:
-        raise UnsupportedFeatureError(f"architecture: {name!r}, one of {', '.join(HEADS)} was expected.")
+        raise UnsupportedFeatureError(f"architecture must be one of {', '.join(HEADS)}, got {name!r}.")
 
 
 def dtype_of(name: str) -> np.dtype:
@@ -151,7 +151,7 @@ def dtype_of(name: str) -> np.dtype:
     for dtype in DTYPES.values():
         if dtype.name == name:
             return dtype
-    raise DtypeMismatchError(f"dtype: {name!r}, one of {', '.join(d.name for d in DTYPES.values())} was expected.")
+    raise DtypeMismatchError(f"dtype must be one of {', '.join(d.name for d in DTYPES.values())}, got {name!r}.")
 
 
 def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:

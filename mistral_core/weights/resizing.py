@@ -21,7 +21,7 @@ def resized_config(config: MistralConfig, new_num_tokens: int | None, pad_to_mul
     pad_to_multiple_of = plain_int(pad_to_multiple_of)
     for name, value in (("new_num_tokens", size), ("pad_to_multiple_of", pad_to_multiple_of)):
         if value is not None and (not is_int(value) or value < 1):
-            raise ConfigError(f"{name}: {value!r}, an integer of 1 or more was expected.")
+            raise ConfigError(f"{name} must be an integer of 1 or more, got {value!r}.")
     multiple = pad_to_multiple_of or 1
     return config.replace(vocab_size=-(-size // multiple) * multiple)
 

@@ -58,7 +58,7 @@ def _peek(tensors: Iterable[tuple[str, np.ndarray]]) -> tuple[str, Iterator[tupl
         raise MissingTensorsError("save: there is not a single tensor.")
     first = np.asarray(first)
     if first.dtype not in CODES:
-        raise DtypeMismatchError(f"{quoted(name)}: {first.dtype}, one of {', '.join(DTYPES)} was expected.")
+        raise DtypeMismatchError(f"{quoted(name)} must be one of {', '.join(DTYPES)}, got {first.dtype}.")
     return first.dtype.name, itertools.chain(iter([(name, first)]), stream)
 
 

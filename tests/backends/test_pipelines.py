@@ -348,13 +348,13 @@ def test_a_long_question_is_cut(torch_pipes):
 
 
 WRONG = [
-    ({"context": EMMA}, InputError, "question: NoneType"),
-    ({"question": QUESTION}, InputError, "context: NoneType"),
+    ({"context": EMMA}, InputError, "question must be .* got NoneType"),
+    ({"question": QUESTION}, InputError, "context must be .* got NoneType"),
     ({"question": [QUESTION] * 2, "context": [EMMA]}, InputError, "must be 2 texts, one for each question, got 1"),
     ({"question": " ", "context": EMMA}, EmptyInputError, "question: nothing but blanks"),
     ({"question": QUESTION, "context": "\n"}, EmptyInputError, "context: nothing but blanks"),
     ({"question": QUESTION, "context": EMMA, "doc_stride": 30, "max_seq_len": 20}, InputError, "have room for"),
-    ({"question": QUESTION, "context": EMMA, "top_k": 0}, InputError, "top_k: 0"),
+    ({"question": QUESTION, "context": EMMA, "top_k": 0}, InputError, "top_k must be .* got 0"),
     (
         {"question": QUESTION, "context": EMMA, "topk": 1},
         InputError,
@@ -380,7 +380,7 @@ def test_inputs_that_are_none(torch_pipes):
         with pytest.raises((InputError, TokenizerError)):
             torch_pipes[task]([3])
         assert torch_pipes[task]([]) == []
-        with pytest.raises(InputError, match="batch_size: 0"):
+        with pytest.raises(InputError, match="batch_size must be an integer of 1 or more, got 0"):
             torch_pipes[task](TEXTS, batch_size=0)
         with pytest.raises(InputError, match="no option 'tempreature'"):
             torch_pipes[task](TEXTS, tempreature=1)
@@ -443,7 +443,7 @@ def test_what_does_not_exist(paths, torch_pipes):
         pipeline("text-generation", model=path / "nowhere", backend="torch")
     with pytest.raises(MissingExtraError, match=r"known are \['torch', 'flax', 'tf'\]"):
         pipeline("text-generation", model=path, backend="mxnet")
-    with pytest.raises(InputError, match="a MistralForCausalLM, for ner|for token-classification"):
+    with pytest.raises(InputError, match="for ner, got a MistralForCausalLM|for token-classification, got a"):
         pipeline("ner", model=model, tokenizer=path)
     with pytest.raises(InputError, match="a model object brings none"):
         pipeline("text-generation", model=model)

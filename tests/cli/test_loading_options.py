@@ -47,7 +47,7 @@ def test_the_command_line_of_transformers_documentation(chat):
         (("--device", "77"), "device: '77' is not here; torch sees cpu"),
         (("--device", "nowhere at all"), "a number, a name such as"),
         (("--attn_implementation", "fastest"), "attn_implementation: 'fastest', one of"),
-        (("--torch_dtype", "int3"), "dtype: 'int3', one of"),
+        (("--torch_dtype", "int3"), "dtype must be one of"),
     ],
 )
 def test_what_is_not_here_is_told(chat, options, message):

@@ -360,9 +360,9 @@ def test_other_models_are_refused_by_name(tmp_path, keys, message):
 def test_62_missing_and_wrong_architecture_keys(tmp_path, key):
     with pytest.raises(CorruptCheckpointError, match=key):
         Checkpoint.open(published(tmp_path / "x.gguf", KEYS, without=(key,)))
-    with pytest.raises(CorruptCheckpointError, match="an integer was expected"):
+    with pytest.raises(CorruptCheckpointError, match="must be an integer"):
         Checkpoint.open(published(tmp_path / "y.gguf", KEYS | {key: "8"}))
-    with pytest.raises(CorruptCheckpointError, match="a number was expected"):
+    with pytest.raises(CorruptCheckpointError, match="must be a number"):
         Checkpoint.open(published(tmp_path / "z.gguf", KEYS | {"llama.rope.freq_base": np.uint32(1)}))
 
 

@@ -223,7 +223,8 @@ def test_overwrite_false_fails_before_anything(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "why"), [("file", "is a file"), (".", "current directory"), ("sub", "current directory")]
+    ("name", "why"),
+    [("file", "must be a directory, got a file"), (".", "current directory"), ("sub", "current directory")],
 )
 def test_targets_that_cannot_be_replaced(tmp_path, monkeypatch, name, why):
     (tmp_path / "file").write_bytes(b"x")

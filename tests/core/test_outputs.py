@@ -54,7 +54,7 @@ def test_an_output_is_a_named_tuple_of_what_is_there():
 def test_fields_are_replaced_by_name():
     assert WITHOUT._replace(loss="loss", attentions=None) == CausalLMOutput("loss", "logits")
     assert WITHOUT._replace(loss="loss")._fields == ("loss", "logits", "attentions")
-    with pytest.raises(TypeError, match="once was expected"):
+    with pytest.raises(TypeError, match="must be given each of"):
         CausalLMOutput("loss", loss="loss")
     with pytest.raises(TypeError, match="last_hidden_state, past_key_values, hidden_states, attentions"):
         ModelOutput(logits=1)

@@ -150,4 +150,4 @@ def refuse_heads(outline: Outline, format: str) -> None:
 
 def nothing_here(path: Path, expected: str) -> CheckpointNotFoundError:
     """The error for a path without the files of a format."""
-    return CheckpointNotFoundError(f"{path}: {expected} was expected; check the path.")
+    return CheckpointNotFoundError(f"{path} must have {expected}; check the path.")

@@ -84,9 +84,7 @@ def _config(told: Mapping[str, Any], where: str) -> MistralConfig:
     """The config of one of our models; the class is a name, and nothing is imported for it."""
     own = told.get("config")
     if not (isinstance(own, Mapping) and isinstance(own.get("config"), Mapping)):
-        raise UnsupportedFeatureError(
-            f"{where}: {str(told.get('class_name'))[:80]!a}, a mistral_tf model was expected."
-        )
+        raise UnsupportedFeatureError(f"{where} must be a mistral_tf model, got {str(told.get('class_name'))[:80]!a}.")
     config = MistralConfig.from_dict(own["config"], where=where)
     architecture = told.get("class_name")
     return config.replace(architectures=(architecture,)) if architecture in HEADS else config
@@ -132,7 +130,7 @@ def _rows(weights: Hdf5File, config: MistralConfig) -> dict[str, tuple[str, Para
         wanted = owner.removeprefix(BASE_PREFIX)
         if noted and noted[0] != wanted and not noted[0].endswith(f".{wanted}"):
             raise CorruptCheckpointError(
-                f"{weights.path}: {quoted(place)} is noted as {quoted(noted[0])}, {owner} was expected; save it again."
+                f"{weights.path}: {quoted(place)} must be noted as {owner}, got {quoted(noted[0])}; save it again."
             )
         rows[place] = (name, row)
     return rows

@@ -89,7 +89,7 @@ def read_config(directory: Path) -> MistralConfig:
     file = directory / "config.json"
     data = strict_json.read_object(file, error=ConfigError)
     if data.get("registered_name") != "keras_hub>MistralBackbone" or not isinstance(data.get("config"), dict):
-        raise UnsupportedFeatureError(f"{file}: {data.get('registered_name')!r}, a MistralBackbone was expected.")
+        raise UnsupportedFeatureError(f"{file} must be a MistralBackbone, got {data.get('registered_name')!r}.")
     given = {**_DEFAULTS, **data["config"]}
     absent = sorted(set(_FIELDS) - set(given))
     if absent:
@@ -138,7 +138,7 @@ def weight_map(index: Path) -> dict[str, list[str]]:
     data = strict_json.read_object(index, error=CheckpointIndexError, max_bytes=shards.MAX_INDEX_BYTES)
     weight_map = data.get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map):
-        raise CheckpointIndexError(f"{index}: weight_map, a mapping of variables to files, was expected.")
+        raise CheckpointIndexError(f"{index}: weight_map must be a mapping of variables to files.")
     found = {group: names if isinstance(names, list) else [names] for group, names in weight_map.items()}
     distinct = []
     for group, names in found.items():

@@ -61,7 +61,7 @@ def _items(path: Path) -> Path:
         return (path / steps[0] / "items").absolute()
     if steps and any(zarr_tree.UNFINISHED in entry.name for entry in (path / steps[0]).iterdir()):
         raise CorruptCheckpointError(f"{path}: Orbax never finished writing step {steps[0]}; save it again.")
-    raise CheckpointNotFoundError(f"{path}: {ITEMS}/{zarr_tree.METADATA} was expected; check the path.")
+    raise CheckpointNotFoundError(f"{path} must have {ITEMS}/{zarr_tree.METADATA}; check the path.")
 
 
 def _tensors(tree: ZarrTree, config: MistralConfig) -> dict[str, StoredTensor]:

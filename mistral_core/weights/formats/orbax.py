@@ -57,7 +57,7 @@ def _nothing(path: Path) -> Exception:
     unfinished = path.is_dir() and any(zarr_tree.UNFINISHED in entry.name for entry in path.iterdir())
     if unfinished:
         return CorruptCheckpointError(f"{path}: Orbax never finished writing {FOLDER}; save it again.")
-    return CheckpointNotFoundError(f"{path}: {FOLDER}/{zarr_tree.METADATA} was expected; check the path.")
+    return CheckpointNotFoundError(f"{path} must have {FOLDER}/{zarr_tree.METADATA}; check the path.")
 
 
 def _tensors(tree: ZarrTree, config: MistralConfig) -> dict[str, StoredTensor]:

@@ -59,7 +59,7 @@ PICKLES = ("hf-bin", "raw-pth")
 def format_named(name: str) -> Format:
     """What opens and writes a format; raises ConversionError for an unknown name, MissingExtraError."""
     if name not in FORMATS:
-        raise ConversionError(f"format: {name!r}, one of {', '.join(FORMATS)} was expected.")
+        raise ConversionError(f"format must be one of {', '.join(FORMATS)}, got {name!r}.")
     row = FORMATS[name]
     try:
         found: Format = _entry_point(row).load()

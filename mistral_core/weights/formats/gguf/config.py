@@ -139,14 +139,14 @@ def _integer(file: GgufFile, key: str) -> int:
             raise UnsupportedFeatureError(f"{file.path}: {key} differs from layer to layer; a Mistral's are the same.")
         value = value[0]
     if not isinstance(value, np.integer):
-        raise CorruptCheckpointError(f"{file.path}: {key} is {str(value)[:40]!a}, an integer was expected.")
+        raise CorruptCheckpointError(f"{file.path}: {key} must be an integer, got {str(value)[:40]!a}.")
     return int(value)
 
 
 def _float(file: GgufFile, key: str) -> float:
     value = file.values.get(key)
     if not isinstance(value, np.floating):
-        raise CorruptCheckpointError(f"{file.path}: {key} is {str(value)[:40]!a}, a number was expected.")
+        raise CorruptCheckpointError(f"{file.path}: {key} must be a number, got {str(value)[:40]!a}.")
     return _decimal(value)
 
 
@@ -158,7 +158,7 @@ def _decimal(value: np.floating) -> float:
 def _ids(file: GgufFile) -> tuple[int, ...]:
     value = file.values[EOS_IDS]
     if not (isinstance(value, np.ndarray) and value.dtype.kind in "iu"):
-        raise CorruptCheckpointError(f"{file.path}: {EOS_IDS} is {str(value)[:40]!a}, integers were expected.")
+        raise CorruptCheckpointError(f"{file.path}: {EOS_IDS} must be integers, got {str(value)[:40]!a}.")
     return tuple(value.tolist())
 
 
@@ -214,7 +214,7 @@ def _unsigned(name: str, value: Any) -> np.uint32:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int) or not 0 <= value < 2**32:
-        raise UnsupportedFeatureError(f"gguf: {name} is {value}, an integer of 0 to 2^32-1 was expected; change it.")
+        raise UnsupportedFeatureError(f"gguf: {name} must be an integer of 0 to 2^32-1, got {value}; change it.")
     return np.uint32(value)
 
 

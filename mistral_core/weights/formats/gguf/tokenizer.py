@@ -182,7 +182,7 @@ def _json(texts: Mapping[str, bytes], name: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError) as cause:
         raise TokenizerError(f"{name}: not valid JSON ({cause}); fetch it again.") from cause
     if not isinstance(data, dict):
-        raise TokenizerError(f"{name}: the top level is {type(data).__name__}, an object was expected; fetch it again.")
+        raise TokenizerError(f"{name}: the top level must be an object, got {type(data).__name__}; fetch it again.")
     return data
 
 
