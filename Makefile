@@ -22,12 +22,14 @@ test-all: TIER = not sweep
 test test-all: lint
 	failed=0; for part in $(PARTS); do $(PYTEST) -n 2 -m "$(TIER)" $$part || failed=1; done; exit $$failed
 
-# one backend and the core, for a change that is being made: make test-quick BACKEND=flax
-test-quick: BACKEND = torch
+# the core, and the pieces of one backend, for a change that is being made: make test-quick BACKEND=flax
+BACKEND ?= torch
+QUICK = not test_conformance or $(BACKEND)-eager-float32 and (functions or blocks or whole or greedy)
+
 test-quick: $(STAMP)
 	$(BIN)/ruff check .
-	MISTRAL_TEST_BACKENDS=$(BACKEND) $(PYTEST) -n 2 -m "not sweep and not slow" --dist loadfile \
-	    tests --ignore=tests/backends
+	MISTRAL_TEST_BACKENDS=$(BACKEND) $(PYTEST) -n 2 --dist loadfile -m "not sweep and not slow" -k "$(QUICK)" \
+	    tests/core tests/test_imports.py tests/test_mirrors.py tests/test_public_api.py conformance/test_conformance.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

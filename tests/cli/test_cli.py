@@ -72,7 +72,7 @@ def test_demo_prints_text_and_table(capsys):
 
 def test_demo_fails_where_a_framework_disagrees(monkeypatch, capsys):
     plant_a_narrow_window(monkeypatch)
-    assert main(["demo", "--backend", "torch"]) == 1
+    assert main(["demo", "--backend", "torch", "--max-new-tokens", "100"]) == 1
     assert "DISAGREE" in capsys.readouterr().out
 
 
