@@ -12,7 +12,8 @@ KEPT := $(CURDIR)/.cache
 PYTEST := OMP_NUM_THREADS=1 JAX_COMPILATION_CACHE_DIR=$(KEPT)/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
     JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 TORCHINDUCTOR_CACHE_DIR=$(KEPT)/inductor $(BIN)/python -m pytest -q
 # processes after each other, so that none keeps what all three frameworks have compiled
-PARTS := "tests --ignore=tests/backends --dist loadfile" "tests/backends --dist loadfile" "conformance --dist loadgroup"
+PARTS := "tests --ignore=tests/backends --ignore=tests/core --ignore=tests/convert --dist loadfile" \
+    "tests/core tests/convert --dist loadfile" "tests/backends --dist loadfile" "conformance --dist loadgroup"
 
 demo: $(STAMP)
 	$(BIN)/mistral demo
