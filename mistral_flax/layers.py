@@ -5,7 +5,6 @@ A function does mathematics, a module holds parameters. Numbers: the contract of
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -18,11 +17,7 @@ from mistral_core.config.rope import rotary_table
 
 from .attention import attend, checked
 from .cache import remember
-
-FUSED = 4095
-"""The longest contraction that XLA for CPUs runs as one loop over W; a longer one makes it write W out in float32."""
-PIECE = 2048
-"""The most columns of W in a piece of a longer contraction."""
+from .products import product
 
 
 class Linear(nnx.Module):
@@ -35,8 +30,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(size_out, param_dtype)) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        bias = None if self.bias is None else self.bias[...]
-        return project(x, self.weight[...], bias).astype(x.dtype)
+        return product(x, self.weight[...], None if self.bias is None else self.bias[...])
 
 
 class Embedding(nnx.Module):
@@ -52,7 +46,7 @@ class Embedding(nnx.Module):
 
     def as_linear(self, x: Array) -> Array:
         """What a Head of the same weight gives: a tied head is the embedding itself."""
-        return project(x, self.weight[...])
+        return product(x, self.weight[...], dtype=jnp.float32)
 
 
 class RMSNorm(nnx.Module):
@@ -65,44 +59,8 @@ class RMSNorm(nnx.Module):
     def __call__(self, x_BTD: Array) -> Array:
         h = x_BTD.astype(jnp.float32)
         h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.eps)
-        return h.astype(x_BTD.dtype) * _beside(x_BTD, self.weight[...].astype(x_BTD.dtype))
-
-
-def _beside(x: Array, weight: Array) -> Array:
-    """A vector with as many axes as x: JAX can be told to add none by itself."""
-    return jnp.expand_dims(weight, range(x.ndim - 1))
-
-
-def matmul(x: Array, weight: Array) -> Array:
-    """x W^T with W in the dtype of x, accumulated and returned in float32 at full precision on every device."""
-    weight = weight.astype(x.dtype)
-    one_row_on_cpu = x.size == x.shape[-1] and jax.default_backend() == "cpu"
-    # XLA for CPUs would write a 16-bit W out in float32 first; a long contraction in float32 is fastest as it is
-    if one_row_on_cpu and (x.dtype.itemsize == 2 or (x.dtype == jnp.float32 and x.size <= FUSED)):
-        return _one_row(x, weight)
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum("...i,oi->...o", x, weight, precision=precision, preferred_element_type=jnp.float32)
-
-
-@functools.partial(jax.jit, inline=True)  # so that a call outside of jit reads W in one loop as well
-def _one_row(x: Array, weight: Array) -> Array:
-    """x W^T of a single row on a CPU, in float32: one loop over W for each piece of the contraction."""
-    size = x.shape[-1]
-    width = size if size <= FUSED else -(-size // -(-size // PIECE))
-    # converted before the cut: XLA would round the pieces of a 16-bit W once more, in the loop
-    x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
-    pieces = [
-        jnp.matmul(_computed(x[..., i : i + width]), weight[:, i : i + width].T, precision=jax.lax.Precision.HIGHEST)
-        for i in range(0, size, width)
-    ]
-    # what XLA adds to a product within its loop makes it write W out
-    return functools.reduce(jnp.add, jax.lax.optimization_barrier(pieces))
-
-
-def _computed(x: Array) -> Array:
-    """x as an array in memory: XLA would compute what x is made of, such as a norm, again for each row of W."""
-    half = x.shape[-1] // 2  # of all that leaves x as it is, a concatenation is what XLA for CPUs does not fuse
-    return jnp.concatenate(jax.lax.optimization_barrier([x[..., :half], x[..., half:]]), axis=-1)
+        weight = jnp.expand_dims(self.weight[...], range(x_BTD.ndim - 1))  # JAX can be told to add no axes by itself
+        return h.astype(x_BTD.dtype) * weight.astype(x_BTD.dtype)
 
 
 def token_order(attention_mask_BT: Array, past_length_B: Array) -> Array:
@@ -251,13 +209,7 @@ class Head(Linear):
     """A Linear whose product is accumulated and returned in float32."""
 
     def __call__(self, x: Array) -> Array:
-        return project(x, self.weight[...], None if self.bias is None else self.bias[...])
-
-
-def project(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """A head's product x W^T + b, accumulated and returned in float32."""
-    y = matmul(x, weight)
-    return y if bias is None else y + _beside(y, bias.astype(x.dtype).astype(jnp.float32))
+        return product(x, self.weight[...], None if self.bias is None else self.bias[...], dtype=jnp.float32)
 
 
 def last_token(attention_mask_BT: Array) -> Array:

@@ -16,6 +16,7 @@ from mistral_core.config.rope import rotary_table
 
 from .attention import attend, checked
 from .cache import remember
+from .products import product
 
 
 class Layer(keras.layers.Layer):
@@ -43,8 +44,7 @@ class Linear(Layer):
         self.bias = self.add_weight(shape=(size_out,), initializer="zeros", name=f"{self.name}.bias") if bias else None
 
     def call(self, x: Tensor) -> Tensor:
-        weight = tf.cast(self.weight, x.dtype)
-        return matmul(x, weight) if self.bias is None else tf.cast(project(x, weight, self.bias), x.dtype)
+        return product(x, tf.cast(self.weight, x.dtype), self.bias)
 
 
 class Embedding(Layer):
@@ -59,7 +59,7 @@ class Embedding(Layer):
 
     def as_linear(self, x: Tensor) -> Tensor:
         """What a Head of the same weight gives: a tied head is the embedding itself."""
-        return project(x, self.weight)
+        return product(x, self.weight, dtype=tf.float32)
 
 
 class RMSNorm(Layer):
@@ -74,40 +74,6 @@ class RMSNorm(Layer):
         h = tf.cast(x_BTD, tf.float32)
         h = h * tf.math.rsqrt(tf.reduce_mean(tf.square(h), -1, keepdims=True) + self.eps)
         return tf.cast(h, x_BTD.dtype) * tf.cast(self.weight, x_BTD.dtype)
-
-
-def matmul(x: Tensor, weight: Tensor, *, dtype: Any = None) -> Tensor:
-    """x W^T over the last axis of x, accumulated in float32 and rounded once to `dtype`, that of x by default."""
-    x_RI = tf.reshape(x, [-1, weight.shape[1]])
-    y_RO = _product(x_RI, tf.convert_to_tensor(weight), dtype or x.dtype)
-    return tf.reshape(y_RO, tf.concat([tf.shape(x)[:-1], [weight.shape[0]]], 0))
-
-
-def _product(x_RI: Tensor, weight_OI: Tensor, dtype: Any) -> Tensor:
-    """x W^T in `dtype`, as is fastest for these dtypes and this number of rows, where tracing knows it."""
-    on_cpu = all(device.device_type == "CPU" for device in tf.config.list_logical_devices())
-    if on_cpu and x_RI.shape[0] == 1 and x_RI.dtype == weight_OI.dtype == tf.bfloat16:
-        # twice the reading is faster than a float32 copy, which a float32 result needs otherwise
-        readings = -(-weight_OI.shape[1] // _XLA_COLUMNS)
-        if readings <= (2 if dtype == tf.float32 else 1) and weight_OI.shape[1] % readings == 0:
-            return tf.cast(_xla_row_product(x_RI, weight_OI, readings), dtype)
-    x_RI, weight_OI = tf.cast(x_RI, dtype), tf.cast(weight_OI, dtype)
-    if on_cpu and x_RI.shape[0] != 1:  # in float32 MatMul takes up to 4 times as long as BatchMatMul
-        return tf.matmul(x_RI[None], weight_OI[None], transpose_b=True)[0]
-    return tf.matmul(x_RI, weight_OI, transpose_b=True)
-
-
-_XLA_COLUMNS = 2048
-"""The longest contraction that XLA on CPU does from bfloat16 weights as they are; for others it copies to float32."""
-
-
-@tf.function(jit_compile=True, autograph=False)
-def _xla_row_product(x_1I: Tensor, weight_OI: Tensor, readings: int) -> Tensor:
-    """x W^T [1, O] of bfloat16 in float32: each piece of x meets all of W, seen as rows of the piece's length."""
-    out, columns = weight_OI.shape
-    rows = tf.cast(tf.reshape(weight_OI, [out * readings, columns // readings]), tf.float32)
-    pieces = tf.split(tf.cast(x_1I, tf.float32), readings, axis=1)
-    return tf.add_n([tf.matmul(x, rows, transpose_b=True)[:, i::readings] for i, x in enumerate(pieces)])
 
 
 def token_order(attention_mask_BT: Tensor, past_length_B: Tensor) -> Tensor:
@@ -286,13 +252,7 @@ class Head(Linear):
     """A Linear whose product is accumulated and returned in float32."""
 
     def call(self, x: Tensor) -> Tensor:
-        return project(x, self.weight, self.bias)
-
-
-def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A head's product x W^T + b, accumulated and returned in float32."""
-    y = matmul(x, weight, dtype=tf.float32)
-    return y if bias is None else y + tf.cast(bias, tf.float32)
+        return product(x, self.weight, self.bias, dtype=tf.float32)
 
 
 def last_token(attention_mask_BT: Tensor) -> Tensor:

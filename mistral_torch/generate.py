@@ -20,7 +20,7 @@ from .arrays import from_numpy, to_numpy
 from .cache import KVCache
 from .compiled import compiled
 from .foreign_calls import own_past, prepared, takes_prefixes, with_their_cache
-from .layers import project
+from .products import converted, product
 from .sampling import Choice, choose
 
 if TYPE_CHECKING:
@@ -150,8 +150,8 @@ class Engine:
         self.fixed_caches = compile in ("on", "max") or (compile == "auto" and not on_cpu)
         self.fixed_prompts = self.fixed_caches and not self._frozen
         self._head = model.lm_head.weight.detach() if _is_plain(model) and _is_plain(model.lm_head) else None
-        if self._head is not None and on_cpu and not self.fixed_caches:
-            self._head = self._head.float()  # once, not for each token
+        if self._head is not None and not self.fixed_caches:
+            self._head = converted(self._head)
         self._step: Any = None
 
     def allocate(self, batch: int, capacity: int, *, rolling: bool, lookback: int) -> KVCache:
@@ -293,4 +293,4 @@ def _given(ids_BT: Tensor) -> dict[str, Tensor]:
 
 
 def _chosen(x_BTD: Tensor, head_VD: Tensor, rule: Rule, values: Values) -> Choice:
-    return choose(project(x_BTD, head_VD), rule, values)
+    return choose(product(x_BTD, head_VD, dtype=torch.float32), rule, values)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from mistral_core import MistralConfig
 from mistral_core.config.rope import rotary_table
 
-from .arrays import without_autocast
 from .attention import attend, checked
 from .cache import remember
+from .products import product
 
 
 class RMSNorm(nn.Module):
@@ -165,29 +165,7 @@ class Head(nn.Linear):
     """A Linear whose product is accumulated and returned in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return project(x, self.weight, self.bias)
-
-
-def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A head's product x W^T + b, accumulated and returned in float32."""
-    with without_autocast(x):
-        if not _is_streamed(x):
-            return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
-        # sums of products, which inductor fuses into one read of W: no float32 copy of it is written
-        w_OI = weight.float()
-        y = torch.stack([(w_OI * row_I).sum(-1) for row_I in x.float().reshape(-1, x.shape[-1]).unbind(0)])
-        y = y.reshape(*x.shape[:-1], -1)
-        return y if bias is None else y + bias.float()
-
-
-def _is_streamed(x: Tensor) -> bool:
-    """Whether a head reads its matrix in one pass: few rows, compiled on a CPU, nothing to differentiate."""
-    compiled = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
-    if not compiled or x.device.type != "cpu" or torch.is_grad_enabled():
-        return False
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import, loaded when compiling
-
-    return statically_known_true(x.numel() <= 4 * x.shape[-1])  # a dynamic number of rows stays dynamic
+        return product(x, self.weight, self.bias, dtype=torch.float32)
 
 
 def last_token(attention_mask_BT: Tensor) -> Tensor:

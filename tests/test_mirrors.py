@@ -30,7 +30,7 @@ OWN_NAMES = {
     "Layer": "Keras: what our layers share (dtypes left alone)",
     "Linear": "torch has it, in our layout",
     "Embedding": "torch has it",
-    "matmul": "torch has F.linear",
+    "converted": "torch: one head for many steps; what JAX and TensorFlow compile reads 16-bit weights as they are",
     "silu": "torch rounds once by itself",
     "cummax": "TensorFlow lacks it",
     "tie_weights": "torch modules share a tensor; the others look it up (Embedding.as_linear)",

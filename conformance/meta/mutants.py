@@ -128,8 +128,7 @@ MUTANTS = (
     Mutant("norm times weight before the cast", "blocks", spelled(
         "layers.py",
         torch=("h.to(x_BTD.dtype) * self.weight", "(h * self.weight.float()).to(x_BTD.dtype)"),
-        flax=("h.astype(x_BTD.dtype) * _beside(x_BTD, self.weight[...].astype(x_BTD.dtype))",
-              "(h * _beside(x_BTD, self.weight[...].astype(jnp.float32))).astype(x_BTD.dtype)"),
+        flax=("h.astype(x_BTD.dtype) * weight.astype(x_BTD.dtype)", "(h * weight.astype(jnp.float32)).astype(x_BTD.dtype)"),
         tf=("tf.cast(h, x_BTD.dtype) * tf.cast(self.weight, x_BTD.dtype)",
             "tf.cast(h * tf.cast(self.weight, tf.float32), x_BTD.dtype)"),
     ), dtype="bfloat16"),
@@ -152,10 +151,9 @@ MUTANTS = (
     ), raises=True),
     Mutant("logits in the model's dtype", "whole window", spelled(
         "layers.py",
-        torch=("return F.linear(x.float(), weight.float(), None if bias is None else bias.float())",
-               "return F.linear(x, weight, bias)"),
-        flax=("    y = matmul(x, weight)\n", "    y = matmul(x, weight).astype(x.dtype)\n"),
-        tf=("matmul(x, weight, dtype=tf.float32)", "matmul(x, weight)"),
+        torch=("self.weight, self.bias, dtype=torch.float32)", "self.weight, self.bias)"),
+        flax=("self.bias[...], dtype=jnp.float32)", "self.bias[...])"),
+        tf=("self.weight, self.bias, dtype=tf.float32)", "self.weight, self.bias)"),
     ), dtype="bfloat16"),
     Mutant("labels not shifted", "whole window",
            everywhere("heads.py", "cross_entropy(logits[:, :-1], labels[:, 1:])", "cross_entropy(logits, labels)")),
@@ -182,9 +180,9 @@ MUTANTS = (
            everywhere("losses.py", "ignore=length", "ignore=-1", 2), raises=True),
     Mutant("bias of a head forgotten", "whole token", spelled(
         "layers.py",
-        torch=("return project(x, self.weight, self.bias)", "return project(x, self.weight)"),
-        flax=("None if self.bias is None else self.bias[...])", "None)"),
-        tf=("return project(x, self.weight, self.bias)", "return project(x, self.weight)"),
+        torch=("self.weight, self.bias, dtype=torch.float32)", "self.weight, dtype=torch.float32)"),
+        flax=("None if self.bias is None else self.bias[...], dtype", "None, dtype"),
+        tf=("self.weight, self.bias, dtype=tf.float32)", "self.weight, dtype=tf.float32)"),
     )),
     Mutant("head never called", "modules window", spelled(
         "heads.py",
