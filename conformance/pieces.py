@@ -147,6 +147,7 @@ def blocks(subject: Subject) -> Iterator[Comparison]:
     cos_sin = tuple(t.astype(np.float32) for t in ops.rotary(np.maximum(order, 0), config))
     given = adapter.array(x, dtype)
     tables = tuple(adapter.array(t, "float32") for t in cos_sin)
+    step = adapter.layers.Step(tables, adapter.array(order))
     exact_tables = tuple(t.astype(np.float64) for t in cos_sin)
 
     def weight(name: str) -> Array:
@@ -164,7 +165,7 @@ def blocks(subject: Subject) -> Iterator[Comparison]:
     for piece, call, spec in specs:
         wanted = spec(*reference, round=rounds)[0]
         exact = spec(*reference)[0]
-        actual = call(given, tables, adapter.array(order))[0]
+        actual = call(given, step=step)[0]
         yield subject.compare(case.name, piece, actual, wanted, exact)
 
 

@@ -1,13 +1,14 @@
 """Attention: who sees whom, the formula, and the fused kernels that compute the same; letters of `mistral_core.config`.
 
-Every implementation takes q [B, T, N, H], k and v [B, S, K, H], the order of the queries [B, T] and of the keys [B, S]
-(-1: padding), and returns the output [B, T, N, H] and, where it has them, the weights [B, N, T, S].
+Every implementation takes q [B, T, N, H], k and v [B, S, K, H] and who sees whom, and returns the output [B, T, N, H]
+and, where it has them, the weights [B, N, T, S].
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +22,22 @@ LANES = 128
 """What a TPU kernel's sizes are multiples of."""
 
 
-def attention_mask(
-    query_order_BT: Array,
-    key_order_BS: Array,
-    window: int | None,
-    *,
-    document_ids_BT: Array | None = None,
-) -> Array:
+class Visibility(NamedTuple):
+    """Who sees whom: what an attention mask is made of."""
+
+    query_order_BT: Array
+    """[B, T]: the number of real tokens before each query in its row, -1 for padding."""
+    key_order_BS: Array
+    """[B, S]: the same of each key."""
+    window: int | None = None
+    """How many keys a query sees, itself included; None: all."""
+    document_ids_BT: Array | None = None
+    """[B, T]: the packed document of each token, where queries and keys are the same tokens."""
+
+
+def attention_mask(visibility: Visibility) -> Array:
     """[B, T, S] bool: a query sees the W keys up to itself, counted in real tokens, of its own document."""
+    query_order_BT, key_order_BS, window, document_ids_BT = visibility
     query, key = query_order_BT[:, :, None], key_order_BS[:, None, :]
     visible = (key >= 0) & (key <= query)
     if window is not None:
@@ -42,11 +51,8 @@ def attend(
     q_BTNH: Array,
     k_BSKH: Array,
     v_BSKH: Array,
-    query_order_BT: Array,
-    key_order_BS: Array,
+    visibility: Visibility,
     *,
-    window: int | None = None,
-    document_ids: Array | None = None,
     implementation: str = "eager",
     dropout: float = 0.0,
     rngs: Array | None = None,
@@ -58,27 +64,17 @@ def attend(
     better_eager = jax.default_backend() == "cpu" and (q_BTNH.dtype == jnp.float16 or q_BTNH.shape[1] == 1)
     if better_eager or (dropout and implementation in WITHOUT_DROPOUT):
         implementation = "eager"
-    return ATTENTION[implementation](
-        q_BTNH, k_BSKH, v_BSKH, query_order_BT, key_order_BS, window, document_ids, dropout, rngs
-    )
+    return ATTENTION[implementation](q_BTNH, k_BSKH, v_BSKH, visibility, dropout, rngs)
 
 
 def attend_eager(
-    q_BTNH: Array,
-    k_BSKH: Array,
-    v_BSKH: Array,
-    query_order_BT: Array,
-    key_order_BS: Array,
-    window: int | None,
-    document_ids: Array | None,
-    dropout: float,
-    rngs: Array | None,
+    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visibility: Visibility, dropout: float, rngs: Array | None
 ) -> tuple[Array, Array | None]:
     """The formula: scores and softmax in float32, weights in the dtype of v."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    visible = attention_mask(query_order_BT, key_order_BS, window, document_ids_BT=document_ids)[:, None, None]
+    visible = attention_mask(visibility)[:, None, None]
     highest = jax.lax.Precision.HIGHEST if q_BTNH.dtype == jnp.float32 else None
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, precision=highest, preferred_element_type=jnp.float32)
     scores = scores * H**-0.5
@@ -93,26 +89,15 @@ def attend_eager(
 
 
 def attend_dot_product(
-    q_BTNH: Array,
-    k_BSKH: Array,
-    v_BSKH: Array,
-    query_order_BT: Array,
-    key_order_BS: Array,
-    window: int | None,
-    document_ids: Array | None,
-    dropout: float,
-    rngs: Array | None,
+    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visibility: Visibility, dropout: float, rngs: Array | None
 ) -> tuple[Array, Array | None]:
     """jax.nn.dot_product_attention; it never returns the weights.
 
     Below float32 it mixes dtypes, in its gradient while that is compiled: JAX's strict switch has the formula instead.
     """
     if q_BTNH.dtype != jnp.float32 and jax.config.jax_numpy_dtype_promotion == "strict":
-        formula = attend_eager(
-            q_BTNH, k_BSKH, v_BSKH, query_order_BT, key_order_BS, window, document_ids, dropout, rngs
-        )
-        return formula[0], None
-    visible_BTS = attention_mask(query_order_BT, key_order_BS, window, document_ids_BT=document_ids)
+        return attend_eager(q_BTNH, k_BSKH, v_BSKH, visibility, dropout, rngs)[0], None
+    visible_BTS = attention_mask(visibility)
     # without it, float32 is multiplied in less on GPUs and TPUs
     with jax.default_matmul_precision("highest" if q_BTNH.dtype == jnp.float32 else None):
         o = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=visible_BTS[:, None])
@@ -121,15 +106,7 @@ def attend_dot_product(
 
 
 def attend_splash(
-    q_BTNH: Array,
-    k_BSKH: Array,
-    v_BSKH: Array,
-    query_order_BT: Array,
-    key_order_BS: Array,
-    window: int | None,
-    document_ids: Array | None,
-    dropout: float,
-    rngs: Array | None,
+    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visibility: Visibility, dropout: float, rngs: Array | None
 ) -> tuple[Array, Array | None]:
     """Pallas' splash attention for TPU: blocks outside the window are skipped. One query is dot_product's.
 
@@ -140,11 +117,10 @@ def attend_splash(
 
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
     if T == 1:
-        return attend_dot_product(
-            q_BTNH, k_BSKH, v_BSKH, query_order_BT, key_order_BS, window, document_ids, dropout, rngs
-        )
-    documents_BT = jnp.zeros_like(query_order_BT) if document_ids is None else document_ids
-    documents_BS = jnp.zeros_like(key_order_BS) if document_ids is None else document_ids
+        return attend_dot_product(q_BTNH, k_BSKH, v_BSKH, visibility, dropout, rngs)
+    query_order_BT, key_order_BS, window, document_ids_BT = visibility
+    documents_BT = jnp.zeros_like(query_order_BT) if document_ids_BT is None else document_ids_BT
+    documents_BS = jnp.zeros_like(key_order_BS) if document_ids_BT is None else document_ids_BT
     query_column_BT, key_column_BS = query_order_BT.argsort(axis=1), key_order_BS.argsort(axis=1)
     query_size = _block_multiple(T)
     key_size = max(_block_multiple(k_BSKH.shape[1]), query_size)  # so that each query has a key beside it

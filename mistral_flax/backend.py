@@ -13,7 +13,7 @@ import mistral_flax
 from mistral_core.parameters import HEADS
 
 from .arrays import from_numpy, to_numpy
-from .attention import attention_mask, available
+from .attention import Visibility, attention_mask, available
 from .layers import token_order
 
 
@@ -24,7 +24,6 @@ class _Backend:
     to_numpy = staticmethod(to_numpy)
     from_numpy = staticmethod(from_numpy)
     token_order = staticmethod(token_order)
-    attention_mask = staticmethod(attention_mask)
 
     @property
     def attention_implementations(self) -> tuple[str, ...]:
@@ -34,6 +33,12 @@ class _Backend:
     def model_class(self, architecture: str) -> Any:
         """The class of this name."""
         return {name: getattr(mistral_flax, name) for name in HEADS}[architecture]
+
+    def attention_mask(
+        self, query_order_BT: Any, key_order_BS: Any, window: int | None, *, document_ids_BT: Any = None
+    ) -> Any:
+        """Which keys each query sees."""
+        return attention_mask(Visibility(query_order_BT, key_order_BS, window, document_ids_BT))
 
     def inference(self, model: Any) -> AbstractContextManager[None]:
         """Nothing to be done: gradients and dropout are asked for by name."""

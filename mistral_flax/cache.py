@@ -6,6 +6,7 @@ The layout is specified and drawn in `mistral_core.reference.cache`: the token o
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,11 @@ class KVCache:
     def layer(self, index: int) -> tuple[Array, Array, Array]:
         """Keys, values and length, as one layer reads them."""
         return self.keys[index], self.values[index], self.length
+
+    def advanced(self, kept: Iterable[tuple[Array, Array]], order_BT: Array) -> KVCache:
+        """The cache after a call: what each layer keeps now, and as many tokens more as have an order."""
+        keys, values = zip(*kept, strict=True)
+        return KVCache(keys, values, self.length + (order_BT >= 0).sum(1), self.capacity)
 
     def rollback(self, count_B: Array, config: MistralConfig) -> KVCache:
         """Forget the last `count_B` [B] tokens of each row.

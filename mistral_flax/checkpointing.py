@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,8 +12,7 @@ from jax import Array
 def checkpointed(layer: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
     """The layer, called as before; `options` are those of `gradient_checkpointing_enable`."""
 
-    def run(x_BTD: Array, *arrays: Any, **keywords: Any) -> Any:
-        call = functools.partial(layer, **keywords)
-        return jax.checkpoint(call, **options)(x_BTD, *arrays)
+    def run(x_BTD: Array, step: Any, past: Any, **keys: Any) -> Any:
+        return jax.checkpoint(lambda x_BTD: layer(x_BTD, step, past, **keys), **options)(x_BTD)
 
     return run

@@ -5,7 +5,7 @@ A function does mathematics, a module holds parameters. Numbers: the contract of
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax import Array
 from mistral_core import MistralConfig
 from mistral_core.config.rope import rotary_table
 
-from .attention import attend, checked
+from .attention import Visibility, attend, checked
 from .cache import remember
 from .products import product
 
@@ -94,6 +94,21 @@ def rotate(x_BTNH: Array, cos_BTH: Array, sin_BTH: Array) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
 
 
+class Step(NamedTuple):
+    """What the layers of one call share."""
+
+    cos_sin: tuple[Array, Array]
+    """cos and sin [B, T, H/2] of the new tokens."""
+    order_BT: Array
+    """[B, T]: the number of real tokens before each new one in its row, -1 for padding."""
+    capacity: int | None = None
+    """The most real tokens the cache may hold in a row; None: no cache, or one that grows."""
+    document_ids_BT: Array | None = None
+    """[B, T]: the packed document of each token."""
+    output_attentions: bool = False
+    """Whether layers return their attention weights."""
+
+
 class Attention(nnx.Module):
     """Grouped-query attention: project, rotate, remember, attend, project back."""
 
@@ -119,31 +134,24 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x_BTD: Array,
-        cos_sin: tuple[Array, Array],
-        order_BT: Array,
-        *,
+        step: Step,
         past: tuple[Array, Array, Array] | None = None,
-        capacity: int | None = None,
-        document_ids: Array | None = None,
-        output_attentions: bool = False,
+        *,
         rngs: Array | None = None,
     ) -> tuple[Array, Array | None, tuple[Array, Array] | None]:
         B, T, _ = x_BTD.shape
-        q_BTNH = rotate(self.q_proj(x_BTD).reshape(B, T, -1, self.head_dim), *cos_sin)
-        k_BTKH = rotate(self.k_proj(x_BTD).reshape(B, T, -1, self.head_dim), *cos_sin)
+        q_BTNH = rotate(self.q_proj(x_BTD).reshape(B, T, -1, self.head_dim), *step.cos_sin)
+        k_BTKH = rotate(self.k_proj(x_BTD).reshape(B, T, -1, self.head_dim), *step.cos_sin)
         v_BTKH = self.v_proj(x_BTD).reshape(B, T, -1, self.head_dim)
         k_BSKH, v_BSKH, key_order_BS, kept = remember(
-            k_BTKH, v_BTKH, order_BT, past=past, window=self.window, capacity=capacity
+            k_BTKH, v_BTKH, step.order_BT, past=past, window=self.window, capacity=step.capacity
         )
         o_BTNH, weights = attend(
             q_BTNH,
             k_BSKH,
             v_BSKH,
-            order_BT,
-            key_order_BS,
-            window=self.window,
-            document_ids=document_ids,
-            implementation="eager" if output_attentions else self.implementation,
+            Visibility(step.order_BT, key_order_BS, self.window, step.document_ids_BT),
+            implementation="eager" if step.output_attentions else self.implementation,
             dropout=self.dropout,
             rngs=rngs,
         )
@@ -182,25 +190,12 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self,
         x_BTD: Array,
-        cos_sin: tuple[Array, Array],
-        order_BT: Array,
-        *,
+        step: Step,
         past: tuple[Array, Array, Array] | None = None,
-        capacity: int | None = None,
-        document_ids: Array | None = None,
-        output_attentions: bool = False,
+        *,
         rngs: Array | None = None,
     ) -> tuple[Array, Array | None, tuple[Array, Array] | None]:
-        h, weights, kept = self.self_attn(
-            self.input_layernorm(x_BTD),
-            cos_sin,
-            order_BT,
-            past=past,
-            capacity=capacity,
-            document_ids=document_ids,
-            output_attentions=output_attentions,
-            rngs=rngs,
-        )
+        h, weights, kept = self.self_attn(self.input_layernorm(x_BTD), step, past, rngs=rngs)
         x_BTD = x_BTD + h
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), weights, kept
 

@@ -14,11 +14,14 @@ from mistral_core import MistralConfig
 from mistral_core.compat.clients import documents_told
 from mistral_core.outputs import ModelOutput
 
-from .arrays import as_dtypes, model_inputs
+from .arrays import Inputs, as_dtypes, model_inputs
 from .cache import KVCache
 from .checkpointing import checkpointed
-from .layers import DecoderLayer, Embedding, RMSNorm, rotary, token_order, token_positions
+from .layers import DecoderLayer, Embedding, RMSNorm, Step, rotary, token_order, token_positions
 from .weights import PreTrainedModel, functional
+
+OfLayers = tuple[list[Array], list[Array | None], list[Any]]
+"""Hidden states before, between and after the layers, attention weights, and the keys and values that are kept."""
 
 
 class MistralModel(PreTrainedModel):
@@ -77,90 +80,75 @@ class MistralModel(PreTrainedModel):
         here. Raises InputError and its kinds.
         With `params`, those are used instead of the model's own; with `rngs` (a key or nnx.Rngs), dropout is on.
         """
-        config = self.config
-        document_ids = documents_told(others, document_ids)
         inputs = model_inputs(
-            config,
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            document_ids,
-        )
+            self.config, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds,
+            documents_told(others, document_ids),
+        )  # fmt: skip
+        trains = rngs is not None or self.gradient_checkpointing is not None
+        x_BTD, step, past = self._start(inputs, past_key_values, use_cache, output_attentions, trains)
+        with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        of_layers = self.run_layers(
+            self.layers, x_BTD, step, past, rngs=dropout_keys(rngs, self.config.num_hidden_layers),
+            checkpointing=self.gradient_checkpointing, output_hidden_states=with_states,
+        )  # fmt: skip
+        output = self._output(of_layers, step, past, with_states)
+        return self.returned(output, return_dict)
+
+    def _start(
+        self, inputs: Inputs, past: KVCache | None, use_cache: bool | None, output_attentions: bool | None, trains: bool
+    ) -> tuple[Array, Step, KVCache | None]:
+        """The embeddings [B, T, D], what the layers share, and the cache they read: a new one where none is given."""
+        config, mask_BT = self.config, inputs.attention_mask
         if inputs.inputs_embeds is None:
             x_BTD = self.embed_tokens(inputs.input_ids)
         else:
             x_BTD = inputs.inputs_embeds.astype(self.dtype)
-        past = past_key_values
         if use_cache is None:
-            trains = rngs is not None or self.gradient_checkpointing is not None
             use_cache = config.use_cache and not trains and inputs.document_ids is None
         if past is None and use_cache:
             past = KVCache.allocate(config, x_BTD.shape[0], dtype=x_BTD.dtype)
-        length_B = jnp.zeros_like(inputs.attention_mask[:, 0]) if past is None else past.length
-        order_BT = token_order(inputs.attention_mask, length_B)
+        length_B = jnp.zeros_like(mask_BT[:, 0]) if past is None else past.length
         position_BT = inputs.position_ids
         if position_BT is None:
-            position_BT = token_positions(inputs.attention_mask, length_B, inputs.document_ids)
-        cos_sin = rotary(position_BT, config)
-        with_attentions = config.output_attentions if output_attentions is None else output_attentions
-        with_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-
-        hidden_states, attentions, kept = self.run_layers(
-            self.layers,
-            x_BTD,
-            cos_sin,
-            order_BT,
-            past=past,
-            rngs=dropout_keys(rngs, config.num_hidden_layers),
-            checkpointing=self.gradient_checkpointing,
-            output_hidden_states=with_states,
-            output_attentions=with_attentions,
-            document_ids=inputs.document_ids,
+            position_BT = token_positions(mask_BT, length_B, inputs.document_ids)
+        step = Step(
+            cos_sin=rotary(position_BT, config),
+            order_BT=token_order(mask_BT, length_B),
+            capacity=None if past is None else past.capacity,
+            document_ids_BT=inputs.document_ids,
+            output_attentions=config.output_attentions if output_attentions is None else output_attentions,
         )
+        return x_BTD, step, past
+
+    def _output(self, of_layers: OfLayers, step: Step, past: KVCache | None, with_states: bool) -> ModelOutput:
+        """What is returned: the last hidden states normed, the cache after the call, and what else is asked for."""
+        hidden_states, attentions, kept = of_layers
         hidden_states[-1] = self.norm(hidden_states[-1])
-
-        cache = None
-        if past is not None:
-            keys, values = zip(*kept, strict=True)
-            cache = KVCache(keys, values, length_B + inputs.attention_mask.sum(1), past.capacity)
-        output = ModelOutput(
+        return ModelOutput(
             hidden_states[-1],
-            cache,
+            None if past is None else past.advanced(kept, step.order_BT),
             tuple(hidden_states) if with_states else None,
-            tuple(attentions) if with_attentions else None,
+            tuple(attentions) if step.output_attentions else None,
         )
-        return self.returned(output, return_dict)
 
 
 def one_by_one(
     layers: nnx.Dict,
     x_BTD: Array,
-    cos_sin: tuple[Array, Array],
-    order_BT: Array,
-    *,
+    step: Step,
     past: KVCache | None,
+    *,
     rngs: Any,
     checkpointing: Iterable[tuple[str, Any]] | None,
     output_hidden_states: bool,
-    **options: Any,
-) -> tuple[list[Array], list[Array | None], list[Any]]:
-    """The layers in turn: hidden states (the last is the result), attention weights, and keys and values kept."""
+) -> OfLayers:
+    """The layers in turn."""
     hidden_states, attentions, kept = [x_BTD], [], []
     for index in range(len(layers)):  # by number: JAX sorts a dict's keys as text, 10 before 2
         layer = layers[str(index)]
         if checkpointing is not None:
             layer = checkpointed(layer, dict(checkpointing))
-        x_BTD, weights, keys_values = layer(
-            x_BTD,
-            cos_sin,
-            order_BT,
-            past=None if past is None else past.layer(index),
-            capacity=None if past is None else past.capacity,
-            rngs=rngs[index],
-            **options,
-        )
+        x_BTD, weights, keys_values = layer(x_BTD, step, None if past is None else past.layer(index), rngs=rngs[index])
         hidden_states.append(x_BTD)
         attentions.append(weights)
         kept.append(keys_values)

@@ -18,8 +18,8 @@ from jax import Array
 from mistral_core.errors import UnsupportedFeatureError
 
 from .cache import KVCache
-from .layers import DecoderLayer
-from .model import one_by_one
+from .layers import DecoderLayer, Step
+from .model import OfLayers, one_by_one
 from .weights import PreTrainedModel
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -65,29 +65,20 @@ def unscan_layers(model: Model) -> Model:
 def scanned(
     layers: DecoderLayer,
     x_BTD: Array,
-    cos_sin: tuple[Array, Array],
-    order_BT: Array,
-    *,
+    step: Step,
     past: KVCache | None,
+    *,
     rngs: Any,
     checkpointing: Iterable[tuple[str, Any]] | None,
     output_hidden_states: bool,
-    **options: Any,
-) -> tuple[list[Array], list[Array | None], list[Any]]:
+) -> OfLayers:
     """What `one_by_one` returns, of a layer whose parameters are stacked; inner hidden states only where asked for."""
     graph, parameters = nnx.split(layers)
 
     def body(x_BTD: Array, of_layer: tuple[Any, Any, Any]) -> tuple[Array, tuple[Any, ...]]:
         state, keys_values, key = of_layer
-        x_BTD, weights, kept = nnx.merge(graph, state)(
-            x_BTD,
-            cos_sin,
-            order_BT,
-            past=None if past is None else (*keys_values, past.length),
-            capacity=None if past is None else past.capacity,
-            rngs=key,
-            **options,
-        )
+        of_past = None if past is None else (*keys_values, past.length)
+        x_BTD, weights, kept = nnx.merge(graph, state)(x_BTD, step, of_past, rngs=key)
         return x_BTD, (x_BTD if output_hidden_states else None, weights, kept)
 
     if checkpointing is not None:

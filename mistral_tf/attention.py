@@ -1,11 +1,12 @@
 """Attention: who sees whom, the formula, and the fused kernels that compute the same; letters of `mistral_core.config`.
 
-Every implementation takes q [B, T, N, H], k and v [B, S, K, H], the order of the queries [B, T] and of the keys [B, S]
-(-1: padding), and returns the output [B, T, N, H] and, where it has them, the weights [B, N, T, S]. TensorFlow has no
-fused kernel that takes such a mask.
+Every implementation takes q [B, T, N, H], k and v [B, S, K, H] and who sees whom, and returns the output [B, T, N, H]
+and, where it has them, the weights [B, N, T, S]. TensorFlow has no fused kernel that takes such a mask.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import tensorflow as tf
 from tensorflow import Tensor
@@ -13,14 +14,22 @@ from tensorflow import Tensor
 from mistral_core.errors import UnsupportedFeatureError
 
 
-def attention_mask(
-    query_order_BT: Tensor,
-    key_order_BS: Tensor,
-    window: int | None,
-    *,
-    document_ids_BT: Tensor | None = None,
-) -> Tensor:
+class Visibility(NamedTuple):
+    """Who sees whom: what an attention mask is made of."""
+
+    query_order_BT: Tensor
+    """[B, T]: the number of real tokens before each query in its row, -1 for padding."""
+    key_order_BS: Tensor
+    """[B, S]: the same of each key."""
+    window: int | None = None
+    """How many keys a query sees, itself included; None: all."""
+    document_ids_BT: Tensor | None = None
+    """[B, T]: the packed document of each token, where queries and keys are the same tokens."""
+
+
+def attention_mask(visibility: Visibility) -> Tensor:
     """[B, T, S] bool: a query sees the W keys up to itself, counted in real tokens, of its own document."""
+    query_order_BT, key_order_BS, window, document_ids_BT = visibility
     query, key = query_order_BT[:, :, None], key_order_BS[:, None, :]
     visible = (key >= 0) & (key <= query)
     if window is not None:
@@ -34,11 +43,8 @@ def attend(
     q_BTNH: Tensor,
     k_BSKH: Tensor,
     v_BSKH: Tensor,
-    query_order_BT: Tensor,
-    key_order_BS: Tensor,
+    visibility: Visibility,
     *,
-    window: int | None = None,
-    document_ids: Tensor | None = None,
     implementation: str = "eager",
     dropout: float = 0.0,
     seed: Tensor | None = None,
@@ -46,26 +52,16 @@ def attend(
     """softmax(q k / sqrt(H)) v [B, T, N, H], and the weights [B, N, T, S] where the implementation has them."""
     if seed is None:
         dropout = 0.0
-    return ATTENTION[implementation](
-        q_BTNH, k_BSKH, v_BSKH, query_order_BT, key_order_BS, window, document_ids, dropout, seed
-    )
+    return ATTENTION[implementation](q_BTNH, k_BSKH, v_BSKH, visibility, dropout, seed)
 
 
 def attend_eager(
-    q_BTNH: Tensor,
-    k_BSKH: Tensor,
-    v_BSKH: Tensor,
-    query_order_BT: Tensor,
-    key_order_BS: Tensor,
-    window: int | None,
-    document_ids: Tensor | None,
-    dropout: float,
-    seed: Tensor | None,
+    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, visibility: Visibility, dropout: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The formula: scores and softmax in float32, weights in the dtype of v."""
     N, H = q_BTNH.shape[2:]
     K = k_BSKH.shape[2]
-    visible_BTS = attention_mask(query_order_BT, key_order_BS, window, document_ids_BT=document_ids)
+    visible_BTS = attention_mask(visibility)
     B, T, S = tf.unstack(tf.shape(visible_BTS))
     q_BTKGH = tf.reshape(tf.cast(q_BTNH, tf.float32), [B, T, K, N // K, H])
     scores = tf.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, tf.cast(k_BSKH, tf.float32)) * H**-0.5

@@ -5,6 +5,7 @@ The layout is specified and drawn in `mistral_core.reference.cache`: the token o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Optional
 
 import tensorflow as tf
@@ -59,6 +60,12 @@ class KVCache(tf.experimental.ExtensionType):
     def layer(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and length, as one layer reads them."""
         return self.keys[index], self.values[index], self.length
+
+    def advanced(self, kept: Iterable[tuple[Tensor, Tensor]], order_BT: Tensor) -> KVCache:
+        """The cache after a call: what each layer keeps now, and as many tokens more as have an order."""
+        keys, values = zip(*kept, strict=True)
+        length_B = self.length + tf.reduce_sum(tf.cast(order_BT >= 0, tf.int32), 1)
+        return KVCache(keys, values, length_B, self.capacity)
 
     def rollback(self, count_B: Tensor, config: MistralConfig) -> KVCache:
         """Forget the last `count_B` [B] tokens of each row.

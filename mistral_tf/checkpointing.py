@@ -12,10 +12,10 @@ from tensorflow import Tensor
 def checkpointed(layer: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
     """The layer, called as before; `options` are those of `gradient_checkpointing_enable`."""
 
-    def run(x_BTD: Tensor, *arrays: Any, **keywords: Any) -> Any:
-        if keywords["past"] is not None or keywords["output_attentions"]:
-            return layer(x_BTD, *arrays, **keywords)  # recompute_grad gives back tensors of gradients alone
-        call = tf.recompute_grad(lambda x_BTD: layer(x_BTD, *arrays, **keywords)[0], **options)
+    def run(x_BTD: Tensor, step: Any, past: Any, **seeds: Any) -> Any:
+        if past is not None or step.output_attentions:
+            return layer(x_BTD, step=step, past=past, **seeds)  # recompute_grad gives back tensors of gradients alone
+        call = tf.recompute_grad(lambda x_BTD: layer(x_BTD, step=step, past=past, **seeds)[0], **options)
         return call(x_BTD), None, None
 
     return run

@@ -5,6 +5,7 @@ A function does mathematics, a module holds parameters. Numbers: the contract of
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -14,7 +15,7 @@ from tensorflow import Tensor
 from mistral_core import MistralConfig
 from mistral_core.config.rope import rotary_table
 
-from .attention import attend, checked
+from .attention import Visibility, attend, checked
 from .cache import remember
 from .products import product
 
@@ -114,6 +115,25 @@ def rotate(x_BTNH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> Tensor:
     return tf.cast(tf.concat([first * cos - second * sin, second * cos + first * sin], axis=-1), x_BTNH.dtype)
 
 
+@dataclass(frozen=True)
+class Step:
+    """What the layers of one call share.
+
+    No tuple: Keras takes none that holds tensors and other values as an argument.
+    """
+
+    cos_sin: tuple[Tensor, Tensor]
+    """cos and sin [B, T, H/2] of the new tokens."""
+    order_BT: Tensor
+    """[B, T]: the number of real tokens before each new one in its row, -1 for padding."""
+    capacity: int | None = None
+    """The most real tokens the cache may hold in a row; None: no cache, or one that grows."""
+    document_ids_BT: Tensor | None = None
+    """[B, T]: the packed document of each token."""
+    output_attentions: bool = False
+    """Whether layers return their attention weights."""
+
+
 class Attention(Layer):
     """Grouped-query attention: project, rotate, remember, attend, project back."""
 
@@ -147,31 +167,24 @@ class Attention(Layer):
     def call(
         self,
         x_BTD: Tensor,
-        cos_sin: tuple[Tensor, Tensor],
-        order_BT: Tensor,
-        *,
+        step: Step,
         past: tuple[Tensor, Tensor, Tensor] | None = None,
-        capacity: int | None = None,
-        document_ids: Tensor | None = None,
-        output_attentions: bool = False,
+        *,
         seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
-        B, T = tf.unstack(tf.shape(order_BT))
-        q_BTNH = rotate(tf.reshape(self.q_proj(x_BTD), [B, T, self.heads, self.head_dim]), *cos_sin)
-        k_BTKH = rotate(tf.reshape(self.k_proj(x_BTD), [B, T, self.key_value_heads, self.head_dim]), *cos_sin)
+        B, T = tf.unstack(tf.shape(step.order_BT))
+        q_BTNH = rotate(tf.reshape(self.q_proj(x_BTD), [B, T, self.heads, self.head_dim]), *step.cos_sin)
+        k_BTKH = rotate(tf.reshape(self.k_proj(x_BTD), [B, T, self.key_value_heads, self.head_dim]), *step.cos_sin)
         v_BTKH = tf.reshape(self.v_proj(x_BTD), [B, T, self.key_value_heads, self.head_dim])
         k_BSKH, v_BSKH, key_order_BS, kept = remember(
-            k_BTKH, v_BTKH, order_BT, past=past, window=self.window, capacity=capacity
+            k_BTKH, v_BTKH, step.order_BT, past=past, window=self.window, capacity=step.capacity
         )
         o_BTNH, weights = attend(
             q_BTNH,
             k_BSKH,
             v_BSKH,
-            order_BT,
-            key_order_BS,
-            window=self.window,
-            document_ids=document_ids,
-            implementation="eager" if output_attentions else self.implementation,
+            Visibility(step.order_BT, key_order_BS, self.window, step.document_ids_BT),
+            implementation="eager" if step.output_attentions else self.implementation,
             dropout=self.dropout,
             seed=seed,
         )
@@ -225,25 +238,12 @@ class DecoderLayer(Layer):
     def call(
         self,
         x_BTD: Tensor,
-        cos_sin: tuple[Tensor, Tensor],
-        order_BT: Tensor,
-        *,
+        step: Step,
         past: tuple[Tensor, Tensor, Tensor] | None = None,
-        capacity: int | None = None,
-        document_ids: Tensor | None = None,
-        output_attentions: bool = False,
+        *,
         seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
-        h, weights, kept = self.self_attn(
-            self.input_layernorm(x_BTD),
-            cos_sin,
-            order_BT,
-            past=past,
-            capacity=capacity,
-            document_ids=document_ids,
-            output_attentions=output_attentions,
-            seed=seed,
-        )
+        h, weights, kept = self.self_attn(self.input_layernorm(x_BTD), step=step, past=past, seed=seed)
         x_BTD = x_BTD + h
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), weights, kept
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import tensorflow as tf
+from tensorflow import Tensor
 
 from mistral_core import MistralConfig
 from mistral_core.compat.clients import documents_told
 from mistral_core.outputs import ModelOutput
 
-from .arrays import as_policy, model_inputs
+from .arrays import Inputs, as_policy, model_inputs
 from .cache import KVCache
 from .checkpointing import checkpointed
-from .layers import DecoderLayer, Embedding, RMSNorm, rotary, token_order, token_positions
+from .layers import DecoderLayer, Embedding, RMSNorm, Step, rotary, token_order, token_positions
 from .weights import PreTrainedModel, default_initializer
+
+OfLayers = tuple[list[Tensor], list[Tensor | None], list[Any]]
+"""Hidden states before, between and after the layers, attention weights, and the keys and values that are kept."""
 
 
 class MistralModel(PreTrainedModel):
@@ -68,67 +72,66 @@ class MistralModel(PreTrainedModel):
         documents apart; `others` may hold what transformers' collators say instead, and its arguments without effect
         here. Raises InputError and its kinds.
         """
-        config = self.config
-        document_ids = documents_told(others, document_ids)
         inputs = model_inputs(
-            config,
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            document_ids,
-        )
+            self.config, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds,
+            documents_told(others, document_ids),
+        )  # fmt: skip
+        x_BTD, step, past = self._start(inputs, past_key_values, use_cache, output_attentions, training)
+        of_layers = self._run(x_BTD, step, past, training)
+        with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output = self._output(of_layers, step, past, with_states)
+        return self.returned(output, return_dict)
+
+    def _start(
+        self, inputs: Inputs, past: KVCache | None, use_cache: bool | None, output_attentions: bool | None, trains: bool
+    ) -> tuple[Tensor, Step, KVCache | None]:
+        """The embeddings [B, T, D], what the layers share, and the cache they read: a new one where none is given."""
+        config, mask_BT = self.config, inputs.attention_mask
         if inputs.inputs_embeds is None:
             x_BTD = self.embed_tokens(inputs.input_ids)
         else:
             x_BTD = tf.cast(inputs.inputs_embeds, self.compute_dtype)
-        past = past_key_values
         if use_cache is None:  # a ring's size is static: a text of unknown length has no room in it
-            use_cache = config.use_cache and not training and inputs.document_ids is None and x_BTD.shape[1] is not None
+            use_cache = config.use_cache and not trains and inputs.document_ids is None and x_BTD.shape[1] is not None
         if past is None and use_cache:
             past = KVCache.allocate(config, tf.shape(x_BTD)[0], dtype=x_BTD.dtype)
-        length_B = tf.zeros_like(inputs.attention_mask[:, 0]) if past is None else past.length
-        order_BT = token_order(inputs.attention_mask, length_B)
+        length_B = tf.zeros_like(mask_BT[:, 0]) if past is None else past.length
         position_BT = inputs.position_ids
         if position_BT is None:
-            position_BT = token_positions(inputs.attention_mask, length_B, inputs.document_ids)
-        cos_sin = rotary(position_BT, config)
-        with_attentions = config.output_attentions if output_attentions is None else output_attentions
+            position_BT = token_positions(mask_BT, length_B, inputs.document_ids)
+        step = Step(
+            cos_sin=rotary(position_BT, config),
+            order_BT=token_order(mask_BT, length_B),
+            capacity=None if past is None else past.capacity,
+            document_ids_BT=inputs.document_ids,
+            output_attentions=config.output_attentions if output_attentions is None else output_attentions,
+        )
+        return x_BTD, step, past
 
+    def _run(self, x_BTD: Tensor, step: Step, past: KVCache | None, trains: bool) -> OfLayers:
+        """The layers in turn."""
         hidden_states, attentions, kept = [x_BTD], [], []
-        seeds = dropout_seeds(config, training)
+        seeds = dropout_seeds(self.config, trains)
         for index, layer in enumerate(self.decoder_layers):
-            if self.gradient_checkpointing is not None and training:
+            if self.gradient_checkpointing is not None and trains:
                 layer = checkpointed(layer, self.gradient_checkpointing)
-            x_BTD, weights, keys_values = layer(
-                x_BTD,
-                cos_sin,
-                order_BT,
-                past=None if past is None else past.layer(index),
-                capacity=None if past is None else past.capacity,
-                document_ids=inputs.document_ids,
-                output_attentions=with_attentions,
-                seed=seeds[index],
-            )
+            of_past = None if past is None else past.layer(index)
+            x_BTD, weights, keys_values = layer(x_BTD, step=step, past=of_past, seed=seeds[index])
             hidden_states.append(x_BTD)
             attentions.append(weights)
             kept.append(keys_values)
-        hidden_states[-1] = self.norm(x_BTD)
+        return hidden_states, attentions, kept
 
-        cache = None
-        if past is not None:
-            keys, values = zip(*kept, strict=True)
-            length = length_B + tf.reduce_sum(inputs.attention_mask, 1)
-            cache = KVCache(keys, values, length, past.capacity)
-        with_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        output = ModelOutput(
+    def _output(self, of_layers: OfLayers, step: Step, past: KVCache | None, with_states: bool) -> ModelOutput:
+        """What is returned: the last hidden states normed, the cache after the call, and what else is asked for."""
+        hidden_states, attentions, kept = of_layers
+        hidden_states[-1] = self.norm(hidden_states[-1])
+        return ModelOutput(
             hidden_states[-1],
-            cache,
+            None if past is None else past.advanced(kept, step.order_BT),
             tuple(hidden_states) if with_states else None,
-            tuple(attentions) if with_attentions else None,
+            tuple(attentions) if step.output_attentions else None,
         )
-        return self.returned(output, return_dict)
 
 
 def dropout_seeds(config: MistralConfig, training: bool) -> list[Any]:

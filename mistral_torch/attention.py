@@ -1,7 +1,7 @@
 """Attention: who sees whom, the formula, and the fused kernels that compute the same; letters of `mistral_core.config`.
 
-Every implementation takes q [B, T, N, H], k and v [B, S, K, H], the order of the queries [B, T] and of the keys [B, S]
-(-1: padding), and returns the output [B, T, N, H] and, where it has them, the weights [B, N, T, S].
+Every implementation takes q [B, T, N, H], k and v [B, S, K, H] and who sees whom, and returns the output [B, T, N, H]
+and, where it has them, the weights [B, N, T, S].
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import importlib.util
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +22,22 @@ from mistral_core.errors import MissingExtraError, UnsupportedFeatureError
 from .arrays import without_autocast
 
 
-def attention_mask(
-    query_order_BT: Tensor,
-    key_order_BS: Tensor,
-    window: int | None,
-    *,
-    document_ids_BT: Tensor | None = None,
-) -> Tensor:
+class Visibility(NamedTuple):
+    """Who sees whom: what an attention mask is made of."""
+
+    query_order_BT: Tensor
+    """[B, T]: the number of real tokens before each query in its row, -1 for padding."""
+    key_order_BS: Tensor
+    """[B, S]: the same of each key."""
+    window: int | None = None
+    """How many keys a query sees, itself included; None: all."""
+    document_ids_BT: Tensor | None = None
+    """[B, T]: the packed document of each token, where queries and keys are the same tokens."""
+
+
+def attention_mask(visibility: Visibility) -> Tensor:
     """[B, T, S] bool: a query sees the W keys up to itself, counted in real tokens, of its own document."""
+    query_order_BT, key_order_BS, window, document_ids_BT = visibility
     query, key = query_order_BT[:, :, None], key_order_BS[:, None, :]
     visible = _in_window(query, key, window)
     if document_ids_BT is not None:
@@ -48,37 +56,25 @@ def attend(
     q_BTNH: Tensor,
     k_BSKH: Tensor,
     v_BSKH: Tensor,
-    query_order_BT: Tensor,
-    key_order_BS: Tensor,
+    visibility: Visibility,
     *,
-    window: int | None = None,
-    document_ids: Tensor | None = None,
     implementation: str = "eager",
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
     """softmax(q k / sqrt(H)) v [B, T, N, H], and the weights [B, N, T, S] where the implementation has them."""
     if dropout and implementation in WITHOUT_DROPOUT:
         implementation = "eager"
-    return ATTENTION[implementation](
-        q_BTNH, k_BSKH, v_BSKH, query_order_BT, key_order_BS, window, document_ids, dropout
-    )
+    return ATTENTION[implementation](q_BTNH, k_BSKH, v_BSKH, visibility, dropout)
 
 
 def attend_eager(
-    q_BTNH: Tensor,
-    k_BSKH: Tensor,
-    v_BSKH: Tensor,
-    query_order_BT: Tensor,
-    key_order_BS: Tensor,
-    window: int | None,
-    document_ids: Tensor | None,
-    dropout: float,
+    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, visibility: Visibility, dropout: float
 ) -> tuple[Tensor, Tensor | None]:
     """The formula: scores and softmax in float32, weights in the dtype of v."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    visible = attention_mask(query_order_BT, key_order_BS, window, document_ids_BT=document_ids)[:, None, None]
+    visible = attention_mask(visibility)[:, None, None]
     with without_autocast(q_BTNH):  # which would round the scores
         scores = torch.einsum("BTKGH,BSKH->BKGTS", q_BTKGH.float(), k_BSKH.float()) * H**-0.5
         # the lowest float, not -inf: a row that sees nothing stays finite, in its gradient too
@@ -91,17 +87,10 @@ def attend_eager(
 
 
 def attend_sdpa(
-    q_BTNH: Tensor,
-    k_BSKH: Tensor,
-    v_BSKH: Tensor,
-    query_order_BT: Tensor,
-    key_order_BS: Tensor,
-    window: int | None,
-    document_ids: Tensor | None,
-    dropout: float,
+    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, visibility: Visibility, dropout: float
 ) -> tuple[Tensor, Tensor | None]:
     """torch's fused scaled_dot_product_attention; it never builds the weights."""
-    visible_BTS = attention_mask(query_order_BT, key_order_BS, window, document_ids_BT=document_ids)
+    visible_BTS = attention_mask(visibility)
     B, T, N, H = q_BTNH.shape
     k, v = k_BSKH.transpose(1, 2), v_BSKH.transpose(1, 2)
     if T == 1:  # the query heads of a group as queries of their one key/value head: it is read once
@@ -119,23 +108,18 @@ def _grouped(q_BNTH: Tensor, k_BKSH: Tensor) -> dict[str, bool]:
 
 
 def attend_flex(
-    q_BTNH: Tensor,
-    k_BSKH: Tensor,
-    v_BSKH: Tensor,
-    query_order_BT: Tensor,
-    key_order_BS: Tensor,
-    window: int | None,
-    document_ids: Tensor | None,
-    dropout: float,
+    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, visibility: Visibility, dropout: float
 ) -> tuple[Tensor, Tensor | None]:
     """torch's FlexAttention: blocks that no query sees are skipped. Uncompiled on a CPU it is the plain formula."""
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTNH, k_BSKH, v_BSKH))
     if wanted and q_BTNH.device.type == "cpu":  # it has no backward there
-        return attend_eager(q_BTNH, k_BSKH, v_BSKH, query_order_BT, key_order_BS, window, document_ids, dropout)
+        return attend_eager(q_BTNH, k_BSKH, v_BSKH, visibility, dropout)
+
+    query_order_BT, key_order_BS, window, document_ids_BT = visibility
 
     def visible(b: Tensor, head: Tensor, t: Tensor, s: Tensor) -> Tensor:
         seen = _in_window(query_order_BT[b, t], key_order_BS[b, s], window)
-        return seen if document_ids is None else seen & (document_ids[b, t] == document_ids[b, s])
+        return seen if document_ids_BT is None else seen & (document_ids_BT[b, t] == document_ids_BT[b, s])
 
     B, T = query_order_BT.shape
     blocks = create_block_mask(visible, B, None, T, key_order_BS.shape[1], device=q_BTNH.device)
@@ -163,14 +147,7 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 
 def attend_flash(
-    q_BTNH: Tensor,
-    k_BSKH: Tensor,
-    v_BSKH: Tensor,
-    query_order_BT: Tensor,
-    key_order_BS: Tensor,
-    window: int | None,
-    document_ids: Tensor | None,
-    dropout: float,
+    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, visibility: Visibility, dropout: float
 ) -> tuple[Tensor, Tensor | None]:
     """flash-attn's kernel over packed sequences: padding is left out, each document is a sequence of its own.
 
@@ -183,15 +160,16 @@ def attend_flash(
             f"flash_attention_2 computes in float16 and bfloat16, the model is {q_BTNH.dtype}; load it with "
             "dtype='bfloat16' or use attn_implementation='sdpa'."
         )
+    query_order_BT, key_order_BS, window, document_ids_BT = visibility
     real_BT = query_order_BT >= 0
     column_BS = key_order_BS.argsort(dim=1, stable=True)  # a ring holds its keys out of order
     sorted_order_BS = key_order_BS.gather(1, column_BS)
     row_B1 = torch.arange(len(column_BS), device=column_BS.device)[:, None]
     real_BS = sorted_order_BS >= 0
-    if document_ids is None:
+    if document_ids_BT is None:
         query_starts, key_starts = _starts(real_BT.sum(1)), _starts(real_BS.sum(1))
     else:  # without a cache: queries and keys are the same tokens
-        query_starts = key_starts = _starts(_run_lengths(real_BT, document_ids))
+        query_starts = key_starts = _starts(_run_lengths(real_BT, document_ids_BT))
     o = flash_attn_varlen_func(
         q_BTNH[real_BT],
         k_BSKH[row_B1, column_BS][real_BS],

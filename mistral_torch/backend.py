@@ -12,7 +12,7 @@ import mistral_torch
 from mistral_core.parameters import HEADS
 
 from .arrays import from_numpy, to_numpy
-from .attention import attention_mask, available
+from .attention import Visibility, attention_mask, available
 from .layers import token_order
 
 
@@ -24,11 +24,16 @@ class _Backend:
     to_numpy = staticmethod(to_numpy)
     from_numpy = staticmethod(from_numpy)
     token_order = staticmethod(token_order)
-    attention_mask = staticmethod(attention_mask)
 
     def model_class(self, architecture: str) -> Any:
         """The class of this name."""
         return {name: getattr(mistral_torch, name) for name in HEADS}[architecture]
+
+    def attention_mask(
+        self, query_order_BT: Any, key_order_BS: Any, window: int | None, *, document_ids_BT: Any = None
+    ) -> Any:
+        """Which keys each query sees."""
+        return attention_mask(Visibility(query_order_BT, key_order_BS, window, document_ids_BT))
 
     @contextmanager
     def inference(self, model: Any) -> Iterator[None]:

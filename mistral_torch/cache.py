@@ -5,6 +5,7 @@ The layout is specified and drawn in `mistral_core.reference.cache`: the token o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -61,6 +62,11 @@ class KVCache(NamedTuple):
     def layer(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and length, as one layer reads them."""
         return self.keys[index], self.values[index], self.length
+
+    def advanced(self, kept: Iterable[tuple[Tensor, Tensor]], order_BT: Tensor) -> KVCache:
+        """The cache after a call: what each layer keeps now, and as many tokens more as have an order."""
+        keys, values = zip(*kept, strict=True)
+        return KVCache(keys, values, self.length + (order_BT >= 0).sum(1), self.capacity)
 
     def rollback(self, count_B: Tensor, config: MistralConfig) -> KVCache:
         """Forget the last `count_B` [B] tokens of each row.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,13 +17,12 @@ def checkpointed(layer: Callable[..., Any], options: Mapping[str, Any]) -> Calla
     Raises UnsupportedFeatureError for reentrant checkpointing with a cache, whose gradients it would lose.
     """
 
-    def run(x_BTD: Tensor, *arrays: Any, **keywords: Any) -> Any:
-        if options.get("use_reentrant") and keywords["past"] is not None:
+    def run(x_BTD: Tensor, step: Any, past: Any) -> Any:
+        if options.get("use_reentrant") and past is not None:
             raise UnsupportedFeatureError(
                 "gradient checkpointing with use_reentrant=True loses the gradients of a cache; "
                 "pass use_cache=False, or enable it with use_reentrant=False."
             )
-        call = functools.partial(layer, **keywords)
-        return checkpoint(call, x_BTD, *arrays, **options)
+        return checkpoint(layer, x_BTD, step, past, **options)
 
     return run

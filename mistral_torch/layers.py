@@ -5,6 +5,8 @@ A function does mathematics, a module holds parameters. Numbers: the contract of
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from mistral_core import MistralConfig
 from mistral_core.config.rope import rotary_table
 
-from .attention import attend, checked
+from .attention import Visibility, attend, checked
 from .cache import remember
 from .products import product
 
@@ -62,6 +64,21 @@ def rotate(x_BTNH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BTNH.dtype)
 
 
+class Step(NamedTuple):
+    """What the layers of one call share."""
+
+    cos_sin: tuple[Tensor, Tensor]
+    """cos and sin [B, T, H/2] of the new tokens."""
+    order_BT: Tensor
+    """[B, T]: the number of real tokens before each new one in its row, -1 for padding."""
+    capacity: int | None = None
+    """The most real tokens the cache may hold in a row; None: no cache, or one that grows."""
+    document_ids_BT: Tensor | None = None
+    """[B, T]: the packed document of each token."""
+    output_attentions: bool = False
+    """Whether layers return their attention weights."""
+
+
 class Attention(nn.Module):
     """Grouped-query attention: project, rotate, remember, attend, project back."""
 
@@ -83,32 +100,21 @@ class Attention(nn.Module):
         self.dropout = config.attention_dropout
 
     def forward(
-        self,
-        x_BTD: Tensor,
-        cos_sin: tuple[Tensor, Tensor],
-        order_BT: Tensor,
-        *,
-        past: tuple[Tensor, Tensor, Tensor] | None = None,
-        capacity: int | None = None,
-        document_ids: Tensor | None = None,
-        output_attentions: bool = False,
+        self, x_BTD: Tensor, step: Step, past: tuple[Tensor, Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
         B, T, _ = x_BTD.shape
-        q_BTNH = rotate(self.q_proj(x_BTD).view(B, T, -1, self.head_dim), *cos_sin)
-        k_BTKH = rotate(self.k_proj(x_BTD).view(B, T, -1, self.head_dim), *cos_sin)
+        q_BTNH = rotate(self.q_proj(x_BTD).view(B, T, -1, self.head_dim), *step.cos_sin)
+        k_BTKH = rotate(self.k_proj(x_BTD).view(B, T, -1, self.head_dim), *step.cos_sin)
         v_BTKH = self.v_proj(x_BTD).view(B, T, -1, self.head_dim)
         k_BSKH, v_BSKH, key_order_BS, kept = remember(
-            k_BTKH, v_BTKH, order_BT, past=past, window=self.window, capacity=capacity
+            k_BTKH, v_BTKH, step.order_BT, past=past, window=self.window, capacity=step.capacity
         )
         o_BTNH, weights = attend(
             q_BTNH,
             k_BSKH,
             v_BSKH,
-            order_BT,
-            key_order_BS,
-            window=self.window,
-            document_ids=document_ids,
-            implementation="eager" if output_attentions else self.implementation,
+            Visibility(step.order_BT, key_order_BS, self.window, step.document_ids_BT),
+            implementation="eager" if step.output_attentions else self.implementation,
             dropout=self.dropout if self.training else 0.0,
         )
         return self.o_proj(o_BTNH.reshape(B, T, -1)), weights, kept
@@ -138,25 +144,9 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self,
-        x_BTD: Tensor,
-        cos_sin: tuple[Tensor, Tensor],
-        order_BT: Tensor,
-        *,
-        past: tuple[Tensor, Tensor, Tensor] | None = None,
-        capacity: int | None = None,
-        document_ids: Tensor | None = None,
-        output_attentions: bool = False,
+        self, x_BTD: Tensor, step: Step, past: tuple[Tensor, Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
-        h, weights, kept = self.self_attn(
-            self.input_layernorm(x_BTD),
-            cos_sin,
-            order_BT,
-            past=past,
-            capacity=capacity,
-            document_ids=document_ids,
-            output_attentions=output_attentions,
-        )
+        h, weights, kept = self.self_attn(self.input_layernorm(x_BTD), step, past)
         x_BTD = x_BTD + h
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), weights, kept
 

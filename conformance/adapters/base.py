@@ -111,4 +111,4 @@ class Adapter(abc.ABC):
         """Which keys each query sees."""
         documents = None if document_ids is None else self.array(document_ids)
         query, key = self.array(query_order), self.array(key_order)
-        return self.numpy(self.attention.attention_mask(query, key, window, document_ids_BT=documents))
+        return self.numpy(self.attention.attention_mask(self.attention.Visibility(query, key, window, documents)))

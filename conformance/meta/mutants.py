@@ -62,7 +62,7 @@ MUTANTS = (
     Mutant("documents see each other", "whole documents",
            everywhere("attention.py", "if document_ids_BT is not None:", "if False:")),
     Mutant("documents see each other in a block mask", "whole documents", spelled(
-        "attention.py", torch=("seen if document_ids is None else seen & (document_ids[b, t] == document_ids[b, s])", "seen"),
+        "attention.py", torch=("seen if document_ids_BT is None else seen & (document_ids_BT[b, t] == document_ids_BT[b, s])", "seen"),
     ), implementation="flex"),
     Mutant("positions that begin again taken for one text", "whole begin-again",
            everywhere("arrays.py", "    if told:\n", "    if False:\n")),
@@ -74,7 +74,7 @@ MUTANTS = (
     Mutant("padding mask inverted", "whole left-padding",
            everywhere("layers.py", "attention_mask_BT != 0, order", "attention_mask_BT == 0, order")),
     Mutant("positions from the column", "whole holes",
-           everywhere("model.py", "token_positions(inputs.attention_mask,", "token_positions(inputs.attention_mask * 0 + 1,")),
+           everywhere("model.py", "token_positions(mask_BT,", "token_positions(mask_BT * 0 + 1,")),
     Mutant("a row that sees nothing sees everything", "whole all-padding", spelled(
         "attention.py",
         torch=("weights.masked_fill(~visible, 0).to(v_BSKH.dtype)", "weights.to(v_BSKH.dtype)"),
@@ -215,10 +215,10 @@ MUTANTS = (
     Mutant("padding written into the ring", "cached holes by ones",
            everywhere("cache.py", "next_length_B[:, None] % slots", "length_B[:, None] * 0")),
     Mutant("padding counted as length", "cached right-padding 7+1+3+6", spelled(
-        "model.py",
-        torch=("length_B + inputs.attention_mask.sum(1)", "length_B + inputs.attention_mask.shape[1]"),
-        flax=("length_B + inputs.attention_mask.sum(1)", "length_B + inputs.attention_mask.shape[1]"),
-        tf=("length_B + tf.reduce_sum(inputs.attention_mask, 1)", "length_B + tf.shape(inputs.attention_mask)[1]"),
+        "cache.py",
+        torch=("self.length + (order_BT >= 0).sum(1)", "self.length + order_BT.shape[1]"),
+        flax=("self.length + (order_BT >= 0).sum(1)", "self.length + order_BT.shape[1]"),
+        tf=("self.length + tf.reduce_sum(tf.cast(order_BT >= 0, tf.int32), 1)", "self.length + tf.shape(order_BT)[1]"),
     )),
     Mutant("prefill reads the first column", "greedy", spelled(
         "generate.py",

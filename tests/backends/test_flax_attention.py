@@ -13,7 +13,7 @@ from conformance.weights import random_parameters
 from mistral_core.config.presets import TINY
 from mistral_core.errors import ConfigError, UnsupportedFeatureError
 from mistral_flax import KVCache, MistralForCausalLM, attention
-from mistral_flax.attention import attend
+from mistral_flax.attention import Visibility, attend
 from mistral_flax.scan import scan_layers, unscan_layers
 
 CONFIG = TINY.replace(num_hidden_layers=2)
@@ -61,11 +61,9 @@ def order_of(mask):
     return jnp.asarray(np.where(mask, mask.cumsum(1) - 1, -1))
 
 
-def both(arrays, query_order, key_order, **options):
+def both(arrays, *who):
     def run(implementation):
-        return jax.jit(
-            lambda q, k, v: attend(q, k, v, query_order, key_order, implementation=implementation, **options)[0]
-        )(*arrays)
+        return jax.jit(lambda q, k, v: attend(q, k, v, Visibility(*who), implementation=implementation)[0])(*arrays)
 
     return run("splash"), run("eager")
 
@@ -75,7 +73,7 @@ def both(arrays, query_order, key_order, **options):
 @pytest.mark.parametrize("padding", MASKS)
 def test_splash_is_the_formula(interpreter, padding, window):
     order = order_of(MASKS[padding])
-    splash, eager = both(qkv(*IDS.shape, IDS.shape[1]), order, order, window=window)
+    splash, eager = both(qkv(*IDS.shape, IDS.shape[1]), order, order, window)
     assert close(splash, eager)
     assert (np.asarray(splash)[MASKS[padding] == 0] == 0).all()
 
@@ -84,7 +82,7 @@ def test_splash_is_the_formula(interpreter, padding, window):
 @pytest.mark.parametrize(("queries", "keys"), [(700, 700), (12, 300)])
 def test_splash_over_several_blocks_skips_what_the_window_hides(interpreter, queries, keys):
     order = jnp.arange(keys)[None]
-    splash, eager = both(qkv(1, queries, keys), order[:, keys - queries :], order, window=9)
+    splash, eager = both(qkv(1, queries, keys), order[:, keys - queries :], order, 9)
     assert close(splash, eager)
 
 
@@ -93,8 +91,8 @@ def test_splash_over_several_blocks_skips_what_the_window_hides(interpreter, que
 def test_splash_keeps_packed_documents_apart(interpreter, window):
     documents = jnp.asarray([[0] * 4 + [1] * 8, [3] * 9 + [3] * 3, [5, 5, 5, 2, 2, 2, 2, 2, 2, 2, 0, 0]])
     order = order_of(MASK)
-    splash, eager = both(qkv(3, 12, 12), order, order, window=window, document_ids=documents)
-    apart, _ = both(qkv(3, 12, 12), order, order, window=window)
+    splash, eager = both(qkv(3, 12, 12), order, order, window, documents)
+    apart, _ = both(qkv(3, 12, 12), order, order, window)
     assert close(splash, eager)
     assert not close(splash, apart)
 
@@ -122,7 +120,7 @@ def test_gradients_of_splash(interpreter):
 
     def gradients(implementation):
         def loss(q, k, v):
-            o, _ = attend(q, k, v, order, order, window=5, implementation=implementation)
+            o, _ = attend(q, k, v, Visibility(order, order, window=5), implementation=implementation)
             return jnp.square(o).sum()
 
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*qkv(*IDS.shape, IDS.shape[1]))

@@ -16,7 +16,7 @@ from mistral_core.config.presets import TINY
 from mistral_core.errors import ConfigError, InputError
 from mistral_core.parameters import shapes
 from mistral_tf import KVCache, MistralForCausalLM
-from mistral_tf.attention import attend
+from mistral_tf.attention import Visibility, attend
 
 IDS = np.random.default_rng(0).integers(3, TINY.vocab_size, (2, 17)).astype(np.int32)
 PARAMETERS = random_parameters(TINY, "MistralForCausalLM")
@@ -203,7 +203,8 @@ def test_dropout_drops_that_share_and_scales_the_rest():
     order = tf.range(64)[None]
     v = tf.eye(64, batch_shape=[1])[:, :, None]  # the output is then the weights
     tf.random.set_seed(0)
-    out, _ = attend(q, k, v, order * 0 + 63, order, dropout=config.attention_dropout, seed=tf.constant([1, 2]))
+    visibility = Visibility(order * 0 + 63, order)
+    out, _ = attend(q, k, v, visibility, dropout=config.attention_dropout, seed=tf.constant([1, 2]))
     weights = out.numpy().reshape(64, 64)
     kept = weights > 0
     assert np.allclose(weights[kept], 1 / 64 / 0.75)

@@ -23,7 +23,7 @@ from mistral_tf import (
     MistralForTokenClassification,
     MistralModel,
 )
-from mistral_tf.layers import MLP, Attention, Linear, RMSNorm, rotary
+from mistral_tf.layers import MLP, Attention, Linear, RMSNorm, Step, rotary
 
 # Keras reads its variables so when it saves them
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
@@ -128,7 +128,7 @@ def test_parts_are_keras_layers():
     assert model.count_params() == sum(map(np.size, mlp.weights)) + CONFIG.hidden_size + 2 * CONFIG.hidden_size + 2
     attention = Attention(CONFIG, 5, None, dtype="float32", initializer="glorot_uniform")
     order = tf.broadcast_to(tf.range(T), [B, T])
-    out, weights, kept = attention(x, rotary(order, CONFIG), order)
+    out, weights, kept = attention(x, step=Step(rotary(order, CONFIG), order))
     assert out.shape == x.shape
     assert weights.shape == (B, CONFIG.num_attention_heads, T, T)
     assert kept is None

@@ -52,7 +52,7 @@ def test_casts_leave_rotary_tables_exact(cast):
     model = getattr(make(config), cast)()
     assert not list(model.buffers()), "a buffer would be cast with the model"
     tables = []
-    model.model.layers[0].self_attn.register_forward_pre_hook(lambda module, args: tables.extend(args[1]))
+    model.model.layers[0].self_attn.register_forward_pre_hook(lambda module, args: tables.extend(args[1].cos_sin))
     positions = torch.tensor([[0, 1, 32767, 131071]])
     assert model(IDS[:1, :4], position_ids=positions).logits.dtype == torch.float32
     core = rotary_table(config)

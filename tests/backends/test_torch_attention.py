@@ -15,7 +15,7 @@ from conformance.weights import random_parameters
 from mistral_core.config.presets import TINY
 from mistral_core.errors import MissingExtraError, UnsupportedFeatureError
 from mistral_torch import KVCache, MistralForCausalLM, attention
-from mistral_torch.attention import attend
+from mistral_torch.attention import Visibility, attend
 
 IDS = torch.from_numpy(np.random.default_rng(0).integers(3, TINY.vocab_size, (3, 17)))
 MASK = torch.ones_like(IDS)
@@ -43,8 +43,9 @@ def order_of(mask):
     return torch.where(mask != 0, mask.cumsum(1) - 1, -1)
 
 
-def attended(implementation, *arrays, mask=MASK, **options):
-    return attend(*arrays, order_of(mask), order_of(mask), implementation=implementation, **options)[0]
+def attended(implementation, *arrays, mask=MASK, window=None, documents=None, **options):
+    visibility = Visibility(order_of(mask), order_of(mask), window, documents)
+    return attend(*arrays, visibility, implementation=implementation, **options)[0]
 
 
 def in_chunks(model, lengths, *, capacity=None, rolling=True):
@@ -71,7 +72,7 @@ def real(x):
 @WINDOWS
 @pytest.mark.parametrize("documents", [None, DOCUMENTS])
 def test_flex_is_the_formula(window, documents):
-    flex, eager = (attended(name, *qkv(), window=window, document_ids=documents) for name in ("flex", "eager"))
+    flex, eager = (attended(name, *qkv(), window=window, documents=documents) for name in ("flex", "eager"))
     assert torch.allclose(flex, eager, atol=1e-6)
     assert (flex[MASK == 0] == 0).all()
 
@@ -146,7 +147,7 @@ def flash(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_flash_is_the_formula(flash, window, documents, dtype):
     out, eager = (
-        attended(name, *qkv(dtype), window=window, document_ids=documents) for name in ("flash_attention_2", "eager")
+        attended(name, *qkv(dtype), window=window, documents=documents) for name in ("flash_attention_2", "eager")
     )
     assert out.dtype == dtype
     assert torch.allclose(out, eager, atol=4 * torch.finfo(dtype).eps)
@@ -177,7 +178,7 @@ def test_flash_refuses_what_it_cannot_do(flash):
     with pytest.raises(UnsupportedFeatureError, match="float32.*bfloat16.*sdpa"):
         make(attn_implementation="flash_attention_2")(IDS)
     with pytest.raises(UnsupportedFeatureError, match="document_ids.*sdpa"):
-        attended("flash_attention_2", *qkv(torch.float16), document_ids=torch.arange(17).expand(3, 17) % 2)
+        attended("flash_attention_2", *qkv(torch.float16), documents=torch.arange(17).expand(3, 17) % 2)
     assert "flash_attention_2" in attention.available()
 
 
@@ -221,7 +222,7 @@ def test_dropout_keeps_the_mean_and_has_its_variance(flash, implementation):
     torch.manual_seed(0)
     arrays = qkv(torch.float16 if implementation == "flash_attention_2" else torch.float32)
     many = torch.stack([attended(implementation, *arrays, window=5, dropout=0.3) for _ in range(400)]).float()
-    kept, weights = attend(*qkv(), order_of(MASK), order_of(MASK), window=5)
+    kept, weights = attend(*qkv(), Visibility(order_of(MASK), order_of(MASK), window=5))
     expected = 0.3 / 0.7 * torch.einsum("bnts,bsnh->btnh", weights.square(), qkv()[2].repeat_interleave(3, 2).square())
     assert (many.mean(0) * kept).sum() / kept.square().sum() == pytest.approx(1, abs=0.01)
     assert many.var(0).sum() / expected.sum() == pytest.approx(1, abs=0.05)

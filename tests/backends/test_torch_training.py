@@ -13,7 +13,7 @@ import mistral_torch
 from conformance.weights import random_parameters
 from mistral_core.config.presets import TINY
 from mistral_core.errors import UnsupportedFeatureError
-from mistral_torch.attention import attend
+from mistral_torch.attention import Visibility, attend
 
 CONFIG = TINY.replace(num_hidden_layers=2)
 IDS = torch.from_numpy(np.random.default_rng(0).integers(3, TINY.vocab_size, (4, 12)))
@@ -146,9 +146,10 @@ def test_training_under_autocast(implementation):
 def test_autocast_leaves_the_softmax_exact():
     arrays = torch.randn(3, 2, 9, 2, 16, generator=torch.Generator().manual_seed(0))
     order = torch.arange(9).expand(2, 9)
-    exact, weights = attend(*arrays, order, order, implementation="eager")
+    visibility = Visibility(order, order)
+    exact, weights = attend(*arrays, visibility, implementation="eager")
     with torch.autocast("cpu", torch.bfloat16):
-        found, found_weights = attend(*arrays, order, order, implementation="eager")
+        found, found_weights = attend(*arrays, visibility, implementation="eager")
     assert torch.equal(found, exact)
     assert torch.equal(found_weights, weights)
 
