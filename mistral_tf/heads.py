@@ -68,16 +68,9 @@ class MistralForCausalLM(PreTrainedModel):
         MistralModel.
         """
         out = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            document_ids=document_ids,
-            **options,
-            training=training,
-            return_dict=True,
-        )
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, document_ids=document_ids,
+            **options, training=training, return_dict=True,
+        )  # fmt: skip
         x_BTD = out.last_hidden_state
         loss = None
         labels = integers("labels", labels)
@@ -154,16 +147,9 @@ class MistralForSequenceClassification(PreTrainedModel):
         The last real token is told by the mask if given, else by pad_token_id, else it is the last column.
         """
         out = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            document_ids=document_ids,
-            **options,
-            training=training,
-            return_dict=True,
-        )
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, document_ids=document_ids,
+            **options, training=training, return_dict=True,
+        )  # fmt: skip
         x_BTD = out.last_hidden_state
         column_B = last_token(self._real_tokens(input_ids, attention_mask, x_BTD))
         pooled_BD = tf.gather(x_BTD, column_B, batch_dims=1)
@@ -222,16 +208,9 @@ class MistralForTokenClassification(PreTrainedModel):
     ) -> TokenClassifierOutput | tuple[Any, ...]:
         """Scores [B, T, C]; labels [B, T] are classes or -100."""
         out = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            document_ids=document_ids,
-            **options,
-            training=training,
-            return_dict=True,
-        )
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, document_ids=document_ids,
+            **options, training=training, return_dict=True,
+        )  # fmt: skip
         x_BTD = out.last_hidden_state
         if training:
             x_BTD = tf.nn.dropout(x_BTD, self.config.classifier_dropout)
@@ -283,16 +262,9 @@ class MistralForQuestionAnswering(PreTrainedModel):
     ) -> QuestionAnsweringOutput | tuple[Any, ...]:
         """Scores [B, T] of each token as start and as end; positions [B] beyond the text are not counted."""
         out = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            document_ids=document_ids,
-            **options,
-            training=training,
-            return_dict=True,
-        )
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, document_ids=document_ids,
+            **options, training=training, return_dict=True,
+        )  # fmt: skip
         logits = self.qa_outputs(out.last_hidden_state)
         start_logits, end_logits = logits[..., 0], logits[..., 1]
         loss = None

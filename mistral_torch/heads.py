@@ -64,15 +64,9 @@ class MistralForCausalLM(PreTrainedModel):
         MistralModel.
         """
         out = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            document_ids=document_ids,
-            **options,
-            return_dict=True,
-        )
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, document_ids=document_ids,
+            **options, return_dict=True,
+        )  # fmt: skip
         x_BTD = out.last_hidden_state
         loss = None
         labels = integers("labels", labels, self.device)
@@ -155,15 +149,9 @@ class MistralForSequenceClassification(PreTrainedModel):
         The last real token is told by the mask if given, else by pad_token_id, else it is the last column.
         """
         out = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            document_ids=document_ids,
-            **options,
-            return_dict=True,
-        )
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, document_ids=document_ids,
+            **options, return_dict=True,
+        )  # fmt: skip
         x_BTD = out.last_hidden_state
         column_B = last_token(self._real_tokens(input_ids, attention_mask, x_BTD))
         pooled_BD = x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), column_B]
@@ -211,15 +199,9 @@ class MistralForTokenClassification(PreTrainedModel):
     ) -> TokenClassifierOutput | tuple[Any, ...]:
         """Scores [B, T, C]; labels [B, T] are classes or -100."""
         out = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            document_ids=document_ids,
-            **options,
-            return_dict=True,
-        )
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, document_ids=document_ids,
+            **options, return_dict=True,
+        )  # fmt: skip
         x_BTD = F.dropout(out.last_hidden_state, self.config.classifier_dropout, self.training)
         logits = self.score(x_BTD)
         loss = None
@@ -259,15 +241,9 @@ class MistralForQuestionAnswering(PreTrainedModel):
     ) -> QuestionAnsweringOutput | tuple[Any, ...]:
         """Scores [B, T] of each token as start and as end; positions [B] beyond the text are not counted."""
         out = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            document_ids=document_ids,
-            **options,
-            return_dict=True,
-        )
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, document_ids=document_ids,
+            **options, return_dict=True,
+        )  # fmt: skip
         logits = self.qa_outputs(out.last_hidden_state)
         start_logits, end_logits = logits[..., 0], logits[..., 1]
         loss = None
