@@ -97,7 +97,7 @@ SAVING = {
 TAKEN_BY_TORCH = {"is_main_process", "state_dict"}
 
 
-@pytest.mark.feature("What transformers has and we have not says what to use")
+@pytest.mark.feature("Names of transformers that are not here say what to use")
 @pytest.mark.parametrize("name", sorted(arguments.ADVICE))
 def test_what_is_not_here_says_what_to_use(backend, checkpoint, name):
     if backend.__name__ == "mistral_torch" and name in TAKEN_BY_TORCH:
