@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .config import AssignableConfig
     from .config import MistralConfig as MistralConfig
     from .generation import GenerationConfig as GenerationConfig
     from .generation.hooks import LogitsProcessor as LogitsProcessor
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from .text.tokenizer import MistralTokenizer as MistralTokenizer
     from .weights.convert import convert as convert
 
-    AutoConfig = MistralConfig
+    AutoConfig = AssignableConfig
     AutoTokenizer = MistralTokenizer
 
 from ._version import __version__ as __version__
@@ -40,7 +41,7 @@ _PUBLIC = {
     "LogitsProcessorList": (".generation.hooks", "LogitsProcessorList"),
     "StoppingCriteria": (".generation.hooks", "StoppingCriteria"),
     "StoppingCriteriaList": (".generation.hooks", "StoppingCriteriaList"),
-    "AutoConfig": (".config", "MistralConfig"),
+    "AutoConfig": (".config", "AssignableConfig"),
     "AutoTokenizer": (".text.tokenizer", "MistralTokenizer"),
     "PRESETS": (".config.presets", "PRESETS"),
     "TINY": (".config.presets", "TINY"),

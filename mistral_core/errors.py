@@ -26,6 +26,10 @@ class UnknownFieldError(ConfigError):
     """A config holds a key that no dialect knows, and `strict=True` was asked for."""
 
 
+class FrozenConfigError(ConfigError, AttributeError):
+    """A field of a config was assigned or deleted, and a config is a value."""
+
+
 class UnsupportedFeatureError(ConfigError):
     """A config or file asks for something that is not a dense Mistral."""
 

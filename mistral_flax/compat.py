@@ -19,6 +19,7 @@ from jax import Array
 
 from mistral_core import GenerationConfig, MistralConfig
 from mistral_core.compat.clients import path_by_either_name
+from mistral_core.config import AssignableConfig
 from mistral_core.errors import InputError, MissingTensorsError
 from mistral_core.generation.hooks import with_length
 
@@ -77,7 +78,7 @@ class FlaxMistralPreTrainedModel:
     framework = "flax"
     main_input_name = "input_ids"
     base_model_prefix = "model"
-    config_class = MistralConfig
+    config_class = AssignableConfig
 
     def __init__(
         self,
@@ -200,7 +201,7 @@ class FlaxMistralPreTrainedModel:
         return jax.eval_shape(lambda: self.module.params)
 
     @property
-    def config(self) -> MistralConfig:
+    def config(self) -> AssignableConfig:
         """Sizes and numbers; an assignment to a field is checked."""
         return self.module.config
 

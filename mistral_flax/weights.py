@@ -17,6 +17,7 @@ from jax import Array
 from mistral_core import GenerationConfig, MistralConfig
 from mistral_core.compat.arguments import check_saving, translated
 from mistral_core.compat.clients import path_by_either_name
+from mistral_core.config import AssignableConfig
 from mistral_core.errors import ConfigError
 from mistral_core.parameters import BASE_PREFIX, HEADS, parameters, shapes
 from mistral_core.weights import loading, push, saving
@@ -24,23 +25,12 @@ from mistral_core.weights.resizing import VOCABULARY, resized_config, resized_ro
 
 from .arrays import as_device, as_dtype, from_numpy, to_numpy
 
-
-@jax.tree_util.register_pytree_node_class
-class _Snapshot:
-    """A config that is copied on its way into and out of a graph.
-
-    Compiled functions are found by their graph, so an assignment to a field must not reach a graph already made.
-    """
-
-    def __init__(self, config: MistralConfig) -> None:
-        self.config = config.for_model()
-
-    def tree_flatten(self) -> tuple[tuple[()], MistralConfig]:
-        return (), copy.copy(self.config)
-
-    @classmethod
-    def tree_unflatten(cls, config: MistralConfig, children: tuple[()]) -> _Snapshot:
-        return cls(config)
+# In a graph a view is its value: compiled functions are found by it, and an assignment reaches no graph already made.
+jax.tree_util.register_pytree_node(
+    AssignableConfig,
+    lambda config: ((), config.value),
+    lambda value, _: AssignableConfig.showing(value, is_built=True),
+)
 
 
 def as_program(model: PreTrainedModel) -> PreTrainedModel:
@@ -49,7 +39,7 @@ def as_program(model: PreTrainedModel) -> PreTrainedModel:
     if shell.base_model is not shell:
         shell.model = copy.copy(shell.model)
     shell.generation_config = None
-    shell.base_model._config = nnx.data(_Snapshot(model.config.program(model.architecture)))
+    shell.base_model._config = nnx.data(AssignableConfig.showing(model.config.program(model.architecture)))
     return shell
 
 
@@ -113,7 +103,7 @@ class PreTrainedModel(nnx.Module):
             model.set_parameter(name, array, device=device)
             del array  # before the next one comes
         model.generation_config = loaded.generation_config
-        model.config.note(name_or_path=str(path))
+        model.config = model.config.noted(name_or_path=str(path))
         return model
 
     def save_pretrained(
@@ -228,7 +218,7 @@ class PreTrainedModel(nnx.Module):
             for name in VOCABULARY & shapes(config, self.architecture).keys():
                 rows = to_numpy(self._parameter(name)[0][...])
                 self.set_parameter(name, resized_rows(rows, config.vocab_size), device=self.device)
-            self.config.rebuilt(vocab_size=config.vocab_size)
+            self.config.rebuilt(config)
         return self.get_input_embeddings()
 
     def tie_weights(self) -> None:
@@ -275,19 +265,20 @@ class PreTrainedModel(nnx.Module):
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     @property
-    def config(self) -> MistralConfig:
-        """Sizes and numbers, the model's own copy; an assignment to a field is checked.
+    def config(self) -> AssignableConfig:
+        """Sizes and numbers, the model's own view of them; an assignment to a field is checked.
 
         A transform such as nnx.jit leaves another, equal one: ask the model for it each time.
         """
-        return self.base_model._config.config
+        return self.base_model._config
 
     @config.setter
     def config(self, config: MistralConfig) -> None:
         config = MistralConfig.taken(config)
         if hasattr(self.base_model, "_config"):
-            self.config.check_built(config)
-        self.base_model._config = nnx.data(_Snapshot(config))
+            self.config.become(config)
+        else:
+            self.base_model._config = nnx.data(AssignableConfig.showing(config, is_built=True))
 
     @property
     def device(self) -> Any:

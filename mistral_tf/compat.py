@@ -17,6 +17,7 @@ from tensorflow import Tensor
 
 from mistral_core import MistralConfig
 from mistral_core.compat.clients import path_by_either_name
+from mistral_core.config import AssignableConfig
 from mistral_core.errors import UnsupportedFeatureError
 
 from .auto import AutoModel
@@ -33,7 +34,7 @@ class TFMistralPreTrainedModel(PreTrainedModel):
     """What differs from this package's classes: what `from_pretrained` loads into, and arguments by position."""
 
     base_model_prefix = "model"
-    config_class = MistralConfig
+    config_class = AssignableConfig
 
     @classmethod
     @path_by_either_name

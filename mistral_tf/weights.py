@@ -15,6 +15,7 @@ import tensorflow as tf
 from mistral_core import GenerationConfig, MistralConfig
 from mistral_core.compat.arguments import check_saving, translated
 from mistral_core.compat.clients import path_by_either_name
+from mistral_core.config import AssignableConfig
 from mistral_core.errors import ConfigError
 from mistral_core.parameters import BASE_PREFIX, parameters, shapes
 from mistral_core.weights import loading, push, saving
@@ -79,7 +80,7 @@ class PreTrainedModel(KerasModel):
                 model.set_parameter(name, array)
                 del array  # before the next one comes
         model.generation_config = loaded.generation_config
-        model.config.note(name_or_path=str(path))
+        model.config = model.config.noted(name_or_path=str(path))
         return model
 
     def save_pretrained(
@@ -195,7 +196,7 @@ class PreTrainedModel(KerasModel):
             for name in VOCABULARY & shapes(config, self.architecture).keys():
                 rows = resized_rows(to_numpy(self._parameter(name)), config.vocab_size)
                 self._owner(name).replace_weight(rows)
-            self.config.rebuilt(vocab_size=config.vocab_size)
+            self.config.rebuilt(config)
         return self.get_input_embeddings()
 
     def tie_weights(self) -> None:
@@ -224,16 +225,17 @@ class PreTrainedModel(KerasModel):
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     @property
-    def config(self) -> MistralConfig:
-        """Sizes and numbers, the model's own copy; an assignment to a field is checked."""
+    def config(self) -> AssignableConfig:
+        """Sizes and numbers, the model's own view of them; an assignment to a field is checked."""
         return self.base_model._config
 
     @config.setter
     def config(self, config: MistralConfig) -> None:
         config = MistralConfig.taken(config)
         if hasattr(self.base_model, "_config"):
-            self.config.check_built(config)
-        self.base_model._config = config.for_model()
+            self.config.become(config)
+        else:
+            self.base_model._config = AssignableConfig.showing(config, is_built=True)
 
     @property
     def device(self) -> str:

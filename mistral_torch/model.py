@@ -29,12 +29,11 @@ class MistralModel(PreTrainedModel):
     def __init__(self, config: MistralConfig, *, attn_implementation: str | None = None) -> None:
         config = MistralConfig.taken(config)
         super().__init__(config)
-        self.config = config
+        self.config = config.noted(attn_implementation=attention_name(attn_implementation))
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, window, attn_implementation) for window in config.layer_windows
         )
-        self.config.note(attn_implementation=attention_name(attn_implementation))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing: dict[str, Any] | None = None
         self.initialise()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mistral_core import GenerationConfig, MistralConfig
 from mistral_core.compat.arguments import check_saving, translated
 from mistral_core.compat.clients import path_by_either_name
+from mistral_core.config import AssignableConfig
 from mistral_core.errors import MissingTensorsError
 from mistral_core.parameters import BASE_PREFIX, HEADS, parameters, shapes
 from mistral_core.weights import loading, push, saving
@@ -79,7 +80,7 @@ class PreTrainedModel(AsTransformers, nn.Module):
         model.tie_weights()
         model.generation_config = loaded.generation_config
         model.name_or_path = str(path)
-        model.config.note(name_or_path=model.name_or_path)
+        model.config = model.config.noted(name_or_path=model.name_or_path)
         return model.eval()
 
     def save_pretrained(
@@ -216,7 +217,7 @@ class PreTrainedModel(AsTransformers, nn.Module):
             self.get_input_embeddings().num_embeddings = config.vocab_size
             if self.get_output_embeddings() is not None:
                 self.get_output_embeddings().out_features = config.vocab_size
-            self.config.rebuilt(vocab_size=config.vocab_size)
+            self.config.rebuilt(config)
             self.tie_weights()
         return self.get_input_embeddings()
 
@@ -256,16 +257,17 @@ class PreTrainedModel(AsTransformers, nn.Module):
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     @property
-    def config(self) -> MistralConfig:
-        """Sizes and numbers, the model's own copy; an assignment to a field is checked."""
+    def config(self) -> AssignableConfig:
+        """Sizes and numbers, the model's own view of them; an assignment to a field is checked."""
         return self.base_model._config
 
     @config.setter
     def config(self, config: MistralConfig) -> None:
         config = MistralConfig.taken(config)
         if hasattr(self.base_model, "_config"):
-            self.config.check_built(config)
-        self.base_model._config = config.for_model()
+            self.config.become(config)
+        else:
+            self.base_model._config = AssignableConfig.showing(config, is_built=True)
 
     @property
     def device(self) -> torch.device:

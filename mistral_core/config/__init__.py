@@ -3,3 +3,4 @@
 from .config import CONFIG_FILES as CONFIG_FILES
 from .config import MistralConfig as MistralConfig
 from .config import read_fields as read_fields
+from .view import AssignableConfig as AssignableConfig

@@ -19,32 +19,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..compat import arguments, unread
 from ..compat.clients import path_by_either_name
 from ..disk import into, reading, strict_json
 from ..disk.names import CONFIG_FILES as CONFIG_FILES
-from ..errors import CheckpointNotFoundError, ConfigError, UnknownFieldError
+from ..errors import CheckpointNotFoundError, ConfigError, FrozenConfigError, UnknownFieldError
 from ..hub import download
 from ..telling import nearest, warn
 from . import checks, dialects
-
-BUILT_IN = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "attention_dropout",
-    "num_labels",
-    "layer_windows",
-)
-"""What a model takes from its config when it is made; everything else it asks when it is called."""
 
 NO_PROGRAM = (
     "architectures",
@@ -61,7 +45,7 @@ OF_SCORES = ("pad_token_id", "problem_type")
 """What only the programs of MistralForSequenceClassification depend on."""
 
 
-def _taking_other_names(kind: type[MistralConfig]) -> type[MistralConfig]:
+def _of_any_names(kind: type[MistralConfig]) -> type[MistralConfig]:
     """Let a config be made with every argument of transformers' constructor: `torch_dtype`, `rope_parameters`, ..."""
     with_fields = kind.__init__
 
@@ -70,6 +54,19 @@ def _taking_other_names(kind: type[MistralConfig]) -> type[MistralConfig]:
         with_fields(self, *values, **_as_fields(fields))
 
     kind.__init__ = with_any_names  # type: ignore[method-assign]
+    return kind
+
+
+def _frozen(kind: type[MistralConfig]) -> type[MistralConfig]:
+    """Say what to do instead where a field of a frozen dataclass is assigned or deleted."""
+
+    def refuse(self: MistralConfig, name: str, *value: Any) -> None:
+        raise FrozenConfigError(
+            f"{name}: a MistralConfig is a value and stays as it was made. Make another, config = "
+            f"config.replace({name}=...), or let AutoConfig make it: its fields can be assigned."
+        )
+
+    kind.__setattr__ = kind.__delattr__ = refuse  # type: ignore[assignment, method-assign]
     return kind
 
 
@@ -90,8 +87,9 @@ def _as_fields(given: dict[str, Any]) -> dict[str, Any]:
     return {**own, **fields, "extra": {**extra, **fields["extra"]}}
 
 
-@_taking_other_names
-@dataclass(unsafe_hash=True)
+@_frozen
+@_of_any_names
+@dataclass(frozen=True)
 class MistralConfig:
     """Sizes and numbers of a Mistral, in Hugging Face's names; defaults are those of transformers 4.56.
 
@@ -103,7 +101,8 @@ class MistralConfig:
     It is made with fields or with what transformers calls them (`torch_dtype=`, `rope_parameters=`); numbers of NumPy
     and of the frameworks, paths, tuples and ranges are taken as Python's own.
 
-    An assignment (`model.config.use_cache = False`, as training libraries write) is checked like a construction.
+    It is a frozen, hashable value: `replace` makes another one, with all checks. What is assigned to is a view of one
+    (`view.AssignableConfig`): a model's `config`, or what AutoConfig makes.
     Raises ConfigError (a ValueError), with all that is wrong at once.
     """
 
@@ -143,45 +142,19 @@ class MistralConfig:
     def __post_init__(self) -> None:
         self.__dict__.update(checks.normalised(self))
         checks.check(self)
-        self.__dict__["_complete"] = True
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not self.__dict__.get("_complete"):
-            object.__setattr__(self, name, value)
-            return
-        changed = self.replace(**{name: value})
-        if self.__dict__.get("_built"):
-            self.check_built(changed)
-        self.__dict__.update(vars(changed))
-
-    def check_built(self, changed: MistralConfig) -> None:
-        """Raise ConfigError where a model built of this config cannot have the changed one."""
-        values = {name: (getattr(self, name), getattr(changed, name)) for name in BUILT_IN}
-        differ = [
-            f"{name}={would!r}, but it was built with {was!r}" for name, (was, would) in values.items() if was != would
-        ]
-        if differ:
-            raise ConfigError(f"the model's config: {'; '.join(differ)}. Make or load a model with what you want.")
-
-    def for_model(self) -> MistralConfig:
-        """A copy for a model to own, in which fields that the model is built of cannot be assigned."""
-        copied = copy.copy(self)
-        copied.__dict__["_built"] = True
-        return copied
-
-    def rebuilt(self, **changes: Any) -> None:
-        """Change fields that the model is built of; for the one who changes the model with them."""
-        self.__dict__.update(vars(self.replace(**changes)))
+    @property
+    def value(self) -> MistralConfig:
+        """This config, frozen: itself, or what a view of it shows."""
+        return self
 
     def program(self, architecture: str) -> MistralConfig:
         """A copy in which all that no compiled program of a class depends on is None.
 
         Models whose copies are equal share their programs: changing anything else compiles nothing anew.
         """
-        copied = copy.copy(self)
         names = NO_PROGRAM if architecture == "MistralForSequenceClassification" else (*NO_PROGRAM, *OF_SCORES)
-        copied.__dict__.update(dict.fromkeys(names))
-        return copied
+        return self._with(dict.fromkeys(names))
 
     # What the models ask
 
@@ -224,17 +197,23 @@ class MistralConfig:
         """What a trainer does not collect of the outputs of an evaluation."""
         return ["past_key_values"]
 
-    def note(self, **facts: str) -> None:
-        """Tell a model's copy its `name_or_path` and `attn_implementation`: for those who ask, no part of the value."""
-        self.__dict__.update({f"_{name}": fact for name, fact in facts.items()})
+    def noted(self, **facts: str) -> MistralConfig:
+        """A copy that tells its `name_or_path` and `attn_implementation` to those who ask: they are no part of it."""
+        return self._with({"_facts": {**self._facts, **facts}})
 
-    _name_or_path = ""
-    _attn_implementation = None
+    _facts: ClassVar[Mapping[str, str]] = {}
 
     @property
     def name_or_path(self) -> str:
         """Where a model that has this config was loaded from."""
-        return self._name_or_path
+        return self._facts.get("name_or_path", "")
+
+    _name_or_path = name_or_path
+
+    @property
+    def _attn_implementation(self) -> str | None:
+        """What a model that has this config attends with, by transformers' name."""
+        return self._facts.get("attn_implementation")
 
     def get_text_config(self, **options: Any) -> MistralConfig:
         """Itself, as training libraries ask of models that also see or hear."""
@@ -267,7 +246,13 @@ class MistralConfig:
             changes = _as_fields({"extra": self.extra, **changes})
         if "num_labels" in changes and changes["num_labels"] != self.num_labels:
             changes = {"id2label": None, "label2id": None, **changes}
-        return dataclasses.replace(self, **changes)
+        return dataclasses.replace(self, **changes)._with({"_facts": self._facts})
+
+    def _with(self, entries: Mapping[str, Any]) -> MistralConfig:
+        """A copy with entries that are not checked."""
+        copied = copy.copy(self.value)
+        vars(copied).update(entries)
+        return copied
 
     # Files
 
@@ -291,7 +276,7 @@ class MistralConfig:
         Another library's object is read by its `to_dict`, as `from_dict` reads a file. Raises ConfigError.
         """
         if isinstance(config, MistralConfig):
-            return config
+            return config.value
         to_dict = getattr(config, "to_dict", None)
         data = to_dict() if callable(to_dict) and not isinstance(config, type) else config
         if not isinstance(data, Mapping) or (data is not config and "model_type" not in data):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from conformance.weights import random_parameters
+from mistral_core import AutoConfig
 from mistral_core.compat import arguments
 from mistral_core.config.presets import TINY
 from mistral_core.errors import ConfigError, ConversionError, InputError, TokenizerError, UnsupportedFeatureError
@@ -67,8 +68,20 @@ def test_auto_classes(backend, checkpoint, auto):
 
 @pytest.mark.feature("AutoModelFor*, AutoTokenizer, AutoConfig")
 def test_auto_names(backend):
-    assert backend.AutoConfig is backend.MistralConfig
+    assert backend.AutoConfig is AutoConfig
+    assert issubclass(backend.AutoConfig, backend.MistralConfig)
     assert backend.AutoTokenizer is backend.MistralTokenizer
+
+
+@pytest.mark.feature("Assignable config fields")
+def test_a_config_is_changed_before_a_model_is_made_of_it(backend, checkpoint):
+    config = backend.AutoConfig.from_pretrained(checkpoint)
+    config.num_labels = 3
+    config.sliding_window = None
+    model = backend.AutoModelForSequenceClassification.from_config(config)
+    assert (model.config, model.config.layer_windows[0]) == (config, None)
+    config.num_labels = 4
+    assert model.config.num_labels == 3
 
 
 # from_pretrained and save_pretrained

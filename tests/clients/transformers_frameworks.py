@@ -30,7 +30,7 @@ NOT_MISTRALS = (
 """What the suite sets on every model's config; a Mistral has none of it, and our config says so."""
 
 
-class Config(mistral_core.MistralConfig):
+class Config(mistral_core.AutoConfig):
     """Our config, leaving out what the suite says to every model."""
 
     def __init__(self, **fields: Any) -> None:

@@ -61,7 +61,7 @@ NOT_MISTRALS = (
 """What the suite sets on every model's config; a Mistral has none of it, and our config says so."""
 
 
-class Config(mistral_torch.MistralConfig):
+class Config(mistral_torch.AutoConfig):
     """Our config, leaving out what the suite says to every model; an epsilon of 1 is beyond what a Mistral may have."""
 
     def __init__(self, **fields: Any) -> None:

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mistral_core import MistralConfig
+from mistral_core import AutoConfig, MistralConfig
 from mistral_core.config import dialects, other_keys
 from mistral_core.config.presets import TINY
 from mistral_core.disk import limits
@@ -239,7 +239,7 @@ def test_names_of_transformers_constructor_are_taken():
     assert (given.rope_theta, given.rope_scaling) == (1e6, {"rope_type": "linear", "factor": 2.0})
     assert given.replace(rope_parameters={"rope_theta": 1e5}).rope_scaling is None
     assert MistralConfig(transformers_version="4.56.2").to_dict()["transformers_version"] == "4.56.2"
-    changed = TINY.replace(sliding_window=None)
+    changed = AutoConfig(sliding_window=None)
     changed.torch_dtype = "float16"
     assert changed.dtype == "float16"
     with pytest.raises(UnsupportedFeatureError, match="encoder"):
