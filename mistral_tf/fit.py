@@ -53,14 +53,9 @@ MistralError._keras_call_info_injected = True
 class KerasModel(SavedModel):
     """A Keras model whose weights exist at once, whose inputs keep their dtypes and whose output is a named tuple."""
 
-    architecture: str
-    """The name of the Mistral class that this one is, or extends."""
-
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         keras.saving.register_keras_serializable("mistral_tf")(cls)
-        if cls.__name__ in OUTPUTS:
-            cls.architecture = cls.__name__
 
     def __init__(self, *, dtype: keras.DTypePolicy, name: str | None) -> None:
         super().__init__(dtype=dtype, autocast=False, name=name)

@@ -5,14 +5,20 @@ transformers' Trainer and pipelines, accelerate, peft and trl know a model by th
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mistral_core.compat.arguments import check_saving
 from mistral_core.compat.clients import SeenAs
-from mistral_core.errors import InputError, UnsupportedFeatureError
+from mistral_core.errors import InputError, MissingTensorsError, UnsupportedFeatureError
+from mistral_core.parameters import parameters
 
+from .arrays import to_numpy
 from .attention import ALIASES, checked
 from .cache import KVCache
 from .outputs import Dictionary
@@ -81,6 +87,39 @@ class AsTransformers(SeenAs):
     def _keys_to_ignore_on_save(self) -> list[str] | None:
         """What a file need not hold."""
         return [*self._tied_weights_keys] or None
+
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        max_shard_size: str | int = "5GB",
+        overwrite: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        is_main_process: bool = True,
+        save_function: Any = None,
+        **options: Any,
+    ) -> None:
+        """Write config, generation config and safetensors in one atomic step, verified before the swap.
+
+        Files of other kinds that are already there stay. The tensors of `state_dict` are written in place of the
+        model's; without `is_main_process` nothing is; `save_function` is taken and ours writes. Further options of
+        transformers that ask for what is not here raise UnsupportedFeatureError. Raises ConversionError and its kind.
+        """
+        check_saving(options)
+        if is_main_process:
+            arrays = self.named_arrays() if state_dict is None else self._arrays_of(state_dict)
+            self._write(directory, arrays, max_shard_size, overwrite)
+
+    def _arrays_of(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, np.ndarray]]:
+        """What `named_arrays` yields, from a state dict; raises MissingTensorsError."""
+        names = [name for name, _ in parameters(self.config, self.architecture)]
+        missing = [name for name in names if self._own_name(name) not in state]
+        if missing:
+            raise MissingTensorsError(
+                f"state_dict: {len(missing)} tensors are missing, {missing[0]!r} among them; give what "
+                "model.state_dict() returns, or leave it out."
+            )
+        return ((name, to_numpy(state[self._own_name(name)])) for name in names)
 
     def get_decoder(self) -> nn.Module:
         """The MistralModel inside, or itself."""
