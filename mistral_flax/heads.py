@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,23 +10,23 @@ from flax import nnx
 from jax import Array
 
 from mistral_core import MistralConfig, validate
+from mistral_core.generation.mixin import Generates
 from mistral_core.outputs import (
     CausalLMOutput,
-    GenerateOutput,
     QuestionAnsweringOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
 
 from .arrays import as_dtypes, integers, is_traced, labels_array, to_numpy
-from .generate import compute_transition_scores, generate, stream
+from .generate import Engine
 from .layers import Head, last_token
 from .losses import classification_loss, cross_entropy, divided, span_loss
 from .model import MistralModel, dropout_keys
 from .weights import PreTrainedModel, functional
 
 
-class MistralForCausalLM(PreTrainedModel):
+class MistralForCausalLM(Generates[Array], PreTrainedModel):
     """Predicts the next token."""
 
     def __init__(
@@ -90,19 +89,14 @@ class MistralForCausalLM(PreTrainedModel):
         output = CausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
         return self.returned(output, return_dict)
 
-    def generate(self, input_ids: Any = None, **options: Any) -> Array | GenerateOutput:
-        """Continue token ids [B, T] to [B, T + new]; see `mistral_flax.generate.generate`."""
-        return generate(self, input_ids, **options)
+    def _engine(self, compile: str) -> Engine:
+        return Engine(self, compile)
 
-    def stream(self, input_ids: Any = None, *, tokenizer: Any, **options: Any) -> Iterator[str]:
-        """Yield the continuation of token ids [1, T] as text; see `mistral_flax.generate.stream`."""
-        return stream(self, input_ids, tokenizer=tokenizer, **options)
+    def _as_numpy(self, x: Any) -> Any:
+        return to_numpy(x) if isinstance(x, Array) else x
 
-    def compute_transition_scores(
-        self, sequences: Any, scores: Any, beam_indices: Any = None, normalize_logits: bool = False
-    ) -> Array:
-        """The score [B, new] of each new token; see `mistral_flax.generate.compute_transition_scores`."""
-        return compute_transition_scores(self, sequences, scores, beam_indices, normalize_logits)
+    def _as_array(self, x: Any) -> Array:
+        return jnp.asarray(x)
 
 
 def _kept(x: Array, logits_to_keep: Any) -> Array:

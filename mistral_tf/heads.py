@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
 from tensorflow import Tensor
 
 from mistral_core import MistralConfig, validate
+from mistral_core.generation.mixin import Generates
 from mistral_core.outputs import (
     CausalLMOutput,
-    GenerateOutput,
     QuestionAnsweringOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
 
 from .arrays import as_policy, integers, is_traced, labels_array, to_numpy
-from .generate import compute_transition_scores, generate, stream
+from .generate import Engine
 from .layers import Head, last_token
 from .losses import classification_loss, cross_entropy, divided, span_loss
 from .model import MistralModel
 from .weights import PreTrainedModel, default_initializer
 
 
-class MistralForCausalLM(PreTrainedModel):
+class MistralForCausalLM(Generates[Tensor], PreTrainedModel):
     """Predicts the next token."""
 
     def __init__(
@@ -87,19 +86,14 @@ class MistralForCausalLM(PreTrainedModel):
         output = CausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
         return self.returned(output, return_dict)
 
-    def generate(self, input_ids: Any = None, **options: Any) -> Tensor | GenerateOutput:
-        """Continue token ids [B, T] to [B, T + new]; see `mistral_tf.generate.generate`."""
-        return generate(self, input_ids, **options)
+    def _engine(self, compile: str) -> Engine:
+        return Engine(self, compile)
 
-    def stream(self, input_ids: Any = None, *, tokenizer: Any, **options: Any) -> Iterator[str]:
-        """Yield the continuation of token ids [1, T] as text; see `mistral_tf.generate.stream`."""
-        return stream(self, input_ids, tokenizer=tokenizer, **options)
+    def _as_numpy(self, x: Any) -> Any:
+        return to_numpy(x) if tf.is_tensor(x) else x
 
-    def compute_transition_scores(
-        self, sequences: Any, scores: Any, beam_indices: Any = None, normalize_logits: bool = False
-    ) -> Tensor:
-        """The score [B, new] of each new token; see `mistral_tf.generate.compute_transition_scores`."""
-        return compute_transition_scores(self, sequences, scores, beam_indices, normalize_logits)
+    def _as_array(self, x: Any) -> Tensor:
+        return tf.constant(x)
 
 
 def _kept(x: Tensor, logits_to_keep: Any) -> Tensor:

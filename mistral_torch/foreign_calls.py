@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from mistral_core.errors import InputError
 from mistral_core.generation import driver
+from mistral_core.generation.mixin import Generates
 from mistral_core.outputs import GenerateOutput
 
 from .arrays import integers
 from .foreign_cache import given_back, is_foreign, own_cache
+from .generate import without_dropout
 from .layers import token_order
 
 if TYPE_CHECKING:
     from .heads import MistralForCausalLM
 
 
-def prepared(
+def _prepared(
     model: MistralForCausalLM, input_ids: Any, attention_mask: Any, options: dict[str, Any]
 ) -> tuple[Any, Any, dict[str, Any]]:
     """Ids, mask and options of a call, with the embeddings that a client puts before the prompt.
@@ -79,36 +83,66 @@ def _adapted(
         return ids, own(ids, attention_mask=mask, past_key_values=None, use_cache=True, **tasks), options
 
 
-def own_past(model: MistralForCausalLM, prompt: driver.Prompt, past: Any) -> tuple[driver.Prompt, Any]:
-    """The prompt and a KVCache of what a cache of transformers holds; anything else as it is. Raises InputError."""
-    if not is_foreign(past):
-        return prompt, past
-    generation, columns = prompt.generation, int(past.get_seq_length())
-    if generation.num_beams > 1 or generation.num_return_sequences > 1 or prompt.embeds is not None:
-        raise InputError(
-            "past_key_values: a cache of transformers is taken with one sequence a row and input_ids; leave it out."
-        )
-    batch, tokens = prompt.ids.shape
-    if columns >= tokens:
-        raise InputError(f"past_key_values: it holds {columns} of {tokens} columns; give the ids of all, and new ones.")
-    prompt = prompt._replace(generation=generation.replace(cache="full"))
-    if not columns:
-        return prompt, None
-    like = torch.empty(0, dtype=model.dtype, device=model.device)
-    mask = torch.from_numpy(prompt.mask)
-    return prompt, own_cache(model.config, past, mask, tokens - columns, batch=batch, like=like)
+class GeneratesForClients(Generates[Tensor]):
+    """A model that continues text, also for clients that bring caches and adapters of their own."""
 
+    generate = takes_prefixes(Generates.generate)
 
-@torch.no_grad()
-def with_their_cache(model: MistralForCausalLM, out: GenerateOutput, past: Any) -> GenerateOutput:
-    """What was generated with a cache of transformers: theirs, with all columns but the last."""
-    cache, columns = out.past_key_values, out.sequences.shape[1] - 1
-    if not is_foreign(past) or cache is None or columns <= past.get_seq_length() or not bool(cache.length.any()):
-        return out
-    device = cache.length.device
-    ids, mask = (torch.from_numpy(x).to(device)[:, :columns] for x in (out.sequences, out.attention_mask))
-    order = token_order(mask, torch.zeros_like(cache.length))
-    missing = (order >= cache.length[:, None]).long()  # the end of a row that ended before the others
-    if missing.any():
-        cache = model.model(ids, attention_mask=missing, past_key_values=cache, return_dict=True).past_key_values
-    return out._replace(past_key_values=given_back(past, cache, order[:, past.get_seq_length() :]))
+    def _prompt(
+        self, input_ids: Any, attention_mask: Any, generation_config: Any, options: Mapping[str, Any]
+    ) -> driver.Prompt:
+        ids, mask, options = _prepared(self, input_ids, attention_mask, dict(options))
+        return super()._prompt(ids, mask, generation_config, options)
+
+    def _own_past(self, prompt: driver.Prompt, past: Any) -> tuple[driver.Prompt, Any]:
+        """The prompt and a KVCache of what a cache of transformers holds; anything else as it is. Raises InputError."""
+        if not is_foreign(past):
+            return prompt, past
+        generation, columns = prompt.generation, int(past.get_seq_length())
+        if generation.num_beams > 1 or generation.num_return_sequences > 1 or prompt.embeds is not None:
+            raise InputError(
+                "past_key_values: a cache of transformers is taken with one sequence a row and input_ids; leave it out."
+            )
+        batch, tokens = prompt.ids.shape
+        if columns >= tokens:
+            raise InputError(
+                f"past_key_values: it holds {columns} of {tokens} columns; give the ids of all, and new ones."
+            )
+        prompt = prompt._replace(generation=generation.replace(cache="full"))
+        if not columns:
+            return prompt, None
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        mask = torch.from_numpy(prompt.mask)
+        return prompt, own_cache(self.config, past, mask, tokens - columns, batch=batch, like=like)
+
+    @torch.no_grad()
+    def _given_back(self, out: GenerateOutput, past: Any) -> GenerateOutput:
+        """What was generated with a cache of transformers: theirs, with all columns but the last."""
+        cache, columns = out.past_key_values, out.sequences.shape[1] - 1
+        if not is_foreign(past) or cache is None or columns <= past.get_seq_length() or not bool(cache.length.any()):
+            return out
+        device = cache.length.device
+        ids, mask = (torch.from_numpy(x).to(device)[:, :columns] for x in (out.sequences, out.attention_mask))
+        order = token_order(mask, torch.zeros_like(cache.length))
+        missing = (order >= cache.length[:, None]).long()  # the end of a row that ended before the others
+        if missing.any():
+            with without_dropout(self):
+                cache = self.model(ids, attention_mask=missing, past_key_values=cache, return_dict=True).past_key_values
+        return out._replace(past_key_values=given_back(past, cache, order[:, past.get_seq_length() :]))
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *, past_key_values: Any = None, attention_mask: Any = None, **options: Any
+    ) -> dict[str, Any]:
+        """The arguments of the next call of a decode loop written for transformers: with a past, the last ids alone."""
+        ids = input_ids
+        if is_foreign(past_key_values):
+            ids = input_ids[:, past_key_values.get_seq_length() :]
+        elif past_key_values is not None and past_key_values.get_seq_length():
+            ids = input_ids[:, -1:]
+        return {
+            "input_ids": ids,
+            "past_key_values": past_key_values,
+            "attention_mask": attention_mask,
+            "use_cache": True,
+            **options,
+        }

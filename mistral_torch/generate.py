@@ -13,13 +13,10 @@ from torch import Tensor, nn
 from mistral_core.errors import UnsupportedFeatureError
 from mistral_core.generation import driver
 from mistral_core.generation.sampling import Rule, Values
-from mistral_core.outputs import GenerateOutput
-from mistral_core.text.stream import beginning
 
 from .arrays import from_numpy, to_numpy
 from .cache import KVCache
 from .compiled import compiled
-from .foreign_calls import own_past, prepared, takes_prefixes, with_their_cache
 from .products import converted, product
 from .sampling import Choice, choose
 
@@ -28,103 +25,6 @@ if TYPE_CHECKING:
 
 FEW = 16
 """The most columns of a step that is frozen: a token and guesses, not a prompt."""
-
-
-@takes_prefixes
-def generate(
-    model: MistralForCausalLM,
-    input_ids: Any = None,
-    *,
-    attention_mask: Any = None,
-    generation_config: Any = None,
-    past_key_values: KVCache | GenerateOutput | None = None,
-    assistant_model: MistralForCausalLM | None = None,
-    streamer: Any = None,
-    tokenizer: Any = None,
-    **options: Any,
-) -> Tensor | GenerateOutput:
-    """Continue ids [B, T]: [B, T + new] int64, the prompt as given, ended rows padded, or a GenerateOutput.
-
-    Rows may be padded on either side. `options` are fields of GenerationConfig and come before `generation_config`,
-    which comes before the checkpoint's own. `past_key_values` is a cache of the rows' first tokens, or what an earlier
-    call returned, and is not changed. `streamer.put` is told the prompt and each column of new tokens, and may return
-    True to end all rows. `tokenizer` is needed for `stop_strings`.
-    Among the options are also the caller's functions (`mistral_core.generation.hooks`) and `inputs_embeds`, which
-    stands for the ids or beside them. `compile="on"` compiles each shape once, in some ten
-    seconds, and "auto" does so where there is an accelerator; "max" packs a second copy of the weights for the decode
-    step, in a minute or two, and makes it anew when they change: for a model that stays as it is.
-    Raises GenerationConfigError, EmptyInputError, SequenceTooLongError, TokenIdError, MaskError, NonFiniteInputError.
-    """
-    with beginning(streamer):
-        prompt = _prompt(model, input_ids, attention_mask, generation_config, options)
-        prompt, past = own_past(model, prompt, past_key_values)
-        engine, assistant = _engines(model, assistant_model, prompt)
-    out = driver.generate(engine, prompt, past=past, assistant=assistant, streamer=streamer, tokenizer=tokenizer)
-    with without_dropout(model):
-        out = with_their_cache(model, out, past_key_values)
-    return driver.returned(engine, prompt, out)
-
-
-def stream(
-    model: MistralForCausalLM,
-    input_ids: Any = None,
-    *,
-    tokenizer: Any,
-    attention_mask: Any = None,
-    generation_config: Any = None,
-    past_key_values: KVCache | GenerateOutput | None = None,
-    assistant_model: MistralForCausalLM | None = None,
-    **options: Any,
-) -> Iterator[str]:
-    """Yield the continuation of ids [1, T] as text, as soon as it is final; to stop, leave the loop.
-
-    A piece holds no half character, and nothing of a stop string. Options and errors are those of `generate`.
-    """
-    prompt = _prompt(model, input_ids, attention_mask, generation_config, options)
-    prompt, past = own_past(model, prompt, past_key_values)
-    engine, assistant = _engines(model, assistant_model, prompt)
-    return driver.stream(engine, prompt, tokenizer=tokenizer, past=past, assistant=assistant)
-
-
-def compute_transition_scores(
-    model: MistralForCausalLM,
-    sequences: Any,
-    scores: tuple[Any, ...],
-    beam_indices: Any = None,
-    normalize_logits: bool = False,
-) -> Tensor:
-    """The score [B, new] that each new token was chosen by, of what `generate` returned; of beams with its indices.
-
-    `normalize_logits` makes log-probabilities of them. Raises InputError.
-    """
-    indices = None if beam_indices is None else _numpy(beam_indices)
-    found = driver.transition_scores(
-        _numpy(sequences), [_numpy(x) for x in scores], indices, normalize_logits=normalize_logits
-    )
-    return torch.from_numpy(found).to(model.device)
-
-
-def _prompt(
-    model: MistralForCausalLM, input_ids: Any, attention_mask: Any, generation_config: Any, options: dict[str, Any]
-) -> driver.Prompt:
-    own = model.generation_config
-    given = own if generation_config is None else generation_config
-    input_ids, attention_mask, options = prepared(model, input_ids, attention_mask, options)
-    options = options | {"input_ids": input_ids, "attention_mask": attention_mask}
-    options = {name: _numpy(x) if isinstance(x, Tensor) else x for name, x in options.items()}
-    ids, mask = options.pop("input_ids"), options.pop("attention_mask")
-    return driver.prepare(model.config, ids, mask, given, options, own=own)
-
-
-def _engines(
-    model: MistralForCausalLM, assistant_model: MistralForCausalLM | None, prompt: driver.Prompt
-) -> tuple[Engine, Engine | None]:
-    compile = prompt.generation.compile
-    return Engine(model, compile), None if assistant_model is None else Engine(assistant_model, compile)
-
-
-def _numpy(x: Any) -> np.ndarray:
-    return to_numpy(x) if isinstance(x, Tensor) else np.asarray(x)
 
 
 @contextlib.contextmanager
@@ -240,7 +140,7 @@ class Engine:
 
     def numpy(self, x: Any) -> np.ndarray:
         """What the framework, or Python, calls an array, in NumPy."""
-        return _numpy(x)
+        return to_numpy(x) if isinstance(x, Tensor) else np.asarray(x)
 
     def _on_device(self, x: Any) -> Any:
         if isinstance(x, Values):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,11 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mistral_core import MistralConfig, validate
-from mistral_core.outputs import GenerateOutput
 
 from .arrays import integers, is_traced, labels_array, to_numpy
-from .foreign_cache import is_foreign
-from .generate import compute_transition_scores, generate, stream
+from .foreign_calls import GeneratesForClients
+from .generate import Engine
 from .layers import Head, last_token
 from .losses import classification_loss, cross_entropy, divided, span_loss
 from .model import MistralModel
@@ -22,7 +20,7 @@ from .outputs import CausalLMOutput, QuestionAnsweringOutput, SequenceClassifier
 from .weights import PreTrainedModel
 
 
-class MistralForCausalLM(PreTrainedModel):
+class MistralForCausalLM(GeneratesForClients, PreTrainedModel):
     """Predicts the next token."""
 
     loss_type = "ForCausalLM"  # as transformers' Trainer calls it: the first label of a row does not count
@@ -82,36 +80,14 @@ class MistralForCausalLM(PreTrainedModel):
         output = CausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
         return self.returned(output, return_dict)
 
-    def generate(self, input_ids: Any = None, **options: Any) -> Tensor | GenerateOutput:
-        """Continue token ids [B, T] to [B, T + new]; see `mistral_torch.generate.generate`."""
-        return generate(self, input_ids, **options)
+    def _engine(self, compile: str) -> Engine:
+        return Engine(self, compile)
 
-    def stream(self, input_ids: Any = None, *, tokenizer: Any, **options: Any) -> Iterator[str]:
-        """Yield the continuation of token ids [1, T] as text; see `mistral_torch.generate.stream`."""
-        return stream(self, input_ids, tokenizer=tokenizer, **options)
+    def _as_numpy(self, x: Any) -> Any:
+        return to_numpy(x) if isinstance(x, Tensor) else x
 
-    def compute_transition_scores(
-        self, sequences: Any, scores: Any, beam_indices: Any = None, normalize_logits: bool = False
-    ) -> Tensor:
-        """The score [B, new] of each new token; see `mistral_torch.generate.compute_transition_scores`."""
-        return compute_transition_scores(self, sequences, scores, beam_indices, normalize_logits)
-
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *, past_key_values: Any = None, attention_mask: Any = None, **options: Any
-    ) -> dict[str, Any]:
-        """The arguments of the next call of a decode loop written for transformers: with a past, the last ids alone."""
-        ids = input_ids
-        if is_foreign(past_key_values):
-            ids = input_ids[:, past_key_values.get_seq_length() :]
-        elif past_key_values is not None and past_key_values.get_seq_length():
-            ids = input_ids[:, -1:]
-        return {
-            "input_ids": ids,
-            "past_key_values": past_key_values,
-            "attention_mask": attention_mask,
-            "use_cache": True,
-            **options,
-        }
+    def _as_array(self, x: Any) -> Tensor:
+        return torch.from_numpy(x).to(self.device)
 
 
 def _kept(x: Tensor, logits_to_keep: Any) -> Tensor:
