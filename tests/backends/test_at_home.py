@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import warnings
 
 import numpy as np
@@ -82,6 +83,22 @@ def test_a_config_is_changed_before_a_model_is_made_of_it(backend, checkpoint):
     assert (model.config, model.config.layer_windows[0]) == (config, None)
     config.num_labels = 4
     assert model.config.num_labels == 3
+
+
+SEEN = {
+    "generate": ("input_ids", "attention_mask", "generation_config", "past_key_values", "assistant_model", "streamer"),
+    "stream": ("input_ids", "tokenizer", "attention_mask"),
+    "save_pretrained": ("directory", "max_shard_size", "overwrite"),
+    "push_to_hub": ("repo_id", "private", "commit_message", "revision", "token", "create_pr"),
+    "resize_token_embeddings": ("new_num_tokens", "pad_to_multiple_of"),
+}
+
+
+@pytest.mark.parametrize("method", SEEN)
+def test_an_editor_sees_what_a_method_takes(backend, method):
+    found = getattr(backend.MistralForCausalLM, method)
+    assert {*SEEN[method]} <= inspect.signature(found).parameters.keys()
+    assert inspect.getdoc(found)
 
 
 # from_pretrained and save_pretrained
