@@ -27,10 +27,10 @@ def reference():
     return loaded.config, prompt, tokens, heads.causal_lm(loaded.config, parameters, tokens).logits
 
 
-def test_it_is_what_the_issue_of_a_real_small_mistral_asks():
+def test_the_embedded_checkpoint_is_small_and_real():
     config = reference()[0]
     assert config.num_attention_heads * config.head_dim != config.hidden_size
-    assert config.num_key_value_groups > 1
+    assert config.num_attention_heads > config.num_key_value_heads
     assert config.sliding_window < NEW
     assert sum(path.stat().st_size for path in TINY_CHECKPOINT.iterdir()) <= 5_000_000
     manifest.verify(TINY_CHECKPOINT, "full")

@@ -159,11 +159,6 @@ class MistralConfig:
     # What the models ask
 
     @property
-    def num_key_value_groups(self) -> int:
-        """G: how many query heads share one key/value head."""
-        return self.num_attention_heads // self.num_key_value_heads
-
-    @property
     def layer_windows(self) -> tuple[int | None, ...]:
         """The window of each layer, None where it sees everything."""
         if self.layer_types is None:
