@@ -110,3 +110,6 @@ def test_what_a_config_tells_beside_its_value():
     for config in (told, told.replace(use_cache=False), AssignableConfig.showing(told), copy.deepcopy(told)):
         assert (config.name_or_path, config._attn_implementation) == ("here", "eager")
     assert (TINY.name_or_path, TINY._attn_implementation) == ("", None)
+    view = AssignableConfig.showing(told, is_built=True)
+    view.become(TINY)
+    assert view.name_or_path == "", "of the config that it showed before nothing is left"
