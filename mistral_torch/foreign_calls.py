@@ -38,7 +38,7 @@ def _prepared(
     return ids, made["attention_mask"], {**options, "inputs_embeds": made["inputs_embeds"]}
 
 
-def takes_prefixes(generate: Any) -> Any:
+def _with_prefixes(generate: Any) -> Any:
     """`generate` where an adapter may fill the cache beforehand, as peft's prefix tuning does."""
 
     @functools.wraps(generate)
@@ -86,7 +86,7 @@ def _adapted(
 class GeneratesForClients(Generates[Tensor]):
     """A model that continues text, also for clients that bring caches and adapters of their own."""
 
-    generate = takes_prefixes(Generates.generate)
+    _generate = _with_prefixes(Generates._generate)
 
     def _prompt(
         self, input_ids: Any, attention_mask: Any, generation_config: Any, options: Mapping[str, Any]

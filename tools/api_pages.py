@@ -21,7 +21,11 @@ import mistral_core
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("mistral_core", "mistral_torch", "mistral_flax", "mistral_tf")
 ALSO = {
-    "mistral_core": {"mistral_core.weights.checkpoint": ("Checkpoint", "load", "save"), "mistral_core.errors": ()},
+    "mistral_core": {
+        "mistral_core.config.view": ("AssignableConfig",),
+        "mistral_core.weights.checkpoint": ("Checkpoint", "load", "save"),
+        "mistral_core.errors": (),
+    },
     "mistral_flax": {"mistral_flax.scan": (), "mistral_flax.compat": ()},
     "mistral_tf": {"mistral_tf.compat": ()},
 }

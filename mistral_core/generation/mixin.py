@@ -63,6 +63,26 @@ class Generates(Generic[A]):
         compile = prompt.generation.compile
         return self._engine(compile), None if assistant is None else assistant._engine(compile)
 
+    def _generate(
+        self,
+        input_ids: Any,
+        *,
+        attention_mask: Any,
+        generation_config: Any,
+        past_key_values: Any,
+        assistant_model: Any,
+        streamer: Any,
+        tokenizer: Any,
+        **options: Any,
+    ) -> A | GenerateOutput:
+        with beginning(streamer):
+            prompt = self._prompt(input_ids, attention_mask, generation_config, options)
+            prompt, past = self._own_past(prompt, past_key_values)
+            engine, assistant = self._engines(assistant_model, prompt)
+        out = driver.generate(engine, prompt, past=past, assistant=assistant, streamer=streamer, tokenizer=tokenizer)
+        returned: A | GenerateOutput = driver.returned(engine, prompt, self._given_back(out, past_key_values))
+        return returned
+
     # What users call
 
     def generate(
@@ -93,13 +113,16 @@ class Generates(Generic[A]):
         Raises GenerationConfigError, EmptyInputError, SequenceTooLongError, TokenIdError, MaskError,
         NonFiniteInputError.
         """
-        with beginning(streamer):
-            prompt = self._prompt(input_ids, attention_mask, generation_config, options)
-            prompt, past = self._own_past(prompt, past_key_values)
-            engine, assistant = self._engines(assistant_model, prompt)
-        out = driver.generate(engine, prompt, past=past, assistant=assistant, streamer=streamer, tokenizer=tokenizer)
-        returned: A | GenerateOutput = driver.returned(engine, prompt, self._given_back(out, past_key_values))
-        return returned
+        return self._generate(
+            input_ids,
+            attention_mask=attention_mask,
+            generation_config=generation_config,
+            past_key_values=past_key_values,
+            assistant_model=assistant_model,
+            streamer=streamer,
+            tokenizer=tokenizer,
+            **options,
+        )
 
     def stream(
         self,
