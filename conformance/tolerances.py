@@ -6,14 +6,11 @@ float32 is compared with the exact specification. The bound of everything is the
 pieces, whose error does not pile up over layers, have smaller ones.
 
 bfloat16 is compared with the specification rounded at exactly the casts of the contract. Where the operation order
-is fixed (eager) a
-backend must then be equal to the bit but for the rare value that lies on a rounding border, whose neighbours it may
-push: hence a
-fraction of equal elements, and one rounding's worth of distance for a single piece. Over layers such a push spreads
-like rounding itself,
-so the bound of a whole model is the distance that rounding puts between the specification and itself: `measured`.
-Fused kernels round elsewhere inside attention. They are compared with the exact specification, and their error may
-be twice that of the contract's rounding.
+is fixed (eager) a backend must then be equal to the bit but for the rare value that lies on a rounding border, whose
+neighbours it may push: hence a fraction of equal elements, and one rounding's worth of distance for a single piece.
+Over layers such a push spreads like rounding itself, so the bound of a whole model is the distance that rounding puts
+between the specification and itself: `measured`. Fused kernels round elsewhere inside attention. They are compared
+with the exact specification, and their error may be twice that of the contract's rounding.
 """
 
 from __future__ import annotations

@@ -217,7 +217,7 @@ class DownloadCorruptError(HubError):
 
 
 class MissingNameError(MistralError, ImportError):
-    """transformers has this name and this package has not; the message says what to use."""
+    """A name of transformers that does not exist here; the message says what to use instead."""
 
 
 class MissingExtraError(MistralError, ImportError):

@@ -97,7 +97,7 @@ class Output:
 
 
 def fields_given(cls: type[Output], values: Iterable[Any], named: dict[str, Any]) -> dict[str, Any]:
-    """Name -> field in the order of the class, of those that are not None; raises TypeError for what it has not."""
+    """Name -> field in the order of the class, of those that are not None; raises TypeError for others."""
     by_place = dict(zip(cls._fields, values, strict=False))
     given = {**by_place, **named}
     if len(given) < len(by_place) + len(named) or not given.keys() <= set(cls._fields):

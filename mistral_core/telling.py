@@ -15,7 +15,7 @@ BETWEEN = frozenset({
     "contextlib", "dataclasses", "enum", "flax", "functools", "importlib", "jax", "keras", "tensorflow", "torch",
 })  # fmt: skip
 """Packages through which our code calls our code: their lines are never the caller's."""
-LONGEST = 120
+LONGEST_CHARACTERS = 120
 """Characters of a value in a message."""
 
 _OBEYED = re.compile(
@@ -33,12 +33,12 @@ def printable(text: str) -> str:
 
 def shown(value: Any) -> str:
     """A value as `repr` has it, cut where it is long: what a file says may be of any length."""
-    if isinstance(value, int) and value.bit_length() > 4 * LONGEST:
+    if isinstance(value, int) and value.bit_length() > 4 * LONGEST_CHARACTERS:
         return f"an integer of {value.bit_length()} bits"
-    if isinstance(value, str | bytes | list | tuple) and len(value) > LONGEST:
-        return f"{value[: LONGEST // 2]!r}... ({len(value)} in all)"[: 2 * LONGEST]
+    if isinstance(value, str | bytes | list | tuple) and len(value) > LONGEST_CHARACTERS:
+        return f"{value[: LONGEST_CHARACTERS // 2]!r}... ({len(value)} in all)"[: 2 * LONGEST_CHARACTERS]
     text = ascii(value) if isinstance(value, str) else repr(value)
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    return text if len(text) <= LONGEST_CHARACTERS else f"{text[:LONGEST_CHARACTERS]}..."
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

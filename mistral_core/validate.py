@@ -1,8 +1,8 @@
 """The checks of model inputs, made in NumPy before any framework sees them.
 
 JAX clamps an id that is out of range, XLA clamps, TensorFlow on GPU returns zeros: so eager calls come through here.
-Under
-tracing and compilation there are no values to look at and the checks are skipped; `generate` checks before it compiles.
+Under tracing and compilation there are no values to look at and the checks are skipped; `generate` checks before it
+compiles.
 """
 
 from __future__ import annotations

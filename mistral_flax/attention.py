@@ -1,4 +1,6 @@
-"""Attention: who sees whom, the formula, and the fused kernels that compute the same; letters of `mistral_core.config`.
+"""Attention: who sees whom, the formula, and the fused kernels that compute the same.
+
+Axis letters are those of the legend in `mistral_core.config`.
 
 Every implementation takes q [B, T, N, H], k and v [B, S, K, H] and who sees whom, and returns the output [B, T, N, H]
 and, where it has them, the weights [B, N, T, S].
@@ -196,7 +198,7 @@ def default() -> str:
     return "splash" if jax.default_backend() == "tpu" and jax.device_count() == 1 else "dot_product"
 
 
-def checked(implementation: str | None) -> str:
+def check_implementation(implementation: str | None) -> str:
     """The name of an attention implementation that runs here; None is the default.
 
     Raises UnsupportedFeatureError for an unknown one, and for splash without a TPU.

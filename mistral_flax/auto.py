@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from mistral_core import MistralConfig
-from mistral_core.compat.arguments import translated
+from mistral_core.compat.arguments import from_transformers
 from mistral_core.compat.clients import path_by_either_name
 from mistral_core.errors import UnsupportedFeatureError
 
@@ -45,10 +45,12 @@ class AutoModel:
 
         `options` are those fields, attn_implementation, dtype, param_dtype, rngs and device.
         """
-        given = translated(options, dtype=None, device=None, attn_implementation=None, param_dtype=None, rngs=None)
+        given = from_transformers(
+            options, dtype=None, device=None, attn_implementation=None, param_dtype=None, rngs=None
+        )
         build = {name: given.pop(name) for name in ("attn_implementation", "param_dtype", "rngs")}
         dtype, device = given.pop("dtype") or "float32", as_device(given.pop("device"))
-        model = cls.model_class(MistralConfig.taken(config).replace(**given), dtype=dtype, **build)
+        model = cls.model_class(MistralConfig.of(config).replace(**given), dtype=dtype, **build)
         if device is not None:
             nnx.update(model, jax.device_put(nnx.state(model), device))
         return model

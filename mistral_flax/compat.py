@@ -178,7 +178,7 @@ class FlaxMistralPreTrainedModel:
         )
         if past is not None:
             out = out._replace(past_key_values=FlaxCache(out.past_key_values, past.columns + columns))
-        return self.module.returned(out, return_dict)
+        return self.module.as_tuple_if_asked(out, return_dict)
 
     @property
     def params(self) -> Params:
@@ -298,7 +298,7 @@ class FlaxMistralForCausalLM(FlaxMistralPreTrainedModel):
         said = {
             field.name: options[field.name] for field in dataclasses.fields(GenerationConfig) if field.name in options
         }
-        generation = GenerationConfig.taken(generation_config or module.generation_config).replace(**said)
+        generation = GenerationConfig.of(generation_config or module.generation_config).replace(**said)
         columns = jnp.shape(input_ids)[-1]
         rest = columns + generation.for_prompt(columns).max_new_tokens - sequences.shape[1]
         return FlaxGenerateOutput(jnp.pad(sequences, ((0, 0), (0, rest)), constant_values=generation.padding))

@@ -38,7 +38,7 @@ class MistralForCausalLM(Generates[Array], PreTrainedModel):
         param_dtype: Any = None,
         rngs: nnx.Rngs | None = None,
     ) -> None:
-        config = MistralConfig.taken(config)
+        config = MistralConfig.of(config)
         super().__init__(config)
         dtype, param_dtype = as_dtypes(dtype, param_dtype)
         options = {"param_dtype": param_dtype, "rngs": rngs or nnx.Rngs(0)}
@@ -87,7 +87,7 @@ class MistralForCausalLM(Generates[Array], PreTrainedModel):
             loss = divided(*cross_entropy(logits[:, :-1], labels[:, 1:]), num_items_in_batch)
             logits = _kept(logits, logits_to_keep)
         output = CausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
-        return self.returned(output, return_dict)
+        return self.as_tuple_if_asked(output, return_dict)
 
     def _engine(self, compile: str) -> Engine:
         return Engine(self, compile)
@@ -117,7 +117,7 @@ class MistralForSequenceClassification(PreTrainedModel):
         param_dtype: Any = None,
         rngs: nnx.Rngs | None = None,
     ) -> None:
-        config = MistralConfig.taken(config)
+        config = MistralConfig.of(config)
         super().__init__(config)
         dtype, param_dtype = as_dtypes(dtype, param_dtype)
         options = {"param_dtype": param_dtype, "rngs": rngs or nnx.Rngs(0)}
@@ -156,7 +156,7 @@ class MistralForSequenceClassification(PreTrainedModel):
             labels = labels_array(self.config, labels, logits)
             loss = divided(*classification_loss(self.config, logits, labels), num_items_in_batch)
         output = SequenceClassifierOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
-        return self.returned(output, return_dict)
+        return self.as_tuple_if_asked(output, return_dict)
 
     def _real_tokens(self, input_ids: Any, attention_mask: Any, x_BTD: Array) -> Array:
         """[B, T]: what counts as a token when looking for the last one."""
@@ -180,7 +180,7 @@ class MistralForTokenClassification(PreTrainedModel):
         param_dtype: Any = None,
         rngs: nnx.Rngs | None = None,
     ) -> None:
-        config = MistralConfig.taken(config)
+        config = MistralConfig.of(config)
         super().__init__(config)
         dtype, param_dtype = as_dtypes(dtype, param_dtype)
         options = {"param_dtype": param_dtype, "rngs": rngs or nnx.Rngs(0)}
@@ -221,7 +221,7 @@ class MistralForTokenClassification(PreTrainedModel):
                 validate.check_labels("labels", to_numpy(labels), x_BTD.shape[:2], self.config.num_labels)
             loss = divided(*cross_entropy(logits, labels), num_items_in_batch)
         output = TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions)
-        return self.returned(output, return_dict)
+        return self.as_tuple_if_asked(output, return_dict)
 
 
 class MistralForQuestionAnswering(PreTrainedModel):
@@ -236,7 +236,7 @@ class MistralForQuestionAnswering(PreTrainedModel):
         param_dtype: Any = None,
         rngs: nnx.Rngs | None = None,
     ) -> None:
-        config = MistralConfig.taken(config)
+        config = MistralConfig.of(config)
         super().__init__(config)
         dtype, param_dtype = as_dtypes(dtype, param_dtype)
         options = {"param_dtype": param_dtype, "rngs": rngs or nnx.Rngs(0)}
@@ -272,4 +272,4 @@ class MistralForQuestionAnswering(PreTrainedModel):
             end = integers("end_positions", end_positions, rank=1)
             loss = divided(*span_loss(start_logits, end_logits, start, end), num_items_in_batch)
         output = QuestionAnsweringOutput(loss, start_logits, end_logits, out.hidden_states, out.attentions)
-        return self.returned(output, return_dict)
+        return self.as_tuple_if_asked(output, return_dict)

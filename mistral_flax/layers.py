@@ -15,7 +15,7 @@ from jax import Array
 from mistral_core import MistralConfig
 from mistral_core.config.rope import rotary_table
 
-from .attention import Visibility, attend, checked
+from .attention import Visibility, attend, check_implementation
 from .cache import remember
 from .products import product
 
@@ -128,7 +128,7 @@ class Attention(nnx.Module):
         self.o_proj = Linear(N * H, D, **options)
         self.head_dim = H
         self.window = window
-        self.implementation = checked(implementation)
+        self.implementation = check_implementation(implementation)
         self.dropout = config.attention_dropout
 
     def __call__(

@@ -36,7 +36,7 @@ class MistralModel(PreTrainedModel):
         param_dtype: Any = None,
         rngs: nnx.Rngs | None = None,
     ) -> None:
-        config = MistralConfig.taken(config)
+        config = MistralConfig.of(config)
         super().__init__(config)
         self.config = config
         dtype, param_dtype = as_dtypes(dtype, param_dtype)
@@ -92,7 +92,7 @@ class MistralModel(PreTrainedModel):
             checkpointing=self.gradient_checkpointing, output_hidden_states=with_states,
         )  # fmt: skip
         output = self._output(of_layers, step, past, with_states)
-        return self.returned(output, return_dict)
+        return self.as_tuple_if_asked(output, return_dict)
 
     def _start(
         self, inputs: Inputs, past: KVCache | None, use_cache: bool | None, output_attentions: bool | None, trains: bool

@@ -15,7 +15,7 @@ from flax import nnx
 from jax import Array
 
 from mistral_core import GenerationConfig, MistralConfig
-from mistral_core.compat.arguments import translated
+from mistral_core.compat.arguments import from_transformers
 from mistral_core.compat.clients import path_by_either_name
 from mistral_core.config import AssignableConfig
 from mistral_core.errors import ConfigError
@@ -74,7 +74,7 @@ class PreTrainedModel(Saved, nnx.Module):
         (None: the same) is what parameters are kept in; `device` may be a Sharding. A head that the file lacks is
         initialised from `seed` with one warning. Raises CheckpointError, ConfigError or HubError and their kind.
         """
-        given = translated(options, dtype=dtype, device=device, attn_implementation=attn_implementation)
+        given = from_transformers(options, dtype=dtype, device=device, attn_implementation=attn_implementation)
         dtype, device = given.pop("dtype"), as_device(given.pop("device"))
         attn_implementation = given.pop("attn_implementation")
         kept = dtype if param_dtype is None else param_dtype

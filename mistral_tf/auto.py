@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from mistral_core import MistralConfig
-from mistral_core.compat.arguments import translated
+from mistral_core.compat.arguments import from_transformers
 from mistral_core.compat.clients import path_by_either_name
 from mistral_core.errors import UnsupportedFeatureError
 
@@ -44,10 +44,10 @@ class AutoModel:
 
         `options` are those fields, attn_implementation, dtype, device and initializer.
         """
-        given = translated(options, dtype=None, device=None, attn_implementation=None, initializer=None)
+        given = from_transformers(options, dtype=None, device=None, attn_implementation=None, initializer=None)
         build = {name: given.pop(name) for name in ("dtype", "attn_implementation", "initializer")}
         with tf.device(as_device(given.pop("device"))):
-            return cls.model_class(MistralConfig.taken(config).replace(**given), **build)
+            return cls.model_class(MistralConfig.of(config).replace(**given), **build)
 
 
 class AutoModelForCausalLM(AutoModel):

@@ -45,7 +45,7 @@ class KVCache(tf.experimental.ExtensionType):
 
         `rolling=False` keeps every token of windowed layers too; the last `lookback` tokens can always be rolled back.
         """
-        config = MistralConfig.taken(config)
+        config = MistralConfig.of(config)
         shapes = [
             (batch_size, slots, config.num_key_value_heads, config.head_dim)
             for slots in layer_slots(config, capacity, rolling=rolling, lookback=lookback)

@@ -84,7 +84,7 @@ class KerasModel(SavedModel):
             "attentions": given.get("output_attentions", config.output_attentions),
         }
         output = kind(**{name: next(values) if there.get(name) else None for name in kind._fields})
-        return self.returned(output, given.get("return_dict"))
+        return self.as_tuple_if_asked(output, given.get("return_dict"))
 
     @property
     def _outputs(self) -> Any:

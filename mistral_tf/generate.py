@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("mistral.tf")
 
-FEW = 32
+FEW_COLUMNS = 32
 """The most columns of a small step: a token, guesses, a short prompt."""
 
 _compiled: weakref.WeakKeyDictionary[Any, tuple[Callable[..., Any], ...]] = weakref.WeakKeyDictionary()
@@ -54,7 +54,7 @@ class Engine:
         `ids_BT` may be embeddings [B, T, D] instead.
         """
         ids_BT, mask_BT = self.array(ids_BT), self.array(mask_BT)
-        step = self._decode if ids_BT.shape[1] <= FEW else self._prefill
+        step = self._decode if ids_BT.shape[1] <= FEW_COLUMNS else self._prefill
         started, known = time.perf_counter(), self._compilations()
         choice, cache = step(ids_BT, mask_BT, cache, rule, _tensors(values))
         if self._compilations() > known:

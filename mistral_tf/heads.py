@@ -36,7 +36,7 @@ class MistralForCausalLM(Generates[Tensor], PreTrainedModel):
         initializer: Any = None,
         name: str | None = None,
     ) -> None:
-        config = MistralConfig.taken(config)
+        config = MistralConfig.of(config)
         dtype, initializer = as_policy(dtype), initializer or default_initializer(config)
         super().__init__(config, dtype=dtype, name=name)
         options = {"dtype": dtype, "initializer": initializer}
@@ -84,7 +84,7 @@ class MistralForCausalLM(Generates[Tensor], PreTrainedModel):
             loss = divided(*cross_entropy(logits[:, :-1], labels[:, 1:]), num_items_in_batch)
             logits = _kept(logits, logits_to_keep)
         output = CausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
-        return self.returned(output, return_dict)
+        return self.as_tuple_if_asked(output, return_dict)
 
     def _engine(self, compile: str) -> Engine:
         return Engine(self, compile)
@@ -114,7 +114,7 @@ class MistralForSequenceClassification(PreTrainedModel):
         initializer: Any = None,
         name: str | None = None,
     ) -> None:
-        config = MistralConfig.taken(config)
+        config = MistralConfig.of(config)
         dtype, initializer = as_policy(dtype), initializer or default_initializer(config)
         super().__init__(config, dtype=dtype, name=name)
         options = {"dtype": dtype, "initializer": initializer}
@@ -153,7 +153,7 @@ class MistralForSequenceClassification(PreTrainedModel):
             labels = labels_array(self.config, labels, logits)
             loss = divided(*classification_loss(self.config, logits, labels), num_items_in_batch)
         output = SequenceClassifierOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
-        return self.returned(output, return_dict)
+        return self.as_tuple_if_asked(output, return_dict)
 
     def _real_tokens(self, input_ids: Any, attention_mask: Any, x_BTD: Tensor) -> Tensor:
         """[B, T]: what counts as a token when looking for the last one."""
@@ -178,7 +178,7 @@ class MistralForTokenClassification(PreTrainedModel):
         initializer: Any = None,
         name: str | None = None,
     ) -> None:
-        config = MistralConfig.taken(config)
+        config = MistralConfig.of(config)
         dtype, initializer = as_policy(dtype), initializer or default_initializer(config)
         super().__init__(config, dtype=dtype, name=name)
         options = {"dtype": dtype, "initializer": initializer}
@@ -216,7 +216,7 @@ class MistralForTokenClassification(PreTrainedModel):
                 validate.check_labels("labels", to_numpy(labels), x_BTD.shape[:2], self.config.num_labels)
             loss = divided(*cross_entropy(logits, labels), num_items_in_batch)
         output = TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions)
-        return self.returned(output, return_dict)
+        return self.as_tuple_if_asked(output, return_dict)
 
 
 class MistralForQuestionAnswering(PreTrainedModel):
@@ -231,7 +231,7 @@ class MistralForQuestionAnswering(PreTrainedModel):
         initializer: Any = None,
         name: str | None = None,
     ) -> None:
-        config = MistralConfig.taken(config)
+        config = MistralConfig.of(config)
         dtype, initializer = as_policy(dtype), initializer or default_initializer(config)
         super().__init__(config, dtype=dtype, name=name)
         options = {"dtype": dtype, "initializer": initializer}
@@ -267,4 +267,4 @@ class MistralForQuestionAnswering(PreTrainedModel):
             end = integers("end_positions", end_positions, rank=1)
             loss = divided(*span_loss(start_logits, end_logits, start, end), num_items_in_batch)
         output = QuestionAnsweringOutput(loss, start_logits, end_logits, out.hidden_states, out.attentions)
-        return self.returned(output, return_dict)
+        return self.as_tuple_if_asked(output, return_dict)

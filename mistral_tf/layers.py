@@ -15,7 +15,7 @@ from tensorflow import Tensor
 from mistral_core import MistralConfig
 from mistral_core.config.rope import rotary_table
 
-from .attention import Visibility, attend, checked
+from .attention import Visibility, attend, check_implementation
 from .cache import remember
 from .products import product
 
@@ -161,7 +161,7 @@ class Attention(Layer):
         self.o_proj = Linear(N * H, D, name=f"{self.name}.o_proj", **options)
         self.heads, self.key_value_heads, self.head_dim = N, K, H
         self.window = window
-        self.implementation = checked(implementation)
+        self.implementation = check_implementation(implementation)
         self.dropout = config.attention_dropout
 
     def call(

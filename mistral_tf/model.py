@@ -33,7 +33,7 @@ class MistralModel(PreTrainedModel):
         initializer: Any = None,
         name: str | None = None,
     ) -> None:
-        config = MistralConfig.taken(config)
+        config = MistralConfig.of(config)
         dtype, initializer = as_policy(dtype), initializer or default_initializer(config)
         super().__init__(config, dtype=dtype, name=name)
         self.config = config
@@ -80,7 +80,7 @@ class MistralModel(PreTrainedModel):
         of_layers = self._run(x_BTD, step, past, training)
         with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output = self._output(of_layers, step, past, with_states)
-        return self.returned(output, return_dict)
+        return self.as_tuple_if_asked(output, return_dict)
 
     def _start(
         self, inputs: Inputs, past: KVCache | None, use_cache: bool | None, output_attentions: bool | None, trains: bool

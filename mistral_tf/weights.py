@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from mistral_core import GenerationConfig, MistralConfig
-from mistral_core.compat.arguments import translated
+from mistral_core.compat.arguments import from_transformers
 from mistral_core.compat.clients import path_by_either_name
 from mistral_core.errors import ConfigError
 from mistral_core.weights import loading
@@ -52,7 +52,7 @@ class PreTrainedModel(Saved, KerasModel):
         come in its variable dtype. A head that the file lacks is initialised from `seed` with one warning. Raises
         CheckpointError, ConfigError or HubError and their kind.
         """
-        given = translated(options, dtype=dtype, device=device, attn_implementation=attn_implementation)
+        given = from_transformers(options, dtype=dtype, device=device, attn_implementation=attn_implementation)
         dtype, device = given.pop("dtype"), as_device(given.pop("device"))
         attn_implementation = given.pop("attn_implementation")
         policy = None if dtype is None else as_policy(dtype)

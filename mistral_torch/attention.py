@@ -1,4 +1,6 @@
-"""Attention: who sees whom, the formula, and the fused kernels that compute the same; letters of `mistral_core.config`.
+"""Attention: who sees whom, the formula, and the fused kernels that compute the same.
+
+Axis letters are those of the legend in `mistral_core.config`.
 
 Every implementation takes q [B, T, N, H], k and v [B, S, K, H] and who sees whom, and returns the output [B, T, N, H]
 and, where it has them, the weights [B, N, T, S].
@@ -103,7 +105,7 @@ def attend_sdpa(
 
 
 def _grouped(q_BNTH: Tensor, k_BKSH: Tensor) -> dict[str, bool]:
-    """The option for groups; a branch, because the comparison itself is no bool when compiled."""
+    """The option for groups; a branch, because under torch.compile the comparison is a symbolic bool."""
     return {"enable_gqa": True} if q_BNTH.shape[1] != k_BKSH.shape[1] else {}
 
 
@@ -210,7 +212,7 @@ ALIASES = {"flex_attention": "flex"}
 WITHOUT_DROPOUT = ("flex",)
 
 
-def checked(implementation: str | None) -> str:
+def check_implementation(implementation: str | None) -> str:
     """The name of an attention implementation that runs here; None is the default.
 
     Raises UnsupportedFeatureError for an unknown one, MissingExtraError for one whose package is not installed.

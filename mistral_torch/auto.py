@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from mistral_core import MistralConfig
-from mistral_core.compat.arguments import translated
+from mistral_core.compat.arguments import from_transformers
 from mistral_core.compat.clients import path_by_either_name
 from mistral_core.errors import UnsupportedFeatureError
 
@@ -42,10 +42,10 @@ class AutoModel:
 
         `options` are those fields, attn_implementation, dtype and device.
         """
-        given = translated(options, dtype=None, device=None, attn_implementation=None)
+        given = from_transformers(options, dtype=None, device=None, attn_implementation=None)
         dtype, device = given.pop("dtype"), as_device(given.pop("device"))
         implementation = given.pop("attn_implementation")
-        model = cls.model_class(MistralConfig.taken(config).replace(**given), attn_implementation=implementation)
+        model = cls.model_class(MistralConfig.of(config).replace(**given), attn_implementation=implementation)
         if dtype is None and device is None:  # on the meta device even a move to nowhere fails
             return model
         return model.to(device=device, dtype=None if dtype is None else as_dtype(dtype))

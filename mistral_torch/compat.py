@@ -19,7 +19,7 @@ from mistral_core.errors import InputError, MissingTensorsError, UnsupportedFeat
 from mistral_core.parameters import parameters
 
 from .arrays import to_numpy
-from .attention import ALIASES, checked
+from .attention import ALIASES, check_implementation
 from .cache import KVCache
 from .outputs import Dictionary
 
@@ -182,7 +182,7 @@ class AsTransformers(SeenAs):
 
 def attention_name(implementation: str | None) -> str:
     """An attention implementation by the name that transformers gives it."""
-    own = checked(implementation)
+    own = check_implementation(implementation)
     return {ours: theirs for theirs, ours in ALIASES.items()}.get(own, own)
 
 

@@ -58,7 +58,7 @@ def takes_foreign_caches(forward: Any) -> Any:
         if attention_mask is not None:
             mask_BT = torch.atleast_2d(torch.as_tensor(attention_mask, device=before.device))[:, -new:]
         theirs = given_back(past_key_values, out.past_key_values, token_order((mask_BT != 0).long(), before))
-        return self.returned(out._replace(past_key_values=theirs), return_dict)
+        return self.as_tuple_if_asked(out._replace(past_key_values=theirs), return_dict)
 
     return with_any_cache
 

@@ -26,7 +26,7 @@ class MistralForCausalLM(GeneratesForClients, PreTrainedModel):
     loss_type = "ForCausalLM"  # as transformers' Trainer calls it: the first label of a row does not count
 
     def __init__(self, config: MistralConfig, *, attn_implementation: str | None = None) -> None:
-        config = MistralConfig.taken(config)
+        config = MistralConfig.of(config)
         super().__init__(config)
         self.model = MistralModel(config, attn_implementation=attn_implementation)
         self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
@@ -78,7 +78,7 @@ class MistralForCausalLM(GeneratesForClients, PreTrainedModel):
             loss = divided(*cross_entropy(logits[:, :-1], labels[:, 1:]), num_items_in_batch)
             logits = _kept(logits, logits_to_keep)
         output = CausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
-        return self.returned(output, return_dict)
+        return self.as_tuple_if_asked(output, return_dict)
 
     def _engine(self, compile: str) -> Engine:
         return Engine(self, compile)
@@ -100,7 +100,7 @@ class MistralForSequenceClassification(PreTrainedModel):
     """One set of scores for each row, read at its last real token."""
 
     def __init__(self, config: MistralConfig, *, attn_implementation: str | None = None) -> None:
-        config = MistralConfig.taken(config)
+        config = MistralConfig.of(config)
         super().__init__(config)
         self.model = MistralModel(config, attn_implementation=attn_implementation)
         self.score = Head(config.hidden_size, config.num_labels, bias=False)
@@ -137,7 +137,7 @@ class MistralForSequenceClassification(PreTrainedModel):
             labels = labels_array(self.config, labels, logits)
             loss = divided(*classification_loss(self.config, logits, labels), num_items_in_batch)
         output = SequenceClassifierOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
-        return self.returned(output, return_dict)
+        return self.as_tuple_if_asked(output, return_dict)
 
     def _real_tokens(self, input_ids: Any, attention_mask: Any, x_BTD: Tensor) -> Tensor:
         """[B, T]: what counts as a token when looking for the last one."""
@@ -153,7 +153,7 @@ class MistralForTokenClassification(PreTrainedModel):
     """One set of scores for each token."""
 
     def __init__(self, config: MistralConfig, *, attn_implementation: str | None = None) -> None:
-        config = MistralConfig.taken(config)
+        config = MistralConfig.of(config)
         super().__init__(config)
         self.model = MistralModel(config, attn_implementation=attn_implementation)
         self.score = Head(config.hidden_size, config.num_labels)
@@ -187,14 +187,14 @@ class MistralForTokenClassification(PreTrainedModel):
                 validate.check_labels("labels", to_numpy(labels), x_BTD.shape[:2], self.config.num_labels)
             loss = divided(*cross_entropy(logits, labels), num_items_in_batch)
         output = TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions)
-        return self.returned(output, return_dict)
+        return self.as_tuple_if_asked(output, return_dict)
 
 
 class MistralForQuestionAnswering(PreTrainedModel):
     """Where an answer starts and ends."""
 
     def __init__(self, config: MistralConfig, *, attn_implementation: str | None = None) -> None:
-        config = MistralConfig.taken(config)
+        config = MistralConfig.of(config)
         super().__init__(config)
         self.model = MistralModel(config, attn_implementation=attn_implementation)
         self.qa_outputs = Head(config.hidden_size, 2)
@@ -228,4 +228,4 @@ class MistralForQuestionAnswering(PreTrainedModel):
             end = integers("end_positions", end_positions, self.device, rank=1)
             loss = divided(*span_loss(start_logits, end_logits, start, end), num_items_in_batch)
         output = QuestionAnsweringOutput(loss, start_logits, end_logits, out.hidden_states, out.attentions)
-        return self.returned(output, return_dict)
+        return self.as_tuple_if_asked(output, return_dict)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mistral_core import MistralConfig
 from mistral_core.config.rope import rotary_table
 
-from .attention import Visibility, attend, checked
+from .attention import Visibility, attend, check_implementation
 from .cache import remember
 from .products import product
 
@@ -96,7 +96,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(N * H, D, bias=False)
         self.head_dim = H
         self.window = window
-        self.implementation = checked(implementation)
+        self.implementation = check_implementation(implementation)
         self.dropout = config.attention_dropout
 
     def forward(

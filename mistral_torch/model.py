@@ -27,7 +27,7 @@ class MistralModel(PreTrainedModel):
     """The body shared by every head: token ids to hidden states."""
 
     def __init__(self, config: MistralConfig, *, attn_implementation: str | None = None) -> None:
-        config = MistralConfig.taken(config)
+        config = MistralConfig.of(config)
         super().__init__(config)
         self.config = config.noted(attn_implementation=attention_name(attn_implementation))
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -69,7 +69,7 @@ class MistralModel(PreTrainedModel):
         of_layers = self._run(x_BTD, step, past)
         with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output = self._output(of_layers, step, past, with_states)
-        return self.returned(output, return_dict)
+        return self.as_tuple_if_asked(output, return_dict)
 
     def _start(
         self, inputs: Inputs, past: KVCache | None, use_cache: bool | None, output_attentions: bool | None

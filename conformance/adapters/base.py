@@ -63,7 +63,7 @@ class Adapter(abc.ABC):
 
     @abc.abstractmethod
     def recorder(self, module: Any, called: Callable[[], None]) -> Any:
-        """A module that has another one inside, hands its calls on to it and tells of each."""
+        """A module that has another one inside, hands its calls on to it and records each."""
 
     def record(self, model: Any, name: str, calls: Counter[str]) -> None:
         """Put a recorder in the place of the module of this canonical name, such as "model.layers.0.mlp.up_proj"."""

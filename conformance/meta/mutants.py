@@ -12,7 +12,7 @@ BACKENDS = ("torch", "flax", "tf")
 
 
 class Edit(NamedTuple):
-    """Replace `old` by `new` in one file of a backend; `old` stands there `times` times."""
+    """Replace `old` by `new` in one file of a backend; `old` appears `times` times."""
 
     file: str
     old: str

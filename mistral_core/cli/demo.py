@@ -22,7 +22,7 @@ from ..weights.loading import load_pretrained
 from . import backends_argument, loading, loading_arguments, progress, put
 
 PROMPT = "Elizabeth was surprised"
-BOUND = 32.0
+BOUND_ULPS = 32.0
 """float32 ulp of the largest logit: what the conformance suite promises."""
 
 
@@ -137,7 +137,7 @@ def _framework(
     argmax = float((logits.argmax(-1) == expected.logits.argmax(-1)).mean())
     one_pass = logits[:, expected.prompt - 1 : -1].argmax(-1)
     cached_is_one_pass = bool((one_pass == written[:, expected.prompt :]).all())
-    agrees = bool((written == expected.tokens).all()) and argmax == 1 and ulp <= BOUND and cached_is_one_pass
+    agrees = bool((written == expected.tokens).all()) and argmax == 1 and ulp <= BOUND_ULPS and cached_is_one_pass
     text = tokenizer.decode(written[0], skip_special_tokens=True)
     return DemoRow(
         backends.version(backend), text, difference, ulp, argmax, cached_is_one_pass,
@@ -164,4 +164,4 @@ def _print(prompt: str, rows: list[DemoRow], agree: bool) -> None:
     for line in (head, *cells):
         put("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     verdict = "all agree" if agree else "THEY DISAGREE" if len(rows) > 1 else "no framework is installed"
-    put(f"\n{verdict} (same tokens, same argmax, logits within {BOUND:.0f} ulp of the float64 reference)")
+    put(f"\n{verdict} (same tokens, same argmax, logits within {BOUND_ULPS:.0f} ulp of the float64 reference)")

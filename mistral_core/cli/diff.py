@@ -12,7 +12,7 @@ from ..weights import difference
 from ..weights.opening import Checkpoint
 from . import put
 
-SHOWN = 20
+SHOWN_TENSORS = 20
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
@@ -36,10 +36,10 @@ def run(options: argparse.Namespace) -> int:
         put(json.dumps(facts, indent=1))
         return int(bool(different))
     put(f"{len(found) - len(different)} of {len(found)} tensors have the same bits")
-    for item in different[:SHOWN]:
+    for item in different[:SHOWN_TENSORS]:
         put(f"{item.name}: {_told(item)}")
-    if len(different) > SHOWN:
-        put(f"... and {len(different) - SHOWN} more (--json lists all)")
+    if len(different) > SHOWN_TENSORS:
+        put(f"... and {len(different) - SHOWN_TENSORS} more (--json lists all)")
     for state in states:
         put(f"after {state.layer}: max |difference| {state.max_abs:.3g}, relative {state.relative:.3g}")
     parted = next((state.layer for state in states if state.max_abs > 0), None)

@@ -30,7 +30,7 @@ OPTIONS = {
 }
 """The options of `generate` that are options of the command too; those that sample turn sampling on."""
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
-EVERY = 5.0
+PROGRESS_SECONDS = 5.0
 """Seconds between two words of progress where no text is shown."""
 
 
@@ -110,7 +110,7 @@ class _Count:
     def put(self, value: Any) -> None:
         """The prompt first, then the tokens of each step."""
         self.made += 1
-        if time.monotonic() - self.said > EVERY:
+        if time.monotonic() - self.said > PROGRESS_SECONDS:
             self.said = time.monotonic()
             progress(f"{self.made} tokens")
 

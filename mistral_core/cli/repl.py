@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "help": ("", "this list"),
-    "reset": ("", "begin anew; the system prompt stays"),
+    "reset": ("", "start over; the system prompt stays"),
     "system": ("[TEXT]", "show the system prompt, or set it; - removes it"),
     "save": ("FILE", "write the conversation as JSON"),
     "save!": ("FILE", "the same, in the place of a file"),

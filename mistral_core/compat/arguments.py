@@ -92,7 +92,7 @@ KNOWN = frozenset({
 """Names that `from_pretrained` knows beside the fields of the config."""
 
 
-def translated(options: Mapping[str, Any], **ours: Any) -> dict[str, Any]:
+def from_transformers(options: Mapping[str, Any], **ours: Any) -> dict[str, Any]:
     """Arguments of `from_pretrained`, `ours` under our own names (None: not given), in one mapping under our names.
 
     Raises ConfigError where an argument comes under two names with two values, UnsupportedFeatureError with all that

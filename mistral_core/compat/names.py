@@ -1,4 +1,4 @@
-"""Names that transformers' documentation imports and this project has not: each with what to use instead."""
+"""Names in transformers' docs that do not exist here, and what to use instead."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def kind_of(names: Collection[str]) -> tuple[str, Unread] | None:
     return None
 
 
-def told(names: Collection[str]) -> str | None:
+def advice(names: Collection[str]) -> str | None:
     """What files are, where they are of a kind that is not read, and what to do."""
     found = kind_of(names)
     return found and f"{found[0][:100]!a} is {found[1].what}; {found[1].advice}"

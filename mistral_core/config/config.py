@@ -94,9 +94,9 @@ class MistralConfig:
     """Sizes and numbers of a Mistral, in Hugging Face's names; defaults are those of transformers 4.56.
 
     `rope_scaling` is None or `{"rope_type": "linear" | "yarn" | "llama3", "factor": ..., ...}`. `sliding_window` is
-    the number
-    of keys a position sees, itself included, or None. `layer_types` names each layer full or sliding; None makes all
-    sliding where there is a window. `extra` keeps the keys of a file that this class does not know, for the way back.
+    the number of keys a position sees, itself included, or None. `layer_types` names each layer full or sliding; None
+    makes all sliding where there is a window. `extra` keeps the keys of a file that this class does not know, for the
+    way back.
 
     It is made with fields or with what transformers calls them (`torch_dtype=`, `rope_parameters=`); numbers of NumPy
     and of the frameworks, paths, tuples and ranges are taken as Python's own.
@@ -265,7 +265,7 @@ class MistralConfig:
         return cls(**fields)
 
     @classmethod
-    def taken(cls, config: Any) -> MistralConfig:
+    def of(cls, config: Any) -> MistralConfig:
         """The config that a caller gives: one of this class, transformers' own object, or a dictionary as in a file.
 
         Another library's object is read by its `to_dict`, as `from_dict` reads a file. Raises ConfigError.
@@ -299,7 +299,7 @@ class MistralConfig:
     def _read(cls, root: Path, strict: bool) -> MistralConfig:
         files = [root] if root.is_file() else [root / name for name in CONFIG_FILES if (root / name).exists()]
         if not files:
-            text = unread.told(reading.names(root)) or "check the path"
+            text = unread.advice(reading.names(root)) or "check the path"
             raise CheckpointNotFoundError(f"{root}: neither {' nor '.join(CONFIG_FILES)} is there; {text}.")
         configs = []
         for file in files:

@@ -131,7 +131,7 @@ def _refuse_other_models(data: Mapping[str, Any], where: str) -> None:
 
 
 def _read_labels(fields: dict[str, Any], where: str) -> None:
-    """Absent where they are null; a count beside names of another number is told of, and the names decide."""
+    """Absent where they are null; a count that is not the number of names is warned of, and the names decide."""
     for name in ("id2label", "label2id"):
         if fields.get(name) is None:
             fields.pop(name, None)

@@ -96,7 +96,7 @@ def sweep_files(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def renamed(temporary: Path, name: PathLike) -> Iterator[None]:
+def errors_named_for(temporary: Path, name: PathLike) -> Iterator[None]:
     """Let errors name what the user gave, not the temporary path by which it was reached."""
     try:
         yield
@@ -237,7 +237,7 @@ def atomic_directory(
             mode = _mode(path) or _mode(temporary) or 0o700
             temporary.chmod(0o700)  # until it is known to be as closed as it has to be
             try:
-                with renamed(temporary, path):
+                with errors_named_for(temporary, path):
                     yield temporary
                 if path.exists():
                     _keep_modes(path, temporary)

@@ -46,7 +46,7 @@ def parse_object(data: bytes, *, where: str, error: type[MistralError]) -> dict[
         counts = Counter(key for key, _ in pairs)
         twice = sorted(key for key, count in counts.items() if count > 1)
         if twice:
-            raise error(f"{where}: the keys {twice[:20]} stand there twice; keep one of each.")
+            raise error(f"{where}: the keys {twice[:20]} appear twice; keep one of each.")
         return dict(pairs)
 
     def refuse_constant(name: str) -> float:

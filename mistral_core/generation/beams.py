@@ -124,7 +124,7 @@ class _Search:
         chooser = Chooser(engine, generation, prompt.hooks, rule)
         deadline = time.monotonic() + (generation.max_time or np.inf)
         cache, fed = engines.begin(engine, prompt, past)
-        cache, fed = engines.expanded(engine, cache, fed, generation, beams)
+        cache, fed = engines.repeat_rows(engine, cache, fed, generation, beams)
         seed = engine.random_seed() if generation.seed is None else generation.seed
         key = row_keys(seed, len(prompt.rows), beams)
         prompts = [row for row in prompt.rows for _ in range(beams)]

@@ -20,14 +20,14 @@ from ..reference.sampling import log_softmax, row_keys
 from ..text.stream import StoppingStream, telling
 from . import beams
 from .ending import Ending, column, score_columns
-from .engine import Chosen, Engine, Prompt, begin, expanded, feed, piece_widths
+from .engine import Chosen, Engine, Prompt, begin, feed, piece_widths, repeat_rows
 from .guesses import Assistant, prompt_lookup
 from .history import limits
 from .hooks import Chooser, Hooks
 from .preparing import prepare
 from .sampling import Rule, Values, numbers
 
-__all__ = ["Chosen", "Engine", "Prompt", "decode", "generate", "prepare", "returned", "stream", "transition_scores"]
+__all__ = ["Chosen", "Engine", "Prompt", "decode", "generate", "prepare", "result", "stream", "transition_scores"]
 
 
 class Step(NamedTuple):
@@ -141,7 +141,7 @@ def looked_into(engine: Engine, prompt: Prompt, out: GenerateOutput) -> Generate
     )
 
 
-def returned(engine: Engine, prompt: Prompt, out: GenerateOutput) -> Any:
+def result(engine: Engine, prompt: Prompt, out: GenerateOutput) -> Any:
     """What a backend's `generate` returns: the framework's arrays, the sequences alone unless all was asked for."""
     if not prompt.generation.return_dict_in_generate:
         return engine.array(out.sequences)
@@ -225,7 +225,7 @@ def decode(
     seed = engine.random_seed() if generation.seed is None else generation.seed
     key = row_keys(seed, len(prompt.rows), copies)
     if copies > 1:
-        cache, fed = expanded(engine, cache, fed, generation, copies)
+        cache, fed = repeat_rows(engine, cache, fed, generation, copies)
     ending = Ending(engine, prompt, rows, tokenizer)
     ended = [False] * len(rows)
     drafts: list[list[int]] = [[] for _ in rows]

@@ -22,11 +22,11 @@ from .options import GenerationConfig
 from .sampling import Rule, Values, numbers
 
 LOG = logging.getLogger("mistral.decoding")
-CHUNK = 512
+CHUNK_TOKENS = 512
 """Columns of a prompt that are computed at once where nothing else is asked for."""
-CAPACITY = 512
+CAPACITY_TOKENS = 512
 """The smallest cache of an engine that compiles for each shape; larger ones are powers of two."""
-LOOKBACK = 64
+LOOKBACK_TOKENS = 64
 """Tokens that a rolling cache can go back, for a turn that takes some of the last one back, and for guesses."""
 
 
@@ -113,16 +113,16 @@ class Prompt(NamedTuple):
 
 
 def begin(engine: Engine, prompt: Prompt, past: Any) -> tuple[Any, list[Any]]:
-    """A cache with room for all that is to come, and what of each row it has not: at least the last token.
+    """A cache with room for all that is to come, and what is missing of each row: at least the last token.
 
     Raises InputError for a cache of another batch or model, or that has rolled on too far to go back.
     """
     config, generation, context = engine.config, prompt.generation, prompt.context
     capacity = max(map(len, context)) + generation.max_new_tokens
     if engine.fixed_caches:
-        capacity = min(max(CAPACITY, 1 << (capacity - 1).bit_length()), config.max_position_embeddings)
+        capacity = min(max(CAPACITY_TOKENS, 1 << (capacity - 1).bit_length()), config.max_position_embeddings)
     rolling = generation.cache != "full"
-    lookback = max(LOOKBACK, generation.prompt_lookup_num_tokens or 0, generation.num_assistant_tokens)
+    lookback = max(LOOKBACK_TOKENS, generation.prompt_lookup_num_tokens or 0, generation.num_assistant_tokens)
     cache = past.past_key_values if isinstance(past, GenerateOutput) else past
     if cache is not None:
         if prompt.embeds is not None:
@@ -130,7 +130,10 @@ def begin(engine: Engine, prompt: Prompt, past: Any) -> tuple[Any, list[Any]]:
         length = _checked_lengths(config, cache, len(context))
         common = [min(len(row) - 1, have) for row, have in zip(context, length, strict=True)]
         if isinstance(past, GenerateOutput):
-            common = [min(c, alike(row, old)) for c, row, old in zip(common, context, _rows(past, length), strict=True)]
+            common = [
+                min(c, common_length(row, old))
+                for c, row, old in zip(common, context, _rows(past, length), strict=True)
+            ]
         capacity = max(capacity, cache.capacity or 0)
         slots = grown_layout(
             config, [k.shape[1] for k in cache.keys], cache.capacity, capacity, rolling=rolling, lookback=lookback
@@ -158,10 +161,10 @@ def _checked_lengths(config: MistralConfig, cache: Any, rows: int) -> list[int]:
     return [int(length) for length in cache.length]
 
 
-def expanded(
+def repeat_rows(
     engine: Engine, cache: Any, rest: list[Any], generation: GenerationConfig, copies: int
 ) -> tuple[Any, list[Any]]:
-    """The cache and what it has not with each row so many times; all but the last token is computed once."""
+    """The cache and what is missing of it, with each row so many times; all but the last token is computed once."""
     first = [row[:-1] for row in rest]
     if columns := max(map(len, first)):
         nothing = Values(numbers(generation), np.zeros((len(rest), 2), np.uint32), np.zeros(len(rest), np.int32))
@@ -197,9 +200,9 @@ def feed(
 
 def piece_widths(engine: Engine, columns: int, generation: GenerationConfig) -> list[int]:
     """How a prompt of so many columns is cut."""
-    chunk = generation.prefill_chunk_size or CHUNK
+    chunk = generation.prefill_chunk_size or CHUNK_TOKENS
     if engine.fixed_prompts:  # a short prompt is not padded to a part of a long chunk
-        return pieces(columns, chunk if columns >= chunk else min(chunk, CHUNK))
+        return pieces(columns, chunk if columns >= chunk else min(chunk, CHUNK_TOKENS))
     first = columns % chunk
     return [first] * bool(first) + [chunk] * (columns // chunk)
 
@@ -232,6 +235,6 @@ def _rows(past: GenerateOutput, length: list[int]) -> list[list[int]]:
     return rows
 
 
-def alike(row: list[int], old: list[int]) -> int:
+def common_length(row: list[int], old: list[int]) -> int:
     """How many tokens two rows have in common at their beginning."""
     return next((i for i, (a, b) in enumerate(zip(row, old, strict=False)) if a != b), min(len(row), len(old)))

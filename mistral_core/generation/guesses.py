@@ -45,13 +45,13 @@ class Assistant:
         self.held: list[list[int]] = [[] for _ in rows]
         self.cache, rest = engines.begin(engine, prompt, None)
         if copies > 1:
-            self.cache, _ = engines.expanded(engine, self.cache, rest, self.generation, copies)
+            self.cache, _ = engines.repeat_rows(engine, self.cache, rest, self.generation, copies)
             self.held = [row[:-1] for row in rows]
         self.prompts = [len(row) for row in rows]
 
     def propose(self, rows: list[list[int]], most: list[int]) -> list[list[int]]:
         """So many guesses for each row, fewer where its logits hold nothing to choose from."""
-        common = [min(engines.alike(row, old), len(row) - 1) for row, old in zip(rows, self.held, strict=True)]
+        common = [min(engines.common_length(row, old), len(row) - 1) for row, old in zip(rows, self.held, strict=True)]
         back = np.array([len(old) for old in self.held]) - common
         if back.any():
             self.cache = self.cache.rollback(back, self.engine.config)

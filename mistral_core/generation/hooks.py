@@ -79,7 +79,7 @@ class Hooks(NamedTuple):
     """(row of the batch, ids [T]) -> the ids that may come."""
 
     @classmethod
-    def taken(cls, options: dict[str, Any]) -> Hooks:
+    def of(cls, options: dict[str, Any]) -> Hooks:
         """Those among the options of a call, which are taken out; raises GenerationConfigError."""
         allowed = options.pop("prefix_allowed_tokens_fn", None)
         if allowed is not None and not callable(allowed):

@@ -80,7 +80,7 @@ class Generates(Generic[A]):
             prompt, past = self._own_past(prompt, past_key_values)
             engine, assistant = self._engines(assistant_model, prompt)
         out = driver.generate(engine, prompt, past=past, assistant=assistant, streamer=streamer, tokenizer=tokenizer)
-        returned: A | GenerateOutput = driver.returned(engine, prompt, self._given_back(out, past_key_values))
+        returned: A | GenerateOutput = driver.result(engine, prompt, self._given_back(out, past_key_values))
         return returned
 
     # What users call

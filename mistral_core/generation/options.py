@@ -51,7 +51,7 @@ class GenerationConfig:
     How: `cache` is rolling where the model has a window unless `full` is asked for. `prefill_chunk_size` is the most
     columns of the prompt that are computed at once. `prompt_lookup_num_tokens` guesses so many tokens a step from the
     text so far, an assistant model guesses `num_assistant_tokens`; both change the speed and not the tokens.
-    `compile` is told of in each backend's `generate`. `on_device_loop` runs all steps in one compiled loop, for
+    `compile` is described in each backend's `generate`. `on_device_loop` runs all steps in one compiled loop, for
     accelerators. `extra` keeps the keys of a file that this class does not know. What was not said is, in a call, the
     checkpoint's own.
     """
@@ -173,7 +173,7 @@ class GenerationConfig:
         return cls(**fields, extra={key: value for key, value in data.items() if key not in known})
 
     @classmethod
-    def taken(cls, config: Any) -> GenerationConfig:
+    def of(cls, config: Any) -> GenerationConfig:
         """One of these, from itself, a dictionary or transformers' class of this name.
 
         Raises GenerationConfigError for anything else, and for an option that would change a token and is not here.
@@ -192,7 +192,7 @@ class GenerationConfig:
     @classmethod
     def from_model_config(cls, config: MistralConfig) -> GenerationConfig:
         """The token ids of a model's config."""
-        config = MistralConfig.taken(config)
+        config = MistralConfig.of(config)
         return cls(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id, bos_token_id=config.bos_token_id)
 
     def to_dict(self) -> dict[str, Any]:

@@ -34,14 +34,14 @@ def prepare(
     InputError and its kinds.
     """
     options = dict(options)
-    hooks = Hooks.taken(options)
+    hooks = Hooks.of(options)
     if (inputs := options.pop("inputs", None)) is not None:
         if input_ids is not None:
             raise InputError("inputs: it is another name of input_ids; give one of them.")
         input_ids = inputs
     embeds = options.pop("inputs_embeds", None)
     positions, types = options.pop("position_ids", None), options.pop("token_type_ids", None)
-    generation = GenerationConfig.taken(generation)
+    generation = GenerationConfig.of(generation)
     if options.pop("use_model_defaults", None) is not False and own is not None:
         generation = generation.over(own)
     generation = generation.replace(**options)

@@ -26,7 +26,7 @@ from ..errors import (
 )
 from ..telling import warn
 from . import cache, wire
-from .errors import Repository, translated
+from .errors import Repository, our_error
 from .wire import Announced
 
 ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only")
@@ -137,7 +137,7 @@ def _resolved(repository: Repository, choice: WantedFiles, local_files_only: boo
             return _cached(repository, choice)
         return _download(repository, choice)
     except Exception as error:
-        failure = translated(error, repository)
+        failure = our_error(error, repository)
         snapshot = None
         if type(failure) in (HubError, HubTimeoutError, OfflineError) and not local_files_only:
             with contextlib.suppress(OfflineError):
@@ -167,7 +167,7 @@ def _download(repository: Repository, choice: WantedFiles) -> Path:
     if absent := [name for name in rest if name not in announced]:
         raise FileNotOnHubError(f"{repository}: the repository lacks {', '.join(absent)}, which its index names.")
     if not first and not rest:
-        advice = unread.told(announced) or "check the id"
+        advice = unread.advice(announced) or "check the id"
         raise FileNotOnHubError(f"{repository}: the repository has none of {', '.join(choice.told)}; {advice}.")
     _fetch(repository, commit, rest, announced)
     cache.sweep(repository, commit)
@@ -215,7 +215,7 @@ def _fetch_one(
             break
         except Exception as error:
             came = os.fstat(descriptor).st_size
-            broken = isinstance(translated(error, repository), (DownloadCorruptError, HubTimeoutError))
+            broken = isinstance(our_error(error, repository), (DownloadCorruptError, HubTimeoutError))
             if not broken or isinstance(error, MistralError) or expected.sha256 is None or came <= before + (1 << 20):
                 if expected.sha256 is None:
                     path.unlink(missing_ok=True)

@@ -39,7 +39,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def translated(error: Exception, repository: Repository) -> Exception:
+def our_error(error: Exception, repository: Repository) -> Exception:
     """The error of this project for one of huggingface_hub, its HTTP library or the system; else itself.
 
     No text of the server goes into the message: it could repeat the token.

@@ -17,7 +17,7 @@ FILES = (
     "NotoSansCJK-Regular.ttc", "PingFang.ttc", "Arial Unicode.ttf",
 )  # fmt: skip
 """Looked for where the system keeps its fonts; Pillow's own, which is always there, has little more than ASCII."""
-TALL = 40
+TALL_PIXELS = 40
 """Pixels at which glyphs are compared."""
 
 
@@ -61,7 +61,7 @@ class Fonts:
 
     def _has(self, file: str | None, character: str) -> bool:
         if (file, character) not in self._known:
-            font = self._font(file, TALL)
+            font = self._font(file, TALL_PIXELS)
             missing = bytes(font.getmask(character)) == bytes(font.getmask("\uffff"))  # no font has this one
             self._known[file, character] = character == " " or not missing
         return self._known[file, character]
@@ -74,7 +74,7 @@ class Fonts:
 
     def _opens(self, file: str) -> bool:
         try:
-            self._font(file, TALL)
+            self._font(file, TALL_PIXELS)
         except OSError:
             return False
         return True

@@ -15,7 +15,7 @@ from .labels import labels
 from .panel import Token
 
 MOST_TOKENS = 2048
-"""A matrix of more is no picture any more."""
+"""Larger matrices are not drawn."""
 PADDING = "pad"
 
 Source = str | Sequence[Any]

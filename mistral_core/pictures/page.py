@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MOST_TOKENS = 512
 MOST_CELLS = 1 << 23
 """Of all matrices together: some 22 MB of page."""
-LETTERS = 120
+LABEL_LETTERS = 120
 """Columns of the same picture in letters."""
 STEPS = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 1)
 """Attention weights in the legend."""
@@ -40,7 +40,7 @@ def page(picture: Picture) -> str:
         hashes=f"style-src '{_hash(style)}'; script-src '{_hash(script)}'",
         style=style,
         legend=_legend(picture),
-        plain=html.escape(picture.text(columns=LETTERS)),
+        plain=html.escape(picture.text(columns=LABEL_LETTERS)),
         data=_data(picture),
         script=script,
     )

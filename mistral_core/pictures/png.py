@@ -27,7 +27,7 @@ CELLS = ((32, 44), (96, 30), (256, 16), (MOST_TOKENS, 8))
 GRID, GRID_PIXELS = 4, 288
 """From so many panels of weights on, they are shown small, without labels, about so wide."""
 TEXT, TITLE, MARGIN, LONGEST_LABEL = 26, 34, 36, 300
-NARROWEST = 1200
+NARROWEST_PIXELS = 1200
 STEPS = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 1)
 
 
@@ -48,7 +48,7 @@ def draw(picture: Picture, *, font: str | None = None) -> Image:
     rows = [[_text(fonts, picture.title, TITLE, bold=True)], *_panels(picture, fonts), [_legend(picture, fonts)]]
     width = max(sum(block.width + MARGIN for block in row) for row in rows) + MARGIN
     heights = [max(block.height for block in row) + MARGIN for row in rows]
-    return _painted(rows, max(width, NARROWEST), heights)
+    return _painted(rows, max(width, NARROWEST_PIXELS), heights)
 
 
 def _painted(rows: list[list[Block]], width: int, heights: list[int]) -> Image:

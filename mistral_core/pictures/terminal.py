@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from .picture import Picture
 
 LONGEST_LABEL = 16
-FEWEST = 4
+FEWEST_COLUMNS = 4
 """Tokens shown of any text, however narrow the terminal."""
-ABREAST = 4
+ROWS_ABREAST = 4
 """From so many panels of weights on, they are shown small, beside each other."""
 GLYPHS = {Reason.FUTURE: " ·", Reason.WINDOW: "▒▒", Reason.DOCUMENT: "╱╱", Reason.PADDING: " ×"}
 
@@ -68,7 +68,7 @@ def show(picture: Picture, file: TextIO) -> None:
 def lines(picture: Picture, screen: Screen) -> Iterator[list[Segment]]:
     """Yield the picture line by line: title, panels, legend."""
     yield [(_cut(picture.title, screen), "bold")]
-    if sum(panel.weights is not None for panel in picture.panels) >= ABREAST:
+    if sum(panel.weights is not None for panel in picture.panels) >= ROWS_ABREAST:
         yield from _grid(picture, screen)
     else:
         for panel in picture.panels:
@@ -85,7 +85,7 @@ def _matrix(panel: Panel, tokens: Sequence[Token], screen: Screen) -> Iterator[l
     label = min(LONGEST_LABEL, max(map(_width, names)), (screen.columns or 80) // 3)
     numbers = ["" if token.position is None else str(token.position) for token in tokens]
     number = max(map(len, numbers))
-    room = None if screen.columns is None else max(screen.columns - label - number - 2, FEWEST)
+    room = None if screen.columns is None else max(screen.columns - label - number - 2, FEWEST_COLUMNS)
     shown, cell = _fitting(len(tokens), room)
     for digit in range(number):
         heads = "".join((" " if i is None else numbers[i].rjust(number)[digit]).rjust(cell) for i in shown)

@@ -23,7 +23,7 @@ LOADING = (
     *ARGUMENTS, "config", "dtype", "torch_dtype", "device", "device_map", "attn_implementation", "trust_remote_code",
 )  # fmt: skip
 """Arguments of `pipeline` that go to `from_pretrained`."""
-NARROWEST = 32
+NARROWEST_COLUMNS = 32
 """Columns of the narrowest batch where shapes are compiled; wider ones are powers of two."""
 
 
@@ -107,16 +107,16 @@ class Pipeline:
 
 
 def check_names(task: str, given: Iterable[str], known: Iterable[str], others: str = "") -> None:
-    """Raise InputError for options that a task has not, naming the nearest that it has, or all where there are few."""
+    """Raise InputError for options that a task does not have, naming the nearest, or all where there are few."""
     known = sorted(known)
     unknown = sorted(set(given) - set(known))
     if unknown:
         told = ", ".join(f"{name!r}{nearest(name, [*known, *LOADING])}" for name in map(str, unknown))
-        has = f"it has {', '.join(known)}" if len(known) <= FEW else "help() of the pipeline lists them"
+        has = f"it has {', '.join(known)}" if len(known) <= FEW_OPTIONS else "help() of the pipeline lists them"
         raise InputError(f"{task} has no option {told}; {has}{others}.")
 
 
-FEW = 12
+FEW_OPTIONS = 12
 """So many names are still read in a message."""
 
 
@@ -150,7 +150,7 @@ def padded(rows: Sequence[list[int]], *, side: str, rows_at_least: int | None = 
         raise EmptyInputError("a text without a single token; leave it out.")
     width = max(map(len, rows))
     if rows_at_least is not None:
-        width = max(NARROWEST, 1 << (width - 1).bit_length())
+        width = max(NARROWEST_COLUMNS, 1 << (width - 1).bit_length())
         rows = [*rows, *[rows[-1]] * (rows_at_least - len(rows))]
     ids_BT = np.zeros((len(rows), width), np.int64)
     mask_BT = np.zeros_like(ids_BT)

@@ -11,12 +11,12 @@ import numpy as np
 from ..errors import EmptyInputError, GenerationConfigError, InputError, MistralError, SequenceTooLongError
 from ..generation import GenerationConfig
 from ..generation.cache_layout import check_rollback
-from ..generation.engine import alike
+from ..generation.engine import common_length
 from ..outputs import GenerateOutput
 from ..text.stream import REPLACEMENT, StoppingStream
 from .chat_format import ChatFormat, Message, PlainFormat, TemplateFormat
 
-ANSWER = 1024
+ANSWER_TOKENS = 1024
 """The most tokens of an answer where nothing else is asked for."""
 
 
@@ -92,7 +92,9 @@ class Conversation:
         self.answers = 0
         """How many answers were asked for."""
         self.generation = model.generation_config.replace(
-            **options, max_new_tokens=ANSWER if max_new_tokens is None else max_new_tokens, return_dict_in_generate=True
+            **options,
+            max_new_tokens=ANSWER_TOKENS if max_new_tokens is None else max_new_tokens,
+            return_dict_in_generate=True,
         )
         self.generation.check(model.config)
         for name in ("num_beams", "num_return_sequences"):
@@ -192,14 +194,14 @@ class Conversation:
                 prompt = self._prompt(fewer)
         if len(prompt.ids) >= self.limit:
             raise SequenceTooLongError(
-                f"conversation: {len(prompt.ids)} tokens, and the model reads {self.limit}; begin anew (reset), "
+                f"conversation: {len(prompt.ids)} tokens, and the model reads {self.limit}; start over (reset), "
                 "say less, or let the oldest turns be forgotten (forget)."
             )
         return prompt
 
     def _prompt(self, messages: list[Message]) -> TurnIds:
         formatted = self.format.prompt(messages)
-        same = alike(formatted, self._formatted)
+        same = common_length(formatted, self._formatted)
         written = [each for each in self._written if each.end <= same]
         ids, at = [], 0
         for each in written:
@@ -232,7 +234,7 @@ class Conversation:
         if self._cache is None:
             return 0, ""
         length = int(self._cache.length[0])
-        common = min(alike(ids, self._seen), length, len(ids) - 1)
+        common = min(common_length(ids, self._seen), length, len(ids) - 1)
         slots = [int(keys.shape[1]) for keys in self._cache.keys]
         try:
             check_rollback(self.model.config, slots, [length], [length - common])

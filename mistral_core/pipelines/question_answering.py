@@ -13,9 +13,9 @@ from ..arrays import Array
 from ..errors import EmptyInputError, InputError
 from .base import Pipeline, check_count, check_names, encoded, softmax, stitched, windows
 
-LONGEST_ROW = 384
+ROW_TOKENS = 384
 """Tokens of a row where nothing else is asked for."""
-OVERLAP = 128
+OVERLAP_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ class QuestionAnsweringPipeline(Pipeline):
         return isinstance(inputs, Mapping)
 
     def _batch(self, items: list[Any], options: QuestionAnsweringOptions, size: int) -> Iterator[Any]:
-        length = options.max_seq_len or min(LONGEST_ROW, self.model.config.max_position_embeddings)
-        stride = min(length // 2, OVERLAP) if options.doc_stride is None else options.doc_stride
+        length = options.max_seq_len or min(ROW_TOKENS, self.model.config.max_position_embeddings)
+        stride = min(length // 2, OVERLAP_TOKENS) if options.doc_stride is None else options.doc_stride
         texts = [self._text(item, options) for item in items]
         cut = [windows(text, length, stride) for text in texts]
         outputs = self._outputs([part.row for parts in cut for part in parts], ["start_logits", "end_logits"], size)

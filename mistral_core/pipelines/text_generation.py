@@ -114,7 +114,7 @@ class TextGenerationPipeline(Pipeline):
                 unset.pop("max_new_tokens", None)
             config = config.replace(**unset)
         else:
-            config = GenerationConfig.taken(config).over(self.model.generation_config)
+            config = GenerationConfig.of(config).over(self.model.generation_config)
         stops = {} if options.stop_sequence is None else {"stop_strings": options.stop_sequence}
         given = config.replace(**stops, **options.generate)
         if isinstance(given.seed, tuple):

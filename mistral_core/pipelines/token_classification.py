@@ -181,7 +181,7 @@ def _of_word(scores_TC: Array, strategy: str) -> Array:
 
 
 def grouped(units: Iterable[Unit]) -> list[Unit]:
-    """Neighbours of one label as one, its prefix off and its score their mean; what begins with `B-` begins anew."""
+    """Neighbours of one label as one, its prefix off and its score their mean; a `B-` label starts a new span."""
     groups: list[list[Unit]] = []
     for unit in units:
         if groups and _tag(groups[-1][-1].label) == _tag(unit.label) and not unit.label.startswith("B-"):

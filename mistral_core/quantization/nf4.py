@@ -12,14 +12,14 @@ from ..plain import is_int, is_number
 from .packings import Packing, Parts, Rows
 from .schemes import Scheme
 
-_SMALL = 4096
+_SMALL_BYTES = 4096
 _STATE = "weight.quant_state.bitsandbytes__nf4"
 
 
 def _nf4_state(parts: Parts) -> dict[str, int | float]:
     where = f"{parts.where}: {_STATE}"
     info = parts.infos[_STATE]
-    if info.dtype != "U8" or info.nbytes > _SMALL:
+    if info.dtype != "U8" or info.nbytes > _SMALL_BYTES:
         raise CorruptCheckpointError(f"{where} must be a small JSON, got {info.nbytes} bytes of {info.dtype}.")
     state = strict_json.parse_object(parts.read(_STATE).tobytes(), where=where, error=CorruptCheckpointError)
     nested = "weight.nested_absmax" in parts.infos

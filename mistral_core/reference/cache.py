@@ -1,9 +1,8 @@
 """The KV cache as a value: what the past keys and values are, and in which slot each one lives.
 
 A layer has R slots a row. The token of order o (its number among the real tokens of its row) lives in slot o mod R;
-padding lives
-nowhere. With W + 1 slots a layer with a window of W never needs more, however long the text: the cache is *rolling*.
-With capacity + 1 slots nothing is ever overwritten: it is *full*. One slot is always spare.
+padding lives nowhere. With W + 1 slots a layer with a window of W never needs more, however long the text: the cache
+is *rolling*. With capacity + 1 slots nothing is ever overwritten: it is *full*. One slot is always spare.
 
 Window 3, R = 4, after five tokens a b c d e and after a sixth:
 
@@ -46,7 +45,7 @@ class KVCache(NamedTuple):
         lookback: int = 0,
     ) -> KVCache:
         """An empty cache; `lookback` tokens can be rolled back even where the cache rolls."""
-        config = MistralConfig.taken(config)
+        config = MistralConfig.of(config)
         slots = layer_slots(config, capacity, rolling=rolling, lookback=lookback)
         shapes = [(batch_size, r, config.num_key_value_heads, config.head_dim) for r in slots]
         return cls(

@@ -1,7 +1,7 @@
 """The mathematics of Mistral, one function a formula, in the order a token meets them.
 
-Arrays are float64 and wear the axis letters of `mistral_core.config`. A model in lower precision rounds at fixed
-places; `round` is called at exactly these, so the reference also says what a bfloat16 model must return.
+Arrays are float64; their axis letters are those of the legend in `mistral_core.config`. A model in lower precision
+rounds at fixed places; `round` is called at exactly these, so the reference also says what a bfloat16 model returns.
 """
 
 from __future__ import annotations
@@ -122,10 +122,7 @@ def rotary(position_BT: Array, config: MistralConfig) -> tuple[Array, Array]:
 
 
 def rotate(x_BTNH: Array, cos_BTH: Array, sin_BTH: Array, *, round: Round = exact) -> Array:
-    """Turn the pairs (x_i, x_{i+H/2}) by their angles (arXiv 2104.09864 eq.
-
-    34, in Hugging Face's half-split layout).
-    """
+    """Turn the pairs (x_i, x_{i+H/2}) by their angles: arXiv 2104.09864 eq. 34, in Hugging Face's half-split layout."""
     first, second = np.split(x_BTNH, 2, axis=-1)
     cos, sin = cos_BTH[:, :, None, :], sin_BTH[:, :, None, :]
     return round(np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1))

@@ -1,6 +1,6 @@
 """What the files beside a vocabulary say of it: tokenizer_config.json, special_tokens_map.json, added_tokens.json.
 
-Each key that transformers writes is honoured, or changes neither ids nor texts here, or is told of in a warning.
+Each key that transformers writes is honoured, or changes neither ids nor texts here, or is named in a warning.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ WITHOUT_EFFECT = frozenset({
 })  # fmt: skip
 """Where files are, whose class is meant, what a call may ask for anew, what slow tokenizers of others do."""
 NOTHING = {"clean_up_tokenization_spaces": False, "errors": "replace", "sp_model_kwargs": {}, "add_dummy_prefix": True}
-"""Keys that are told of -> the value that changes nothing."""
+"""Keys that are named in a warning -> the value that changes nothing."""
 
 
 class Said(NamedTuple):

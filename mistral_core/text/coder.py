@@ -155,7 +155,7 @@ class Coder:
     def prompt(self, segments: Sequence[Segment], *, apart: bool) -> list[int]:
         """The ids of a prompt: its texts are encoded each for itself, as if `apart`, or as parts of one text.
 
-        Raises TokenizerError for a control token that the vocabulary has not.
+        Raises TokenizerError for a control token that is not in the vocabulary.
         """
         ids: list[int] = []
         for place, segment in enumerate(segments):

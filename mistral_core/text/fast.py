@@ -23,7 +23,7 @@ from .sentencepiece import SPACE
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-ALONE = 1 << 16
+CHARACTERS_PER_THREAD = 1 << 16
 """Characters that are worth a thread of their own."""
 
 Encode = Callable[[Sequence[str]], list[list[int]]]
@@ -55,7 +55,7 @@ def encoder(tokenizer: Tokenizer, apart: Collection[str]) -> Encode | None:
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
         lengths = list(accumulate(map(len, texts), initial=0))
-        threads = min(os.cpu_count() or 1, lengths[-1] // ALONE + 1)
+        threads = min(os.cpu_count() or 1, lengths[-1] // CHARACTERS_PER_THREAD + 1)
         if threads == 1:
             return kitoken.encode_all(list(texts))
         places = [_place(lengths, number / threads) for number in range(threads + 1)]

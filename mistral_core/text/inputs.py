@@ -18,7 +18,7 @@ UNBOUNDED = 10**18
 
 
 class TokenIndexError(TokenizerError, IndexError):
-    """An id that the vocabulary has not."""
+    """An id that is not in the vocabulary."""
 
 
 class Defaults(Protocol):

@@ -28,7 +28,7 @@ class TextStream:
     """Turns ids into text as they come; what is pushed and ended adds up to the text of all ids together.
 
     `after` are the ids before the first one pushed, such as a prompt: then the first word keeps its space.
-    Bytes that are no UTF-8 come out as U+FFFD once they cannot be completed any more.
+    Bytes that are no UTF-8 come out as U+FFFD once they can no longer be completed.
     """
 
     def __init__(self, tokenizer: DecodesIds, *, after: Iterable[int] = (), skip_special_tokens: bool = True):

@@ -77,7 +77,7 @@ def _compared(name: str, a: np.ndarray, b: np.ndarray) -> TensorDifference:
 def layers(first: Contents, second: Contents, ids: np.ndarray) -> Iterator[LayerDifference]:
     """Yield how far the hidden states of ids [B, T] part, after the embeddings, each layer and the last norm.
 
-    Both run in the float64 reference. Raises ConfigError where the two have not the same layers.
+    Both run in the float64 reference. Raises ConfigError where the two do not have the same layers.
     """
     if first.config.num_hidden_layers != second.config.num_hidden_layers:
         raise ConfigError(

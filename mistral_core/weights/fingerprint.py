@@ -13,7 +13,7 @@ from .contents import Contents
 from .matching import canonical_names
 
 TOKENS = 12
-KEPT = 8
+KEPT_TENSORS = 8
 
 
 class Lazy(Mapping[str, np.ndarray]):
@@ -47,7 +47,7 @@ def of(checkpoint: Contents, architecture: str) -> dict[str, Any]:
     config = checkpoint.config
     ids = prompt(config)
     outputs = last_outputs(config, Lazy(checkpoint), architecture, ids)
-    order = np.argsort(-np.abs(outputs), kind="stable")[:KEPT]
+    order = np.argsort(-np.abs(outputs), kind="stable")[:KEPT_TENSORS]
     return {
         "input_ids": ids[0].tolist(),
         "indices": order.tolist(),

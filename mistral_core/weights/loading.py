@@ -52,7 +52,7 @@ def load(
     check_architecture(architecture)
     target = dtype_of(dtype) if dtype is not None else None
     checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path, config=config, **hub_arguments)
-    config = checkpoint.config if config is None else MistralConfig.taken(config)
+    config = checkpoint.config if config is None else MistralConfig.of(config)
     manifest.verify(checkpoint.directory, verify)
     where = str(checkpoint.path)
     if checkpoint.losses:
@@ -85,7 +85,7 @@ def load_pretrained(
 
     All tensors come in `dtype`, or in the embedding's own. Raises what `load` raises, and UnknownFieldError.
     """
-    config = None if config is None else MistralConfig.taken(config)
+    config = None if config is None else MistralConfig.of(config)
     hub_arguments = {key: options.pop(key) for key in download.ARGUMENTS if key in options}
     root = resolve_checkpoint(path, file=options.pop("gguf_file", None), **hub_arguments)
 

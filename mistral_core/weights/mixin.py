@@ -71,7 +71,7 @@ class Saved:
 
     @config.setter
     def config(self, config: MistralConfig) -> None:
-        config = MistralConfig.taken(config)
+        config = MistralConfig.of(config)
         if hasattr(self.base_model, "_config"):
             self.config.become(config)
         else:
@@ -82,7 +82,7 @@ class Saved:
         """The MistralModel inside, or itself."""
         return getattr(self, "model", self)
 
-    def returned(self, output: Any, return_dict: bool | None) -> Any:
+    def as_tuple_if_asked(self, output: Any, return_dict: bool | None) -> Any:
         """The output as asked for: by name, or as a plain tuple without the Nones."""
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 

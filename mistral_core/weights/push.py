@@ -14,7 +14,7 @@ from ..disk.into import MANIFEST
 from ..disk.names import CONFIG_FILES, TEXT_FILES, template_names
 from ..errors import CheckpointError, HubError, MistralError
 from ..hub import wire
-from ..hub.errors import Repository, translated
+from ..hub.errors import Repository, our_error
 from . import formats, manifest
 from .containers.shards import weight_map_of
 from .opening import Checkpoint
@@ -80,7 +80,7 @@ def push_files(
 
 def save_and_push(save: Callable[[Path], object], repo_id: str, **options: Any) -> str:
     """Let `save` write a checkpoint into a directory that is pushed and removed; `options` are `push_to_hub`'s."""
-    with tempfile.TemporaryDirectory() as folder, files.renamed(Path(folder) / "model", repo_id):
+    with tempfile.TemporaryDirectory() as folder, files.errors_named_for(Path(folder) / "model", repo_id):
         save(Path(folder) / "model")
         return push_to_hub(Path(folder) / "model", repo_id, **options)
 
@@ -197,7 +197,7 @@ def _failure(error: Exception, repository: Repository) -> Exception:
         return CheckpointError(error.errno, f"{error.filename}: cannot be read ({error.strerror}); push again.")
     if isinstance(error, ValueError) and "README.md" in str(error):
         return HubError(f"{repository}: the hub refuses the metadata at the top of README.md; correct it.")
-    failure = translated(error, repository)
+    failure = our_error(error, repository)
     if failure is error and not isinstance(error, MistralError):
         return HubError(f"{repository}: the upload failed ({type(error).__name__}); push again.")
     return failure

@@ -90,7 +90,7 @@ def telling_files(names: Collection[str], format: str | None, where: str, *, one
         return chosen
     safe = [name for name in found if name not in PICKLES] or list(found)
     if not safe:
-        text = unread.told(names)
+        text = unread.advice(names)
         raise FileNotOnHubError(
             f"{where}: has no weights under a name that is known (it has: {_others(names)})"
             f"{f'; {text}' if text else ''}."

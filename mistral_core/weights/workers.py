@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
 
-COUNT = 2
+THREADS = 2
 
 
 class Workers:
@@ -18,12 +18,12 @@ class Workers:
 
     def __init__(self, budget: int) -> None:
         self._budget = budget
-        self._pool = ThreadPoolExecutor(COUNT)
+        self._pool = ThreadPoolExecutor(THREADS)
         self._running: deque[tuple[Future[Any], int]] = deque()
 
     def submit(self, size: int, call: Callable[..., Any], *arguments: Any) -> None:
         """Begin a call that holds a tensor of so many bytes, once there is room for it."""
-        while self._running and (len(self._running) == COUNT or self._held() + size > self._budget):
+        while self._running and (len(self._running) == THREADS or self._held() + size > self._budget):
             self._finish_first()
         self._running.append((self._pool.submit(call, *arguments), size))
 

@@ -66,7 +66,7 @@ def write_checkpoint(
 
 
 class _Syncing:
-    """Lets what is written reach the disk by and by, so that in the end there is little to wait for."""
+    """Flushes in the background what is written, so that in the end there is little to wait for."""
 
     def __init__(self, directory: Path) -> None:
         self._directory, self._bytes = directory, 0
@@ -78,7 +78,7 @@ class _Syncing:
         self._bytes += size
         if self._bytes >= _SYNC_BYTES and (self._running is None or self._running.done()):
             if self._running is not None:
-                self._running.result()  # the system tells of a full disk once
+                self._running.result()  # ENOSPC is reported only once
             self._bytes = 0
             self._running = self._pool.submit(files.sync_tree, self._directory)
 

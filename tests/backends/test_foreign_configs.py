@@ -45,8 +45,8 @@ def same(config):
 
 
 def test_it_is_read_as_a_file_is(given):
-    assert MistralConfig.taken(given) == CONFIG
-    assert MistralConfig.taken(CONFIG) is CONFIG
+    assert MistralConfig.of(given) == CONFIG
+    assert MistralConfig.of(CONFIG) is CONFIG
     assert GenerationConfig.from_model_config(given) == GenerationConfig.from_model_config(CONFIG)
 
 

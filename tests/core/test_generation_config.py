@@ -359,10 +359,10 @@ def test_a_config_of_another_library_is_taken():
         def to_diff_dict(self):
             return {"max_new_tokens": 3, "transformers_version": "5.23", "guidance_scale": None, "use_cache": True}
 
-    assert GenerationConfig.taken(Theirs()).max_new_tokens == 3
-    assert GenerationConfig.taken({"top_k": 3}).top_k == 3
+    assert GenerationConfig.of(Theirs()).max_new_tokens == 3
+    assert GenerationConfig.of({"top_k": 3}).top_k == 3
     with pytest.raises(GenerationConfigError, match="watermarking_config"):
-        GenerationConfig.taken({"watermarking_config": {"bias": 2.0}})
+        GenerationConfig.of({"watermarking_config": {"bias": 2.0}})
     for wrong in (5, "x", [1]):
         with pytest.raises(GenerationConfigError, match="must be a GenerationConfig"):
-            GenerationConfig.taken(wrong)
+            GenerationConfig.of(wrong)

@@ -58,7 +58,7 @@ def test_no_other_warning_is_given():
     "value", ["x" * 10**6, [1] * 10**6, 10**5000, {"a": "b" * 1000}, b"x" * 1000, "\x1b"], ids=list("abcdef")
 )
 def test_values_are_shown_in_bounded_words(value):
-    assert len(telling.shown(value)) < 3 * telling.LONGEST
+    assert len(telling.shown(value)) < 3 * telling.LONGEST_CHARACTERS
     assert telling.printable(telling.shown(value)) == telling.shown(value)
 
 

@@ -61,7 +61,7 @@ def test_a_directory_of_a_training_run(tmp_path):
 def test_no_pattern_is_a_file_of_a_format():
     ours = {name for row in formats.FORMATS.values() for name in row.files} | {"config.json", "tokenizer.json"}
     ours -= {row.files[0] for name, row in formats.FORMATS.items() if name in formats.PICKLES}
-    assert unread.told({name for name in ours if not name.endswith("bin.index.json")}) is None
+    assert unread.advice({name for name in ours if not name.endswith("bin.index.json")}) is None
 
 
 def test_packed_by_mlx(tmp_path):

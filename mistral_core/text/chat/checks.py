@@ -18,7 +18,7 @@ class Problem(Exception):
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def as_template_error() -> Iterator[None]:
     """What a Problem inside becomes: a TemplateError."""
     try:
         yield
@@ -26,7 +26,7 @@ def told() -> Iterator[None]:
         raise TemplateError(f"{problem}.") from problem.__cause__
 
 
-def collected(makers: Iterable[Callable[[], T]]) -> list[T]:
+def collect(makers: Iterable[Callable[[], T]]) -> list[T]:
     """What each call makes; raises one TemplateError with the problems of all."""
     made, problems = [], []
     for make in makers:

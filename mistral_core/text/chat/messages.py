@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 from ...errors import TemplateError
-from .checks import Problem, collected, field, from_json, mapping, raise_all, sequence, text, told
+from .checks import Problem, as_template_error, collect, field, from_json, mapping, raise_all, sequence, text
 from .versions import Version
 
 Mode = Literal["test", "finetuning"]
@@ -73,11 +73,11 @@ def read(conversation: Any, *, continue_final_message: bool = False) -> list[Mes
     """The messages of a conversation as OpenAI writes it: dicts of role, content, tool_calls, tool_call_id and name.
 
     `reasoning` (or `reasoning_content`) of an assistant is a thinking chunk before its content. Chunks that are
-    no text are refused unread. Raises one TemplateError that tells of every malformed message.
+    no text are refused unread. Raises one TemplateError that lists every malformed message.
     """
-    with told():
+    with as_template_error():
         given = sequence(conversation, "conversation", "a list of messages")
-    messages = collected(partial(_message, index, each) for index, each in enumerate(given))
+    messages = collect(partial(_message, index, each) for index, each in enumerate(given))
     if not continue_final_message:
         return messages
     if not messages or messages[-1].role != "assistant":
@@ -88,7 +88,7 @@ def read(conversation: Any, *, continue_final_message: bool = False) -> list[Mes
 
 
 def check(messages: Sequence[Message], *, version: Version, mode: Mode) -> None:
-    """Raise one TemplateError that tells of everything wrong in the order, or else in the content, of messages."""
+    """Raise one TemplateError that lists everything wrong in the order, or else in the content, of messages."""
     if mode not in MODES:
         raise TemplateError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
     raise_all([*_end_problems(messages, mode), *_order_problems(messages), *_pair_problems(messages, version)])

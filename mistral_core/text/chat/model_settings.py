@@ -26,8 +26,8 @@ def settings_text(rules: Mapping[str, Any] | None, *, reasoning_effort: str | No
         raise Problem("response_format: this model has no such setting; leave it out")
     effort = _effort(rules.get("reasoning_effort"), reasoning_effort)
     settings = {"json_schema": schema, "reasoning_effort": effort}
-    told = {name: value for name, value in settings.items() if value is not None}
-    return as_json(told, "response_format") if told else ""
+    as_template_error = {name: value for name, value in settings.items() if value is not None}
+    return as_json(as_template_error, "response_format") if as_template_error else ""
 
 
 def _effort(rule: Any, asked: str | None) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 from ...errors import TemplateError
 from ..segments import Control, Infill, Part, Segment, whole
 from . import messages as conversations
-from .checks import Problem, as_json, from_json, text, told
+from .checks import Problem, as_json, as_template_error, from_json, text
 from .messages import NO_ID, Call, Message, Mode, Thought
 from .model_settings import settings_text
 from .tools import definitions
@@ -52,7 +52,7 @@ def parts(
     before_user = [(Control("[AVAILABLE_TOOLS]"), definitions(tools), Control("[/AVAILABLE_TOOLS]"))]
     found = turns(read, version=traits)
     prompt = system_prompt(read, version=traits) if traits.system != "own" else ""
-    with told():
+    with as_template_error():
         if traits.settings:
             written = settings_text(model_settings, reasoning_effort=reasoning_effort, response_format=response_format)
             before_user.append((Control("[MODEL_SETTINGS]"), written, Control("[/MODEL_SETTINGS]")))
@@ -66,7 +66,7 @@ def fim_segments(prompt: str, suffix: str | None = None, *, version: str) -> lis
     """The prompt that asks for what stands between two texts; raises TemplateError, always for v1."""
     if version_named(version).tools == "none":
         raise TemplateError(f"version: {version} has no tokens to fill in the middle; take a model of v3 or newer.")
-    with told():
+    with as_template_error():
         middle = [Infill(text(suffix, "suffix"))] if suffix else []
         written = [part for part in (text(prompt, "prompt"),) if part]
     return [BEGIN, Control("[SUFFIX]"), *middle, Control("[PREFIX]"), *written]

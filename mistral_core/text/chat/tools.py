@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from .checks import Problem, as_json, collected, field, mapping, sequence, text, told
+from .checks import Problem, as_json, as_template_error, collect, field, mapping, sequence, text
 from .functions import function_schema
 from .json_schema import schema_problems
 from .messages import NAME
@@ -19,9 +19,9 @@ def definitions(tools: Any) -> str:
     """
     if tools is None:
         return ""
-    with told():
+    with as_template_error():
         given = sequence(tools, "tools", "a list of definitions or functions")
-        found = collected(partial(_definition, each, f"tools[{index}]") for index, each in enumerate(given))
+        found = collect(partial(_definition, each, f"tools[{index}]") for index, each in enumerate(given))
         return as_json(found, "tools") if found else ""
 
 
@@ -32,7 +32,7 @@ def without_functions(tools: Any) -> Any:
     """
     if not isinstance(tools, (list, tuple)):
         return tools
-    with told():
+    with as_template_error():
         return [function_schema(each, f"tools[{i}]") if callable(each) else each for i, each in enumerate(tools)]
 
 

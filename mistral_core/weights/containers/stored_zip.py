@@ -48,7 +48,7 @@ class StoredZip:
             if len(folders) > 1 or folders & {"", ".", ".."} or not allowed.fullmatch(name):
                 self._refuse(entry, "has no place in such a file")
             if name in self.members:
-                self._refuse(entry, "stands there twice")
+                self._refuse(entry, "appears twice")
             if entry.header_offset < end:
                 self._refuse(entry, "overlaps another")
             member = self._located(entry)

@@ -154,7 +154,7 @@ UNSEEN: Seen = MappingProxyType({})
 
 
 class Kept:
-    """A copy of a descriptor, closed when nobody reads by it any more."""
+    """A copy of a descriptor, closed when nobody reads by it."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = os.dup(descriptor)

@@ -128,7 +128,7 @@ def _of_hdf5(path: Path) -> str:
 
 def _nothing(directory: Path, names: Collection[str]) -> Exception:
     """The error for a directory in which no format is found."""
-    if text := unread.told(names):
+    if text := unread.advice(names):
         return UnsupportedFeatureError(f"{directory}: {text}.")
     looked_for = ", ".join(row.files[0] for row in FORMATS.values() if row.files)
     return CheckpointNotFoundError(f"{directory}: none of {looked_for} is there; check the path.")

@@ -111,7 +111,8 @@ def _narrow(tensor: StoredTensor) -> StoredTensor:
         array = narrowed(tensor.load(rows, cached), DTYPES["BF16"])
         if array is None:
             raise CorruptCheckpointError(
-                f"{tensor.file}: {quoted(tensor.name)} was bfloat16 and is no more; remove its attribute {WIDENED}."
+                f"{tensor.file}: {quoted(tensor.name)} was widened from bfloat16 and no longer fits it; remove its "
+                f"attribute {WIDENED}."
             )
         return array
 

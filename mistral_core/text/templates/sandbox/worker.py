@@ -63,7 +63,7 @@ def _answer(answer: dict[str, Any]) -> None:
 
 
 def limit_resources() -> None:
-    """Bound memory; no core dump, no file opened any more and none written."""
+    """Bound memory; no core dump, no file is opened from here on and none written."""
     for kind, most in (
         (resource.RLIMIT_AS, MAX_MEMORY),
         (resource.RLIMIT_CORE, 0),

@@ -108,7 +108,7 @@ class Scan:
 
     def _put(self, found: dict[str, Any], name: str, value: Any) -> None:
         if name in found:
-            raise self._bad(f"{quoted(name)} stands there twice")
+            raise self._bad(f"{quoted(name)} appears twice")
         found[name] = value
 
     def _count(self, what: str, limit: int) -> int:
