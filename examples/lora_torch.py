@@ -37,9 +37,10 @@ def main() -> None:
 
     fresh = MistralForCausalLM.from_pretrained(path, dtype="float32")
     prompt = tokenizer(["Emma was"], return_tensors="pt")
-    for name, speaker in {"before": fresh, "after": PeftModel.from_pretrained(fresh, "adapter").eval()}.items():
-        out = speaker.generate(**prompt, max_new_tokens=len(batch["input_ids"][0]) - 3)
-        print(f"{name}: {tokenizer.decode(out[0], skip_special_tokens=True)}")
+    options = {"max_new_tokens": len(batch["input_ids"][0]) - 3}
+    print("before:", tokenizer.decode(fresh.generate(**prompt, **options)[0], skip_special_tokens=True))
+    adapted = PeftModel.from_pretrained(fresh, "adapter").eval()
+    print("after:", tokenizer.decode(adapted.generate(**prompt, **options)[0], skip_special_tokens=True))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def plant_a_narrow_window(monkeypatch):
     import mistral_torch.attention
 
     right = mistral_torch.attention.attention_mask
-    wrong = lambda q, k, window, **more: right(q, k, window - 1, **more)  # noqa: E731
+    wrong = lambda visibility: right(visibility._replace(window=visibility.window - 1))  # noqa: E731
     monkeypatch.setattr(mistral_torch.attention, "attention_mask", wrong)
 
 
