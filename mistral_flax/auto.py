@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 from flax import nnx
@@ -23,11 +23,13 @@ from .heads import (
 from .model import MistralModel
 from .weights import PreTrainedModel
 
+M = TypeVar("M", bound=PreTrainedModel)
 
-class AutoModel:
-    """MistralModel, by `from_pretrained` or `from_config`."""
 
-    model_class: type[PreTrainedModel] = MistralModel
+class _Auto(Generic[M]):
+    """What every Auto class is: a name for `model_class`, which its two methods make."""
+
+    model_class: type[M]
 
     def __init__(self) -> None:
         name = type(self).__name__
@@ -35,12 +37,12 @@ class AutoModel:
 
     @classmethod
     @path_by_either_name
-    def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
+    def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> M:
         """The model of a checkpoint; options and errors are those of the class's own `from_pretrained`."""
         return cls.model_class.from_pretrained(path, **options)
 
     @classmethod
-    def from_config(cls, config: MistralConfig, **options: Any) -> PreTrainedModel:
+    def from_config(cls, config: MistralConfig, **options: Any) -> M:
         """A model with fresh parameters, of a config with some fields replaced.
 
         `options` are those fields, attn_implementation, dtype, param_dtype, rngs and device.
@@ -56,25 +58,31 @@ class AutoModel:
         return model
 
 
-class AutoModelForCausalLM(AutoModel):
+class AutoModel(_Auto[MistralModel]):
+    """MistralModel, by `from_pretrained` or `from_config`."""
+
+    model_class = MistralModel
+
+
+class AutoModelForCausalLM(_Auto[MistralForCausalLM]):
     """MistralForCausalLM, by `from_pretrained` or `from_config`."""
 
     model_class = MistralForCausalLM
 
 
-class AutoModelForSequenceClassification(AutoModel):
+class AutoModelForSequenceClassification(_Auto[MistralForSequenceClassification]):
     """MistralForSequenceClassification, by `from_pretrained` or `from_config`."""
 
     model_class = MistralForSequenceClassification
 
 
-class AutoModelForTokenClassification(AutoModel):
+class AutoModelForTokenClassification(_Auto[MistralForTokenClassification]):
     """MistralForTokenClassification, by `from_pretrained` or `from_config`."""
 
     model_class = MistralForTokenClassification
 
 
-class AutoModelForQuestionAnswering(AutoModel):
+class AutoModelForQuestionAnswering(_Auto[MistralForQuestionAnswering]):
     """MistralForQuestionAnswering, by `from_pretrained` or `from_config`."""
 
     model_class = MistralForQuestionAnswering

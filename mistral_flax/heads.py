@@ -62,7 +62,7 @@ class MistralForCausalLM(Generates[Array], PreTrainedModel):
         document_ids: Any = None,
         return_dict: bool | None = None,
         **options: Any,
-    ) -> CausalLMOutput | tuple[Any, ...]:
+    ) -> CausalLMOutput:
         """Logits [B, T, V]; with labels [B, T], the loss of predicting each next label that is not -100.
 
         `logits_to_keep` is how many last columns to compute (0: all) or their indices. `num_items_in_batch` is how many
@@ -138,7 +138,7 @@ class MistralForSequenceClassification(PreTrainedModel):
         document_ids: Any = None,
         return_dict: bool | None = None,
         **options: Any,
-    ) -> SequenceClassifierOutput | tuple[Any, ...]:
+    ) -> SequenceClassifierOutput:
         """Scores [B, C]; labels are classes [B], numbers [B] or [B, C], or many classes [B, C] by `problem_type`.
 
         The last real token is told by the mask if given, else by pad_token_id, else it is the last column.
@@ -202,7 +202,7 @@ class MistralForTokenClassification(PreTrainedModel):
         return_dict: bool | None = None,
         rngs: Any = None,
         **options: Any,
-    ) -> TokenClassifierOutput | tuple[Any, ...]:
+    ) -> TokenClassifierOutput:
         """Scores [B, T, C]; labels [B, T] are classes or -100."""
         body_rngs, key = dropout_keys(rngs, 2)
         out = self.model(
@@ -258,7 +258,7 @@ class MistralForQuestionAnswering(PreTrainedModel):
         document_ids: Any = None,
         return_dict: bool | None = None,
         **options: Any,
-    ) -> QuestionAnsweringOutput | tuple[Any, ...]:
+    ) -> QuestionAnsweringOutput:
         """Scores [B, T] of each token as start and as end; positions [B] beyond the text are not counted."""
         out = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, document_ids=document_ids,

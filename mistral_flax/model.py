@@ -71,7 +71,7 @@ class MistralModel(PreTrainedModel):
         return_dict: bool | None = None,
         rngs: Any = None,
         **others: Any,
-    ) -> ModelOutput | tuple[Any, ...]:
+    ) -> ModelOutput:
         """Hidden states [B, T, D] of ids [B, T] or embeddings [B, T, D]; None options mean the config's.
 
         `attention_mask` [B, T] is 1 for real tokens; with a cache it may cover the past too. `position_ids` feed the

@@ -7,7 +7,8 @@ real token of a row. What comes back is the object that was given, with the new 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -23,7 +24,10 @@ LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "StaticLayer")
 """Their kinds of layers whose keys and values lie in the order of the columns."""
 
 
-def takes_foreign_caches(forward: Any) -> Any:
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def takes_foreign_caches(forward: F) -> F:
     """A forward pass of MistralModel that takes and returns transformers' caches too."""
 
     @functools.wraps(forward)
@@ -60,7 +64,7 @@ def takes_foreign_caches(forward: Any) -> Any:
         theirs = given_back(past_key_values, out.past_key_values, token_order((mask_BT != 0).long(), before))
         return self.as_tuple_if_asked(out._replace(past_key_values=theirs), return_dict)
 
-    return with_any_cache
+    return cast(F, with_any_cache)
 
 
 def is_foreign(past: Any) -> bool:

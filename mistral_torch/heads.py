@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,7 @@ class MistralForCausalLM(GeneratesForClients, PreTrainedModel):
         document_ids: Any = None,
         return_dict: bool | None = None,
         **options: Any,
-    ) -> CausalLMOutput | tuple[Any, ...]:
+    ) -> CausalLMOutput:
         """Logits [B, T, V]; with labels [B, T], the loss of predicting each next label that is not -100.
 
         `logits_to_keep` is how many last columns to compute (0: all) or their indices. `num_items_in_batch` is how many
@@ -79,6 +79,9 @@ class MistralForCausalLM(GeneratesForClients, PreTrainedModel):
             logits = _kept(logits, logits_to_keep)
         output = CausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
         return self.as_tuple_if_asked(output, return_dict)
+
+    if TYPE_CHECKING:  # an editor sees what a call returns
+        __call__ = forward
 
     def _engine(self, compile: str) -> Engine:
         return Engine(self, compile)
@@ -119,7 +122,7 @@ class MistralForSequenceClassification(PreTrainedModel):
         document_ids: Any = None,
         return_dict: bool | None = None,
         **options: Any,
-    ) -> SequenceClassifierOutput | tuple[Any, ...]:
+    ) -> SequenceClassifierOutput:
         """Scores [B, C]; labels are classes [B], numbers [B] or [B, C], or many classes [B, C] by `problem_type`.
 
         The last real token is told by the mask if given, else by pad_token_id, else it is the last column.
@@ -138,6 +141,9 @@ class MistralForSequenceClassification(PreTrainedModel):
             loss = divided(*classification_loss(self.config, logits, labels), num_items_in_batch)
         output = SequenceClassifierOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
         return self.as_tuple_if_asked(output, return_dict)
+
+    if TYPE_CHECKING:  # an editor sees what a call returns
+        __call__ = forward
 
     def _real_tokens(self, input_ids: Any, attention_mask: Any, x_BTD: Tensor) -> Tensor:
         """[B, T]: what counts as a token when looking for the last one."""
@@ -172,7 +178,7 @@ class MistralForTokenClassification(PreTrainedModel):
         document_ids: Any = None,
         return_dict: bool | None = None,
         **options: Any,
-    ) -> TokenClassifierOutput | tuple[Any, ...]:
+    ) -> TokenClassifierOutput:
         """Scores [B, T, C]; labels [B, T] are classes or -100."""
         out = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, document_ids=document_ids,
@@ -188,6 +194,9 @@ class MistralForTokenClassification(PreTrainedModel):
             loss = divided(*cross_entropy(logits, labels), num_items_in_batch)
         output = TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions)
         return self.as_tuple_if_asked(output, return_dict)
+
+    if TYPE_CHECKING:  # an editor sees what a call returns
+        __call__ = forward
 
 
 class MistralForQuestionAnswering(PreTrainedModel):
@@ -214,7 +223,7 @@ class MistralForQuestionAnswering(PreTrainedModel):
         document_ids: Any = None,
         return_dict: bool | None = None,
         **options: Any,
-    ) -> QuestionAnsweringOutput | tuple[Any, ...]:
+    ) -> QuestionAnsweringOutput:
         """Scores [B, T] of each token as start and as end; positions [B] beyond the text are not counted."""
         out = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, document_ids=document_ids,
@@ -229,3 +238,6 @@ class MistralForQuestionAnswering(PreTrainedModel):
             loss = divided(*span_loss(start_logits, end_logits, start, end), num_items_in_batch)
         output = QuestionAnsweringOutput(loss, start_logits, end_logits, out.hidden_states, out.attentions)
         return self.as_tuple_if_asked(output, return_dict)
+
+    if TYPE_CHECKING:  # an editor sees what a call returns
+        __call__ = forward

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class MistralModel(PreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **others: Any,
-    ) -> ModelOutput | tuple[Any, ...]:
+    ) -> ModelOutput:
         """Hidden states [B, T, D] of ids [B, T] or embeddings [B, T, D]; None options mean the config's.
 
         `attention_mask` [B, T] is 1 for real tokens; with a cache it may cover the past too. `position_ids` feed the
@@ -70,6 +70,9 @@ class MistralModel(PreTrainedModel):
         with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output = self._output(of_layers, step, past, with_states)
         return self.as_tuple_if_asked(output, return_dict)
+
+    if TYPE_CHECKING:  # an editor sees what a call returns
+        __call__ = forward
 
     def _start(
         self, inputs: Inputs, past: KVCache | None, use_cache: bool | None, output_attentions: bool | None

@@ -11,8 +11,8 @@ import copyreg
 import difflib
 import functools
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -26,6 +26,7 @@ WITHOUT_EFFECT = {
     "max_length_k": "lengths follow from cu_seq_lens_q",
 }
 """Arguments of a forward pass that transformers' callers give -> why they change nothing here."""
+F = TypeVar("F", bound=Callable[..., Any])
 THEIR_PATH = "pretrained_model_name_or_path"
 DOCUMENTS = ("cu_seq_lens_q", "seq_idx")
 """Arguments that say where packed documents begin, or of which document each token is."""
@@ -93,7 +94,7 @@ _ARGUMENTS = (
 )  # fmt: skip
 
 
-def path_by_either_name(function: Any) -> Any:
+def path_by_either_name(function: F) -> F:
     """A `from_pretrained` whose `path` is also taken as `pretrained_model_name_or_path`, its name in transformers.
 
     Raises UnknownArgumentError where both are given.
@@ -107,4 +108,4 @@ def path_by_either_name(function: Any) -> Any:
             raise UnknownArgumentError(f"from_pretrained: path and {THEIR_PATH} are one argument; give one of them.")
         return function(cls, options.pop(THEIR_PATH), *arguments, **options)
 
-    return called
+    return cast(F, called)
