@@ -238,7 +238,9 @@ def test_no_config(written):
 
 
 def test_61_steps(written):
+    (written / "0" / "items" / "config.json").write_text("{}")
     raises(errors.CheckpointNotFoundError, written / "0" / "items" / "config.json", "0/items/_METADATA", config=TINY)
+    (written / "0" / "items" / "config.json").unlink()
     shutil.copytree(written / "0", written / "100")
     raises(errors.ConversionError, written, "0, 100", "one of them")
     assert_same(read(written / "100"), dividable())

@@ -49,7 +49,7 @@ ENTRIES = {
     "pipeline": lambda path: pipeline(model=REPO, backend="torch"),
     "pipeline and tokenizer": lambda path: pipeline("text-generation", REPO, tokenizer=REPO, backend="torch"),
     "pipeline by model_kwargs": lambda path: pipeline(model=REPO, backend="torch", model_kwargs={"revision": "main"}),
-    "generate": lambda path: main(["generate", REPO, "--backend", "torch", "--prompt", "Emma", *NEW]),
+    "generate": lambda path: main(["generate", REPO, "Emma", "--backend", "torch", *NEW]),
     "chat": lambda path: main(["chat", REPO, "--backend", "torch", "--raw", *NEW]),
     "demo": lambda path: main(["demo", REPO, "--backend", "torch", *NEW]),
     "info": lambda path: main(["info", REPO]),

@@ -310,5 +310,5 @@ def test_a_base_model_gets_no_template(tmp_path):
 
 
 def test_versions_that_are_none():
-    with pytest.raises(TemplateError, match="version: 'v4'; one of v1"):
+    with pytest.raises(TemplateError, match="version must be one of v1, .* got 'v4'"):
         made("v4", prefix=None)
