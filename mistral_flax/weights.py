@@ -6,7 +6,7 @@ import copy
 import functools
 import os
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,9 @@ def as_program(model: PreTrainedModel) -> PreTrainedModel:
     shell.generation_config = None
     shell.base_model._config = nnx.data(AssignableConfig.showing(model.config.program(model.architecture)))
     return shell
+
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class PreTrainedModel(Saved, nnx.Module):
@@ -185,14 +188,14 @@ def _child(node: Any, key: str) -> Any:
     return node[key] if isinstance(node, nnx.Dict) else getattr(node, key)
 
 
-def functional(call: Callable[..., Any]) -> Callable[..., Any]:
+def functional(call: F) -> F:
     """Give a model's call the argument `params`: None means the model's own."""
 
     @functools.wraps(call)
     def with_params(self: Any, *args: Any, params: dict[str, Array] | None = None, **options: Any) -> Any:
         return call(self if params is None else self.bind(params), *args, **options)
 
-    return with_params
+    return cast(F, with_params)
 
 
 def _name(dtype: Any) -> str:

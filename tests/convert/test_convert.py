@@ -281,8 +281,8 @@ def test_logits_of_source_and_result_are_equal_and_kept(tmp_path):
 def test_64_logits_that_differ_stop_the_conversion(tmp_path, monkeypatch):
     opened, done = Sharded.open, []
 
-    def read_as_half_split(self, path, config, seen):
-        checkpoint = opened(self, path, config, seen)
+    def read_as_half_split(self, path, config, *seen):
+        checkpoint = opened(self, path, config, *seen)
         if self.name != "raw":
             return checkpoint
         if done:  # the first time it is read back for its hashes
