@@ -26,7 +26,7 @@ from .weights import PreTrainedModel
 M = TypeVar("M", bound=PreTrainedModel)
 
 
-class _Auto(Generic[M]):
+class AutoClass(Generic[M]):
     """What every Auto class is: a name for `model_class`, which its two methods make."""
 
     model_class: type[M]
@@ -58,31 +58,31 @@ class _Auto(Generic[M]):
         return model
 
 
-class AutoModel(_Auto[MistralModel]):
+class AutoModel(AutoClass[MistralModel]):
     """MistralModel, by `from_pretrained` or `from_config`."""
 
     model_class = MistralModel
 
 
-class AutoModelForCausalLM(_Auto[MistralForCausalLM]):
+class AutoModelForCausalLM(AutoClass[MistralForCausalLM]):
     """MistralForCausalLM, by `from_pretrained` or `from_config`."""
 
     model_class = MistralForCausalLM
 
 
-class AutoModelForSequenceClassification(_Auto[MistralForSequenceClassification]):
+class AutoModelForSequenceClassification(AutoClass[MistralForSequenceClassification]):
     """MistralForSequenceClassification, by `from_pretrained` or `from_config`."""
 
     model_class = MistralForSequenceClassification
 
 
-class AutoModelForTokenClassification(_Auto[MistralForTokenClassification]):
+class AutoModelForTokenClassification(AutoClass[MistralForTokenClassification]):
     """MistralForTokenClassification, by `from_pretrained` or `from_config`."""
 
     model_class = MistralForTokenClassification
 
 
-class AutoModelForQuestionAnswering(_Auto[MistralForQuestionAnswering]):
+class AutoModelForQuestionAnswering(AutoClass[MistralForQuestionAnswering]):
     """MistralForQuestionAnswering, by `from_pretrained` or `from_config`."""
 
     model_class = MistralForQuestionAnswering

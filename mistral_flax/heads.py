@@ -26,7 +26,7 @@ from .model import MistralModel, dropout_keys
 from .weights import PreTrainedModel, functional
 
 
-class MistralForCausalLM(Generates[Array], PreTrainedModel):
+class MistralForCausalLM(PreTrainedModel, Generates[Array]):
     """Predicts the next token."""
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import os
@@ -26,11 +27,12 @@ from mistral_core.weights.mixin import Saved
 from .arrays import as_device, as_dtype, from_numpy, to_numpy
 
 # In a graph a view is its value: compiled functions are found by it, and an assignment reaches no graph already made.
-jax.tree_util.register_pytree_node(
-    AssignableConfig,
-    lambda config: ((), config.value),
-    lambda value, _: AssignableConfig.showing(value, is_built=True),
-)
+with contextlib.suppress(ValueError):  # another copy of this package has told JAX already
+    jax.tree_util.register_pytree_node(
+        AssignableConfig,
+        lambda config: ((), config.value),
+        lambda value, _: AssignableConfig.showing(value, is_built=True),
+    )
 
 
 def as_program(model: PreTrainedModel) -> PreTrainedModel:

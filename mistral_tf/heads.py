@@ -24,7 +24,7 @@ from .model import MistralModel
 from .weights import PreTrainedModel, default_initializer
 
 
-class MistralForCausalLM(Generates[Tensor], PreTrainedModel):
+class MistralForCausalLM(PreTrainedModel, Generates[Tensor]):
     """Predicts the next token."""
 
     def __init__(

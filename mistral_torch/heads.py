@@ -20,7 +20,7 @@ from .outputs import CausalLMOutput, QuestionAnsweringOutput, SequenceClassifier
 from .weights import PreTrainedModel
 
 
-class MistralForCausalLM(GeneratesForClients, PreTrainedModel):
+class MistralForCausalLM(PreTrainedModel, GeneratesForClients):
     """Predicts the next token."""
 
     loss_type = "ForCausalLM"  # as transformers' Trainer calls it: the first label of a row does not count

@@ -327,8 +327,8 @@ def test_losses_added_by_layers_count():
     ("x", "y", "message"),
     [
         (INPUTS, None, "labels in the dictionary, or"),
-        (IDS, TOKENS[:, :7], r"labels: shape \(None, 7\), \[None, 9\]"),
-        (IDS, CLASSES, r"labels: shape \(None,\), \[None, 9\]"),
+        (IDS, TOKENS[:, :7], r"labels must have the shape \[None, 9\], got \(None, 7\)"),
+        (IDS, CLASSES, r"labels must have the shape \[None, 9\], got \(None,\)"),
         (IDS.tolist(), TOKENS, "Unrecognized data type"),
         ({**INPUTS, "entity_ids": IDS}, TOKENS, "entity_ids"),
         (IDS + 0.5, TOKENS, "must be integers"),
