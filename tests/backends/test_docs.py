@@ -15,6 +15,9 @@ from local_hub import serving
 from mistral_core.config.presets import TINY
 from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.errors import MissingExtraError, MissingNameError, UnsupportedFeatureError
+from mistral_core.parameters import shapes
+from mistral_core.weights.loading import load
+from mistral_core.weights.saving import save
 
 REPOSITORIES = (
     "mistralai/Mistral-7B-v0.1",
@@ -27,8 +30,15 @@ TENSORS = {"mistral_torch": "pt", "mistral_flax": "jax", "mistral_tf": "tf"}
 
 
 @pytest.fixture(scope="module")
-def files():
-    return {path.name: path.read_bytes() for path in TINY_CHECKPOINT.iterdir() if path.suffix != ".md"}
+def files(tmp_path_factory):
+    """The embedded checkpoint with the first of its layers, as a hub has it."""
+    config, tensors = load(TINY_CHECKPOINT)
+    config = config.replace(num_hidden_layers=1)
+    kept = [(name, array) for name, array in tensors if name in shapes(config)]
+    others = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")
+    directory = tmp_path_factory.mktemp("docs") / "model"
+    save(directory, config, kept, other_files={name: (TINY_CHECKPOINT / name).read_bytes() for name in others})
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 @pytest.fixture
