@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .errors import ConfigError
@@ -73,3 +73,14 @@ def _words_of(device: Any) -> str | None:
         return kind if index is None else f"{kind}:{index}"
     name = getattr(device, "name", None)
     return name if isinstance(name, str) else None
+
+
+def placement(device: Any, as_device: Callable[[Any], Any]) -> Callable[[str], Any]:
+    """Where each tensor goes, by its canonical name: `device` for all of them, or what `device` says of a name.
+
+    `as_device` makes of a device what the framework calls it. Raises ConfigError for a device that is not here.
+    """
+    if not isinstance(device, str) and callable(device):
+        return lambda name: as_device(device(name))
+    found = as_device(device)
+    return lambda name: found

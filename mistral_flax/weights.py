@@ -19,6 +19,7 @@ from mistral_core import GenerationConfig, MistralConfig
 from mistral_core.compat.arguments import from_transformers
 from mistral_core.compat.clients import path_by_either_name
 from mistral_core.config import AssignableConfig
+from mistral_core.devices import placement
 from mistral_core.errors import ConfigError
 from mistral_core.parameters import BASE_PREFIX
 from mistral_core.weights import loading
@@ -76,11 +77,12 @@ class PreTrainedModel(Saved, nnx.Module):
 
         `options` are hub arguments (revision, cache_dir, token, local_files_only), fields of the config to replace,
         and transformers' names of these arguments (torch_dtype, device_map). `dtype` is computed in, `param_dtype`
-        (None: the same) is what parameters are kept in; `device` may be a Sharding. A head that the file lacks is
-        initialised from `seed` with one warning. Raises CheckpointError, ConfigError or HubError and their kind.
+        (None: the same) is what parameters are kept in; `device` may be a Sharding, or a function of a parameter's
+        name; of a sharded one each device reads its part. A head that the file lacks is initialised from `seed` with
+        one warning. Raises CheckpointError, ConfigError or HubError and their kind.
         """
         given = from_transformers(options, dtype=dtype, device=device, attn_implementation=attn_implementation)
-        dtype, device = given.pop("dtype"), as_device(given.pop("device"))
+        dtype, place = given.pop("dtype"), placement(given.pop("device"), as_device)
         attn_implementation = given.pop("attn_implementation")
         kept = dtype if param_dtype is None else param_dtype
         loaded = loading.load_pretrained(
@@ -97,17 +99,18 @@ class PreTrainedModel(Saved, nnx.Module):
         model = nnx.eval_shape(
             lambda: cls(loaded.config, attn_implementation=attn_implementation, dtype=dtype, param_dtype=kept)
         )
-        for name, array in loaded.tensors:
-            model.set_parameter(name, array, device=device)
-            del array  # before the next one comes
+        for weight in loaded.weights:
+            model._set(weight.name, _placed(weight, place(weight.name)))
         model.generation_config = loaded.generation_config
         model.config = model.config.noted(name_or_path=str(path))
         return model
 
     def set_parameter(self, name: str, array: np.ndarray, *, device: Any = None) -> None:
         """Let the parameter of this canonical name hold an array."""
+        self._set(name, jax.device_put(from_numpy(array), device))
+
+    def _set(self, name: str, value: Array) -> None:
         parameter, layer = self._parameter(name)
-        value = jax.device_put(from_numpy(array), device)
         parameter.set_value(value if layer is None else parameter[...].at[layer].set(value))
 
     def _array(self, name: str) -> np.ndarray:
@@ -139,8 +142,8 @@ class PreTrainedModel(Saved, nnx.Module):
         options = gradient_checkpointing_kwargs or {}
         if not options.keys() <= {"policy", "prevent_cse"}:
             raise ConfigError(
-                f"gradient_checkpointing_kwargs: {sorted(options)}, policy and prevent_cse were expected, as "
-                "jax.checkpoint takes them."
+                "gradient_checkpointing_kwargs must be policy and prevent_cse, as jax.checkpoint takes them, got "
+                f"{sorted(options)}."
             )
         self.base_model.gradient_checkpointing = tuple(options.items())
 
@@ -198,6 +201,13 @@ def functional(call: F) -> F:
         return call(self if params is None else self.bind(params), *args, **options)
 
     return cast(F, with_params)
+
+
+def _placed(weight: loading.Weight, device: Any) -> Array:
+    """A tensor where it goes; of a Sharding, each device asks for its own part of it."""
+    if not isinstance(device, jax.sharding.Sharding):
+        return jax.device_put(from_numpy(weight.read()), device)
+    return jax.make_array_from_callback(weight.shape, device, weight.read)
 
 
 def _name(dtype: Any) -> str:

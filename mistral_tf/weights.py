@@ -72,9 +72,8 @@ class PreTrainedModel(Saved, KerasModel):
                 dtype=policy or loaded.config.dtype or "float32",
                 initializer=_empty,
             )
-            for name, array in loaded.tensors:
-                model.set_parameter(name, array)
-                del array  # before the next one comes
+            for weight in loaded.weights:
+                model.set_parameter(weight.name, weight.read())
         model.generation_config = loaded.generation_config
         model.config = model.config.noted(name_or_path=str(path))
         return model
@@ -107,7 +106,9 @@ class PreTrainedModel(Saved, KerasModel):
         `tf.recompute_grad`, which does it, has no keywords. Raises ConfigError for any.
         """
         if gradient_checkpointing_kwargs:
-            raise ConfigError(f"gradient_checkpointing_kwargs: {sorted(gradient_checkpointing_kwargs)}, none expected.")
+            raise ConfigError(
+                f"gradient_checkpointing_kwargs must be none, got {sorted(gradient_checkpointing_kwargs)}."
+            )
         self.base_model.gradient_checkpointing = {}
 
     @property

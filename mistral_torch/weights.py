@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import nn
 from mistral_core import GenerationConfig, MistralConfig
 from mistral_core.compat.arguments import from_transformers
 from mistral_core.compat.clients import path_by_either_name
+from mistral_core.devices import placement
 from mistral_core.weights import loading
 from mistral_core.weights.mixin import Saved
 
@@ -37,7 +38,7 @@ class PreTrainedModel(AsTransformers, Saved, nn.Module):
         *,
         config: MistralConfig | None = None,
         dtype: Any = None,
-        device: torch.device | str | int | None = None,
+        device: torch.device | str | int | Callable[[str], Any] | None = None,
         attn_implementation: str | None = None,
         seed: int = 0,
         verify: str = "sizes",
@@ -46,12 +47,12 @@ class PreTrainedModel(AsTransformers, Saved, nn.Module):
         """Load a checkpoint directory or hub id, one tensor at a time; without `dtype`, in the file's own.
 
         `options` are hub arguments (revision, cache_dir, token, local_files_only), fields of the config to replace,
-        and transformers' names of these arguments (torch_dtype, device_map, use_flash_attention_2). A head that the
-        file lacks is initialised from `seed` with one warning. Raises CheckpointError, ConfigError or HubError and
-        their kind.
+        and transformers' names of these arguments (torch_dtype, device_map, use_flash_attention_2). `device` may be a
+        function of a parameter's name. A head that the file lacks is initialised from `seed` with one warning. Raises
+        CheckpointError, ConfigError or HubError and their kind.
         """
         given = from_transformers(options, dtype=dtype, device=device, attn_implementation=attn_implementation)
-        dtype, device = given.pop("dtype"), as_device(given.pop("device"))
+        dtype, place = given.pop("dtype"), placement(given.pop("device"), as_device)
         attn_implementation = given.pop("attn_implementation")
         loaded = loading.load_pretrained(
             path,
@@ -64,9 +65,8 @@ class PreTrainedModel(AsTransformers, Saved, nn.Module):
         )
         with torch.device("meta"):
             model = cls(loaded.config, attn_implementation=attn_implementation)
-        for name, array in loaded.tensors:
-            model.set_parameter(name, array, device=device)
-            del array  # before the next one comes
+        for weight in loaded.weights:
+            model.set_parameter(weight.name, weight.read(), device=place(weight.name))
         model.tie_weights()
         model.generation_config = loaded.generation_config
         model.name_or_path = str(path)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from ..errors import (
 )
 from ..generation import GenerationConfig
 from ..hub import download
-from ..parameters import HEADS, initial_value, parameters
+from ..parameters import HEADS, Parameter, initial_value, parameters, shapes
 from ..telling import warn
 from . import casting, manifest
 from .containers.tensor_file import DTYPES
@@ -52,13 +53,35 @@ def load(
     check_architecture(architecture)
     target = dtype_of(dtype) if dtype is not None else None
     checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path, config=config, **hub_arguments)
+    config, weights = _load(checkpoint, architecture, config, target, verify, seed)
+    return config, ((weight.name, weight.read()) for weight in weights)
+
+
+def _load(
+    checkpoint: Checkpoint,
+    architecture: str,
+    config: MistralConfig | None,
+    target: np.dtype | None,
+    verify: str,
+    seed: int,
+) -> tuple[MistralConfig, Iterator[Weight]]:
     config = checkpoint.config if config is None else MistralConfig.of(config)
     manifest.verify(checkpoint.directory, verify)
     where = str(checkpoint.path)
     if checkpoint.losses:
         warn(f"{where}: {'; '.join(checkpoint.losses)}.")
     sources = match(checkpoint.tensors, config, architecture, read=checkpoint.read, where=where)
-    return config, _stream(checkpoint, config, architecture, sources, target, seed)
+    return config, _weights(checkpoint, config, architecture, sources, target, seed)
+
+
+class Weight(NamedTuple):
+    """A tensor of a class, read when it is asked for, whole or in part: what one device holds of it."""
+
+    name: str
+    """Canonical."""
+    shape: tuple[int, ...]
+    read: Callable[..., np.ndarray]
+    """All of it, or the part at an index, as `Contents.read` takes one; raises LossyConversionError."""
 
 
 class Pretrained(NamedTuple):
@@ -67,8 +90,13 @@ class Pretrained(NamedTuple):
     config: MistralConfig
     """With the overrides, and the dtype the tensors come in."""
     generation_config: GenerationConfig
-    tensors: Iterator[tuple[str, np.ndarray]]
-    """(canonical name, array), one at a time."""
+    weights: Iterator[Weight]
+    """Each tensor once, in the order that is the fastest to read."""
+
+    @property
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """(canonical name, array), one at a time."""
+        return ((weight.name, weight.read()) for weight in self.weights)
 
 
 def load_pretrained(
@@ -109,32 +137,41 @@ def _loaded(
     embedding = canonical_names(opened.tensors).get(EMBEDDING)
     if dtype is None and embedding is not None and opened.tensors[embedding].dtype in DTYPES:
         dtype = opened.dtype(embedding).name
-    config, tensors = load(opened, architecture, config=config, dtype=dtype, seed=seed, verify=verify)
+    check_architecture(architecture)
+    config, weights = _load(opened, architecture, config, dtype_of(dtype) if dtype else None, verify, seed)
     generation = GenerationConfig.from_model_config(config)
     if (directory / GENERATION_FILE).exists():
         generation = GenerationConfig.from_pretrained(directory)
-    return Pretrained(config.replace(dtype=dtype), generation, tensors)
+    return Pretrained(config.replace(dtype=dtype), generation, weights)
 
 
-def _stream(
+def _weights(
     checkpoint: Checkpoint,
     config: MistralConfig,
     architecture: str,
     sources: Mapping[str, str | None],
     target: np.dtype | None,
     seed: int,
-) -> Iterator[tuple[str, np.ndarray]]:
+) -> Iterator[Weight]:
     embedding = sources[EMBEDDING]
     assert embedding is not None  # only heads are initialised
     like = target or checkpoint.dtype(embedding)
-    for name, row in parameters(config, architecture):
-        if sources[name] is None:
-            yield name, cast(initial_value(name, row, config, seed=seed), like, name)
     stored = [(source, name) for name, source in sources.items() if source is not None]
     cached = fits_in_cache(sum(checkpoint.tensors[source].nbytes for source, _ in stored))
-    for source, name in sorted(stored, key=lambda pair: checkpoint.place(pair[0])):
+    sizes = shapes(config, architecture)
+
+    def made(name: str, row: Parameter, index: Any = ()) -> np.ndarray:
+        return cast(initial_value(name, row, config, seed=seed)[index], like, name)
+
+    def read(source: str, name: str, index: Any = None) -> np.ndarray:
         # no name for the array: it would keep one tensor too many alive
-        yield name, cast(checkpoint.read(source, cached=cached), target or checkpoint.dtype(source), name)
+        return cast(checkpoint.read(source, index, cached=cached), target or checkpoint.dtype(source), name)
+
+    for name, row in parameters(config, architecture):
+        if sources[name] is None:
+            yield Weight(name, sizes[name], functools.partial(made, name, row))
+    for source, name in sorted(stored, key=lambda pair: checkpoint.place(pair[0])):
+        yield Weight(name, sizes[name], functools.partial(read, source, name))
 
 
 def check_architecture(name: str) -> None:

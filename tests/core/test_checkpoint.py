@@ -408,3 +408,20 @@ def test_each_header_is_read_once(tmp_path, monkeypatch, shards):
     assert len(dict(loaded.tensors)) == len(arrays)
     assert sorted(read) == sorted(path.name for path in (tmp_path / "a").glob("*.safetensors"))
     assert len(read) >= shards
+
+
+@pytest.mark.filterwarnings("ignore:.*not used by")
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_a_part_of_a_weight_is_the_whole_cut(tmp_path, dtype):
+    """Of stored tensors and of a new head alike, cast or as they are."""
+    save(tmp_path / "a", TINY, weights().items())
+    with pytest.warns(UserWarning, match="initialised"):
+        loaded = load_pretrained(tmp_path / "a", SEQUENCE, dtype=dtype)
+    seen = []
+    for weight in loaded.weights:
+        whole, index = weight.read(), (slice(1, 2),)
+        seen.append(weight.name)
+        assert whole.shape == weight.shape
+        assert bits(weight.read(index)) == bits(whole[index])
+        assert weight.read(index).dtype == np.dtype(dtype or "bfloat16")
+    assert "score.weight" in seen
