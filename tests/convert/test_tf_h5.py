@@ -68,7 +68,7 @@ def test_a_value_that_is_no_bfloat16_any_more_is_not_cut(tmp_path):
     with (path / "tf_model.h5").open("r+b") as file:
         file.seek(checkpoint.tensors["model.norm.weight"].start)
         file.write(np.float32(1.2345678).tobytes())
-    with pytest.raises(CorruptCheckpointError, match="was bfloat16"):
+    with pytest.raises(CorruptCheckpointError, match="was widened from bfloat16"):
         Checkpoint.open(path).read("model.norm.weight")
 
 
