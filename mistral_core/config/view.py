@@ -91,8 +91,10 @@ class AssignableConfig(MistralConfig):
         self._show(config, self._is_built)
 
     def _show(self, config: MistralConfig, is_built: bool) -> None:
-        vars(self).clear()
-        vars(self).update(vars(config.value), _value=config.value, _is_built=is_built)
+        shown = {**vars(config.value), "_value": config.value, "_is_built": is_built}
+        for name in vars(self).keys() - shown.keys():
+            del vars(self)[name]
+        vars(self).update(shown)  # of the same size, if only values change: clients assign while they go through it
 
     def replace(self, **changes: Any) -> AssignableConfig:
         """A view that no model is built of, of the config with some fields changed."""

@@ -113,3 +113,12 @@ def test_what_a_config_tells_beside_its_value():
     view = AssignableConfig.showing(told, is_built=True)
     view.become(TINY)
     assert view.name_or_path == "", "of the config that it showed before nothing is left"
+
+
+def test_fields_are_assigned_while_they_are_gone_through():
+    """transformers' suite and scripts for it go through `config.__dict__` and assign what they find there."""
+    view = AssignableConfig.showing(MistralConfig())
+    for name in vars(view).keys():  # noqa: SIM118
+        if name.endswith("_range"):
+            setattr(view, name, 1e-10)
+    assert view.initializer_range == view.value.initializer_range == 1e-10
