@@ -91,7 +91,7 @@ class AssignableConfig(MistralConfig):
         self._show(config, self._is_built)
 
     def _show(self, config: MistralConfig, is_built: bool) -> None:
-        shown = {**vars(config.value), "_value": config.value, "_is_built": is_built}
+        shown = {**vars(config.value), "_facts": config._facts, "_value": config.value, "_is_built": is_built}
         for name in vars(self).keys() - shown.keys():
             del vars(self)[name]
         vars(self).update(shown)  # of the same size, if only values change: clients assign while they go through it
