@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     words = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"mistral: warning: {printable(str(message))}\n"
     try:
-        status = int(importlib.import_module(commands()[options.command].module).run(options))
+        status = int(importlib.import_module(options.module).run(options))
         print(end="", flush=True)  # a closed pipe shows here, not at exit
         return status
     except MistralError as error:
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
-    """The command and its arguments, options before, between and after the others."""
+    """The command, its module and its arguments, options before, between and after the others."""
     known = commands()
     parser = argparse.ArgumentParser(prog="mistral", description="One Mistral for PyTorch, JAX and Keras.")
     parser.add_argument("--version", action="version", version=__version__)
@@ -90,8 +90,9 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"mistral {name}", description=known[name].summary)
     parser.add_argument("-v", "--verbose", action="store_true", help="show the traceback of an error")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    importlib.import_module(known[name].module).arguments(parser)  # the others need not be imported
-    return parser.parse_intermixed_args(argv[1:], argparse.Namespace(command=name))
+    module = known[name].module
+    importlib.import_module(module).arguments(parser)  # the others need not be imported
+    return parser.parse_intermixed_args(argv[1:], argparse.Namespace(command=name, module=module))
 
 
 ONE_BACKEND = f"{', '.join(backends.ORDER)}; default: the first of them that is installed"
