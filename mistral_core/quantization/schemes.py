@@ -17,7 +17,7 @@ class Scheme(NamedTuple):
     """How the matrices of a checkpoint are packed."""
 
     packing: str
-    """A key of `packings.PACKINGS`."""
+    """A key of `weights.dequantised.PACKINGS`, or `scaled`."""
     label: str
     """What it is called, for reports."""
     bits: int = 8

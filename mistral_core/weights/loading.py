@@ -43,11 +43,10 @@ def load(
 ) -> tuple[MistralConfig, Iterator[tuple[str, np.ndarray]]]:
     """Match a checkpoint, opened or at a path, to a class; gives the config and a stream of (canonical name, array).
 
-    New heads come first, the others in the order of the files, which is the fastest to read.
-
-    All is checked here, before the stream gives its first tensor, except what only values can tell: overflow
-    in a cast to `dtype` (None: as stored).
-    `verify` is a mode of `manifest.verify`, `seed` is for a new head, `hub_arguments` are `hub.ARGUMENTS`.
+    New heads come first, the others in the order of the files, which is the fastest to read. All is checked here,
+    before the stream gives its first tensor, except what only values can tell: overflow in a cast to `dtype`
+    (None: as stored). `verify` is a mode of `manifest.verify`, `seed` is for a new head, `hub_arguments` are
+    `hub.download.ARGUMENTS`.
     Raises CheckpointError and its kinds, ConfigError, HubError; the stream LossyConversionError.
     """
     check_architecture(architecture)
