@@ -280,11 +280,8 @@ def greedy(subject: Subject) -> Iterator[Comparison]:
         mask = padded(side)
         wanted = heads.greedy(config, parameters, ids, mask, max_new_tokens=GREEDY_TOKENS, round=rounds)
         end = int(wanted[1, 5])
-        for eos, rows in (
-            (None, slice(3)),
-            (end, slice(3)),
-            (end, slice(1, 2)),
-        ):  # the last: a row alone, which stops
+        # the last: a row alone, which stops
+        for eos, rows in ((None, slice(3)), (end, slice(3)), (end, slice(1, 2))):
             out = subject.adapter.numpy(
                 instance.generate(
                     ids[rows],

@@ -87,9 +87,8 @@ class Engine:
             return _step(self.model, self._head, ids_BT, mask_BT, cache, rule, values)
         slots = tuple(keys.shape[1] for keys in cache.keys)
         kind = tuple(ids_BT.shape), slots, rule, values.bias is None, values.seen is None
-        if (
-            self._frozen and ids_BT.shape[1] > FEW_COLUMNS
-        ):  # each frozen shape would pack a copy of the weights of its own
+        # each frozen shape would pack a copy of the weights of its own
+        if self._frozen and ids_BT.shape[1] > FEW_COLUMNS:
             if self._head is None:
                 return _step(self.model, None, ids_BT, mask_BT, cache, rule, values)
             x_BTD, cache = _hidden(self.model, ids_BT, mask_BT, cache, rule)

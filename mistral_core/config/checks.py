@@ -47,7 +47,7 @@ def normalised(config: MistralConfig) -> dict[str, Any]:
 
     Raises ConfigError for what would cost much to look at.
     """
-    given = {name: getattr(config, name) for name in (field.name for field in dataclasses.fields(config))}
+    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     too_long = _too_long(given)
     if too_long:
         raise ConfigError("; ".join(too_long) + ".")
