@@ -89,7 +89,7 @@ def compare(
     if ulp > tolerance.ulp:
         problem = "too far"
     elif equal < tolerance.equal:
-        problem = f"only {equal:.1%} equal to the bit, {tolerance.equal:.0%} expected"
+        problem = f"the part equal to the bit must be at least {tolerance.equal:.0%}, got {equal:.1%}"
     return Comparison(
         *subject, case, piece, actual.shape, max_abs, max_abs / scale, tuple(map(int, worst)), ulp, equal, argmax,
         tolerance, problem,

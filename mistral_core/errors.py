@@ -1,6 +1,6 @@
 """The error tree: every error of this project is a `MistralError` and the closest builtin too.
 
-Each message names the file, tensor or argument, what was found, what was expected, and one thing to do.
+Each message names the file, tensor or argument, what it must be, what was found, and one thing to do.
 """
 
 from __future__ import annotations

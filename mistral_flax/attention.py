@@ -206,7 +206,7 @@ def check_implementation(implementation: str | None) -> str:
     name = default() if implementation is None else ALIASES.get(implementation, implementation)
     if name not in ATTENTION:
         raise UnsupportedFeatureError(
-            f"attn_implementation: {implementation!r}, one of {', '.join(ATTENTION)} was expected."
+            f"attn_implementation must be one of {', '.join(ATTENTION)}, got {implementation!r}."
         )
     if name not in available():
         raise UnsupportedFeatureError(

@@ -220,7 +220,7 @@ def check_implementation(implementation: str | None) -> str:
     name = DEFAULT if implementation is None else ALIASES.get(implementation, implementation)
     if name not in ATTENTION:
         raise UnsupportedFeatureError(
-            f"attn_implementation: {implementation!r}, one of {', '.join(ATTENTION)} was expected."
+            f"attn_implementation must be one of {', '.join(ATTENTION)}, got {implementation!r}."
         )
     if name == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise MissingExtraError(

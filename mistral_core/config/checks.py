@@ -67,7 +67,7 @@ def normalised(config: MistralConfig) -> dict[str, Any]:
     if isinstance(changes["rope_scaling"], Mapping):
         changes["rope_scaling"] = rope.normalised(changes["rope_scaling"])
     if not isinstance(given["extra"], Mapping):
-        raise ConfigError(f"extra: {shown(given['extra'])}, a mapping was expected.")
+        raise ConfigError(f"extra must be a mapping, got {shown(given['extra'])}.")
     return {**changes, **_labels(changes), "extra": dict(given["extra"])}
 
 
@@ -84,7 +84,7 @@ def _labels(given: Mapping[str, Any]) -> dict[str, Any]:
     """id2label decides num_labels; either label map gives the other. Raises ConfigError."""
     id2label, label2id, count = given["id2label"], given["label2id"], given["num_labels"]
     if label2id is not None and not (isinstance(label2id, Mapping) and all(map(is_int, label2id.values()))):
-        raise ConfigError(f"label2id: {shown(label2id)}; a map from label to class index was expected.")
+        raise ConfigError(f"label2id must be a map from label to class index, got {shown(label2id)}.")
     if id2label is None and label2id is not None:
         id2label = {index: label for label, index in label2id.items()}
     if id2label is None:
@@ -94,7 +94,7 @@ def _labels(given: Mapping[str, Any]) -> dict[str, Any]:
     try:
         id2label = {int(index): str(label) for index, label in id2label.items()}
     except (AttributeError, TypeError, ValueError, OverflowError):
-        raise ConfigError(f"id2label: {shown(id2label)}; a map from class index to label was expected.") from None
+        raise ConfigError(f"id2label must be a map from class index to label, got {shown(id2label)}.") from None
     if label2id is None:
         label2id = {label: index for index, label in id2label.items()}
     return {"id2label": id2label, "label2id": dict(label2id), "num_labels": len(id2label)}
@@ -124,30 +124,30 @@ def _check_types(config: MistralConfig) -> Iterator[str]:
         if value is None and name == "head_dim":
             continue
         if not is_int(value) or not 0 < value <= most:
-            yield f"{name}: {shown(value)}, an integer from 1 to {most} was expected"
+            yield f"{name} must be an integer from 1 to {most}, got {shown(value)}"
     for name in _FLAGS:
         if not isinstance(getattr(config, name), bool):
-            yield f"{name}: {shown(getattr(config, name))}, true or false was expected"
+            yield f"{name} must be true or false, got {shown(getattr(config, name))}"
     for name in ("rope_theta", "rms_norm_eps", "initializer_range", *_RATES):
         if not is_number(getattr(config, name)):
-            yield f"{name}: {shown(getattr(config, name))}, a finite number was expected"
+            yield f"{name} must be a finite number, got {shown(getattr(config, name))}"
     for name in ("pad_token_id", "bos_token_id", "sliding_window"):
         value = getattr(config, name)
         if value is not None and not is_int(value):
-            yield f"{name}: {shown(value)}, an integer or null was expected"
+            yield f"{name} must be an integer or null, got {shown(value)}"
     eos = config.eos_token_id
     if eos is not None and not is_int(eos) and not (isinstance(eos, tuple) and eos and all(map(is_int, eos))):
-        yield f"eos_token_id: {shown(eos)}, an integer, a list of integers or null was expected"
+        yield f"eos_token_id must be an integer, a list of integers or null, got {shown(eos)}"
     if config.rope_scaling is not None and not isinstance(config.rope_scaling, Mapping):
-        yield f"rope_scaling: {shown(config.rope_scaling)}, an object or null was expected"
+        yield f"rope_scaling must be an object or null, got {shown(config.rope_scaling)}"
     for name in ("layer_types", "architectures"):
         value = getattr(config, name)
         if value is not None and not (isinstance(value, tuple) and all(isinstance(each, str) for each in value)):
-            yield f"{name}: {shown(value)}, a list of names or null was expected"
+            yield f"{name} must be a list of names or null, got {shown(value)}"
     for name, known in (("dtype", DTYPES), ("problem_type", PROBLEM_TYPES)):
         value = getattr(config, name)
         if value is not None and value not in known:
-            yield f"{name}: {shown(value)}, one of {', '.join(known)} was expected"
+            yield f"{name} must be one of {', '.join(known)}, got {shown(value)}"
 
 
 def _check_values(config: MistralConfig) -> Iterator[str]:
@@ -159,16 +159,16 @@ def _check_values(config: MistralConfig) -> Iterator[str]:
     if config.head_dim % 2:
         yield f"head_dim: {config.head_dim} is odd; rotary embeddings need pairs"
     if config.rope_theta <= 1:
-        yield f"rope_theta: {config.rope_theta}, more than 1 was expected"
+        yield f"rope_theta must be more than 1, got {config.rope_theta}"
     if config.rms_norm_eps <= 0:
-        yield f"rms_norm_eps: {config.rms_norm_eps}, more than 0 was expected"
+        yield f"rms_norm_eps must be more than 0, got {config.rms_norm_eps}"
     if config.rms_norm_eps >= 1:
-        yield f"rms_norm_eps: {config.rms_norm_eps}, far below 1 was expected (published Mistrals have 1e-5)"
+        yield f"rms_norm_eps must be far below 1 (published Mistrals have 1e-5), got {config.rms_norm_eps}"
     if config.initializer_range < 0:
-        yield f"initializer_range: {config.initializer_range}, 0 or more was expected"
+        yield f"initializer_range must be 0 or more, got {config.initializer_range}"
     for name in _RATES:
         if not 0 <= getattr(config, name) < 1:
-            yield f"{name}: {getattr(config, name)}, a rate in [0, 1) was expected"
+            yield f"{name} must be a rate in [0, 1), got {getattr(config, name)}"
     if config.sliding_window is not None and not 1 <= config.sliding_window <= limits.POSITIONS:
         yield (
             f"sliding_window: {shown(config.sliding_window)}; write null for no window, else an integer from 1 to "
@@ -179,7 +179,7 @@ def _check_values(config: MistralConfig) -> Iterator[str]:
     if config.rope_scaling is not None:
         yield from rope.check(config.rope_scaling)
     if set(config.id2label or ()) != set(range(config.num_labels)):
-        yield f"id2label: keys {shown(sorted(config.id2label or ()))}, 0 to {config.num_labels - 1} were expected"
+        yield f"id2label: the keys must be 0 to {config.num_labels - 1}, got {shown(sorted(config.id2label or ()))}"
     of_heads = config.head_dim * 2 * (config.num_attention_heads + config.num_key_value_heads)
     of_layers = config.num_hidden_layers * (3 * config.intermediate_size + of_heads)
     size = config.hidden_size * (config.vocab_size + of_layers)
@@ -193,7 +193,7 @@ def _check_layers(config: MistralConfig) -> Iterator[str]:
         return
     wrong = sorted(set(kinds) - set(rope.LAYER_TYPES))
     if wrong:
-        yield f"layer_types: {shown(wrong)}, full_attention or sliding_attention were expected"
+        yield f"layer_types: each must be full_attention or sliding_attention, got {shown(wrong)}"
     if len(kinds) != config.num_hidden_layers:
         yield f"layer_types: {len(kinds)} entries for num_hidden_layers {config.num_hidden_layers}"
     if "sliding_attention" in kinds and config.sliding_window is None:

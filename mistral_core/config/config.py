@@ -276,7 +276,7 @@ class MistralConfig:
         data = to_dict() if callable(to_dict) and not isinstance(config, type) else config
         if not isinstance(data, Mapping) or (data is not config and "model_type" not in data):
             raise ConfigError(
-                f"config: {type(config).__name__}, a MistralConfig, transformers' own or a dictionary was expected; "
+                f"config must be a MistralConfig, transformers' own or a dictionary, got {type(config).__name__}; "
                 "MistralConfig.from_pretrained(path) reads a file."
             )
         return cls.from_dict(data)

@@ -77,7 +77,7 @@ RAW_THETA_WITH_WINDOW = 10000.0
 def read(data: Mapping[str, Any], *, known: Collection[str], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """(fields, unknown keys) of a config in any dialect; `known` are the fields that MistralConfig has."""
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{where}: the top level is {type(data).__name__}, an object was expected.")
+        raise ConfigError(f"{where}: the top level must be an object, got {type(data).__name__}.")
     if "dim" in data and "n_layers" in data:
         return _read_raw(data, where)
     return _read_hugging_face(data, known, where)
@@ -148,7 +148,7 @@ def _read_rotary(fields: dict[str, Any], data: Mapping[str, Any], where: str) ->
         if given is None:
             continue
         if not isinstance(given, Mapping):
-            raise ConfigError(f"{where}: {name} is {shown(given)}, an object was expected.")
+            raise ConfigError(f"{where}: {name} must be an object, got {shown(given)}.")
         rope.check_one_for_all(given, where=f"{where}: {name}")
         given = dict(given)
         other_keys.check({key: given.pop(key) for key in ("partial_rotary_factor",) if key in given}, where=where)
@@ -183,7 +183,7 @@ def _agree(fields: dict[str, Any], name: str, value: Any, where: str, key: str) 
 def write(config: MistralConfig, *, dialect: str = "v4") -> dict[str, Any]:
     """The config.json dictionary in the dialect of transformers 4 (`v4`) or 5 (`v5`), unknown keys included."""
     if dialect not in ("v4", "v5"):
-        raise ConfigError(f"dialect: {dialect!r}, 'v4' or 'v5' was expected.")
+        raise ConfigError(f"dialect must be 'v4' or 'v5', got {dialect!r}.")
     data = {**config.extra, "model_type": "mistral"}
     for name in sorted({field.name for field in dataclasses.fields(config)} - {"extra"}):
         value = getattr(config, name)
@@ -275,7 +275,7 @@ def _raw_window(data: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise ConfigError(f"{where}: {len(windows)} windows do not divide n_layers {shown(layers)}.")
     limits.check(layers, limits.LAYERS, what="layers", where=where, error=ConfigError)
     if not all(entry is None or is_int(entry) for entry in windows):
-        raise ConfigError(f"{where}: windows {shown(window)}; integers or null were expected.")
+        raise ConfigError(f"{where}: windows must be integers or null, got {shown(window)}.")
     sizes = sorted({entry for entry in windows if entry is not None})
     if len(sizes) > 1:
         raise UnsupportedFeatureError(f"{where}: windows of several sizes {sizes}; one size per model is supported.")
@@ -293,7 +293,7 @@ def _raw_int(value: Any) -> Any:
 def _raw_yarn(yarn: Any, where: str) -> dict[str, Any]:
     """params.json's beta and alpha are beta_fast and beta_slow; apply_scale false means no attention factor."""
     if not isinstance(yarn, Mapping):
-        raise ConfigError(f"{where}: yarn is {type(yarn).__name__}, an object was expected.")
+        raise ConfigError(f"{where}: yarn must be an object, got {type(yarn).__name__}.")
     names = {
         "factor": "factor",
         "original_max_position_embeddings": "original_max_position_embeddings",

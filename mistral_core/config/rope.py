@@ -112,11 +112,11 @@ def check(scaling: Mapping[str, Any]) -> Iterator[str]:
         if key in ("rope_type", "truncate", "finetuned"):
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= abs(value) <= MOST:
-            yield f"rope_scaling: {key} is {shown(value)}, a number up to {MOST:g} was expected"
+            yield f"rope_scaling: {key} must be a number up to {MOST:g}, got {shown(value)}"
         elif value <= 0 and not key.startswith("mscale"):
-            yield f"rope_scaling: {key} is {value}, more than 0 was expected"
+            yield f"rope_scaling: {key} must be more than 0, got {value}"
         elif key == "factor" and value < 1:
-            yield f"rope_scaling: factor is {value}, 1 or more was expected"
+            yield f"rope_scaling: factor must be 1 or more, got {value}"
 
 
 def rotary_table(config: MistralConfig) -> RotaryTable:

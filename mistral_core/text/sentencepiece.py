@@ -134,5 +134,5 @@ def _integer(value: object) -> int:
 
 def _float(value: object) -> float:
     if not isinstance(value, float):
-        raise TypeError("no float32 where one was expected")
+        raise TypeError(f"the score must be a float32, got {type(value).__name__}")
     return value

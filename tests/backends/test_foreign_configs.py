@@ -83,12 +83,12 @@ def test_the_tensors_of_a_checkpoint_are_matched_to_it():
 @pytest.mark.parametrize(
     ("wrong", "error", "told"),
     [
-        (None, ConfigError, "NoneType, a MistralConfig"),
-        ("mistralai/Mistral-7B-v0.1", ConfigError, r"str, .* MistralConfig.from_pretrained"),
-        (7, ConfigError, "int, "),
-        (MistralConfig, ConfigError, "type, "),
-        (Foreign({"peft_type": "LORA", "r": 8}), ConfigError, "Foreign, "),
-        (Foreign([1]), ConfigError, "Foreign, "),
+        (None, ConfigError, "config must be a MistralConfig, transformers' own or a dictionary, got NoneType; "),
+        ("mistralai/Mistral-7B-v0.1", ConfigError, r"got str; MistralConfig.from_pretrained"),
+        (7, ConfigError, "got int; "),
+        (MistralConfig, ConfigError, "got type; "),
+        (Foreign({"peft_type": "LORA", "r": 8}), ConfigError, "got Foreign; "),
+        (Foreign([1]), ConfigError, "got Foreign; "),
         (Foreign({"model_type": "mixtral"}), UnsupportedFeatureError, "model_type is 'mixtral'"),
         (Foreign({**CONFIG.to_dict(), "attention_bias": True}), UnsupportedFeatureError, "attention_bias"),
         (Foreign({**CONFIG.to_dict(), "hidden_size": "many"}), ConfigError, "hidden_size"),

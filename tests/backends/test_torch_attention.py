@@ -193,7 +193,7 @@ def test_without_the_package_flash_says_what_to_install(tmp_path):
 
 
 def test_an_unknown_implementation_is_refused():
-    with pytest.raises(UnsupportedFeatureError, match="'splash'.*eager, sdpa, flex"):
+    with pytest.raises(UnsupportedFeatureError, match="must be one of eager, sdpa, flex.*, got 'splash'"):
         make(attn_implementation="splash")
 
 
