@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mistral_core import AutoConfig, MistralConfig
-from mistral_core.config import dialects, other_keys
+from mistral_core.config import other_keys, params_json
 from mistral_core.config.presets import TINY
 from mistral_core.disk import limits
 from mistral_core.errors import ConfigError, UnknownFieldError, UnsupportedFeatureError
@@ -90,7 +90,7 @@ def test_no_key_of_config_json_is_silent(key):
 @pytest.mark.parametrize("key", OF_PARAMS)
 def test_no_key_of_params_json_is_silent(key):
     found = outcome(RAW, key, OF_PARAMS[key])
-    assert found in ("changed", "warned", "refused") or (found == "kept" and dialects.RAW_CARRIED[key])
+    assert found in ("changed", "warned", "refused") or (found == "kept" and params_json.CARRIED[key])
 
 
 def test_transformers_own_configs_have_no_key_that_is_not_listed_here():
@@ -157,17 +157,17 @@ def test_conversion_keeps_the_keys_of_both_dialects():
     config = MistralConfig.from_dict(given)
     again = MistralConfig.from_dict(config.to_dict())
     assert again == config
-    raw = dialects.write_raw(again)
+    raw = params_json.write(again)
     assert {key: raw[key] for key in given} == given
 
 
 def test_keys_kept_of_params_json_decide_nothing():
     config = MistralConfig.from_dict({**TINY.to_dict(), "params.json": {"tied_embeddings": True, "yarn": {}, "x": 1}})
-    raw = dialects.write_raw(config)
+    raw = params_json.write(config)
     assert "tied_embeddings" not in raw
     assert "yarn" not in raw
     assert raw["x"] == 1
-    assert dialects.write_raw(config.replace(extra={"params.json": 5}))["dim"] == TINY.hidden_size
+    assert params_json.write(config.replace(extra={"params.json": 5}))["dim"] == TINY.hidden_size
 
 
 # Limits

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...compat import unread
-from ...config import MistralConfig, dialects, read_fields
+from ...config import MistralConfig, params_json, read_fields
 from ...disk import files, strict_json
 from ...errors import ConfigError, UnsupportedFeatureError
 from ...parameters import BASE_PREFIX, Parameter, layer_of
@@ -68,11 +68,11 @@ def _read_params(directory: Path) -> MistralConfig:
 
 def _check_params(outline: Outline) -> None:
     base.refuse_heads(outline, "raw")
-    dialects.write_raw(outline.config)
+    params_json.write(outline.config)
 
 
 def _write_params(directory: Path, outline: Outline) -> None:
-    text = json.dumps(dialects.write_raw(outline.config), indent=2) + "\n"
+    text = json.dumps(params_json.write(outline.config), indent=2) + "\n"
     files.write_file(directory / "params.json", text.encode())
 
 
