@@ -157,7 +157,7 @@ def blocks(subject: Subject) -> Iterator[Comparison]:
     yield subject.compare(case.name, "rms_norm", layer.input_layernorm(given), norm)
     mlp = ops.swiglu(wide, *(weight(f"mlp.{part}_proj") for part in ("gate", "up", "down")), round=rounds)
     yield subject.compare(case.name, "mlp", layer.mlp(given), mlp)
-    reference: Any = (config, model._Exact(parameters), BODY_LAYER, wide, exact_tables, order)
+    reference: Any = (config, model._Exact(parameters), BODY_LAYER, wide, model.Step(exact_tables, order))
     specs: Any = (
         ("attention", layer.self_attn, model.attention),
         ("layer", layer, model.decoder_layer),

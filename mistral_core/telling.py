@@ -47,6 +47,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {found[0]!r}?)" if found else ""
 
 
+def near_miss(name: str, known: Iterable[str]) -> str | None:
+    """The known name that another one is surely meant to be; none for the id of a token, of which there are many."""
+    found = [] if name.endswith("_token_id") else difflib.get_close_matches(name, list(known), n=1, cutoff=0.85)
+    return found[0] if found else None
+
+
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn at the line outside of these packages whose call led here, so that the reader sees a line of their own."""
     frame: FrameType = sys._getframe(1)

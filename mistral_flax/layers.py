@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array
 
 from mistral_core import MistralConfig
-from mistral_core.config.rope import rotary_table
+from mistral_core.config.rope import query_scaling, rotary_table
 
 from .attention import Visibility, attend, check_implementation
 from .cache import remember
@@ -94,6 +94,22 @@ def rotate(x_BTNH: Array, cos_BTH: Array, sin_BTH: Array) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
 
 
+def query_scale(position_BT: Array, config: MistralConfig) -> Array | None:
+    """[B, T]: what the rotated queries are multiplied by, float32 in every model; None: by nothing."""
+    scaling = query_scaling(config)
+    if scaling is None:
+        return None
+    turns_BT = position_BT // scaling.original_length
+    return 1 + scaling.beta * jnp.log(1 + turns_BT.astype(jnp.float32))
+
+
+def scale_queries(q_BTNH: Array, scale_BT: Array | None) -> Array:
+    """The rotated queries, each times its scale, in float32."""
+    if scale_BT is None:
+        return q_BTNH
+    return (q_BTNH.astype(jnp.float32) * scale_BT[:, :, None, None]).astype(q_BTNH.dtype)
+
+
 class Step(NamedTuple):
     """What the layers of one call share."""
 
@@ -103,6 +119,8 @@ class Step(NamedTuple):
     """[B, T]: the number of real tokens before each new one in its row, -1 for padding."""
     capacity: int | None = None
     """The most real tokens the cache may hold in a row; None: no cache, or one that grows."""
+    query_scale_BT: Array | None = None
+    """[B, T]: what the rotated queries are multiplied by; None: by nothing."""
     document_ids_BT: Array | None = None
     """[B, T]: the packed document of each token."""
     output_attentions: bool = False
@@ -141,6 +159,7 @@ class Attention(nnx.Module):
     ) -> tuple[Array, Array | None, tuple[Array, Array] | None]:
         B, T, _ = x_BTD.shape
         q_BTNH = rotate(self.q_proj(x_BTD).reshape(B, T, -1, self.head_dim), *step.cos_sin)
+        q_BTNH = scale_queries(q_BTNH, step.query_scale_BT)
         k_BTKH = rotate(self.k_proj(x_BTD).reshape(B, T, -1, self.head_dim), *step.cos_sin)
         v_BTKH = self.v_proj(x_BTD).reshape(B, T, -1, self.head_dim)
         k_BSKH, v_BSKH, key_order_BS, kept = remember(

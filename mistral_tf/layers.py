@@ -13,7 +13,7 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from mistral_core import MistralConfig
-from mistral_core.config.rope import rotary_table
+from mistral_core.config.rope import query_scaling, rotary_table
 
 from .attention import Visibility, attend, check_implementation
 from .cache import remember
@@ -115,6 +115,22 @@ def rotate(x_BTNH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> Tensor:
     return tf.cast(tf.concat([first * cos - second * sin, second * cos + first * sin], axis=-1), x_BTNH.dtype)
 
 
+def query_scale(position_BT: Tensor, config: MistralConfig) -> Tensor | None:
+    """[B, T]: what the rotated queries are multiplied by, float32 in every model; None: by nothing."""
+    scaling = query_scaling(config)
+    if scaling is None:
+        return None
+    turns_BT = position_BT // scaling.original_length
+    return 1 + scaling.beta * tf.math.log(1 + tf.cast(turns_BT, tf.float32))
+
+
+def scale_queries(q_BTNH: Tensor, scale_BT: Tensor | None) -> Tensor:
+    """The rotated queries, each times its scale, in float32."""
+    if scale_BT is None:
+        return q_BTNH
+    return tf.cast(tf.cast(q_BTNH, tf.float32) * scale_BT[:, :, None, None], q_BTNH.dtype)
+
+
 @dataclass(frozen=True)
 class Step:
     """What the layers of one call share.
@@ -128,6 +144,8 @@ class Step:
     """[B, T]: the number of real tokens before each new one in its row, -1 for padding."""
     capacity: int | None = None
     """The most real tokens the cache may hold in a row; None: no cache, or one that grows."""
+    query_scale_BT: Tensor | None = None
+    """[B, T]: what the rotated queries are multiplied by; None: by nothing."""
     document_ids_BT: Tensor | None = None
     """[B, T]: the packed document of each token."""
     output_attentions: bool = False
@@ -174,6 +192,7 @@ class Attention(Layer):
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
         B, T = tf.unstack(tf.shape(step.order_BT))
         q_BTNH = rotate(tf.reshape(self.q_proj(x_BTD), [B, T, self.heads, self.head_dim]), *step.cos_sin)
+        q_BTNH = scale_queries(q_BTNH, step.query_scale_BT)
         k_BTKH = rotate(tf.reshape(self.k_proj(x_BTD), [B, T, self.key_value_heads, self.head_dim]), *step.cos_sin)
         v_BTKH = tf.reshape(self.v_proj(x_BTD), [B, T, self.key_value_heads, self.head_dim])
         k_BSKH, v_BSKH, key_order_BS, kept = remember(

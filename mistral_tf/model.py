@@ -14,7 +14,7 @@ from mistral_core.outputs import ModelOutput
 from .arrays import Inputs, as_policy, model_inputs
 from .cache import KVCache
 from .checkpointing import checkpointed
-from .layers import DecoderLayer, Embedding, RMSNorm, Step, rotary, token_order, token_positions
+from .layers import DecoderLayer, Embedding, RMSNorm, Step, query_scale, rotary, token_order, token_positions
 from .weights import PreTrainedModel, default_initializer
 
 OfLayers = tuple[list[Tensor], list[Tensor | None], list[Any]]
@@ -106,6 +106,7 @@ class MistralModel(PreTrainedModel):
             cos_sin=rotary(position_BT, config),
             order_BT=token_order(mask_BT, length_B),
             capacity=None if past is None else past.capacity,
+            query_scale_BT=query_scale(position_BT, config),
             document_ids_BT=inputs.document_ids,
             output_attentions=config.output_attentions if output_attentions is None else output_attentions,
         )

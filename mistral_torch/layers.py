@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mistral_core import MistralConfig
-from mistral_core.config.rope import rotary_table
+from mistral_core.config.rope import query_scaling, rotary_table
 
 from .attention import Visibility, attend, check_implementation
 from .cache import remember
@@ -64,6 +64,20 @@ def rotate(x_BTNH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BTNH.dtype)
 
 
+def query_scale(position_BT: Tensor, config: MistralConfig) -> Tensor | None:
+    """[B, T]: what the rotated queries are multiplied by, float32 in every model; None: by nothing."""
+    scaling = query_scaling(config)
+    if scaling is None:
+        return None
+    turns_BT = position_BT // scaling.original_length
+    return 1 + scaling.beta * torch.log(1 + turns_BT.float())
+
+
+def scale_queries(q_BTNH: Tensor, scale_BT: Tensor | None) -> Tensor:
+    """The rotated queries, each times its scale, in float32."""
+    return q_BTNH if scale_BT is None else (q_BTNH.float() * scale_BT[:, :, None, None]).to(q_BTNH.dtype)
+
+
 class Step(NamedTuple):
     """What the layers of one call share."""
 
@@ -73,6 +87,8 @@ class Step(NamedTuple):
     """[B, T]: the number of real tokens before each new one in its row, -1 for padding."""
     capacity: int | None = None
     """The most real tokens the cache may hold in a row; None: no cache, or one that grows."""
+    query_scale_BT: Tensor | None = None
+    """[B, T]: what the rotated queries are multiplied by; None: by nothing."""
     document_ids_BT: Tensor | None = None
     """[B, T]: the packed document of each token."""
     output_attentions: bool = False
@@ -104,6 +120,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
         B, T, _ = x_BTD.shape
         q_BTNH = rotate(self.q_proj(x_BTD).view(B, T, -1, self.head_dim), *step.cos_sin)
+        q_BTNH = scale_queries(q_BTNH, step.query_scale_BT)
         k_BTKH = rotate(self.k_proj(x_BTD).view(B, T, -1, self.head_dim), *step.cos_sin)
         v_BTKH = self.v_proj(x_BTD).view(B, T, -1, self.head_dim)
         k_BSKH, v_BSKH, key_order_BS, kept = remember(

@@ -15,7 +15,7 @@ from .cache import KVCache
 from .checkpointing import checkpointed
 from .compat import attention_name
 from .foreign_cache import takes_foreign_caches
-from .layers import DecoderLayer, RMSNorm, Step, rotary, token_order, token_positions
+from .layers import DecoderLayer, RMSNorm, Step, query_scale, rotary, token_order, token_positions
 from .outputs import ModelOutput
 from .weights import PreTrainedModel
 
@@ -92,6 +92,7 @@ class MistralModel(PreTrainedModel):
             cos_sin=rotary(position_BT, config),
             order_BT=token_order(mask_BT, length_B),
             capacity=None if past is None else past.capacity,
+            query_scale_BT=query_scale(position_BT, config),
             document_ids_BT=inputs.document_ids,
             output_attentions=config.output_attentions if output_attentions is None else output_attentions,
         )

@@ -3,4 +3,6 @@
 from .config import CONFIG_FILES as CONFIG_FILES
 from .config import MistralConfig as MistralConfig
 from .config import read_fields as read_fields
+from .named import Ministral3Config as Ministral3Config
+from .named import MinistralConfig as MinistralConfig
 from .view import AssignableConfig as AssignableConfig

@@ -10,7 +10,7 @@ from ..disk import limits
 from ..errors import ConfigError, UnsupportedFeatureError
 from ..plain import dtype_name, is_int, is_number, plain
 from ..telling import shown, warn
-from . import rope
+from . import model_types, rope
 
 if TYPE_CHECKING:
     from .config import MistralConfig
@@ -104,6 +104,10 @@ def check(config: MistralConfig) -> None:
     """Raise one ConfigError with every field that is wrong."""
     if config.hidden_act != "silu":
         raise UnsupportedFeatureError(f"hidden_act: {shown(config.hidden_act)}; a Mistral has 'silu'.")
+    if config.model_type not in model_types.TYPES:
+        raise UnsupportedFeatureError(
+            f"model_type must be one of {', '.join(model_types.TYPES)}, got {shown(config.model_type)}."
+        )
     problems = [*_check_types(config)]
     if not problems:
         problems = [*_check_values(config)]
@@ -178,6 +182,11 @@ def _check_values(config: MistralConfig) -> Iterator[str]:
     yield from _check_tokens(config)
     if config.rope_scaling is not None:
         yield from rope.check(config.rope_scaling)
+    if (config.model_type == "ministral3") != (rope.BETA in (config.rope_scaling or {})):
+        yield (
+            f"rope_scaling: {rope.BETA} must be there in model_type ministral3 and nowhere else, got model_type "
+            f"{config.model_type} with {shown(dict(config.rope_scaling or {}))}"
+        )
     if set(config.id2label or ()) != set(range(config.num_labels)):
         yield f"id2label: the keys must be 0 to {config.num_labels - 1}, got {shown(sorted(config.id2label or ()))}"
     of_heads = config.head_dim * 2 * (config.num_attention_heads + config.num_key_value_heads)

@@ -19,7 +19,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..compat import arguments, unread
 from ..compat.clients import path_by_either_name
@@ -27,8 +27,8 @@ from ..disk import into, reading, strict_json
 from ..disk.names import CONFIG_FILES as CONFIG_FILES
 from ..errors import CheckpointNotFoundError, ConfigError, FrozenConfigError, UnknownFieldError
 from ..hub import download
-from ..telling import nearest, warn
-from . import checks, dialects
+from ..telling import near_miss, warn
+from . import checks, dialects, model_types
 
 NO_PROGRAM = (
     "architectures",
@@ -39,6 +39,7 @@ NO_PROGRAM = (
     "id2label",
     "initializer_range",
     "label2id",
+    "model_type",
 )
 """What no compiled program of a model depends on."""
 OF_SCORES = ("pad_token_id", "problem_type")
@@ -46,12 +47,19 @@ OF_SCORES = ("pad_token_id", "problem_type")
 
 
 def _of_any_names(kind: type[MistralConfig]) -> type[MistralConfig]:
-    """Let a config be made with every argument of transformers' constructor: `torch_dtype`, `rope_parameters`, ..."""
+    """Let a config be made with every argument of transformers' constructor: `torch_dtype`, `rope_parameters`, ...
+
+    Absent fields mean what they mean to the model type.
+    """
     with_fields = kind.__init__
 
     @functools.wraps(with_fields)
     def with_any_names(self: MistralConfig, *values: Any, **fields: Any) -> None:
-        with_fields(self, *values, **_as_fields(fields))
+        fields = _as_fields(fields)
+        of_type = model_types.TYPES.get(fields.get("model_type", "mistral"), model_types.TYPES["mistral"])
+        given = [field.name for field in dataclasses.fields(kind)][: len(values)]
+        absent = {name: value for name, value in of_type.defaults.items() if name not in given}
+        with_fields(self, *values, **{**absent, **fields})
 
     kind.__init__ = with_any_names  # type: ignore[method-assign]
     return kind
@@ -73,16 +81,18 @@ def _frozen(kind: type[MistralConfig]) -> type[MistralConfig]:
 def _as_fields(given: dict[str, Any]) -> dict[str, Any]:
     """Arguments as fields: those under names that only files and transformers have, as a file is read.
 
-    Raises UnknownFieldError for a name that nobody knows, with the nearest one that there is.
+    A name that nobody knows is kept in `extra`, as transformers keeps it; raises UnknownFieldError where it is nearly
+    that of a field, which it is meant to be.
     """
     if given.keys() <= FIELDS:
         return given
     extra = given.get("extra") or {}
     fields, unknown = dialects.read_arguments({k: v for k, v in given.items() if k != "extra"}, known=FIELDS)
-    if unknown:
-        known_to_loading = {*FIELDS, *arguments.KNOWN}
-        told = ", ".join(f"{name!r}{nearest(name, known_to_loading)}" for name in sorted(unknown))
-        raise UnknownFieldError(f"MistralConfig has no field {told}; see help(MistralConfig).")
+    known = {*FIELDS, *arguments.KNOWN, "rope_parameters"}
+    missed = {name: near for name in sorted(unknown) if (near := near_miss(name, known)) is not None}
+    if missed:
+        told = ", ".join(f"{name!r} (did you mean {near!r}?)" for name, near in missed.items())
+        raise UnknownFieldError(f"MistralConfig has no field {told}; a field of your own must have a name of its own.")
     own = {name: value for name, value in given.items() if name in FIELDS}
     return {**own, **fields, "extra": {**extra, **fields["extra"]}}
 
@@ -95,8 +105,10 @@ class MistralConfig:
 
     `rope_scaling` is None or `{"rope_type": "linear" | "yarn" | "llama3", "factor": ..., ...}`. `sliding_window` is
     the number of keys a position sees, itself included, or None. `layer_types` names each layer full or sliding; None
-    makes all sliding where there is a window. `extra` keeps the keys of a file that this class does not know, for the
-    way back.
+    makes all sliding where there is a window. `model_type` is one of `model_types.TYPES`, and decides what absent
+    fields mean; `ministral3` scales queries by their position, as `llama_4_scaling_beta` in `rope_scaling` says.
+    `extra` keeps the keys of a file, and the keyword arguments, that this class does not know, for the way back; they
+    are attributes too.
 
     It is made with fields or with what transformers calls them (`torch_dtype=`, `rope_parameters=`); numbers of NumPy
     and of the frameworks, paths, tuples and ranges are taken as Python's own.
@@ -137,6 +149,7 @@ class MistralConfig:
     output_hidden_states: bool = False
     return_dict: bool = True
     architectures: tuple[str, ...] | None = None
+    model_type: str = "mistral"
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -156,6 +169,15 @@ class MistralConfig:
         names = NO_PROGRAM if architecture == "MistralForSequenceClassification" else (*NO_PROGRAM, *OF_SCORES)
         return self._with(dict.fromkeys(names))
 
+    if not TYPE_CHECKING:  # to a type checker only the fields are attributes
+
+        def __getattr__(self, name: str) -> Any:
+            """A key that this class does not know, by its name."""
+            extra = vars(self).get("extra", {})
+            if name not in extra:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            return extra[name]
+
     # What the models ask
 
     @property
@@ -172,11 +194,6 @@ class MistralConfig:
         if self.num_labels == 1:
             return "regression"
         return "multi_label_classification" if float_labels else "single_label_classification"
-
-    @property
-    def model_type(self) -> str:
-        """What every config.json of a dense Mistral calls itself."""
-        return "mistral"
 
     @property
     def torch_dtype(self) -> str | None:
@@ -309,13 +326,21 @@ class MistralConfig:
             checks.check_agree(configs[0], configs[1], where=str(root))
         return configs[0]
 
-    def to_dict(self, *, dialect: str = "v4") -> dict[str, Any]:
-        """The Hugging Face dictionary: `v4` has rope_theta, rope_scaling, torch_dtype; `v5` rope_parameters, dtype."""
-        return dialects.write(self, dialect=dialect)
+    def to_dict(self, *, dialect: str | None = None, with_vision: bool = False) -> dict[str, Any]:
+        """The Hugging Face dictionary: `v4` has rope_theta, rope_scaling, torch_dtype; `v5` rope_parameters, dtype.
 
-    def to_json_string(self, *, dialect: str = "v4") -> str:
-        """`to_dict` as the text of a config.json."""
-        return json.dumps(self.to_dict(dialect=dialect), indent=2, sort_keys=True) + "\n"
+        None is `v4` for a type that transformers 4 has, else `v5`. `with_vision` gives the config of the model that
+        also sees, of which this is the text part. Raises ConfigError where it is not.
+        """
+        return dialects.write(self, dialect=dialect, with_vision=with_vision)
+
+    def to_json_string(self, *, dialect: str | None = None, with_vision: bool = False) -> str:
+        """`to_dict` as the text of a config.json; raises ConfigError for a value of `extra` that JSON has not."""
+        data = self.to_dict(dialect=dialect, with_vision=with_vision)
+        try:
+            return json.dumps(data, indent=2, sort_keys=True) + "\n"
+        except (TypeError, ValueError) as cause:
+            raise ConfigError(f"config: its own fields and those of `extra` must be JSON; {cause}.") from cause
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write config.json into a directory."""

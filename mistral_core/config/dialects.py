@@ -14,7 +14,7 @@ from ..errors import ConfigError, UnsupportedFeatureError
 from ..plain import dtype_name, plain
 from ..quantization import schemes
 from ..telling import shown, warn
-from . import llama, other_keys, params_json, rope
+from . import llama, model_types, other_keys, params_json, rope, towers
 
 if TYPE_CHECKING:
     from .config import MistralConfig
@@ -41,11 +41,15 @@ def read_arguments(given: Mapping[str, Any], *, known: Collection[str]) -> tuple
 def _read_hugging_face(
     data: Mapping[str, Any], known: Collection[str], where: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
+    if data.get("model_type") == towers.MODEL_TYPE:
+        data = towers.text_of(data, where)
     if data.get("model_type") == "llama":
         data = llama.as_mistral(data, where)
     _refuse_other_models(data, where)
     known = {*known} - {"extra"}
     fields = {key: value for key, value in data.items() if key in known}
+    if isinstance(fields.get("architectures"), list):
+        fields["architectures"] = model_types.own_classes(fields["architectures"], fields.get("model_type", "mistral"))
     _read_labels(fields, where)
     for key, name in RENAMED.items():
         _agree(fields, name, data.get(key), where, key)
@@ -61,15 +65,16 @@ def _read_hugging_face(
 
 RENAMED = {"torch_dtype": "dtype"}
 """Older key -> field."""
-_READ = frozenset({*RENAMED, "rope_parameters", "model_type", "quantization_config"})
+_READ = frozenset({*RENAMED, "rope_parameters", "quantization_config"})
 """Keys that are no fields and are read into some, or asked before."""
 
 
 def _refuse_other_models(data: Mapping[str, Any], where: str) -> None:
     kind = data.get("model_type", "mistral")
-    if kind != "mistral":
+    if kind not in model_types.TYPES:
+        dense = ", ".join((*model_types.TYPES, "llama"))
         raise UnsupportedFeatureError(
-            f"{where}: model_type is {shown(kind)}; only 'mistral' and 'llama' are dense Mistrals."
+            f"{where}: model_type must be one of {dense} or {towers.MODEL_TYPE}, got {shown(kind)}."
         )
     other_keys.check(data, where=where)
     if data.get("quantization_config") is not None:  # its tensors are dequantised as they are read
@@ -126,11 +131,18 @@ def _agree(fields: dict[str, Any], name: str, value: Any, where: str, key: str) 
         fields[name] = value
 
 
-def write(config: MistralConfig, *, dialect: str = "v4") -> dict[str, Any]:
-    """The config.json dictionary in the dialect of transformers 4 (`v4`) or 5 (`v5`), unknown keys included."""
+def write(config: MistralConfig, *, dialect: str | None = None, with_vision: bool = False) -> dict[str, Any]:
+    """The config.json dictionary in the dialect of transformers 4 (`v4`) or 5 (`v5`), unknown keys included.
+
+    None is the oldest that has the model type. `with_vision` gives the config of the model that also sees, where this
+    is its text part. Raises ConfigError.
+    """
+    kind = model_types.TYPES[config.model_type]
+    if dialect is None:
+        dialect = kind.dialect
     if dialect not in ("v4", "v5"):
         raise ConfigError(f"dialect must be 'v4' or 'v5', got {dialect!r}.")
-    data = {**config.extra, "model_type": "mistral"}
+    data = dict(config.extra)
     for name in sorted({field.name for field in dataclasses.fields(config)} - {"extra"}):
         value = getattr(config, name)
         if isinstance(value, tuple):
@@ -138,6 +150,8 @@ def write(config: MistralConfig, *, dialect: str = "v4") -> dict[str, Any]:
         elif isinstance(value, Mapping):
             value = dict(value)
         data[name] = value
+    if config.architectures is not None:
+        data["architectures"] = model_types.their_classes(config.architectures, config.model_type)
     data["id2label"] = {str(index): label for index, label in data["id2label"].items()}
     del data["num_labels"]
     for name in ("architectures", "layer_types", "problem_type"):
@@ -150,4 +164,6 @@ def write(config: MistralConfig, *, dialect: str = "v4") -> dict[str, Any]:
         data["dtype"] = dtype
         del data["rope_theta"], data["rope_scaling"]
         data["rope_parameters"] = config.rope_parameters
-    return data
+    if with_vision and not isinstance(config.extra.get(towers.MODEL_TYPE), Mapping):
+        raise ConfigError("config: must be the text part of a model that also sees, as it was read of its config.json.")
+    return towers.whole(data) if with_vision else data

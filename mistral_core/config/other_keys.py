@@ -16,7 +16,6 @@ _CODE = "chooses code or a path, which no config does here: never followed"
 _OTHER = "read by something else than the model"
 
 CARRIED: Mapping[str, str] = {
-    "model_type": "the dialect's own word, asked before",
     "transformers_version": _WHO,
     "unsloth_version": _WHO,
     "unsloth_fixed": _WHO,
@@ -38,6 +37,7 @@ CARRIED: Mapping[str, str] = {
     "use_return_dict": "another word for return_dict that files do not have",
     "original_max_position_embeddings": "a part of the scaling of rotary embeddings, read where there is one",
     "params.json": "keys of a raw checkpoint's file, for the way back",
+    "mistral3": "keys of the model that also sees, for the way back",
 }
 """Key -> why its value changes nothing here: kept for the way back, never followed, no warning."""
 

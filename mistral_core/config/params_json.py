@@ -41,6 +41,7 @@ CARRIED: Mapping[str, str] = {
     "model_type": "asked before",
     "max_batch_size": "how many rows the server that wrote it takes at once",
     "model_parallel": "over how many devices it was spread",
+    "vision_encoder": "a network of its own: the text part is read",
 }
 """Key of params.json -> why its value changes nothing here: kept for the way back, no warning."""
 ONLY: Mapping[str, tuple[Any, ...]] = {
@@ -52,16 +53,18 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
     "qk_norm": (None, False),
 }
 """Key of params.json -> the values that say what a Mistral is; any other is refused."""
+VISION = ("vision_encoder",)
+"""Keys of params.json that tell of a vision tower, which is not among the weights of the text part."""
 # not a dense Mistral, with what it is
 REFUSED = {
     "moe": "a mixture of experts (Mixtral)",
     "lora": "a LoRA adapter; merge it into its base first",
-    "vision_encoder": "a multimodal model (Pixtral)",
     "multimodal": "a multimodal model",
     "q_lora_rank": "multi-head latent attention (Mistral 4)",
     "kv_lora_rank": "multi-head latent attention (Mistral 4)",
     "qk_nope_head_dim": "multi-head latent attention (Mistral 4)",
-    "llama_4_scaling": "Ministral 3 (position-dependent query scale)",
+    "qk_rope_head_dim": "multi-head latent attention (Mistral 4)",
+    "v_head_dim": "multi-head latent attention (Mistral 4)",
 }
 
 # what raw files leave out, as Mistral's own and Hugging Face's converters fill it
@@ -94,6 +97,10 @@ def read(data: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str,
         fields["rope_theta"] = THETA_WITH_WINDOW
     if data.get("yarn"):
         fields["rope_scaling"] = _yarn(data["yarn"], where)
+    fields["model_type"] = "ministral" if fields.get("layer_types") else "mistral"
+    if data.get("yarn") or data.get("llama_4_scaling"):
+        fields["model_type"] = "ministral3"
+        fields["rope_scaling"] = _query_scaling(data.get("llama_4_scaling"), fields.get("rope_scaling"), where)
     others = _others(data)
     if others:
         fields["extra"] = {PARAMS: others}
@@ -103,7 +110,7 @@ def read(data: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str,
 
 def _others(data: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a params.json that are read into no field."""
-    read = {*FIELDS, *POSITIONS, "quantization", "sliding_window", "_sliding_window", "yarn"}
+    read = {*FIELDS, *POSITIONS, "quantization", "sliding_window", "_sliding_window", "yarn", "llama_4_scaling"}
     return {key: value for key, value in data.items() if key not in read}
 
 
@@ -169,11 +176,32 @@ def _yarn(yarn: Any, where: str) -> dict[str, Any]:
     return scaling
 
 
-def write(config: MistralConfig) -> dict[str, Any]:
-    """The params.json dictionary; UnsupportedFeatureError where it cannot say what the config says."""
+def _query_scaling(given: Any, scaling: Mapping[str, Any] | None, where: str) -> dict[str, Any]:
+    """The scaling of rotary embeddings, if any, and of queries, in one object as config.json has them."""
+    names = {"beta": rope.BETA, "original_max_position_embeddings": rope.ORIGINAL}
+    if given is None:
+        return {**(scaling or {}), rope.BETA: 0.0}
+    if not isinstance(given, Mapping) or set(given) != set(names):
+        raise ConfigError(f"{where}: llama_4_scaling must be an object of {' and '.join(names)}, got {shown(given)}.")
+    result = dict(scaling or {"rope_type": "default"})
+    original = given["original_max_position_embeddings"]
+    if result.get(rope.ORIGINAL, original) != original:
+        raise UnsupportedFeatureError(
+            f"{where}: llama_4_scaling and yarn must have one original_max_position_embeddings, got {shown(original)} "
+            f"and {shown(result[rope.ORIGINAL])}."
+        )
+    return result | {names[key]: value for key, value in given.items()}
+
+
+def write(config: MistralConfig, *, with_vision: bool = False) -> dict[str, Any]:
+    """The params.json dictionary; UnsupportedFeatureError where it cannot say what the config says.
+
+    What was said of a vision tower is said again only `with_vision`, for it is not among the weights otherwise.
+    """
     keys = {name: key for key, name in FIELDS.items()}
     others = config.extra.get(PARAMS)
     data = _others(others) if isinstance(others, Mapping) else {}
+    data = {key: value for key, value in data.items() if with_vision or key not in VISION}
     data |= {keys[name]: getattr(config, name) for name in _WRITTEN}
     windows = config.layer_windows
     if len(set(windows)) > 1:
@@ -192,9 +220,12 @@ def write(config: MistralConfig) -> dict[str, Any]:
             "alpha": scaling.get("beta_slow", 1),
             "apply_scale": rope.rotary_table(config).attention_factor != 1.0,
         }
+    if scaling is not None and scaling.get(rope.BETA):
+        data["llama_4_scaling"] = {"beta": scaling[rope.BETA], rope.ORIGINAL: scaling[rope.ORIGINAL]}
     fields, _ = read(data, PARAMS)
-    found = config.replace(rope_scaling=fields.get("rope_scaling"), rope_theta=fields["rope_theta"])
-    if rope.rotary_table(config) != rope.rotary_table(found):
+    told = ("rope_scaling", "rope_theta", "model_type")
+    found = config.replace(**{"rope_scaling": None, **{name: fields[name] for name in told if name in fields}})
+    if (rope.rotary_table(config), rope.query_scaling(config)) != (rope.rotary_table(found), rope.query_scaling(found)):
         raise UnsupportedFeatureError(
             f"raw: {PARAMS} cannot say rope_scaling {dict(scaling or {})}; of scalings it has yarn with or without "
             "its attention factor."

@@ -34,6 +34,10 @@ TYPES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
 }  # fmt: skip
 
 
+BETA, ORIGINAL = "llama_4_scaling_beta", "original_max_position_embeddings"
+OF_QUERIES = frozenset({BETA, ORIGINAL, "max_position_embeddings"})
+"""Keys beside a type's own: how queries are scaled by their position, and a length that transformers repeats there."""
+
 MOST = 1e15
 """Of a number of a scaling: far beyond any that means something, and far below where arithmetic overflows."""
 
@@ -45,6 +49,13 @@ class RotaryTable(NamedTuple):
     """[H/2], each a float32 value."""
     attention_factor: float
     """cos and sin are multiplied by it (yarn), else 1."""
+
+
+class QueryScaling(NamedTuple):
+    """How the query of a position is scaled: 1 + beta log(1 + floor(position / original_length))."""
+
+    beta: float
+    original_length: int
 
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -86,11 +97,12 @@ def normalised(scaling: Mapping[str, Any]) -> dict[str, Any] | None:
     needed, optional = TYPES.get(kind, (frozenset(), frozenset()))
     if kind == "default":  # a factor of one is no scaling
         scaling = {key: value for key, value in scaling.items() if not (key in _FACTORS and value == 1)}
-    unknown = sorted(str(key) for key in set(scaling) - needed - optional)
+    beside = OF_QUERIES if BETA in scaling else frozenset()
+    unknown = sorted(str(key) for key in set(scaling) - needed - optional - beside)
     if unknown:
         has = f"it has {sorted(needed | optional)}" if needed else "it scales nothing; say which type is meant"
         raise UnsupportedFeatureError(f"rope_scaling: {kind} has no key {unknown}; {has}.")
-    if kind == "default":
+    if kind == "default" and BETA not in scaling:
         return None
     if "truncate" in scaling:  # transformers reads null as false
         scaling["truncate"] = bool(scaling["truncate"])
@@ -105,7 +117,8 @@ def check(scaling: Mapping[str, Any]) -> Iterator[str]:
     low, high = scaling.get("low_freq_factor"), scaling.get("high_freq_factor")
     if isinstance(low, int | float) and isinstance(high, int | float) and high <= low:
         yield f"rope_scaling: high_freq_factor {shown(high)} must be above low_freq_factor {shown(low)}"
-    needed, _ = TYPES[scaling["rope_type"]]
+    needed = TYPES[scaling["rope_type"]][0] if scaling["rope_type"] in TYPES else frozenset()
+    needed |= {ORIGINAL} if BETA in scaling else set()
     for key in sorted(needed - set(scaling)):
         yield f"rope_scaling: {scaling['rope_type']} needs {key!r}"
     for key, value in scaling.items():
@@ -113,7 +126,9 @@ def check(scaling: Mapping[str, Any]) -> Iterator[str]:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= abs(value) <= MOST:
             yield f"rope_scaling: {key} must be a number up to {MOST:g}, got {shown(value)}"
-        elif value <= 0 and not key.startswith("mscale"):
+        elif key == ORIGINAL and BETA in scaling and value != int(value):
+            yield f"rope_scaling: {key} must be an integer, got {value}"
+        elif value <= 0 and not key.startswith("mscale") and not (key == BETA and value == 0):
             yield f"rope_scaling: {key} must be more than 0, got {value}"
         elif key == "factor" and value < 1:
             yield f"rope_scaling: factor must be 1 or more, got {value}"
@@ -129,9 +144,17 @@ def rotary_table(config: MistralConfig) -> RotaryTable:
         frequency = frequency / scaling["factor"]
     elif scaling is not None and scaling["rope_type"] == "yarn":
         frequency, factor = _yarn(frequency, scaling, config)
-    elif scaling is not None:
+    elif scaling is not None and scaling["rope_type"] == "llama3":
         frequency = _llama3(frequency, scaling)
     return RotaryTable(tuple(float(x) for x in frequency.astype(np.float32)), factor)
+
+
+def query_scaling(config: MistralConfig) -> QueryScaling | None:
+    """How queries are scaled by their position; None where they are not."""
+    scaling = config.rope_scaling
+    if scaling is None or not scaling.get(BETA):
+        return None
+    return QueryScaling(float(scaling[BETA]), int(scaling[ORIGINAL]))
 
 
 def _yarn(frequency: np.ndarray, scaling: Mapping[str, Any], config: MistralConfig) -> tuple[np.ndarray, float]:

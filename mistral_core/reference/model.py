@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,19 @@ from .cache import KVCache, slot_order
 from .ops import Round, exact
 
 Parameters = Mapping[str, Array]
+
+
+class Step(NamedTuple):
+    """What the layers of one call share."""
+
+    cos_sin: tuple[Array, Array]
+    """cos and sin [B, T, H/2] of the new tokens."""
+    order_BT: Array
+    """[B, T]: the number of real tokens before each new one in its row, -1 for padding."""
+    query_scale_BT: Array | None = None
+    """[B, T]: what the rotated queries are multiplied by; None: by nothing."""
+    document_ids_BT: Array | None = None
+    """[B, T]: the packed document of each token."""
 
 
 def forward(
@@ -43,13 +57,12 @@ def forward(
         document_ids = ops.documents_of(np.broadcast_to(position_ids, mask_BT.shape))
     if position_ids is None:
         position_ids = ops.token_positions(mask_BT, length_B, document_ids)
-    cos_sin = ops.rotary(np.asarray(position_ids), config)
+    position_BT = np.asarray(position_ids)
+    step = Step(ops.rotary(position_BT, config), order_BT, ops.query_scale(position_BT, config), document_ids)
 
     hidden_states, attentions, kept = [x_BTD], [], []
     for layer in range(config.num_hidden_layers):
-        x_BTD, weights, keys_values = decoder_layer(
-            config, parameters, layer, x_BTD, cos_sin, order_BT, past, document_ids, round=round
-        )
+        x_BTD, weights, keys_values = decoder_layer(config, parameters, layer, x_BTD, step, past, round=round)
         hidden_states.append(x_BTD)
         attentions.append(weights)
         kept.append(keys_values)
@@ -67,10 +80,8 @@ def decoder_layer(
     parameters: Parameters,
     layer: int,
     x_BTD: Array,
-    cos_sin: tuple[Array, Array],
-    order_BT: Array,
+    step: Step,
     past: KVCache | None = None,
-    document_ids: Array | None = None,
     *,
     round: Round = exact,
 ) -> tuple[Array, Array, tuple[Array, Array] | None]:
@@ -80,7 +91,7 @@ def decoder_layer(
         return parameters[f"model.layers.{layer}.{name}.weight"]
 
     h = ops.rms_norm(x_BTD, weight("input_layernorm"), config.rms_norm_eps, round=round)
-    h, weights, kept = attention(config, parameters, layer, h, cos_sin, order_BT, past, document_ids, round=round)
+    h, weights, kept = attention(config, parameters, layer, h, step, past, round=round)
     x_BTD = round(x_BTD + h)
     h = ops.rms_norm(x_BTD, weight("post_attention_layernorm"), config.rms_norm_eps, round=round)
     h = ops.swiglu(h, weight("mlp.gate_proj"), weight("mlp.up_proj"), weight("mlp.down_proj"), round=round)
@@ -92,10 +103,8 @@ def attention(
     parameters: Parameters,
     layer: int,
     x_BTD: Array,
-    cos_sin: tuple[Array, Array],
-    order_BT: Array,
+    step: Step,
     past: KVCache | None = None,
-    document_ids: Array | None = None,
     *,
     round: Round = exact,
 ) -> tuple[Array, Array, tuple[Array, Array] | None]:
@@ -109,9 +118,10 @@ def attention(
     q_BTNH = project("q_proj", x_BTD).reshape(B, T, config.num_attention_heads, config.head_dim)
     k_BTKH = project("k_proj", x_BTD).reshape(B, T, config.num_key_value_heads, config.head_dim)
     v_BTKH = project("v_proj", x_BTD).reshape(B, T, config.num_key_value_heads, config.head_dim)
-    q_BTNH = ops.rotate(q_BTNH, *cos_sin, round=round)
-    k_BTKH = ops.rotate(k_BTKH, *cos_sin, round=round)
+    q_BTNH = ops.scale_queries(ops.rotate(q_BTNH, *step.cos_sin, round=round), step.query_scale_BT, round=round)
+    k_BTKH = ops.rotate(k_BTKH, *step.cos_sin, round=round)
 
+    order_BT, document_ids_BT = step.order_BT, step.document_ids_BT
     k_BSKH, v_BSKH, key_order_BS, kept = k_BTKH, v_BTKH, order_BT, None
     if past is not None:
         past_keys, past_values = past.keys[layer], past.values[layer]
@@ -121,7 +131,7 @@ def attention(
         v_BSKH = np.concatenate([past_values, v_BTKH], axis=1)
         key_order_BS = np.concatenate([slot_order(past.length, past_keys.shape[1]), order_BT], axis=1)
 
-    visible_BTS = ops.attention_mask(order_BT, key_order_BS, window, document_ids_BT=document_ids)
+    visible_BTS = ops.attention_mask(order_BT, key_order_BS, window, document_ids_BT=document_ids_BT)
     o_BTNH, weights = ops.attend(q_BTNH, k_BSKH, v_BSKH, visible_BTS, round=round)
     return project("o_proj", o_BTNH.reshape(B, T, -1)), weights, kept
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..arrays import Array
 from ..config import MistralConfig
-from ..config.rope import rotary_table
+from ..config.rope import query_scaling, rotary_table
 
 Round = Callable[[Array], Array]
 
@@ -126,6 +126,23 @@ def rotate(x_BTNH: Array, cos_BTH: Array, sin_BTH: Array, *, round: Round = exac
     first, second = np.split(x_BTNH, 2, axis=-1)
     cos, sin = cos_BTH[:, :, None, :], sin_BTH[:, :, None, :]
     return round(np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1))
+
+
+def query_scale(position_BT: Array, config: MistralConfig) -> Array | None:
+    """[B, T]: 1 + beta log(1 + floor(position / L)), L being the length before yarn; None where queries have no scale.
+
+    Far from the beginning a query has more keys to tell apart, and its softmax is made sharper. The position is the one
+    that rotates. Source: transformers' Ministral 3, after Llama 4's attention temperature.
+    """
+    scaling = query_scaling(config)
+    if scaling is None:
+        return None
+    return 1 + scaling.beta * np.log(1 + position_BT // scaling.original_length)
+
+
+def scale_queries(q_BTNH: Array, scale_BT: Array | None, *, round: Round = exact) -> Array:
+    """The rotated queries, each times its scale."""
+    return q_BTNH if scale_BT is None else round(q_BTNH * scale_BT[:, :, None, None])
 
 
 # Attention and MLP

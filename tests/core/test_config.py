@@ -125,12 +125,14 @@ def test_09_to_16_wrong_values(fields, message):
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"hidden_act": "gelu"}, "gelu"),  # 17
         ({"model_type": "mixtral"}, "mixtral"),  # 18
-        ({"model_type": "ministral3"}, "ministral3"),
+        ({"model_type": "mistral4"}, "mistral4"),
+        ({"model_type": "mistral3", "text_config": {"model_type": "mistral4"}}, "mistral4"),
+        ({"model_type": "pixtral"}, "pixtral"),
         ({"attention_bias": True}, "attention_bias"),
         ({"quantization_config": {"quant_method": "awq"}}, "awq"),  # 20
         ({"vision_config": {}}, "vision"),
         ({**RAW, "moe": {"num_experts": 8}}, "mixture"),
-        ({**RAW, "vision_encoder": {"a": 1}}, "multimodal"),
+        ({**RAW, "multimodal": {"a": 1}}, "multimodal"),
         ({**RAW, "sliding_window": [None, 8, 16, 8]}, "several sizes"),
     ],
 )

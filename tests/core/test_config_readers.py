@@ -65,6 +65,7 @@ ELSEWHERE = {
     "output_attentions": "what comes back: below",
     "output_hidden_states": "what comes back: below",
     "return_dict": "what comes back: below",
+    "model_type": "what absent fields mean, and how files name it: test_model_types",
     "architectures": "the file's own class: test_checkpoint",
     "extra": "unknown keys, for the way back: test_config",
 }
