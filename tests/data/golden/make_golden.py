@@ -8,7 +8,8 @@ Made with Python 3.11.7, CPU, and the versions above (safetensors 0.8.0 comes al
 versions. The model code is transformers' word for word, but for its dtype words: `.double()` leaves float32
 in RMSNorm, the rotary tables, softmax and two losses, so those functions are compiled again with float64 in
 its place, and a dispatch mode then refuses any operation that returns another float. Windows per layer come
-from its Ministral, because its Mistral ignores `layer_types`.
+from its Ministral, because its Mistral ignores `layer_types`; the cases of mistral3 are its whole model, whose
+vision tower sees no picture.
 
 Keys of a file: config (our v4 JSON), architecture, seed, weights_crc, versions; the inputs by the names of
 our arguments; `compare` [B, T], true where the outputs mean something (real tokens); the outputs by their
@@ -33,10 +34,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import modeling_rope_utils
 from transformers.loss import loss_utils
 from transformers.models.ministral import modeling_ministral
+from transformers.models.ministral3 import modeling_ministral3
 from transformers.models.mistral import modeling_mistral
 
 from conformance.weights import checksum, random_parameters
-from mistral_core.config import MistralConfig
+from mistral_core.config import MistralConfig, model_types
 from mistral_core.config.presets import TINY
 
 HERE = Path(__file__).parent
@@ -62,7 +64,11 @@ def in_float64(owner, name: str) -> None:
 
 def patch() -> None:
     """Make every place that computes in float32 whatever the model's dtype compute in float64."""
-    for module, prefix in ((modeling_mistral, "Mistral"), (modeling_ministral, "Ministral")):
+    for module, prefix in (
+        (modeling_mistral, "Mistral"),
+        (modeling_ministral, "Ministral"),
+        (modeling_ministral3, "Ministral3"),
+    ):
         rotary = getattr(module, f"{prefix}RotaryEmbedding")
         in_float64(getattr(module, f"{prefix}RMSNorm"), "forward")
         in_float64(rotary, "forward")
@@ -74,7 +80,8 @@ def patch() -> None:
         modeling_rope_utils.ROPE_INIT_FUNCTIONS[kind] = getattr(modeling_rope_utils, name)
     in_float64(loss_utils, "ForCausalLMLoss")
     in_float64(loss_utils, "ForTokenClassification")
-    loss_utils.LOSS_MAPPING["ForCausalLM"] = loss_utils.ForCausalLMLoss
+    for task in ("ForCausalLM", "ForConditionalGeneration"):
+        loss_utils.LOSS_MAPPING[task] = loss_utils.ForCausalLMLoss
     loss_utils.LOSS_MAPPING["ForTokenClassification"] = loss_utils.ForTokenClassification
 
 
@@ -91,16 +98,24 @@ class OnlyFloat64(TorchDispatchMode):
 
 def build(config: MistralConfig, architecture: str, parameters: dict[str, np.ndarray]):
     """transformers' model of this architecture with these weights, in the default dtype."""
+    dtype = torch.get_default_dtype()
+    state = {name: torch.from_numpy(array).to(dtype) for name, array in parameters.items()}
+    if "mistral3" in config.extra:
+        data = config.to_dict(dialect="v5", with_vision=True)
+        foreign = transformers.Mistral3Config.from_dict(data, attn_implementation="eager")
+        model = transformers.Mistral3ForConditionalGeneration(foreign).eval()
+        renamed = {re.sub(r"^model\.", "model.language_model.", name): array for name, array in state.items()}
+        missing, unexpected = model.load_state_dict(renamed, strict=False)
+        assert not unexpected, unexpected
+        of_text = {name for name in missing if "vision_tower" not in name and "multi_modal_projector" not in name}
+        assert of_text == ({"lm_head.weight"} if config.tie_word_embeddings else set()), of_text
+        return model
     data = json.loads(config.to_json_string())
     data.pop("model_type")
-    prefix = "Mistral" if config.layer_types is None else "Ministral"
-    if config.layer_types is None:
-        data.pop("layer_types", None)
+    prefix = model_types.TYPES[config.model_type].classes if config.layer_types is None else "Ministral"
     foreign = getattr(transformers, f"{prefix}Config").from_dict(data, attn_implementation="eager")
     model = getattr(transformers, architecture.replace("Mistral", prefix))(foreign).eval()
     assert model.config._attn_implementation == "eager"
-    dtype = torch.get_default_dtype()
-    state = {name: torch.from_numpy(array).to(dtype) for name, array in parameters.items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected, unexpected
     assert set(missing) <= ({"lm_head.weight"} if config.tie_word_embeddings else set()), missing
@@ -121,9 +136,14 @@ def run_oracle(model, case: dict) -> dict[str, np.ndarray]:
     return {**{name: out[name].numpy() for name in names}, "hidden_1": out.hidden_states[1].numpy()}
 
 
+def body_of(model):
+    """The network that reads text."""
+    return getattr(model.model, "language_model", model.model)
+
+
 def contract_angles(model) -> None:
     """Give a model the contract's angles: both factors and the product rounded to float32."""
-    rotary = model.model.rotary_emb
+    rotary = body_of(model).rotary_emb
     frequency = rotary.inv_freq.to(torch.float32)
 
     def forward(x, position_ids):
@@ -176,7 +196,7 @@ def holes(name: str) -> dict:
 
 def spread(name: str, largest_gap: int, **changes) -> dict:
     """A causal case with gaps between positions, so that slow frequencies matter too; no window."""
-    case = causal(name, sliding_window=None, **changes)
+    case = causal(name, **{"sliding_window": None, **changes})
     gaps = generator(name + " positions").integers(1, largest_gap + 1, case["input_ids"].shape)
     ones = np.ones_like(gaps)  # a mask, or transformers takes a gap for the start of a packed document
     return {**case, "position_ids": gaps.cumsum(axis=1), "attention_mask": ones, "contract": True}
@@ -232,6 +252,24 @@ LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
+MINISTRAL3 = {
+    "model_type": "ministral3",
+    "rope_scaling": {
+        "rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 6, "beta_fast": 32.0,
+        "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+    },
+    "rope_theta": 1e4,
+    "sliding_window": None,
+}  # fmt: skip
+FACTOR = {**MINISTRAL3["rope_scaling"], "mscale_all_dim": 0.0, "llama_4_scaling_beta": 0.7}
+WHOLE = {
+    "model_type": "mistral3", "image_token_index": 10, "spatial_merge_size": 2, "vision_feature_layer": -1,
+    "multimodal_projector_bias": False, "projector_hidden_act": "gelu",
+    "vision_config": {
+        "model_type": "pixtral", "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "head_dim": 16, "image_size": 28, "patch_size": 14,
+    },
+}  # fmt: skip
 MIXED = ("sliding_attention", "full_attention", "sliding_attention")
 
 
@@ -258,6 +296,14 @@ def cases() -> dict[str, dict]:
         "rope_yarn_factor": spread("rope_yarn_factor", 200, rope_theta=1e4, rope_scaling=YARN_MIDDLE),
         "rope_yarn_mscale": spread("rope_yarn_mscale", 200, rope_theta=1e4, rope_scaling=YARN_MSCALE),
         "rope_llama3": spread("rope_llama3", 40, rope_theta=1e4, rope_scaling=LLAMA3),
+        "ministral": causal("ministral", model_type="ministral", layer_types=MIXED),
+        "ministral3": causal("ministral3", **MINISTRAL3) | {"contract": True},
+        "ministral3_left": causal("ministral3_left", lengths=(17, 8, 3), side="left", **MINISTRAL3),
+        "ministral3_window": causal("ministral3_window", **MINISTRAL3 | {"sliding_window": 5}),
+        "ministral3_far": spread("ministral3_far", 700, **MINISTRAL3),
+        "ministral3_factor": spread("ministral3_factor", 40, **MINISTRAL3 | {"rope_scaling": FACTOR}),
+        "mistral3": causal("mistral3", sliding_window=None, extra={"mistral3": {**WHOLE, "tie_word_embeddings": False}}),
+        "mistral3_tied": causal("mistral3_tied", tie_word_embeddings=True, extra={"mistral3": WHOLE}, **MINISTRAL3),
         "sequence_single": classes("sequence_single", "single"),
         "sequence_by_pad_id": classes("sequence_by_pad_id", "single", masked=False),
         "sequence_left": classes("sequence_left", "single", side="left"),
@@ -277,7 +323,7 @@ def make(name: str, case: dict) -> None:
     model = build(config, architecture, parameters)
     with OnlyFloat64():
         outputs = run_oracle(model, case)
-    rotary = model.model.rotary_emb
+    rotary = body_of(model).rotary_emb
     outputs["inverse_frequency"] = rotary.inv_freq.numpy()
     outputs["attention_factor"] = np.float64(rotary.attention_scaling)
     if case.get("contract"):
@@ -290,7 +336,7 @@ def make(name: str, case: dict) -> None:
         assert np.isfinite(value).all(), key
     inputs = {key: case[key] for key in (*INPUTS, "document_ids", "compare") if key in case}
     facts = {
-        "config": config.to_json_string(), "architecture": architecture, "seed": SEED,
+        "config": config.to_json_string(with_vision="mistral3" in config.extra), "architecture": architecture, "seed": SEED,
         "weights_crc": checksum(parameters), "versions": VERSIONS,
     }  # fmt: skip
     np.savez_compressed(HERE / f"{name}.npz", allow_pickle=False, **facts, **inputs, **outputs)
