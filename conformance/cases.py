@@ -70,12 +70,17 @@ _LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
 }  # fmt: skip
+_QUERIES = {
+    "rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 5, "beta_fast": 32.0, "beta_slow": 1.0,
+    "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+}  # fmt: skip
 _ALL_PADDING = padded("left") * np.array([[1], [0], [1]])
 _EMBEDS = np.random.default_rng(8).normal(size=(len(LENGTHS), T, TINY.hidden_size)).astype(np.float32)
 _DOCUMENTS = np.array([[0] * 9 + [1] * 8, [0] * 2 + [1] * 7 + [2] * 8, [0] * 17])
 _BEGIN_AGAIN = np.array(
     [[*range(9), *range(8)], [*range(3, 5), *range(7), *range(8)], [*range(1), *range(1), *range(15)]]
 )
+_ROWS = np.array([[0], [1], [2]])
 
 CAUSAL = (
     _causal("window", "2-5: W keys, itself included, no more and no fewer"),
@@ -93,6 +98,10 @@ CAUSAL = (
     _causal("rope-linear", "rope scaling ignored", rope_scaling={"rope_type": "linear", "factor": 3.0}),
     _causal("rope-yarn", "23: attention factor forgotten", rope_scaling=_YARN),
     _causal("rope-llama3", "rope scaling ignored", rope_scaling=_LLAMA3),
+    _causal("query-scale", "queries scaled by their position: floor, length, and pads that count",
+            {"attention_mask": padded("left")}, model_type="ministral3", rope_scaling=_QUERIES, sliding_window=None),
+    _causal("query-scale-far", "the scale's position is the one that rotates, not the order",
+            {"position_ids": np.arange(T)[None] * 7 + _ROWS}, model_type="ministral3", rope_scaling=_QUERIES),
     _causal("left-padding", "11, 18: pads shift the window, NaN rows", {"attention_mask": padded("left")}),
     _causal("right-padding", "14: positions cached and incremented", {"attention_mask": padded("right")}),
     _causal("holes", "93: positions are counted in real tokens", {"attention_mask": padded("holes")}),
@@ -100,7 +109,7 @@ CAUSAL = (
     _causal("documents", "17: packed documents see each other", {"document_ids": _DOCUMENTS}),
     _causal("begin-again", "17: packed documents told by positions alone", {"position_ids": _BEGIN_AGAIN}),
     _causal("far-positions", "21: angles in bfloat16 or rounded tables",
-            {"position_ids": np.arange(T)[None] * 7001 + np.array([[0], [1], [2]])}),
+            {"position_ids": np.arange(T)[None] * 7001 + _ROWS}),
     _causal("embeddings", "inputs_embeds instead of ids", {"input_ids": None, "inputs_embeds": _EMBEDS}),
 )  # fmt: skip
 

@@ -120,6 +120,10 @@ def functions(subject: Subject) -> Iterator[Comparison]:
             for actual, table in zip(adapter.rotary(positions, case.config), tables, strict=True):
                 bound = tolerance("rotary", dtype, subject.implementation)
                 yield compare(subject.key, case.name, "rotary", actual, table, bound, dtype_is="float32")
+            scale = ops.query_scale(positions, case.config)
+            if scale is not None:
+                actual = adapter.query_scale(positions, case.config)
+                yield compare(subject.key, case.name, "rotary", actual, scale, bound, dtype_is="float32")
     x = cast(np.random.default_rng(3).normal(size=(2, 4, 3, TINY.head_dim)), dtype)
     cos, sin = (table.astype(np.float32) for table in ops.rotary(positions, TINY))
     rounds = ops.exact if dtype == "float32" else ops.rounding(dtype)
@@ -134,20 +138,25 @@ def functions(subject: Subject) -> Iterator[Comparison]:
             yield compare(subject.key, f"{side}, window {window}", "mask", actual, wanted, Tolerance(0.0, 1.0))
 
 
-def blocks(subject: Subject) -> Iterator[Comparison]:
+def blocks(subject: Subject, case: Case) -> Iterator[Comparison]:
     """The parts of one decoder layer on random input: norm, MLP, attention, layer."""
     adapter, dtype = subject.adapter, subject.dtype
-    case = by_name("left-padding")
     config, parameters = case.config, weights(case.config, case.architecture, dtype)
     layer = adapter.layer(subject.model(case), BODY_LAYER)
     rounds = ops.exact if dtype == "float32" else ops.rounding(dtype)
     x = cast(np.random.default_rng(4).normal(size=(len(LENGTHS), T, config.hidden_size)), dtype)
     wide = x.astype(np.float64)
     order = ops.token_order(case.mask, np.zeros(len(LENGTHS), int))
-    cos_sin = tuple(t.astype(np.float32) for t in ops.rotary(np.maximum(order, 0), config))
+    position = np.maximum(order, 0)
+    cos_sin = tuple(t.astype(np.float32) for t in ops.rotary(position, config))
+    scale = ops.query_scale(position, config)
     given = adapter.array(x, dtype)
     tables = tuple(adapter.array(t, "float32") for t in cos_sin)
     step = adapter.layers.Step(tables, adapter.array(order))
+    if scale is not None:
+        scale = scale.astype(np.float32)
+        step = adapter.layers.Step(tables, adapter.array(order), query_scale_BT=adapter.array(scale, "float32"))
+        scale = scale.astype(np.float64)
     exact_tables = tuple(t.astype(np.float64) for t in cos_sin)
 
     def weight(name: str) -> Array:
@@ -157,7 +166,7 @@ def blocks(subject: Subject) -> Iterator[Comparison]:
     yield subject.compare(case.name, "rms_norm", layer.input_layernorm(given), norm)
     mlp = ops.swiglu(wide, *(weight(f"mlp.{part}_proj") for part in ("gate", "up", "down")), round=rounds)
     yield subject.compare(case.name, "mlp", layer.mlp(given), mlp)
-    reference: Any = (config, model._Exact(parameters), BODY_LAYER, wide, model.Step(exact_tables, order))
+    reference: Any = (config, model._Exact(parameters), BODY_LAYER, wide, model.Step(exact_tables, order, scale))
     specs: Any = (
         ("attention", layer.self_attn, model.attention),
         ("layer", layer, model.decoder_layer),

@@ -49,7 +49,8 @@ def _partial(
 def _checks() -> Iterator[Check]:
     """Small before large: where a small piece is wrong, look there first."""
     yield Check("functions", pieces.functions)
-    yield Check("blocks", pieces.blocks)
+    yield Check("blocks", _partial(pieces.blocks, pieces.by_name("left-padding")))
+    yield Check("blocks query-scale", _partial(pieces.blocks, pieces.by_name("query-scale")))
     for case in (*CAUSAL, *HEADS):
         yield Check(f"whole {case.name}", _partial(pieces.whole, case))
     for case in CACHED:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import AssignableConfig
+    from .config import Ministral3Config as Ministral3Config
+    from .config import MinistralConfig as MinistralConfig
     from .config import MistralConfig as MistralConfig
     from .generation import GenerationConfig as GenerationConfig
     from .generation.hooks import LogitsProcessor as LogitsProcessor
@@ -32,6 +34,8 @@ from .compat.names import named as _named
 # public name -> module and name there, imported at first use so that `import mistral_core` stays fast
 _PUBLIC = {
     "MistralConfig": (".config", "MistralConfig"),
+    "MinistralConfig": (".config", "MinistralConfig"),
+    "Ministral3Config": (".config", "Ministral3Config"),
     "GenerationConfig": (".generation", "GenerationConfig"),
     "MistralTokenizer": (".text.tokenizer", "MistralTokenizer"),
     "MistralCommonTokenizer": (".text.mistral_common", "MistralCommonTokenizer"),

@@ -13,6 +13,8 @@ from mistral_core import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    Ministral3Config,
+    MinistralConfig,
     MistralConfig,
     MistralTokenizer,
     StoppingCriteria,
@@ -38,6 +40,13 @@ from .heads import (
 )
 from .model import MistralModel
 
+# every dense Mistral is one network: its class by the names that transformers has for each model type
+MinistralForCausalLM = Ministral3ForCausalLM = MistralForCausalLM
+MinistralForQuestionAnswering = Ministral3ForQuestionAnswering = MistralForQuestionAnswering
+MinistralForSequenceClassification = Ministral3ForSequenceClassification = MistralForSequenceClassification
+MinistralForTokenClassification = Ministral3ForTokenClassification = MistralForTokenClassification
+MinistralModel = Ministral3Model = MistralModel
+
 __all__ = [
     "AutoConfig",
     "AutoModel",
@@ -50,6 +59,18 @@ __all__ = [
     "KVCache",
     "LogitsProcessor",
     "LogitsProcessorList",
+    "Ministral3Config",
+    "Ministral3ForCausalLM",
+    "Ministral3ForQuestionAnswering",
+    "Ministral3ForSequenceClassification",
+    "Ministral3ForTokenClassification",
+    "Ministral3Model",
+    "MinistralConfig",
+    "MinistralForCausalLM",
+    "MinistralForQuestionAnswering",
+    "MinistralForSequenceClassification",
+    "MinistralForTokenClassification",
+    "MinistralModel",
     "MistralConfig",
     "MistralForCausalLM",
     "MistralForQuestionAnswering",

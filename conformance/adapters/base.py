@@ -87,6 +87,10 @@ class Adapter(abc.ABC):
         cos, sin = self.layers.rotary(self.array(position_BT), config)
         return self.numpy(cos), self.numpy(sin)
 
+    def query_scale(self, position_BT: Array, config: MistralConfig) -> Array:
+        """What rotated queries are multiplied by."""
+        return self.numpy(self.layers.query_scale(self.array(position_BT), config))
+
     def rotate(self, x: Array, cos: Array, sin: Array, dtype: str) -> Array:
         """x turned by the angles."""
         return self.numpy(

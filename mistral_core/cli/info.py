@@ -85,6 +85,7 @@ def facts_of(config: MistralConfig) -> dict[str, Any]:
     windows = sorted({w for w in config.layer_windows if w is not None})
     return {
         "architecture": architecture,
+        "model_type": config.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,

@@ -82,6 +82,9 @@ ADVICE: Mapping[str, str] = {
     "DataCollatorWithPadding": "tokenizer(texts, padding=True) makes a batch",
     "DataCollatorWithFlattening": "give texts in one row with document_ids, or transformers' own collator to a Trainer",
     "DataCollatorForTokenClassification": "transformers' own works on what our tokenizer returns",
+    "Mistral3ForConditionalGeneration": "MistralForCausalLM loads its text part; pictures are not read",
+    "Mistral3Model": "MistralModel loads its text part; pictures are not read",
+    "Mistral3Config": "MistralConfig is the config of its text part",
     "AutoProcessor": "a Mistral reads text only: AutoTokenizer",
     "AutoModelForImageTextToText": "a Mistral reads text only: AutoModelForCausalLM",
     "AutoModelForMultipleChoice": "a Mistral answers by AutoModelForCausalLM or AutoModelForSequenceClassification",
@@ -101,7 +104,10 @@ ADVICE: Mapping[str, str] = {
 
 
 BACKENDS = ("mistral_torch", "mistral_flax", "mistral_tf")
-CLASSES = ("AutoModel", "AutoModelFor", "MistralFor", "MistralModel", "KVCache", "PreTrainedModel")
+CLASSES = (
+    "AutoModel", "AutoModelFor", "MistralFor", "MistralModel", "MinistralFor", "MinistralModel", "Ministral3For",
+    "Ministral3Model", "KVCache", "PreTrainedModel",
+)  # fmt: skip
 """How the names begin that every backend has, and not the core."""
 
 

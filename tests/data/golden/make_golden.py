@@ -262,7 +262,7 @@ MINISTRAL3 = {
     "sliding_window": None,
 }  # fmt: skip
 FACTOR = {**MINISTRAL3["rope_scaling"], "mscale_all_dim": 0.0, "llama_4_scaling_beta": 0.7}
-WHOLE = {
+TIED = {
     "model_type": "mistral3", "image_token_index": 10, "spatial_merge_size": 2, "vision_feature_layer": -1,
     "multimodal_projector_bias": False, "projector_hidden_act": "gelu",
     "vision_config": {
@@ -270,6 +270,7 @@ WHOLE = {
         "num_attention_heads": 2, "head_dim": 16, "image_size": 28, "patch_size": 14,
     },
 }  # fmt: skip
+WHOLE = {**TIED, "tie_word_embeddings": False}
 MIXED = ("sliding_attention", "full_attention", "sliding_attention")
 
 
@@ -302,8 +303,8 @@ def cases() -> dict[str, dict]:
         "ministral3_window": causal("ministral3_window", **MINISTRAL3 | {"sliding_window": 5}),
         "ministral3_far": spread("ministral3_far", 700, **MINISTRAL3),
         "ministral3_factor": spread("ministral3_factor", 40, **MINISTRAL3 | {"rope_scaling": FACTOR}),
-        "mistral3": causal("mistral3", sliding_window=None, extra={"mistral3": {**WHOLE, "tie_word_embeddings": False}}),
-        "mistral3_tied": causal("mistral3_tied", tie_word_embeddings=True, extra={"mistral3": WHOLE}, **MINISTRAL3),
+        "mistral3": causal("mistral3", sliding_window=None, extra={"mistral3": WHOLE}),
+        "mistral3_tied": causal("mistral3_tied", tie_word_embeddings=True, extra={"mistral3": TIED}, **MINISTRAL3),
         "sequence_single": classes("sequence_single", "single"),
         "sequence_by_pad_id": classes("sequence_by_pad_id", "single", masked=False),
         "sequence_left": classes("sequence_left", "single", side="left"),
@@ -336,8 +337,8 @@ def make(name: str, case: dict) -> None:
         assert np.isfinite(value).all(), key
     inputs = {key: case[key] for key in (*INPUTS, "document_ids", "compare") if key in case}
     facts = {
-        "config": config.to_json_string(with_vision="mistral3" in config.extra), "architecture": architecture, "seed": SEED,
-        "weights_crc": checksum(parameters), "versions": VERSIONS,
+        "config": config.to_json_string(with_vision="mistral3" in config.extra), "architecture": architecture,
+        "seed": SEED, "weights_crc": checksum(parameters), "versions": VERSIONS,
     }  # fmt: skip
     np.savez_compressed(HERE / f"{name}.npz", allow_pickle=False, **facts, **inputs, **outputs)
     size = (HERE / f"{name}.npz").stat().st_size
