@@ -104,7 +104,7 @@ def check(config: MistralConfig) -> None:
     """Raise one ConfigError with every field that is wrong."""
     if config.hidden_act != "silu":
         raise UnsupportedFeatureError(f"hidden_act: {shown(config.hidden_act)}; a Mistral has 'silu'.")
-    if config.model_type not in model_types.TYPES:
+    if not model_types.is_known(config.model_type):
         raise UnsupportedFeatureError(
             f"model_type must be one of {', '.join(model_types.TYPES)}, got {shown(config.model_type)}."
         )

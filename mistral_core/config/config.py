@@ -56,9 +56,10 @@ def _of_any_names(kind: type[MistralConfig]) -> type[MistralConfig]:
     @functools.wraps(with_fields)
     def with_any_names(self: MistralConfig, *values: Any, **fields: Any) -> None:
         fields = _as_fields(fields)
-        of_type = model_types.TYPES.get(fields.get("model_type", "mistral"), model_types.TYPES["mistral"])
+        name = fields.get("model_type", "mistral")
+        defaults = model_types.TYPES[name].defaults if model_types.is_known(name) else {}
         given = [field.name for field in dataclasses.fields(kind)][: len(values)]
-        absent = {name: value for name, value in of_type.defaults.items() if name not in given}
+        absent = {name: value for name, value in defaults.items() if name not in given}
         with_fields(self, *values, **{**absent, **fields})
 
     kind.__init__ = with_any_names  # type: ignore[method-assign]

@@ -49,7 +49,7 @@ def _read_hugging_face(
     known = {*known} - {"extra"}
     fields = {key: value for key, value in data.items() if key in known}
     if isinstance(fields.get("architectures"), list):
-        fields["architectures"] = model_types.own_classes(fields["architectures"], fields.get("model_type", "mistral"))
+        fields["architectures"] = model_types.own_classes(fields["architectures"], data.get("model_type", "mistral"))
     _read_labels(fields, where)
     for key, name in RENAMED.items():
         _agree(fields, name, data.get(key), where, key)
@@ -71,7 +71,7 @@ _READ = frozenset({*RENAMED, "rope_parameters", "quantization_config"})
 
 def _refuse_other_models(data: Mapping[str, Any], where: str) -> None:
     kind = data.get("model_type", "mistral")
-    if kind not in model_types.TYPES:
+    if not model_types.is_known(kind):
         dense = ", ".join((*model_types.TYPES, "llama"))
         raise UnsupportedFeatureError(
             f"{where}: model_type must be one of {dense} or {towers.MODEL_TYPE}, got {shown(kind)}."

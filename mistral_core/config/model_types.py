@@ -50,6 +50,11 @@ TYPES = {
 """The defaults are those of transformers' config classes of these types."""
 
 
+def is_known(name: Any) -> bool:
+    """Whether a value that a file has is the name of a type."""
+    return isinstance(name, str) and name in TYPES
+
+
 def own_classes(names: Any, model_type: str) -> Any:
     """Names of classes as ours: of `ministral3`, Ministral3ForCausalLM is MistralForCausalLM; others stay."""
     ours = {theirs: own for own, theirs in _classes(model_type).items()}

@@ -209,8 +209,8 @@ def write(config: MistralConfig, *, with_vision: bool = False) -> dict[str, Any]
     elif windows[0] is not None:
         data["sliding_window"] = windows[0]
     data["max_position_embeddings"] = config.max_position_embeddings
-    if config.tie_word_embeddings:
-        data["tied_embeddings"] = True
+    if config.tie_word_embeddings or config.model_type == "ministral3":  # whose files always say it
+        data["tied_embeddings"] = config.tie_word_embeddings
     scaling = config.rope_scaling
     if scaling is not None and scaling["rope_type"] == "yarn":
         data["yarn"] = {

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import ConfigError, UnsupportedFeatureError
 from ..telling import shown
-from .model_types import TYPES
+from .model_types import TYPES, is_known
 
 MODEL_TYPE = "mistral3"
 """The model type, and the key under which its own keys are kept."""
@@ -44,7 +44,7 @@ def text_of(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise ConfigError(f"{where}: text_config must be an object, got {shown(given)}.")
     kind = given.get("model_type", "mistral")
-    if kind not in TYPES:
+    if not is_known(kind):
         raise UnsupportedFeatureError(
             f"{where}: model_type of text_config must be one of {', '.join(TYPES)}, got {shown(kind)}."
         )

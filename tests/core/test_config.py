@@ -205,7 +205,7 @@ def test_raw_params():
     yarn = {"factor": 4, "original_max_position_embeddings": 8192, "beta": 32, "alpha": 1, "apply_scale": False}
     assert MistralConfig.from_dict({**RAW, "yarn": yarn}).rope_scaling == {
         "rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 8192, "beta_fast": 32, "beta_slow": 1,
-        "attention_factor": 1.0,
+        "attention_factor": 1.0, "llama_4_scaling_beta": 0.0,
     }  # fmt: skip
 
 
