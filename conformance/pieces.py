@@ -157,7 +157,7 @@ def blocks(subject: Subject, case: Case) -> Iterator[Comparison]:
         scale = scale.astype(np.float32)
         step = adapter.layers.Step(tables, adapter.array(order), query_scale_BT=adapter.array(scale, "float32"))
         scale = scale.astype(np.float64)
-    exact_tables = tuple(t.astype(np.float64) for t in cos_sin)
+    exact_tables: Any = tuple(t.astype(np.float64) for t in cos_sin)
 
     def weight(name: str) -> Array:
         return parameters[f"model.layers.{BODY_LAYER}.{name}.weight"].astype(np.float64)

@@ -52,7 +52,7 @@ class AutoClass(Generic[M]):
         )
         build = {name: given.pop(name) for name in ("attn_implementation", "param_dtype", "rngs")}
         dtype, device = given.pop("dtype") or "float32", as_device(given.pop("device"))
-        model = cls.model_class(MistralConfig.of(config).replace(**given), dtype=dtype, **build)
+        model = cls.model_class(MistralConfig.of(config).overridden(**given), dtype=dtype, **build)
         if device is not None:
             nnx.update(model, jax.device_put(nnx.state(model), device))
         return model

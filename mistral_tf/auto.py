@@ -49,7 +49,7 @@ class AutoClass(Generic[M]):
         given = from_transformers(options, dtype=None, device=None, attn_implementation=None, initializer=None)
         build = {name: given.pop(name) for name in ("dtype", "attn_implementation", "initializer")}
         with tf.device(as_device(given.pop("device"))):
-            return cls.model_class(MistralConfig.of(config).replace(**given), **build)
+            return cls.model_class(MistralConfig.of(config).overridden(**given), **build)
 
 
 class AutoModel(AutoClass[MistralModel]):

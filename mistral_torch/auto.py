@@ -47,7 +47,7 @@ class AutoClass(Generic[M]):
         given = from_transformers(options, dtype=None, device=None, attn_implementation=None)
         dtype, device = given.pop("dtype"), as_device(given.pop("device"))
         implementation = given.pop("attn_implementation")
-        model = cls.model_class(MistralConfig.of(config).replace(**given), attn_implementation=implementation)
+        model = cls.model_class(MistralConfig.of(config).overridden(**given), attn_implementation=implementation)
         if dtype is None and device is None:  # on the meta device even a move to nowhere fails
             return model
         return model.to(device=device, dtype=None if dtype is None else as_dtype(dtype))

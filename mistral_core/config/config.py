@@ -27,7 +27,7 @@ from ..disk import into, reading, strict_json
 from ..disk.names import CONFIG_FILES as CONFIG_FILES
 from ..errors import CheckpointNotFoundError, ConfigError, FrozenConfigError, UnknownFieldError
 from ..hub import download
-from ..telling import near_miss, warn
+from ..telling import near_miss, nearest, warn
 from . import checks, dialects, model_types
 
 NO_PROGRAM = (
@@ -89,13 +89,17 @@ def _as_fields(given: dict[str, Any]) -> dict[str, Any]:
         return given
     extra = given.get("extra") or {}
     fields, unknown = dialects.read_arguments({k: v for k, v in given.items() if k != "extra"}, known=FIELDS)
-    known = {*FIELDS, *arguments.KNOWN, "rope_parameters"}
-    missed = {name: near for name in sorted(unknown) if (near := near_miss(name, known)) is not None}
+    missed = {name: near for name in sorted(unknown) if (near := near_miss(name, _known_names())) is not None}
     if missed:
         told = ", ".join(f"{name!r} (did you mean {near!r}?)" for name, near in missed.items())
         raise UnknownFieldError(f"MistralConfig has no field {told}; a field of your own must have a name of its own.")
     own = {name: value for name, value in given.items() if name in FIELDS}
     return {**own, **fields, "extra": {**extra, **fields["extra"]}}
+
+
+def _known_names() -> set[str]:
+    """What may be said to a config, and beside it to `from_pretrained`."""
+    return {*FIELDS, *arguments.KNOWN, "rope_parameters"}
 
 
 @_frozen
@@ -261,6 +265,18 @@ class MistralConfig:
             changes = {"id2label": None, "label2id": None, **changes}
         return dataclasses.replace(self, **changes)._with({"_facts": self._facts})
 
+    def overridden(self, **changes: Any) -> MistralConfig:
+        """As `replace`, with fields that it has and no others: arguments of a call, of which none may be lost.
+
+        Raises UnknownFieldError.
+        """
+        replaced = self.replace(**changes)
+        unknown = sorted(name for name in changes.keys() - FIELDS if name in replaced.extra.keys() - self.extra.keys())
+        if unknown:
+            told = ", ".join(f"{name!r}{nearest(name, _known_names())}" for name in unknown)
+            raise UnknownFieldError(f"MistralConfig has no field {told}; see help(MistralConfig).")
+        return replaced
+
     def _with(self, entries: Mapping[str, Any]) -> MistralConfig:
         """A copy with entries that are not checked."""
         copied = copy.copy(self.value)
@@ -311,7 +327,7 @@ class MistralConfig:
         hub_arguments = {key: overrides.pop(key) for key in download.ARGUMENTS if key in overrides}
         root = download.resolve(path, files=CONFIG_FILES, **hub_arguments)
         config = reading.of_one_moment(root, lambda held: cls._read(held, strict))
-        return config.replace(**overrides) if overrides else config
+        return config.overridden(**overrides) if overrides else config
 
     @classmethod
     def _read(cls, root: Path, strict: bool) -> MistralConfig:

@@ -132,7 +132,7 @@ def _loaded(
     options: Mapping[str, Any],
 ) -> Pretrained:
     """Everything from one opened checkpoint, whose directory is held: config, generation config and tensors agree."""
-    directory, config = opened.directory, (config or opened.config).replace(**options)
+    directory, config = opened.directory, (config or opened.config).overridden(**options)
     embedding = canonical_names(opened.tensors).get(EMBEDDING)
     if dtype is None and embedding is not None and opened.tensors[embedding].dtype in DTYPES:
         dtype = opened.dtype(embedding).name

@@ -278,6 +278,16 @@ def test_a_near_miss_is_an_error_that_names_what_is_meant(name, meant):
         TINY.replace(**{name: 3})
 
 
+def test_calls_take_no_field_that_there_is_not(tmp_path):
+    TINY.save_pretrained(tmp_path)
+    with pytest.raises(UnknownFieldError, match="no field 'my_field'"):
+        MistralConfig.from_pretrained(tmp_path, my_field=1)
+    kept = MistralConfig(my_field=1)
+    assert kept.overridden(my_field=2, rope_parameters={"rope_theta": 5.0}).my_field == 2
+    with pytest.raises(UnknownFieldError, match="no field 'another'"):
+        kept.overridden(another=1, use_cache=False)
+
+
 def test_ids_of_other_tokens_are_no_near_miss():
     assert MistralConfig(boi_token_id=255999).boi_token_id == 255999
 
