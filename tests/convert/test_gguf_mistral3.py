@@ -127,6 +127,26 @@ def test_mistral_and_ministral_stay_llama(tmp_path):
         assert Checkpoint.open(path).config.model_type == model_type
 
 
+@pytest.mark.parametrize(
+    ("bounds", "architecture"),
+    [
+        ({}, "llama"),
+        ({"beta_fast": 32, "beta_slow": 1.0}, "llama"),
+        ({"beta_fast": 40.0}, "llama"),  # no pair turns so often in the original length
+        ({"beta_slow": 0.1}, "mistral3"),
+        ({"beta_fast": 0.5, "beta_slow": 0.25, "mscale": 1.0, "mscale_all_dim": 1.0}, "mistral3"),
+    ],
+)
+def test_a_mistral_is_a_mistral3_where_bounds_matter(tmp_path, bounds, architecture):
+    config = PLAIN.replace(model_type="mistral", rope_scaling=SHORT | bounds)
+    path = write(tmp_path / "model", "gguf", any_bits(config), config)
+    assert gguf.GGUFReader(path / "model.gguf").get_field("general.architecture").contents() == architecture
+    assert "attention.temperature_scale" not in keys_of(path / "model.gguf")
+    assert Checkpoint.open(path).config.rope_scaling == config.rope_scaling
+    alone = Checkpoint.open(shutil.copy(path / "model.gguf", tmp_path / "x.gguf")).config
+    assert (alone.model_type, rope.rotary_table(alone)) == ("mistral", rope.rotary_table(config))
+
+
 def test_rows_are_in_pairs_and_vectors_float32(tmp_path):
     arrays = any_bits(PLAIN, "bfloat16")
     path = write(tmp_path / "model", "gguf", arrays, PLAIN)

@@ -1,7 +1,7 @@
 """The config of a Mistral as keys of GGUF's architectures `llama` and `mistral3`, both ways.
 
 `mistral3` is what llama.cpp makes of a ministral3, and of a mistral out of a model that also sees; its keys are those
-of `llama` and a few more.
+of `llama` and a few more, and it heeds yarn's bounds, which `llama` does not.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _ids(file: GgufFile) -> tuple[int, ...]:
 
 def architecture(config: MistralConfig) -> str:
     """The one in which llama.cpp computes what the config says."""
-    return "mistral3" if config.model_type == "ministral3" else "llama"
+    return "mistral3" if config.model_type == "ministral3" or scaling.bounds_matter(config) else "llama"
 
 
 def write(config: MistralConfig) -> dict[str, Value]:

@@ -109,6 +109,14 @@ def _own_factor(scaling: Mapping[str, Any]) -> float:
 # Writing
 
 
+def bounds_matter(config: MistralConfig) -> bool:
+    """Whether it has yarn with other bounds than 32 and 1, which llama.cpp takes of every `llama`."""
+    if config.rope_scaling is None or config.rope_scaling["rope_type"] != "yarn":
+        return False
+    plain = {name: value for name, value in config.rope_scaling.items() if name not in _BETAS.values()}
+    return not _same(config, config.replace(rope_scaling=plain))
+
+
 def write(config: MistralConfig, *, of_queries: bool) -> dict[str, Value]:
     """The keys below the architecture's name; raises UnsupportedFeatureError where they cannot say what it says."""
     if config.rope_scaling is None:
