@@ -408,6 +408,16 @@ def test_62_a_factor_of_yarn_without_yarn(tmp_path, kind):
         Checkpoint.open(published(tmp_path / "x.gguf", keys))
 
 
+def test_62_the_names_of_older_ollama(tmp_path):
+    keys = OF_MINISTRAL_3 | {"mistral3.rope.scaling_beta": np.float32(0.1)}
+    assert Checkpoint.open(published(tmp_path / "both.gguf", keys)).config.rope_scaling == YARN
+    path = published(tmp_path / "x.gguf", keys, without=TEMPERATURE)
+    with pytest.raises(
+        UnsupportedFeatureError, match=r"mistral3\.rope\.scaling_beta is a name that only older versions"
+    ):
+        Checkpoint.open(path)
+
+
 def test_62_no_length_at_all(tmp_path):
     keys = SIZES | TEMPERATURE | {"mistral3.context_length": np.uint32(0)}
     with pytest.raises(

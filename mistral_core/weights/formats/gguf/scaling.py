@@ -32,6 +32,8 @@ _SAID_OF_QUERIES = {**_SAID, _LOG_MULTIPLIER: "mscale_all_dim", TEMPERATURE: rop
 _MSCALE = {"mscale": 1.0}
 """What llama.cpp takes it to be wherever there is a log multiplier."""
 _OF_2023 = "rope.scale_linear"
+_OF_OLDER_OLLAMA = "rope.scaling_beta"
+"""Its name of the temperature scale, beside other names of yarn's numbers too."""
 
 
 # Reading
@@ -42,6 +44,11 @@ def read(keys: Keys, *, of_queries: bool) -> dict[str, Any] | None:
 
     Raises CorruptCheckpointError for what is no number, UnsupportedFeatureError for other scalings.
     """
+    if of_queries and keys.has(_OF_OLDER_OLLAMA) and not keys.has(TEMPERATURE):
+        raise UnsupportedFeatureError(
+            f"{keys.told(_OF_OLDER_OLLAMA)} is a name that only older versions of Ollama read; get a file that "
+            "llama.cpp converted."
+        )
     scaling = _rotation(keys, of_queries)
     if keys.has(_ATTENTION) and (scaling or {}).get("rope_type") != "yarn" and keys.number(_ATTENTION) != 1:
         raise UnsupportedFeatureError(
