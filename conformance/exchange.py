@@ -9,6 +9,7 @@ reference, and gives its tensors, which must be bit-equal; then the library save
 from __future__ import annotations
 
 import argparse
+import itertools
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mistral_core.config import MistralConfig
+from mistral_core.config import MistralConfig, rope
 from mistral_core.config.presets import TINY
 from mistral_core.reference import heads
 from mistral_core.weights.checkpoint import save
@@ -27,11 +28,35 @@ from mistral_core.weights.convert import convert
 from mistral_core.weights.matching import canonical_names
 from mistral_core.weights.opening import Checkpoint
 
-from .cases import token_ids
+from .cases import LENGTHS, T, token_ids
 from .weights import random_parameters
+
+
+class Model(NamedTuple):
+    """A model to exchange."""
+
+    config: MistralConfig
+    length: int
+    """Of the texts whose logits are compared."""
+
 
 # a head_dim of hidden/heads, a window beyond the text: what every one of these libraries computes rightly
 CONFIG = TINY.replace(head_dim=8, rope_theta=1e4, sliding_window=64, max_position_embeddings=2048)
+SCALED = {
+    "rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 32, "beta_fast": 4.0, "beta_slow": 0.5,
+    "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+}  # fmt: skip
+MODELS: Mapping[str, Model] = {
+    "mistral": Model(CONFIG, T),
+    # so long that queries are scaled by more than one number
+    "ministral3": Model(
+        CONFIG.replace(model_type="ministral3", rope_scaling=SCALED, sliding_window=None, max_position_embeddings=512),
+        5 * 32,
+    ),
+}
+"""Model type -> what is exchanged of it."""
+KNOWN: Mapping[str, tuple[str, ...]] = {"llama": ("mistral", "ministral3")}
+"""Peer -> the model types that it is asked for, where that is not mistral alone."""
 PEERS: Mapping[str, tuple[str, ...]] = {
     "transformers4": ("hf", "flax-msgpack", "flax-safetensors", "tf-h5", "tf-safetensors"),
     "transformers5": ("hf",),
@@ -48,27 +73,31 @@ class Exchange(NamedTuple):
 
     peer: str
     format: str
+    model_type: str
     direction: str
     result: str
     passed: bool
 
 
-def exchanges(python: str, peer: str, format: str, folder: Path) -> Iterator[Exchange]:
+def exchanges(python: str, peer: str, format: str, model_type: str, folder: Path) -> Iterator[Exchange]:
     """Our files read by the library, then the library's files read by us."""
-    config, weights = CONFIG, random_parameters(CONFIG, "MistralForCausalLM")
+    config, length = MODELS[model_type]
+    weights = random_parameters(config, "MistralForCausalLM")
     save(folder / "hf", config, weights.items())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         convert(folder / "hf", folder / "ours", to=format, allow_lossy=True)
-    ids = token_ids(config)
+    ids = token_ids(config, shape=(len(LENGTHS), length))
     np.save(folder / "ids.npy", ids)
     called = run(python, peer, "read", format, folder / "ours", folder / "ids.npy", folder / "out.npz")
-    yield Exchange(peer, format, "reads ours", *(called or compare(folder / "out.npz", config, weights, ids)))
+    found = called or compare(folder / "out.npz", config, weights, ids)
+    yield Exchange(peer, format, model_type, "reads ours", *found)
     np.savez(folder / "weights.npz", allow_pickle=False, **weights)
     (folder / "config.json").write_text(config.replace(architectures=("MistralForCausalLM",)).to_json_string())
     theirs = folder / "theirs"
     called = run(python, peer, "write", format, folder / "weights.npz", folder / "config.json", theirs)
-    yield Exchange(peer, format, "writes for us", *(called or read_back(theirs, format, weights)))
+    found = called or read_back(theirs, format, config, weights)
+    yield Exchange(peer, format, model_type, "writes for us", *found)
 
 
 def run(python: str, peer: str, *arguments: str | Path) -> tuple[str, bool] | None:
@@ -93,8 +122,8 @@ def compare(path: Path, config: MistralConfig, weights: Mapping[str, np.ndarray]
     return text, bool(distance < BOUND) and all(equal) and bool(equal)
 
 
-def read_back(path: Path, format: str, weights: Mapping[str, np.ndarray]) -> tuple[str, bool]:
-    """Every tensor of what the library saved, bit for bit."""
+def read_back(path: Path, format: str, config: MistralConfig, weights: Mapping[str, np.ndarray]) -> tuple[str, bool]:
+    """Every tensor of what the library saved, bit for bit, and the same positions."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         checkpoint = Checkpoint.open(path)
@@ -103,11 +132,14 @@ def read_back(path: Path, format: str, weights: Mapping[str, np.ndarray]) -> tup
             name in names and np.array_equal(checkpoint.read(names[name]).view(np.uint32), array.view(np.uint32))
             for name, array in weights.items()
         ]
-    as_expected = checkpoint.format == format
-    text = f"{sum(equal)} of {len(weights)} tensors bit-equal" + (
-        "" if as_expected else f", seen as {checkpoint.format}"
+        found = checkpoint.config
+    text = f"{sum(equal)} of {len(weights)} tensors bit-equal"
+    text += "" if checkpoint.format == format else f", seen as {checkpoint.format}"
+    same = rope.rotary_table(found) == rope.rotary_table(config) and (
+        rope.query_scaling(found) == rope.query_scaling(config)
     )
-    return text, all(equal) and as_expected
+    text += "" if same else ", other positions"
+    return text, all(equal) and same and checkpoint.format == format
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -120,12 +152,12 @@ def main(argv: list[str] | None = None) -> int:
     if not asked:
         parser.error(f"give one interpreter at least: {', '.join(PEERS)}")
     passed = True
-    print("| library | format | direction | result | |\n|---|---|---|---|---|")
+    print("| library | format | model type | direction | result | |\n|---|---|---|---|---|---|")
     for peer, python in asked.items():
-        for format in PEERS[peer]:
+        for format, model_type in itertools.product(PEERS[peer], KNOWN.get(peer, ("mistral",))):
             with tempfile.TemporaryDirectory() as folder:
-                for exchange in exchanges(python, peer, format, Path(folder)):
-                    print(f"| {' | '.join(exchange[:4])} | {'yes' if exchange.passed else '**no**'} |", flush=True)
+                for exchange in exchanges(python, peer, format, model_type, Path(folder)):
+                    print(f"| {' | '.join(exchange[:5])} | {'yes' if exchange.passed else '**no**'} |", flush=True)
                     passed &= exchange.passed
     return 0 if passed else 1
 

@@ -5,8 +5,9 @@
     PYTHON exchange_llama.py tokenize gguf PATH TEXTS.json OUT.json
 
 `read` saves llama.cpp's logits [B, T, V] and, as `tensor:NAME` under Hugging Face names and in their layout, what gguf
-reads; bfloat16 as uint16 bits. `write` does what llama.cpp's converter does with a Llama: names, rows of q and k in
-pairs, vectors as float32. `tokenize` gives the ids of texts. This file runs without any package of ours.
+reads; bfloat16 as uint16 bits. `write` does what llama.cpp's converter does with a Llama and with a ministral3: names,
+rows of q and k in pairs, vectors as float32. `tokenize` gives the ids of texts. This file runs without any package of
+ours.
 """
 
 import json
@@ -48,16 +49,25 @@ def llama(path, length):
 
     plain = llama_cpp.GGML_TYPE_F32  # keys and values, which llama.cpp rounds to float16 unless told otherwise
     sizes = {"n_ctx": max(length, 8), "n_batch": max(length, 8), "n_ubatch": max(length, 8), "n_threads": 1}
+    of_file = dict.fromkeys(("yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow"), -1.0)
     return llama_cpp.Llama(
-        str(file_of(path)), logits_all=True, verbose=False, type_k=plain, type_v=plain, flash_attn=False, **sizes
+        str(file_of(path)),
+        logits_all=True,
+        verbose=False,
+        type_k=plain,
+        type_v=plain,
+        flash_attn=False,
+        **sizes,
+        **of_file,  # without it the Python package says numbers of its own
     )
 
 
 def tensors(path):
     """Name -> array in Hugging Face's layout; quantised ones dequantised."""
     reader = gguf.GGUFReader(file_of(path))
-    heads = int(reader.get_field("llama.attention.head_count").contents())
-    key_heads = int(reader.get_field("llama.attention.head_count_kv").contents())
+    architecture = reader.get_field("general.architecture").contents()
+    heads = int(reader.get_field(f"{architecture}.attention.head_count").contents())
+    key_heads = int(reader.get_field(f"{architecture}.attention.head_count_kv").contents())
     found = {}
     for tensor in reader.tensors:
         array, kind = tensor.data, tensor.tensor_type.name
@@ -93,11 +103,29 @@ def tokenize(path, texts, out):
     Path(out).write_text(json.dumps(ids))
 
 
+def add_rotary(writer, config):
+    """The keys of positions, from a config.json of transformers 4 or 5."""
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    writer.add_rope_freq_base(scaling.get("rope_theta", config.get("rope_theta")))
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return
+    writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+    writer.add_rope_scaling_factor(scaling["factor"])
+    if kind == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+    if config["model_type"] == "ministral3":
+        writer.add_rope_scaling_yarn_beta_fast(scaling["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(scaling["beta_slow"])
+        writer.add_rope_scaling_yarn_log_mul(scaling["mscale_all_dim"])
+        writer.add_attn_temperature_scale(scaling["llama_4_scaling_beta"])
+
+
 def write(weights, config, out, name="model.gguf"):
     data, config = np.load(weights), json.loads(Path(config).read_text())
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(out / name, "llama")
+    writer = gguf.GGUFWriter(out / name, "mistral3" if config["model_type"] == "ministral3" else "llama")
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     heads, key_heads = config["num_attention_heads"], config["num_key_value_heads"]
     writer.add_name("Mistral")
@@ -109,22 +137,15 @@ def write(weights, config, out, name="model.gguf"):
     writer.add_head_count(heads)
     writer.add_head_count_kv(key_heads)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_theta"])
     writer.add_rope_dimension_count(head_dim)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    scaling = config.get("rope_scaling") or {}
-    if scaling:
-        kind = scaling.get("rope_type", scaling.get("type"))
-        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
-        writer.add_rope_scaling_factor(scaling["factor"])
-        if kind == "yarn":
-            writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+    add_rotary(writer, config)
     writer.add_tokenizer_model("no_vocab")
     for id_name, add in (("bos", writer.add_bos_token_id), ("eos", writer.add_eos_token_id)):
         if isinstance(config.get(f"{id_name}_token_id"), int):
             add(config[f"{id_name}_token_id"])
-    kind = WRITTEN.get(config.get("torch_dtype"), np.float32)
+    kind = WRITTEN.get(config.get("torch_dtype") or config.get("dtype"), np.float32)
     gguf_names = {hugging_face_name(f"{stem}.weight"): f"{stem}.weight" for stem in OTHERS}
     for layer in range(config["num_hidden_layers"]):
         names = [f"blk.{layer}.{stem}.weight" for stem in LAYER]

@@ -17,7 +17,8 @@ MAX_MANIFEST_BYTES = limits.MANIFEST_BYTES
 def config(directory: Path, told: Mapping[str, Any]) -> MistralConfig:
     """The config of a manifest, if there is one, with the fields that the format's own files tell.
 
-    Where both describe the same windows or the same rotation in other words, the manifest's words are kept.
+    Where both describe the same windows or the same rotation in other words, the manifest's words are kept; a format
+    that tells no model type says nothing of how queries are scaled.
     """
     own = MistralConfig(**told)
     path = directory / MANIFEST
@@ -32,8 +33,9 @@ def config(directory: Path, told: Mapping[str, Any]) -> MistralConfig:
         changes = _without(changes, "sliding_window", "layer_types")
     else:
         changes.setdefault("layer_types", None)
-    if kept.head_dim == own.head_dim and rope.rotary_table(kept) == rope.rotary_table(own):
-        changes = _without(changes, "rope_theta", "rope_scaling")
+    same_queries = "model_type" not in told or rope.query_scaling(kept) == rope.query_scaling(own)
+    if same_queries and kept.head_dim == own.head_dim and rope.rotary_table(kept) == rope.rotary_table(own):
+        changes = _without(changes, "rope_theta", "rope_scaling", "model_type")
     else:
         changes.setdefault("rope_scaling", None)
     return kept.replace(**changes)

@@ -342,8 +342,8 @@ def test_scaling_as_files_of_2023_said_it(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"general.architecture": "mistral3"}, "'mistral3'; only 'llama'"),
-        ({"general.architecture": np.uint32(1)}, "only 'llama'"),
+        ({"general.architecture": "mistral4"}, "'mistral4'; 'llama' and 'mistral3' are read"),
+        ({"general.architecture": np.uint32(1)}, "'1'; 'llama' and 'mistral3' are read"),
         ({"llama.expert_count": np.uint32(8)}, "mixture of experts"),
         ({"split.count": np.uint16(3)}, "one part of a split file"),
         ({"llama.attention.head_count_kv": np.array([1, 2], np.int32)}, "differs from layer to layer"),

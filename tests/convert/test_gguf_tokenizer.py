@@ -310,6 +310,16 @@ def test_a_file_of_the_kind_llama_that_names_nothing_has_llamas_special_tokens(t
     assert json.loads(found["tokenizer_config.json"]())["eos_token"] == "</s>"
 
 
+def test_scores_that_are_integers(tmp_path):
+    """llama.cpp's converter writes them of a tekken.json, all 0."""
+    of_tekken = {"model": "gpt2", "pre": "tekken", "tokens": ["<unk>", "<s>", "a", "b", "ab"], "merges": ["a b"]}
+    values = {f"tokenizer.ggml.{name}": value for name, value in of_tekken.items()}
+    values["tokenizer.ggml.token_type"] = np.array([2, 3, 1, 1, 1], np.int32)
+    gguf_file.create(tmp_path / "x.gguf", values | {"tokenizer.ggml.scores": np.zeros(5, np.int32)}, {})
+    found = gguf_texts.texts(GgufFile(tmp_path / "x.gguf"))
+    assert Tokenizer.from_str(found["tokenizer.json"]().decode()).encode("ab").ids == [4]
+
+
 def test_an_unknown_kind_gives_no_tokenizer(tmp_path):
     for values in ({"tokenizer.ggml.model": "bert"}, {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2"}):
         gguf_file.create(tmp_path / "x.gguf", values, {})

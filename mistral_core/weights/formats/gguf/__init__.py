@@ -1,4 +1,4 @@
-"""GGUF of the architecture llama: one file, rotary rows in interleaved pairs, vectors always float32."""
+"""GGUF of the architectures llama and mistral3: one file, rotary rows in interleaved pairs, vectors always float32."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def _values(outline: Outline, specs: Mapping[str, tuple[str, tuple[int, ...]]]) 
     codes = [code for code, shape in specs.values() if len(shape) > 1]
     kind = max(codes, key=codes.count)
     values: dict[str, Value | list[str]] = {
-        gguf_config.ARCHITECTURE: "llama",
+        gguf_config.ARCHITECTURE: gguf_config.architecture(outline.config),
         "general.type": "model",
         "general.name": "Mistral",
         "general.file_type": np.uint32(_FILE_TYPES[kind]),

@@ -68,7 +68,7 @@ def _tokens(file: GgufFile) -> _Tokens:
     if max(map(len, decoded), default=0) > _LONGEST:
         raise _bad(file, "tokens", f"tokens of at most {_LONGEST} characters")
     kinds = _numbers(file, "token_type", "iu", words.length, NORMAL)
-    return _Tokens(decoded, kinds, _numbers(file, "scores", "f", words.length, 0.0))
+    return _Tokens(decoded, kinds, _numbers(file, "scores", "fiu", words.length, 0.0))  # of Tekken, some write integers
 
 
 def _numbers(file: GgufFile, name: str, kinds: str, length: int, default: Any) -> list[Any]:
