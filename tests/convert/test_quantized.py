@@ -13,7 +13,7 @@ import pytest
 from samples import any_bits, bits
 
 from mistral_core import TINY, MistralConfig, errors
-from mistral_core.config.dialects import write_raw
+from mistral_core.config import params_json
 from mistral_core.parameters import layer_of, parameters
 from mistral_core.weights import layouts
 from mistral_core.weights.checkpoint import load
@@ -426,7 +426,7 @@ def test_raw_fp8(tmp_path, strategy):
         expected[name] = layouts.to_canonical(values, row, CONFIG, layout)
     store(tmp_path / "consolidated.safetensors", tensors)
     quantization = {"qformat_weight": "fp8_e4m3", "qscheme_act": "TENSOR"}
-    params = {**write_raw(CONFIG), "dtype": "bfloat16", "quantization": quantization}
+    params = {**params_json.write(CONFIG), "dtype": "bfloat16", "quantization": quantization}
     (tmp_path / "params.json").write_text(json.dumps(params))
     assert_read(tmp_path, expected, "FP8")
 
@@ -507,7 +507,7 @@ def test_quantization_configs_that_mean_nothing(given):
 )
 def test_20_raw_quantization_of_another_kind(given):
     with pytest.raises(errors.UnsupportedFeatureError, match="quantization"):
-        MistralConfig.from_dict({**write_raw(CONFIG), "quantization": given})
+        MistralConfig.from_dict({**params_json.write(CONFIG), "quantization": given})
 
 
 @pytest.mark.parametrize("pack", [pack_awq, gptq(), nf4(), scaled(INT8, "weight_scale", "channel")])
