@@ -72,7 +72,7 @@ def _packed(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _left_out(checkpoint: Checkpoint) -> dict[str, Any]:
     """How many tensors of other towers the files hold, which are not read."""
-    counts = towers.counted(checkpoint.skipped, checkpoint.format) if checkpoint.skipped else {}
+    counts = towers.counted(checkpoint.skipped, checkpoint.format)
     return {"not_read": counts} if counts else {}
 
 

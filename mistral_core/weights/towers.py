@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from ..config import MistralConfig, params_json
 from ..config import towers as config_towers
 from ..disk import strict_json
-from ..errors import ConfigError, CorruptCheckpointError
-from .containers.tensor_file import quoted
+from ..errors import ConfigError, ConversionError, CorruptCheckpointError
+from .containers.tensor_file import DTYPES, quoted
+from .contents import Contents
 
 
 class Whole(NamedTuple):
@@ -77,6 +78,8 @@ _RAW = Whole(_has_vision, ("vision_encoder", "vision_language_adapter", "patch_m
 
 WHOLES: Mapping[str, Whole] = {"hf": _HUGGING_FACE, "hf-bin": _HUGGING_FACE, "raw": _RAW, "raw-pth": _RAW}
 """Format -> its names; formats that share them hold the same layout too."""
+WRITTEN = ("hf", "raw")
+"""Those of them that are written."""
 
 
 def whole_of(format: str, names: Iterable[str], config: Callable[[], MistralConfig | None]) -> Whole | None:
@@ -116,8 +119,34 @@ def with_ties(config: MistralConfig, names: Iterable[str], file: Path) -> Mistra
     return config.replace(tie_word_embeddings=True)
 
 
-def counted(skipped: Iterable[str], format: str) -> dict[str, int]:
+def check_kept(checkpoint: Contents, to: str) -> None:
+    """Raise ConversionError where a checkpoint's other towers cannot be written as they are."""
+    if to not in WHOLES:
+        raise ConversionError(
+            f"keep_vision: to must be {' or '.join(WRITTEN)}, got {to!r}, which holds the text part only; leave out "
+            "keep_vision (--keep-vision)."
+        )
+    if not checkpoint.skipped:
+        raise ConversionError(
+            f"{checkpoint.path}: must hold the towers of a model that also sees; leave out keep_vision (--keep-vision)."
+        )
+    if WHOLES[checkpoint.format] is not WHOLES[to]:
+        raise ConversionError(
+            f"{checkpoint.path}: the vision tensors of {checkpoint.format} have other names and another layout than "
+            f"those of {to}; leave out keep_vision (--keep-vision), or convert with it to the same format."
+        )
+    packed = sorted({tensor.dtype for tensor in checkpoint.skipped.values() if tensor.dtype not in DTYPES})
+    if packed:
+        raise ConversionError(
+            f"{checkpoint.path}: the vision tensors must be {', '.join(DTYPES)} to be kept, got {', '.join(packed)}; "
+            "leave out keep_vision (--keep-vision)."
+        )
+
+
+def counted(skipped: Collection[str], format: str) -> dict[str, int]:
     """Tower -> how many tensors it has, of the names that `Contents.skipped` has."""
+    if not skipped:
+        return {}
     whole = WHOLES[format]
     found = [whole.tower(name) for name in skipped]
     return {tower: found.count(tower) for tower in whole.towers if tower in found}

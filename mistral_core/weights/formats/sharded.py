@@ -23,7 +23,7 @@ from ..containers.shards import Family, create_shards, open_files, safetensors_f
 from ..containers.tensor_file import TensorFile
 from ..contents import Contents, StoredTensor, stored_as_it_is, stored_in_layout
 from ..layouts import Layout
-from ..towers import Whole
+from ..towers import WHOLES, Whole
 from . import base
 from .base import Outline, Target
 from .transformers_names import flax_name, lacking, rows_by, tf_name
@@ -69,11 +69,11 @@ def _read_params(directory: Path) -> MistralConfig:
 
 def _check_params(outline: Outline) -> None:
     base.refuse_heads(outline, "raw")
-    params_json.write(outline.config)
+    params_json.write(outline.config, with_vision=bool(outline.others))
 
 
 def _write_params(directory: Path, outline: Outline) -> None:
-    text = json.dumps(params_json.write(outline.config), indent=2) + "\n"
+    text = json.dumps(params_json.write(outline.config, with_vision=bool(outline.others)), indent=2) + "\n"
     files.write_file(directory / "params.json", text.encode())
 
 
@@ -162,11 +162,17 @@ class Sharded:
         """The description, the texts, and places for the tensors."""
         base.write_texts(directory, outline.texts)
         self.described.write(directory, outline)
-        prefix = self.prefix if outline.architecture == "MistralModel" else ""
-        named = {name: self.file_name(name, row) if self.file_name else name for name, row in outline.rows().items()}
-        names = {name: stored.removeprefix(prefix) for name, stored in named.items() if stored is not None}
+        names = self._names_of(outline)
         infos = create_shards(directory, base.specs_in_layout(outline, names, self.layout_of), limit, self.family)
         return base.targets_in_layout(infos, outline, names, self.layout_of)
+
+    def _names_of(self, outline: Outline) -> dict[str, str]:
+        """Canonical name -> name in the file."""
+        named = {name: self.file_name(name, row) if self.file_name else name for name, row in outline.rows().items()}
+        if outline.others:
+            return {name: WHOLES[self.name].stored(stored) for name, stored in named.items() if stored is not None}
+        prefix = self.prefix if outline.architecture == "MistralModel" else ""
+        return {name: stored.removeprefix(prefix) for name, stored in named.items() if stored is not None}
 
 
 def _names(opened: Iterable[TensorFile]) -> Iterable[str]:
