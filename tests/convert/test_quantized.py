@@ -10,37 +10,18 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from samples import any_bits, bits
+from samples import any_bits, bits, store, stored
 
 from mistral_core import TINY, MistralConfig, errors
 from mistral_core.config import params_json
 from mistral_core.parameters import layer_of, parameters
 from mistral_core.weights import layouts
 from mistral_core.weights.checkpoint import load
-from mistral_core.weights.containers.safetensors import SafetensorsFile
-from mistral_core.weights.containers.tensor_file import DTYPES, PACKED
 from mistral_core.weights.opening import Checkpoint
 
 CONFIG = TINY.replace(num_hidden_layers=1, hidden_size=32, intermediate_size=160, dtype="bfloat16")
 ROWS = {name: row for name, row in parameters(CONFIG) if row.kind in ("attention", "mlp")}
-CODES = {dtype: code for code, dtype in {**DTYPES, **PACKED}.items()}
 random = np.random.default_rng(0)
-
-
-def store(path, tensors):
-    """A safetensors file of any dtypes, in the order of the tensors."""
-    header, data = {}, b""
-    for name, array in tensors.items():
-        start, data = len(data), data + array.tobytes()
-        header[name] = {"dtype": CODES[array.dtype], "shape": list(array.shape), "data_offsets": [start, len(data)]}
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
-
-
-def stored(path):
-    """Name -> array of a file, whatever its dtypes."""
-    file = SafetensorsFile(path)
-    return {name: file.read_packed(name) for name in file.tensors}
 
 
 def write(directory, pack, quantization, config=CONFIG, **more):
