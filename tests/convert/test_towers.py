@@ -223,9 +223,9 @@ def packed(shape, block, scale_dtype):
     return values.view(FP8), scales[0, 0] if block is None else scales, product
 
 
-def write_fp8(directory, block, scale_dtype, config):
-    """A whole with packed layers; gives the matrices in float64."""
-    named, expected = {}, {}
+def write_fp8(directory, block, scale_dtype, config, **more):
+    """A whole with packed layers, and more tensors; gives the matrices in float64."""
+    named, expected = dict(more), {}
     for name, array in any_bits(config).items():
         stored_as = f"language_model.{name}"
         if "_proj" not in name:
@@ -261,6 +261,15 @@ def test_fp8_as_it_is_published(tmp_path, quiet, block, scale_dtype, dtype):
         assert bits(checkpoint.read(name)) == bits(product.astype(np.float32).astype(dtype)), name
     assert sorted(checkpoint.skipped) == sorted(VISION)
     assert all(bits(tensor.load(None, True)) == bits(VISION[name]) for name, tensor in checkpoint.skipped.items())
+
+
+def test_what_another_tower_is_packed_by_is_nobodys(tmp_path, quiet):
+    """A scale beside numbers that it does not fit is not looked at."""
+    more = {"vision_tower.odd.weight": np.zeros((2, 2), np.int8), "vision_tower.odd.weight_scale_inv": np.ones(3)}
+    expected = write_fp8(tmp_path, None, np.dtype(np.float32), WIDE, **more)
+    checkpoint = Checkpoint.open(tmp_path)
+    assert set(checkpoint.skipped) == {*VISION, *more}
+    assert {name for name in checkpoint.tensors if checkpoint.packed(name)} == set(expected)
 
 
 def test_a_packed_matrix_as_the_files_have_it(tmp_path):
