@@ -31,6 +31,8 @@ def arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     command.add_argument("--config", help="the config.json of a source that has none")
     command.add_argument("--revision", help="branch, tag or commit of a hub id")
+    command.add_argument("--keep-vision", action="store_true",
+                         help="hf to hf, raw to raw: also the towers of a model that sees, as they are")  # fmt: skip
     command.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="what one format asks for")
 
 
@@ -52,6 +54,7 @@ def run(options: argparse.Namespace) -> int:
             dry_run=options.dry_run,
             progress=progress,
             options=dict(option.partition("=")[::2] for option in options.option),
+            keep_vision=options.keep_vision,
             revision=options.revision,
         )
     if options.json:

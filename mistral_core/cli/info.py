@@ -13,6 +13,7 @@ from ..errors import MistralError, UnsupportedFeatureError
 from ..parameters import HEADS, parameter_count
 from ..text import sources
 from ..text.tokenizer import MistralTokenizer
+from ..weights import towers
 from ..weights.opening import Checkpoint
 from ..weights.sources import resolve_checkpoint
 from . import put
@@ -52,10 +53,27 @@ def describe(path: str) -> dict[str, Any]:
         **facts_of(checkpoint.config),
         "stored_as": dtypes,
         "tensors": len(checkpoint.tensors),
+        **_packed(checkpoint),
+        **_left_out(checkpoint),
         "files": files,
         "manifest": (directory / "mistral_manifest.json").exists(),
         **_tokenizer(root, checkpoint.config.vocab_size),
     }
+
+
+def _packed(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How matrices are packed, how many are, and their bytes in the files; nothing where all tensors are floats."""
+    packed = [tensor.packed for tensor in checkpoint.tensors.values() if tensor.packed is not None]
+    if not packed:
+        return {}
+    schemes, size = sorted({each.scheme.label for each in packed}), sum(each.nbytes for each in packed)
+    return {"packed": {"scheme": ", ".join(schemes), "matrices": len(packed), "bytes": size}}
+
+
+def _left_out(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How many tensors of other towers the files hold, which are not read."""
+    counts = towers.counted(checkpoint.skipped, checkpoint.format)
+    return {"not_read": counts} if counts else {}
 
 
 def _tokenizer(root: Path, vocab_size: int) -> dict[str, Any]:

@@ -55,7 +55,8 @@ def text_of(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     if data.get("quantization_config") is not None:
         text["quantization_config"] = data["quantization_config"]
     rest = {key: value for key, value in data.items() if key not in ("text_config", "quantization_config")}
-    return {**text, "model_type": kind, "architectures": ["MistralForCausalLM"], MODEL_TYPE: rest}
+    architecture = "MistralModel" if data.get("architectures") == ["Mistral3Model"] else "MistralForCausalLM"
+    return {**text, "model_type": kind, "architectures": [architecture], MODEL_TYPE: rest}
 
 
 def whole(text: Mapping[str, Any]) -> dict[str, Any]:

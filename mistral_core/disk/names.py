@@ -23,6 +23,9 @@ TEXT_FILES = (
 )
 """What travels with the weights, by Hugging Face's names."""
 
+VISION_FILES = ("processor_config.json", "preprocessor_config.json")
+"""What travels with the weights of a vision tower."""
+
 TEMPLATES = "additional_chat_templates"
 """The folder of further chat templates, which travel too."""
 

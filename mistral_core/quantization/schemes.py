@@ -42,7 +42,7 @@ UNREAD: Mapping[str, str] = {
     "which kernel computes, and in what dtype: here the numbers are dequantised exactly": (
         "use_exllama exllama_config disable_exllama use_cuda_fp16 max_input_length do_fuse fuse_max_seq_len "
         "modules_to_fuse bnb_4bit_compute_dtype bnb_4bit_use_double_quant llm_int8_threshold llm_int8_has_fp16_weight "
-        "llm_int8_enable_fp32_cpu_offload _load_in_4bit _load_in_8bit"
+        "llm_int8_enable_fp32_cpu_offload _load_in_4bit _load_in_8bit dequantize"
     ),
     "which matrices are packed: what stands in the file tells it": (
         "modules_to_not_convert llm_int8_skip_modules ignore ignored_layers targets"
@@ -110,8 +110,30 @@ def _check(reader: Callable[..., Scheme], given: Any, where: str) -> None:
 def read(given: Any, *, where: str) -> Scheme:
     """The scheme of a Hugging Face `quantization_config`; raises UnsupportedFeatureError, ConfigError."""
     where = f"{where}: quantization_config"
+    return _of_method(_object(given, where), where)
+
+
+def read_raw(given: Any, *, where: str) -> Scheme:
+    """The scheme of a `quantization` in params.json, in its own words or in those of a `quantization_config`.
+
+    Raises UnsupportedFeatureError, ConfigError.
+    """
+    where = f"{where}: quantization"
+    given = _object(given, where)
+    if given.get("quant_method") is not None:
+        return _of_method(given, where)
+    _one_of(given, "qformat_weight", ("fp8_e4m3",), where)
+    _one_of(given, "qscheme_act", ("TENSOR", "NO_SCALES", None), where)
+    return Scheme("scaled", "FP8", scale="qscale_weight")
+
+
+def _object(given: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(given, Mapping):
         raise ConfigError(f"{where} must be an object, got {type(given).__name__}.")
+    return given
+
+
+def _of_method(given: Mapping[str, Any], where: str) -> Scheme:
     method = given.get("quant_method")
     if method is None and (given.get("load_in_4bit") or given.get("load_in_8bit")):  # as transformers reads it
         method = "bitsandbytes"
@@ -120,16 +142,6 @@ def read(given: Any, *, where: str) -> Scheme:
             f"{where}: quant_method {method!r}; {', '.join(_METHODS)} are dequantised. Dequantise the checkpoint first."
         )
     return _METHODS[method](given, f"{where} ({method})")
-
-
-def read_raw(given: Any, *, where: str) -> Scheme:
-    """The scheme of a `quantization` in params.json; raises UnsupportedFeatureError, ConfigError."""
-    where = f"{where}: quantization"
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"{where} must be an object, got {type(given).__name__}.")
-    _one_of(given, "qformat_weight", ("fp8_e4m3",), where)
-    _one_of(given, "qscheme_act", ("TENSOR", "NO_SCALES", None), where)
-    return Scheme("scaled", "FP8", scale="qscale_weight")
 
 
 def _awq(given: Mapping[str, Any], where: str) -> Scheme:

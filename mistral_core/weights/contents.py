@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +16,25 @@ from ..config import MistralConfig
 from ..disk import limits
 from ..errors import ShapeMismatchError
 from ..parameters import Parameter
+from ..quantization import Scheme
 from . import layouts
 from .containers.tensor_file import DTYPES, TensorFile, TensorInfo, quoted
 from .layouts import Layout
+
+
+class Packed(NamedTuple):
+    """A matrix as the files have it, packed by a scheme and in their layout, which `StoredTensor.moves` tells of."""
+
+    scheme: Scheme
+    parts: Mapping[str, TensorInfo]
+    """The last part of a name (`weight`, `weight_scale_inv`) -> the place, dtype and shape of its numbers."""
+    read: Callable[[str], np.ndarray]
+    """The stored numbers of a part; raises what reading a file raises."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts in the files."""
+        return sum(info.nbytes for info in self.parts.values())
 
 
 class StoredTensor(NamedTuple):
@@ -40,6 +56,8 @@ class StoredTensor(NamedTuple):
     """How the file's layout differs, for reports."""
     loss: str = ""
     """Why the values are not those of the model as it was trained; empty where they are."""
+    packed: Packed | None = None
+    """What `load` dequantises, where the file holds fewer bits by a scheme."""
 
     @property
     def nbytes(self) -> int:
@@ -61,6 +79,8 @@ class Contents:
     """Tokenizer, chat template and generation config by Hugging Face's file names."""
     folder: Path | None = None
     """Where config and manifest lie, if it is not where the weights are."""
+    skipped: Mapping[str, StoredTensor] = field(default_factory=dict)
+    """Name in the files -> a tensor of another tower of a model whose text part this is; nothing reads it by itself."""
 
     @property
     def directory(self) -> Path:
@@ -89,6 +109,10 @@ class Contents:
     def dtype(self, name: str) -> np.dtype:
         """The NumPy dtype of a tensor stored as a kind of float."""
         return DTYPES[self.tensors[name].dtype]
+
+    def packed(self, name: str) -> Packed | None:
+        """A matrix as the files have it, or None where they have floats; `read` gives it dequantised."""
+        return self.tensors[name].packed
 
     def place(self, name: str) -> tuple[str, int]:
         """Where a tensor lies: its file and the byte where it starts."""
@@ -130,9 +154,14 @@ def memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def stored_as_it_is(shards: Iterable[TensorFile]) -> dict[str, StoredTensor]:
-    """The tensors of files in the table's own layout, by the names of the files."""
-    return {name: _tensor(shard, info) for shard in shards for name, info in shard.tensors.items()}
+def stored_as_it_is(shards: Iterable[TensorFile], names: Container[str] | None = None) -> dict[str, StoredTensor]:
+    """The tensors of files in the table's own layout, by the names of the files; only those `names` if given."""
+    return {
+        name: _tensor(shard, info)
+        for shard in shards
+        for name, info in shard.tensors.items()
+        if names is None or name in names
+    }
 
 
 def _tensor(shard: TensorFile, info: TensorInfo) -> StoredTensor:
@@ -147,14 +176,17 @@ def stored_in_layout(
     config: MistralConfig,
     rows: Mapping[str, tuple[str, Parameter]],
     layout_of: Callable[[Parameter], Layout],
+    names: Container[str] | None = None,
 ) -> dict[str, StoredTensor]:
     """The tensors of files in another layout; `rows` is name in the file -> (canonical name, row).
 
-    A name that is no row's stays as it is, for `matching.match` to complain of.
+    A name that is no row's stays as it is, for `matching.match` to complain of. Only some `names` if they are given.
     """
     found = {}
     for shard in shards:
         for name, info in shard.tensors.items():
+            if names is not None and name not in names:
+                continue
             if name in rows:
                 canonical, row = rows[name]
                 found[canonical] = _moved(shard, info, row, config, layout_of(row))

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from ..config import MistralConfig
 from ..disk import files, reading
 from ..disk.into import MANIFEST
-from ..disk.names import CONFIG_FILES, TEMPLATES, TEXT_FILES
+from ..disk.names import CONFIG_FILES, TEMPLATES, TEXT_FILES, VISION_FILES
 from ..errors import (
     ConversionError,
     CorruptCheckpointError,
@@ -28,56 +28,20 @@ from ..errors import (
     OutputExistsError,
 )
 from ..parameters import shapes
-from . import casting, fingerprint, formats, manifest
+from . import casting, fingerprint, formats, manifest, towers
 from .containers.shards import shard_bytes
 from .containers.tensor_file import DTYPES
 from .contents import fits_in_cache
-from .formats.base import Format, Lossy, Moving, Outline
+from .formats.base import Format, Lossy, Moving, Outline, texts_in
 from .layouts import as_it_is
 from .matching import canonical_names, match, own_class
 from .opening import Checkpoint
+from .report import Report as Report
 from .sources import PRESET_FILES, resolve_checkpoint
 from .writing import write_checkpoint
 
 VERIFY = ("off", "hashes", "logits")
 GGUF_TYPES = ("Q8_0", "Q4_0")
-
-
-@dataclass
-class Report:
-    """What a conversion did, or with `dry_run` would do."""
-
-    source: str
-    source_format: str
-    destination: str
-    format: str
-    architecture: str
-    tensors: int
-    bytes: int
-    """Of the numbers, before a format quantises them."""
-    dtypes: dict[str, int]
-    """Dtype code -> how many tensors have it."""
-    moves: dict[str, int]
-    """What is done to tensors on their way -> how many it is done to."""
-    texts: list[str]
-    """The tokenizer and generation files that travel along."""
-    losses: dict[str, str] = field(default_factory=dict)
-    """Tensor, or `source`, -> what it lost."""
-    seconds: float = 0.0
-    logits: dict[str, Any] | None = None
-    """The fingerprint of `verify="logits"`."""
-
-    def __str__(self) -> str:
-        moves = "; ".join(f"{count} {move}" for move, count in self.moves.items()) or "nothing moves"
-        lines = [
-            f"{self.source} ({self.source_format}) -> {self.destination} ({self.format})",
-            f"{self.architecture}: {self.tensors} tensors, {self.bytes:,} bytes, "
-            + ", ".join(f"{count} {dtype}" for dtype, count in self.dtypes.items()),
-            f"moves: {moves}",
-            f"files that travel along: {', '.join(self.texts) or 'none'}",
-            *(f"lost in {name}: {loss}" for name, loss in self.losses.items()),
-        ]
-        return "\n".join(lines)
 
 
 def convert(
@@ -96,6 +60,7 @@ def convert(
     dry_run: bool = False,
     progress: Callable[[int, int], None] | None = None,
     options: Mapping[str, str] | None = None,
+    keep_vision: bool = False,
     **hub_arguments: Any,
 ) -> Report:
     """Write the checkpoint at a path or hub id as another format, bit for bit, into the directory `destination`.
@@ -105,6 +70,7 @@ def convert(
     hashes (everything is read back and hashed), or logits (and run through the reference). What would change numbers
     raises LossyConversionError unless `allow_lossy`; NaN or infinity NonFiniteWeightsError unless not `check_finite`.
     `progress(done, total)` is told bytes. `options` are those of one format. `config` is for a source that has none.
+    Of a model that also sees, the text part is written; with `keep_vision` the whole, the other towers as they are.
 
     The destination is the old one or the new one, whole, whatever happens. Raises ConversionError, CheckpointError,
     ConfigError, HubError and their kinds.
@@ -127,7 +93,9 @@ def convert(
         _check_apart(path, target)
     checkpoint = Checkpoint.open(path, format=source_format, one_format=True, config=config)
     manifest.verify(checkpoint.directory, "sizes")
-    plan = _plan(checkpoint, target, to, dtype, options, allow_lossy)
+    if keep_vision:
+        towers.check_kept(checkpoint, to)
+    plan = _plan(checkpoint, target, to, dtype, options, allow_lossy, keep_vision)
     _check_lossless(plan, allow_lossy, check=not dry_run)
     if dry_run:
         return plan.report
@@ -159,6 +127,7 @@ def _plan(
     dtype: str | None,
     options: Mapping[str, str] | None,
     allow_lossy: bool,
+    keep_vision: bool,
 ) -> _Plan:
     config = checkpoint.config
     names = canonical_names(checkpoint.tensors)
@@ -170,26 +139,40 @@ def _plan(
         chosen["gguf_type"] = dtype.upper()
     dtypes = {name: code or checkpoint.tensors[source].dtype for name, source in sources.items()}
     texts = {name: read() for name, read in checkpoint.texts.items()}
-    outline = Outline(config, architecture, dtypes, texts, chosen)
+    others = checkpoint.skipped if keep_vision else {}
+    if keep_vision:
+        texts |= {name: read() for name, read in texts_in(checkpoint.directory, VISION_FILES).items()}
+    specs = {name: (tensor.dtype, tensor.shape) for name, tensor in others.items()}
+    outline = Outline(config, architecture, dtypes, texts, chosen, specs)
     chosen_format = formats.format_named(to)
     chosen_format.check(outline)
     losses = {"source": "; ".join(checkpoint.losses)} if checkpoint.losses else {}
     losses |= chosen_format.lossy(outline) if isinstance(chosen_format, Lossy) else {}
-    sizes = {name: math.prod(shape) for name, shape in shapes(config, architecture).items()}
-    report = Report(
+    report = _report(checkpoint, target, to, outline, sources)
+    report.moves = _moves(checkpoint, sources, outline, chosen_format)
+    report.losses = dict(losses)
+    return _Plan(checkpoint, target, to, outline, sources, report, losses)
+
+
+def _report(checkpoint: Checkpoint, target: Path, to: str, outline: Outline, sources: Mapping[str, str]) -> Report:
+    """All but what moves and what is lost."""
+    sizes = {name: math.prod(shape) for name, shape in shapes(outline.config, outline.architecture).items()}
+    size = sum(sizes[name] * DTYPES[outline.dtypes[name]].itemsize for name in sources)
+    others = towers.counted(checkpoint.skipped, checkpoint.format)
+    return Report(
         str(checkpoint.path),
         checkpoint.format,
         str(target),
         to,
-        architecture,
+        outline.architecture,
         len(sources),
-        sum(sizes[name] * DTYPES[dtypes[name]].itemsize for name in sources),
-        _counted(dtypes.values()),
-        _moves(checkpoint, sources, outline, chosen_format),
-        sorted(texts),
-        dict(losses),
+        size + sum(checkpoint.skipped[name].nbytes for name in outline.others),
+        _counted(outline.dtypes.values()),
+        {},
+        sorted(outline.texts),
+        kept=others if outline.others else {},
+        left_out={} if outline.others else others,
     )
-    return _Plan(checkpoint, target, to, outline, sources, report, losses)
 
 
 def _code_of(dtype: str | None, to: str) -> str | None:
@@ -278,7 +261,7 @@ def _write(
         ) as temporary,
         ThreadPoolExecutor(1) as beside,
     ):
-        source = beside.submit(_source, checkpoint, hashes=verify != "off")
+        source = beside.submit(_source, checkpoint, hashes=verify != "off", all_is_read=bool(plan.outline.others))
         stream = _ahead(_cast(plan, allow_lossy, check_finite, losses))
         told = _told(stream, plan.report.bytes, progress)
         by_format: dict[str, casting.Loss] = {}
@@ -310,6 +293,7 @@ REPLACED = (
     *PRESET_FILES,
     *("assets", TEMPLATES),
     *TEXT_FILES,
+    *VISION_FILES,
 )
 """What a converted checkpoint never keeps from the directory that it replaces; everything else stays."""
 
@@ -336,6 +320,8 @@ def _cast(
                 )
         yield name, array
         del array  # before the next one comes
+    for name in sorted(plan.outline.others, key=lambda name: checkpoint.skipped[name].start):
+        yield name, checkpoint.skipped[name].load(None, cached)
 
 
 def _ahead(stream: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
@@ -372,15 +358,19 @@ def _config(plan: _Plan) -> MistralConfig:
     return plan.outline.config.replace(architectures=(plan.outline.architecture,), dtype=dtype)
 
 
-def _source(checkpoint: Checkpoint, *, hashes: bool) -> dict[str, Any]:
-    """Where a checkpoint came from: the commit, if it is a hub snapshot, and its files."""
+def _source(checkpoint: Checkpoint, *, hashes: bool, all_is_read: bool) -> dict[str, Any]:
+    """Where a checkpoint came from: the commit, if it is a hub snapshot, and its files.
+
+    Unless `all_is_read`, a file of nothing but other towers is not hashed.
+    """
     known: dict[str, Any] = {}
     if (checkpoint.directory / MANIFEST).exists():
         known = manifest.read(checkpoint.directory)["files"]
     entries = {}
     for path, shard in checkpoint.shards.items():
         name = checkpoint.name_of(path)
-        digest = known.get(name, {}).get("sha256") or (manifest.file_digest(path) if hashes else None)
+        is_read = all_is_read or not checkpoint.skipped.keys() >= shard.tensors.keys()
+        digest = known.get(name, {}).get("sha256") or (manifest.file_digest(path) if hashes and is_read else None)
         entries[name] = {"size": shard.stamp[2], "sha256": digest}
     snapshot = checkpoint.directory.name if checkpoint.directory.parent.name == "snapshots" else None
     return {"format": checkpoint.format, "files": entries, "commit": snapshot}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..quantization.ints import AWQ, GPTQ
 from ..quantization.nf4 import NF4
 from ..quantization.packings import PACKED_WORDS, ROWS, Packing, Parts, scaled
 from .containers.tensor_file import CODES, DTYPES, TensorFile, TensorInfo, quoted
-from .contents import StoredTensor
+from .contents import Packed, StoredTensor
 
 PACKINGS: dict[str, Packing] = {"awq": AWQ, "gptq": GPTQ, "nf4": NF4, "packed": PACKED_WORDS}
 
@@ -37,14 +37,21 @@ _OF_ACTIVATIONS = frozenset(
 
 
 def dequantised(
-    shards: list[TensorFile], described: Path, key: str, read: Any, config: Callable[[], MistralConfig]
+    shards: list[TensorFile],
+    described: Path,
+    key: str,
+    read: Any,
+    config: Callable[[], MistralConfig],
+    *,
+    left_out: Collection[str] = (),
 ) -> list[TensorFile]:
-    """Opened files, or one view of them in which packed matrices are float tensors.
+    """Opened files, or one view of them in which packed matrices are float tensors and some names are `left_out`.
 
     `read` makes a scheme of what stands under a key in a JSON file; without that, nothing is done. The floats are of
     the config's dtype, or float32. Raises ConfigError, TensorMismatchError and its kinds, CorruptCheckpointError.
     """
-    packed = any(info.dtype not in DTYPES for shard in shards for info in shard.tensors.values())
+    infos = (info for shard in shards for name, info in shard.tensors.items() if name not in left_out)
+    packed = any(info.dtype not in DTYPES for info in infos)
     if not packed or not described.exists():
         return shards
     data = strict_json.read_object(described, error=ConfigError)
@@ -52,25 +59,29 @@ def dequantised(
         return shards
     scheme = read(data[key], where=str(described))
     codes = {dtype.name: code for dtype, code in CODES.items()}
-    return [Dequantised(shards, scheme, codes.get(str(config().dtype), "F32"))]
+    return [Dequantised(shards, scheme, codes.get(str(config().dtype), "F32"), left_out)]
 
 
 def labelled(tensors: Mapping[str, StoredTensor], files: Iterable[TensorFile]) -> dict[str, StoredTensor]:
-    """The tensors of such files, each packed one with what it lost."""
-    views = [file for file in files if isinstance(file, Dequantised)]
-    losses = {name: f"dequantised from {view.scheme.label}" for view in views for name in view.matrices}
-    return {name: tensor._replace(loss=losses.get(tensor.name, tensor.loss)) for name, tensor in tensors.items()}
+    """The tensors of such files, each packed one with its parts and what it lost."""
+    packed = {name: each for file in files if isinstance(file, Dequantised) for name, each in file.packed.items()}
+
+    def found(tensor: StoredTensor) -> StoredTensor:
+        parts = packed.get(tensor.name)
+        return tensor if parts is None else tensor._replace(packed=parts, loss=f"dequantised from {parts.scheme.label}")
+
+    return {name: found(tensor) for name, tensor in tensors.items()}
 
 
 class Dequantised(TensorFile):
     """Several files as one, in which packed matrices are float tensors."""
 
-    def __init__(self, shards: list[TensorFile], scheme: Scheme, code: str) -> None:
+    def __init__(self, shards: list[TensorFile], scheme: Scheme, code: str, left_out: Collection[str] = ()) -> None:
         """Check the headers of every matrix' parts; of the numbers, only shapes are read."""
         self.scheme, self.code = scheme, code
         self.packing = scaled(scheme) if scheme.packing == "scaled" else PACKINGS[scheme.packing]
         self.path, self.metadata, self.stamp = shards[0].path, {}, shards[0].stamp
-        self.owners = {name: shard for shard in shards for name in shard.tensors}
+        self.owners = {name: shard for shard in shards for name in shard.tensors if name not in left_out}
         self.matrices: dict[str, Parts] = {}
         marker, taken = f".{self.packing.parts[0]}", set[str]()
         for name in self.owners:
@@ -87,6 +98,11 @@ class Dequantised(TensorFile):
         if twice:
             raise CorruptCheckpointError(f"{self.path}: holds {', '.join(twice)} both packed and as they are.")
         self.tensors |= {name: self._info(name, parts) for name, parts in self.matrices.items()}
+
+    @property
+    def packed(self) -> dict[str, Packed]:
+        """Name of a matrix -> its parts as they are stored."""
+        return {name: Packed(self.scheme, parts.infos, parts.read) for name, parts in self.matrices.items()}
 
     def _parts(self, base: str) -> Parts:
         names = {part: f"{base}.{part}" for part in self.packing.parts}

@@ -70,10 +70,10 @@ def layer_states(config: MistralConfig, parameters: Mapping[str, np.ndarray], id
     """Yield [B, T, D] of the embeddings, of each layer and of the last norm, letting go of each layer's parameters."""
     x_BTD = parameters["model.embed_tokens.weight"][ids]
     order_BT = ops.token_order(np.ones_like(ids), np.zeros(len(ids), int))
-    cos_sin = ops.rotary(order_BT, config)
+    step = model.Step(ops.rotary(order_BT, config), order_BT, ops.query_scale(order_BT, config))
     yield x_BTD
     for layer in range(config.num_hidden_layers):
-        x_BTD, _, _ = model.decoder_layer(config, parameters, layer, x_BTD, cos_sin, order_BT, None, None)
+        x_BTD, _, _ = model.decoder_layer(config, parameters, layer, x_BTD, step)
         yield x_BTD
     yield ops.rms_norm(x_BTD, parameters["model.norm.weight"], config.rms_norm_eps)
 

@@ -21,9 +21,9 @@ from ..generation import GenerationConfig
 from ..hub import download
 from ..parameters import HEADS, Parameter, initial_value, parameters, shapes
 from ..telling import warn
-from . import casting, manifest
+from . import casting, manifest, towers
 from .containers.tensor_file import DTYPES
-from .contents import fits_in_cache
+from .contents import Packed, fits_in_cache
 from .matching import EMBEDDING, canonical_names, match
 from .opening import Checkpoint
 from .sources import resolve_checkpoint
@@ -69,6 +69,9 @@ def _load(
     where = str(checkpoint.path)
     if checkpoint.losses:
         warn(f"{where}: {'; '.join(checkpoint.losses)}.")
+    if checkpoint.skipped:
+        left_out = towers.told(towers.counted(checkpoint.skipped, checkpoint.format))
+        warn(f"{where}: {left_out} are not read: this is the text part of a model that also sees.")
     sources = match(checkpoint.tensors, config, architecture, read=checkpoint.read, where=where)
     return config, _weights(checkpoint, config, architecture, sources, target, seed)
 
@@ -81,6 +84,8 @@ class Weight(NamedTuple):
     shape: tuple[int, ...]
     read: Callable[..., np.ndarray]
     """All of it, or the part at an index, as `Contents.read` takes one; raises LossyConversionError."""
+    packed: Packed | None = None
+    """What the files hold instead of floats, which `read` dequantises."""
 
 
 class Pretrained(NamedTuple):
@@ -170,7 +175,7 @@ def _weights(
         if sources[name] is None:
             yield Weight(name, sizes[name], functools.partial(made, name, row))
     for source, name in sorted(stored, key=lambda pair: checkpoint.place(pair[0])):
-        yield Weight(name, sizes[name], functools.partial(read, source, name))
+        yield Weight(name, sizes[name], functools.partial(read, source, name), checkpoint.packed(source))
 
 
 def check_architecture(name: str) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .._version import __version__
 from ..disk import files, reading, strict_json
@@ -19,7 +23,7 @@ from ..errors import (
 )
 from .carried import MAX_MANIFEST_BYTES as MAX_BYTES
 from .containers.tensor_file import digest, quoted
-from .contents import Contents
+from .contents import Contents, StoredTensor
 from .matching import canonical_names
 from .opening import Checkpoint
 from .workers import Workers
@@ -144,22 +148,29 @@ def _differences(directory: Path, changed: list[str], tensors: Any) -> str:
 
 
 def _tensor_entries(checkpoint: Contents, *, hashes: bool = True) -> dict[str, dict[str, Any]]:
-    """Canonical name -> entry, in the order of the files."""
+    """Canonical name -> entry, in the order of the files, then those of other towers by their own names."""
     names = sorted(canonical_names(checkpoint.tensors).items(), key=lambda pair: checkpoint.place(pair[1]))
-    entries = {name: _entry(checkpoint, source) for name, source in names}
+    entries = {name: _entry(checkpoint, checkpoint.tensors[source]) for name, source in names}
 
-    def add_digest(name: str, source: str) -> None:
-        entries[name]["sha256"] = digest(checkpoint.read(source))
+    def add_digest(name: str, read: Callable[[], np.ndarray]) -> None:
+        entries[name]["sha256"] = digest(read())
 
+    sizes = {name: checkpoint.tensors[source].nbytes for name, source in names}
+    reads: dict[str, Callable[[], np.ndarray]] = {
+        name: functools.partial(checkpoint.read, source) for name, source in names
+    }
+    for name, tensor in checkpoint.skipped.items():
+        shard = checkpoint.shards[tensor.file]
+        entries[name] = _entry(checkpoint, tensor)
+        sizes[name], reads[name] = shard.tensors[name].nbytes, functools.partial(shard.read_bytes, name)
     if hashes:
-        with Workers(max((tensor.nbytes for tensor in checkpoint.tensors.values()), default=0)) as workers:
-            for name, source in names:
-                workers.submit(checkpoint.tensors[source].nbytes, add_digest, name, source)
+        with Workers(max(sizes.values(), default=0)) as workers:
+            for name, read in reads.items():
+                workers.submit(sizes[name], add_digest, name, read)
     return entries
 
 
-def _entry(checkpoint: Contents, source: str) -> dict[str, Any]:
-    tensor = checkpoint.tensors[source]
+def _entry(checkpoint: Contents, tensor: StoredTensor) -> dict[str, Any]:
     return {
         "dtype": tensor.dtype,
         "shape": list(tensor.shape),

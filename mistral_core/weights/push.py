@@ -11,7 +11,7 @@ from typing import Any
 
 from ..disk import files, limits, reading
 from ..disk.into import MANIFEST
-from ..disk.names import CONFIG_FILES, TEXT_FILES, template_names
+from ..disk.names import CONFIG_FILES, TEXT_FILES, VISION_FILES, template_names
 from ..errors import CheckpointError, HubError, MistralError
 from ..hub import wire
 from ..hub.errors import Repository, our_error
@@ -23,7 +23,7 @@ from .sources import PRESET_FILES
 SILENCE_SECONDS = 300.0
 """How long the hub may say nothing; making a commit takes it a while."""
 
-COMPANIONS = (*CONFIG_FILES, *TEXT_FILES, "README.md")
+COMPANIONS = (*CONFIG_FILES, *TEXT_FILES, *VISION_FILES, "README.md")
 """What goes along with weights where it is there."""
 
 _KERAS_HUB = (*PRESET_FILES, "model.weights.json")

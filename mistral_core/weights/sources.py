@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from ..compat import unread
 from ..disk.files import PathLike, check_bare_name
 from ..disk.into import MANIFEST
-from ..disk.names import CONFIG_FILES, TEXT_FILES, is_template
+from ..disk.names import CONFIG_FILES, TEXT_FILES, VISION_FILES, is_template
 from ..errors import ConversionError, FileNotOnHubError
 from ..hub import download
 from .containers.shards import weight_map_of
@@ -62,7 +62,7 @@ class CheckpointFiles:
     def first(self, names: Collection[str], where: str) -> list[str]:
         """Configs, texts, manifest and indexes: what is fetched before it is known which weights there are."""
         telling = telling_files(names, self.format, where, one=self.one_format)
-        wanted = (*CONFIG_FILES, *TEXT_FILES, MANIFEST, *(name for name in telling if name.endswith(".json")))
+        wanted = (*CONFIG_FILES, *TEXT_FILES, *VISION_FILES, MANIFEST, *(n for n in telling if n.endswith(".json")))
         if any(name.startswith("model.weights.") for name in telling):
             wanted = (*wanted, *PRESET_FILES, *(name for name in names if name.startswith("assets/")))
         wanted = (*wanted, *filter(is_template, names))

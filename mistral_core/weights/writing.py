@@ -42,6 +42,7 @@ def write_checkpoint(
 ) -> dict[str, Any]:
     """Write a stream of (canonical name, array), in any order, and return what a manifest says of it.
 
+    The outline's `others` come in the stream too, by their own names.
     With `hashes` the format's reader must give back every bit. `losses` is filled with what the format itself loses of
     each tensor. Raises TensorMismatchError and its kinds,
     CorruptCheckpointError, and what the format raises for what it cannot express.
@@ -95,8 +96,10 @@ class _Written:
     """What has come of an outline's tensors, each at most once."""
 
     def __init__(self, outline: Outline, hashes: bool, losses: dict[str, Loss]) -> None:
-        self.shapes = shapes(outline.config, outline.architecture)
-        self.dtypes, self.hashes, self.losses = outline.dtypes, hashes, losses
+        others = outline.others
+        self.shapes = {**shapes(outline.config, outline.architecture), **{name: others[name][1] for name in others}}
+        self.dtypes = {**outline.dtypes, **{name: others[name][0] for name in others}}
+        self.hashes, self.losses = hashes, losses
         self.tied = outline.config.tie_word_embeddings
         self.largest = max(math.prod(shape) * DTYPES[self.dtypes[name]].itemsize for name, shape in self.shapes.items())
         self.digests: dict[str, str] = {}

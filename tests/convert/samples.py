@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import numpy as np
 from mistral_core import TINY, MistralConfig
 from mistral_core.parameters import parameters, shape_of
 from mistral_core.weights import manifest
-from mistral_core.weights.containers.tensor_file import CODES
+from mistral_core.weights.containers.safetensors import SafetensorsFile
+from mistral_core.weights.containers.tensor_file import CODES, DTYPES, PACKED
 from mistral_core.weights.formats.base import Outline
 from mistral_core.weights.loading import dtype_of
 from mistral_core.weights.opening import Checkpoint
@@ -90,6 +92,23 @@ def write(
     description = write_checkpoint(directory, format, outline, arrays.items(), limit=limit)
     manifest.store(directory, {**description, "config": config.replace(architectures=(architecture,)).to_dict()})
     return directory
+
+
+def store(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """A safetensors file of any dtypes, in the order of the tensors."""
+    codes = {dtype: code for code, dtype in {**DTYPES, **PACKED}.items()}
+    header, data = {}, b""
+    for name, array in tensors.items():
+        start, data = len(data), data + array.tobytes()
+        header[name] = {"dtype": codes[array.dtype], "shape": list(array.shape), "data_offsets": [start, len(data)]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def stored(path: Path) -> dict[str, np.ndarray]:
+    """Name -> array of a safetensors file, whatever its dtypes."""
+    file = SafetensorsFile(path)
+    return {name: file.read_packed(name) for name in file.tensors}
 
 
 def read(path: Path, format: str | None = None) -> dict[str, np.ndarray]:

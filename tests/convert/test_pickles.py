@@ -19,7 +19,7 @@ import pytest
 from samples import CONFIGS, any_bits, assert_same, read
 
 from mistral_core import TINY, errors
-from mistral_core.config.dialects import write_raw
+from mistral_core.config import params_json
 from mistral_core.parameters import layer_of, parameters
 from mistral_core.weights import formats, layouts
 from mistral_core.weights.checkpoint import load
@@ -76,7 +76,7 @@ def test_raw_names(tmp_path, name):
         stored = layouts.to_stored(found[full], row, config, layouts.rotary_pairs(row))
         state[row.raw.format(layer_of(full))] = arrays.from_numpy(stored)
     torch.save(state, tmp_path / "consolidated.00.pth")
-    (tmp_path / "params.json").write_text(json.dumps(write_raw(config)))
+    (tmp_path / "params.json").write_text(json.dumps(params_json.write(config)))
     assert formats.detect(tmp_path) == ["raw-pth"]
     assert_same(read(tmp_path), found)
 

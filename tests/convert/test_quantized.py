@@ -10,37 +10,18 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from samples import any_bits, bits
+from samples import any_bits, bits, store, stored
 
 from mistral_core import TINY, MistralConfig, errors
-from mistral_core.config.dialects import write_raw
+from mistral_core.config import params_json
 from mistral_core.parameters import layer_of, parameters
 from mistral_core.weights import layouts
 from mistral_core.weights.checkpoint import load
-from mistral_core.weights.containers.safetensors import SafetensorsFile
-from mistral_core.weights.containers.tensor_file import DTYPES, PACKED
 from mistral_core.weights.opening import Checkpoint
 
 CONFIG = TINY.replace(num_hidden_layers=1, hidden_size=32, intermediate_size=160, dtype="bfloat16")
 ROWS = {name: row for name, row in parameters(CONFIG) if row.kind in ("attention", "mlp")}
-CODES = {dtype: code for code, dtype in {**DTYPES, **PACKED}.items()}
 random = np.random.default_rng(0)
-
-
-def store(path, tensors):
-    """A safetensors file of any dtypes, in the order of the tensors."""
-    header, data = {}, b""
-    for name, array in tensors.items():
-        start, data = len(data), data + array.tobytes()
-        header[name] = {"dtype": CODES[array.dtype], "shape": list(array.shape), "data_offsets": [start, len(data)]}
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
-
-
-def stored(path):
-    """Name -> array of a file, whatever its dtypes."""
-    file = SafetensorsFile(path)
-    return {name: file.read_packed(name) for name in file.tensors}
 
 
 def write(directory, pack, quantization, config=CONFIG, **more):
@@ -426,7 +407,7 @@ def test_raw_fp8(tmp_path, strategy):
         expected[name] = layouts.to_canonical(values, row, CONFIG, layout)
     store(tmp_path / "consolidated.safetensors", tensors)
     quantization = {"qformat_weight": "fp8_e4m3", "qscheme_act": "TENSOR"}
-    params = {**write_raw(CONFIG), "dtype": "bfloat16", "quantization": quantization}
+    params = {**params_json.write(CONFIG), "dtype": "bfloat16", "quantization": quantization}
     (tmp_path / "params.json").write_text(json.dumps(params))
     assert_read(tmp_path, expected, "FP8")
 
@@ -507,7 +488,7 @@ def test_quantization_configs_that_mean_nothing(given):
 )
 def test_20_raw_quantization_of_another_kind(given):
     with pytest.raises(errors.UnsupportedFeatureError, match="quantization"):
-        MistralConfig.from_dict({**write_raw(CONFIG), "quantization": given})
+        MistralConfig.from_dict({**params_json.write(CONFIG), "quantization": given})
 
 
 @pytest.mark.parametrize("pack", [pack_awq, gptq(), nf4(), scaled(INT8, "weight_scale", "channel")])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -16,6 +17,7 @@ from ...errors import CheckpointNotFoundError, UnsupportedFeatureError
 from ...parameters import Parameter, parameters
 from .. import layouts
 from ..containers import tensor_file
+from ..containers.shards import Specs
 from ..containers.tensor_file import UNSEEN as UNSEEN
 from ..containers.tensor_file import Seen as Seen
 from ..containers.tensor_file import TensorInfo
@@ -35,6 +37,8 @@ class Outline:
     """By the names of `TEXT_FILES`."""
     options: Mapping[str, str] = field(default_factory=dict)
     """What only one format asks for, such as GGUF's quantised type."""
+    others: Specs = field(default_factory=dict)
+    """Tensors of the other towers of a model of which this is the text part, which a file of the whole holds too."""
 
     def rows(self) -> dict[str, Parameter]:
         """Canonical name -> row of the table."""
@@ -88,10 +92,10 @@ def opened_config(path: Path, config: MistralConfig | None) -> Callable[[], Mist
     return lambda: config or MistralConfig.from_pretrained(directory)
 
 
-def texts_in(directory: Path) -> dict[str, Callable[[], bytes]]:
-    """Readers of the `TEXT_FILES` that lie in a directory, and of more chat templates."""
-    names = (*(name for name in TEXT_FILES if (directory / name).exists()), *template_names(directory))
-    return {name: reader(directory / name) for name in names}
+def texts_in(directory: Path, names: Collection[str] | None = None) -> dict[str, Callable[[], bytes]]:
+    """Readers of the `TEXT_FILES` that lie in a directory, and of more chat templates; or of other `names`."""
+    names = (*TEXT_FILES, *template_names(directory)) if names is None else names
+    return {name: reader(directory / name) for name in names if (directory / name).exists()}
 
 
 def reader(path: Path) -> Callable[[], bytes]:
@@ -107,10 +111,11 @@ def write_texts(directory: Path, texts: Mapping[str, bytes]) -> None:
 
 
 def write_hugging_face_config(directory: Path, outline: Outline) -> None:
-    """Write config.json of the outline's class and dtype."""
+    """Write config.json of the outline's class and dtype, or of the whole of which it is a part."""
     dtype = tensor_file.DTYPES[next(iter(outline.dtypes.values()))].name
     config = outline.config.replace(architectures=(outline.architecture,), dtype=dtype)
-    config.save_pretrained(directory)
+    text = config.to_json_string(with_vision=bool(outline.others))
+    files.write_file(directory / "config.json", text.encode())
 
 
 def targets_in_layout(
@@ -119,13 +124,17 @@ def targets_in_layout(
     names: Mapping[str, str],
     layout_of: Callable[[Parameter], Layout] = layouts.as_it_is,
 ) -> dict[str, Target]:
-    """Targets at places in files; `infos` is by name in the file, `names` canonical name -> name in the file."""
+    """Targets at places in files; `infos` is by name in the file, `names` canonical name -> name in the file.
+
+    The outline's `others` have theirs by the names that they have.
+    """
 
     def target(info: TensorInfo, row: Parameter) -> Target:
         layout = layout_of(row)
         return Target(lambda array: tensor_file.write(info, layouts.to_stored(array, row, outline.config, layout)))
 
-    return {name: target(infos[names[name]], row) for name, row in outline.rows().items()}
+    others = {name: Target(functools.partial(tensor_file.write, infos[name])) for name in outline.others}
+    return others | {name: target(infos[names[name]], row) for name, row in outline.rows().items()}
 
 
 def specs_in_layout(
@@ -133,11 +142,12 @@ def specs_in_layout(
     names: Mapping[str, str],
     layout_of: Callable[[Parameter], Layout] = layouts.as_it_is,
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name in the file -> (dtype code, shape in the file), in table order."""
-    return {
+    """Name in the file -> (dtype code, shape in the file), in table order, then the outline's `others`."""
+    own = {
         names[name]: (outline.dtypes[name], layouts.stored_shape(row, outline.config, layout_of(row)))
         for name, row in outline.rows().items()
     }
+    return {**own, **outline.others}
 
 
 def refuse_heads(outline: Outline, format: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -15,14 +15,15 @@ from ...disk import files, strict_json
 from ...errors import ConfigError, UnsupportedFeatureError
 from ...parameters import BASE_PREFIX, Parameter, layer_of
 from ...quantization import Scheme, schemes
-from .. import carried, dequantised, layouts
+from .. import carried, dequantised, layouts, towers
 from ..containers import shards
 from ..containers.msgpack import writing as msgpack_writing
 from ..containers.msgpack.file import MsgpackFile
 from ..containers.shards import Family, create_shards, open_files, safetensors_family
 from ..containers.tensor_file import TensorFile
-from ..contents import Contents, stored_as_it_is, stored_in_layout
+from ..contents import Contents, StoredTensor, stored_as_it_is, stored_in_layout
 from ..layouts import Layout
+from ..towers import WHOLES, Whole
 from . import base
 from .base import Outline, Target
 from .transformers_names import flax_name, lacking, rows_by, tf_name
@@ -68,11 +69,11 @@ def _read_params(directory: Path) -> MistralConfig:
 
 def _check_params(outline: Outline) -> None:
     base.refuse_heads(outline, "raw")
-    params_json.write(outline.config)
+    params_json.write(outline.config, with_vision=bool(outline.others))
 
 
 def _write_params(directory: Path, outline: Outline) -> None:
-    text = json.dumps(params_json.write(outline.config), indent=2) + "\n"
+    text = json.dumps(params_json.write(outline.config, with_vision=bool(outline.others)), indent=2) + "\n"
     files.write_file(directory / "params.json", text.encode())
 
 
@@ -98,25 +99,48 @@ class Sharded:
     def open(self, path: Path, config: MistralConfig | None, seen: base.Seen = base.UNSEEN) -> Contents:
         """Understand the headers; raises what opening shards, reading a config and a scheme of packing raise."""
         opened = open_files(path, self.family, seen)
-        directory = path if path.is_dir() else path.parent
-        read_config = functools.cache(lambda: config or self.described.read(directory))
-        views = self._unpacked(path, opened, read_config)
-        if self.file_name is None:
-            tensors = stored_as_it_is(views)
-        else:
-            rows = rows_by(self.file_name, read_config(), prefix=lacking(self.prefix, _names(views)))
-            tensors = stored_in_layout(views, read_config(), rows, self.layout_of)
+        file = (path if path.is_dir() else path.parent) / self.described.file
+        read_config = functools.cache(lambda: config or self.described.read(file.parent))
+        names = list(_names(opened))
+        whole = towers.whole_of(self.name, names, lambda: read_config() if config or file.exists() else None)
+        skipped = frozenset(filter(whole.tower, names)) if whole is not None else frozenset()
+        if whole is not None and whole.text and config is None:
+            read_config = functools.cache(functools.partial(towers.with_ties, read_config(), names, file))
+        views = self._unpacked(path, opened, read_config, skipped)
         return Contents(
             path,
             self.name,
             {shard.path: shard for shard in opened},
-            dequantised.labelled(tensors, views),
+            dequantised.labelled(self._tensors(views, read_config, whole, skipped, path), views),
             read_config,
-            base.texts_in(directory),
+            base.texts_in(file.parent),
+            skipped=stored_as_it_is(opened, skipped),
         )
 
+    def _tensors(
+        self,
+        views: list[TensorFile],
+        read_config: Callable[[], MistralConfig],
+        whole: Whole | None,
+        skipped: Collection[str],
+        where: Path,
+    ) -> dict[str, StoredTensor]:
+        """The tensors of the table by its names, and those that nobody knows by their own."""
+        names = {name for name in _names(views) if name not in skipped}
+        if self.file_name is not None:
+            rows = rows_by(self.file_name, read_config(), prefix=lacking(self.prefix, names))
+            return stored_in_layout(views, read_config(), rows, self.layout_of, names)
+        tensors = stored_as_it_is(views, names)
+        if whole is None:
+            return tensors
+        return {canonical: tensors[name] for name, canonical in towers.canonical(whole, names, where).items()}
+
     def _unpacked(
-        self, path: Path, opened: list[TensorFile], read_config: Callable[[], MistralConfig]
+        self,
+        path: Path,
+        opened: list[TensorFile],
+        read_config: Callable[[], MistralConfig],
+        skipped: Collection[str],
     ) -> list[TensorFile]:
         """The files, or a view of them in which packed matrices are floats."""
         if unread.is_mlx(set(_names(opened))):
@@ -125,7 +149,10 @@ class Sharded:
                 "mlx_lm.convert --dequantize."
             )
         file = (path if path.is_dir() else path.parent) / self.described.file
-        return dequantised.dequantised(opened, file, self.described.packing, self.described.read_scheme, read_config)
+        described = self.described
+        return dequantised.dequantised(
+            opened, file, described.packing, described.read_scheme, read_config, left_out=skipped
+        )
 
     def check(self, outline: Outline) -> None:
         """Raise UnsupportedFeatureError for what the description cannot say."""
@@ -135,11 +162,17 @@ class Sharded:
         """The description, the texts, and places for the tensors."""
         base.write_texts(directory, outline.texts)
         self.described.write(directory, outline)
-        prefix = self.prefix if outline.architecture == "MistralModel" else ""
-        named = {name: self.file_name(name, row) if self.file_name else name for name, row in outline.rows().items()}
-        names = {name: stored.removeprefix(prefix) for name, stored in named.items() if stored is not None}
+        names = self._names_of(outline)
         infos = create_shards(directory, base.specs_in_layout(outline, names, self.layout_of), limit, self.family)
         return base.targets_in_layout(infos, outline, names, self.layout_of)
+
+    def _names_of(self, outline: Outline) -> dict[str, str]:
+        """Canonical name -> name in the file."""
+        named = {name: self.file_name(name, row) if self.file_name else name for name, row in outline.rows().items()}
+        if outline.others:
+            return {name: WHOLES[self.name].stored(stored) for name, stored in named.items() if stored is not None}
+        prefix = self.prefix if outline.architecture == "MistralModel" else ""
+        return {name: stored.removeprefix(prefix) for name, stored in named.items() if stored is not None}
 
 
 def _names(opened: Iterable[TensorFile]) -> Iterable[str]:
