@@ -250,6 +250,8 @@ def test_transformers_reads_the_whole_and_the_text_part(tmp_path, transformers, 
 
     model = whole_of(transformers, tmp_path / "source", kind, tied)
     kept(tmp_path / "source", tmp_path / "out", max_shard_size="100KB", verify="logits")
+    # of another type, transformers would build a model of its default sizes, which are 24 billion numbers
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "mistral3"
     again, told = transformers.Mistral3ForConditionalGeneration.from_pretrained(
         tmp_path / "out", output_loading_info=True
     )
