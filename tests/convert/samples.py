@@ -30,6 +30,13 @@ CONFIGS = {
     "square projections": TINY.replace(hidden_size=TINY.num_attention_heads * TINY.head_dim),
     "tied": TINY.replace(tie_word_embeddings=True),
     "no window": TINY.replace(sliding_window=None),
+    "scaled queries": TINY.replace(
+        model_type="ministral3",
+        sliding_window=None,
+        rope_scaling={
+            "rope_type": "linear", "factor": 2.0, "llama_4_scaling_beta": 0.25, "original_max_position_embeddings": 8,
+        },
+    ),
     "windows by layer": TINY.replace(
         layer_types=tuple("full_attention" if i % 2 else "sliding_attention" for i in range(LAYERS))
     ),

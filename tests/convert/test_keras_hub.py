@@ -22,7 +22,7 @@ from mistral_core.weights.formats import detect
 from mistral_core.weights.opening import Checkpoint
 
 FOREIGN = Path(__file__).parents[1] / "data" / "foreign" / "keras_hub"
-INEXPRESSIBLE = {"tied", "windows by layer", "yarn"}
+INEXPRESSIBLE = {"tied", "scaled queries", "windows by layer", "yarn"}
 LAYER_ORDER = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "input_layernorm",
                "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj", "post_attention_layernorm")  # fmt: skip
 

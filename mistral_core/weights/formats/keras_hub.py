@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...config import MistralConfig
+from ...config import MistralConfig, rope
 from ...disk import files, strict_json
 from ...errors import (
     CheckpointIndexError,
@@ -167,6 +167,7 @@ def check(outline: Outline) -> None:
         (config.tie_word_embeddings, "tied embeddings"),
         (len(set(config.layer_windows)) > 1, "windows that differ by layer"),
         (scaling != "linear", f"rope_scaling of type {scaling!r}"),
+        (rope.query_scaling(config) is not None, "queries scaled by their position"),
     ):
         if wrong:
             raise UnsupportedFeatureError(f"keras-hub: has no {what}; convert it to hf.")
