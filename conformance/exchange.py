@@ -32,7 +32,7 @@ from .cases import LENGTHS, T, token_ids
 from .weights import random_parameters
 
 
-class Model(NamedTuple):
+class Exchanged(NamedTuple):
     """A model to exchange."""
 
     config: MistralConfig
@@ -46,10 +46,10 @@ SCALED = {
     "rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 32, "beta_fast": 4.0, "beta_slow": 0.5,
     "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
 }  # fmt: skip
-MODELS: Mapping[str, Model] = {
-    "mistral": Model(CONFIG, T),
+MODELS: Mapping[str, Exchanged] = {
+    "mistral": Exchanged(CONFIG, T),
     # so long that queries are scaled by more than one number
-    "ministral3": Model(
+    "ministral3": Exchanged(
         CONFIG.replace(model_type="ministral3", rope_scaling=SCALED, sliding_window=None, max_position_embeddings=512),
         5 * 32,
     ),
