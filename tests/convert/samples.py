@@ -34,7 +34,8 @@ CONFIGS = {
         model_type="ministral3",
         sliding_window=None,
         rope_scaling={
-            "rope_type": "linear", "factor": 2.0, "llama_4_scaling_beta": 0.25, "original_max_position_embeddings": 8,
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 32.0,
+            "beta_slow": 1.0, "attention_factor": 1.0, "llama_4_scaling_beta": 0.25,
         },
     ),
     "windows by layer": TINY.replace(

@@ -58,6 +58,13 @@ def test_linear_scaling(tmp_path):
     assert Checkpoint.open(path).config.rope_scaling == {"rope_type": "linear", "factor": 4.0}
 
 
+def test_scaled_queries_are_refused_whatever_the_scaling_of_rotations(tmp_path):
+    linear = {"rope_type": "linear", "factor": 2.0, "llama_4_scaling_beta": 0.25, "original_max_position_embeddings": 8}
+    config = TINY.replace(model_type="ministral3", rope_scaling=linear)
+    with pytest.raises(UnsupportedFeatureError, match="keras-hub: has no queries scaled by their position"):
+        write(tmp_path / "model", "keras-hub", any_bits(config), config)
+
+
 @pytest.mark.parametrize("limit", [1, 40_000])
 def test_shards(tmp_path, limit):
     arrays = any_bits(TINY)

@@ -76,7 +76,7 @@ def test_63_llamas_that_are_no_mistrals(fields, match):
         MistralConfig.from_dict({**LLAMA, **fields})
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "mistral3", "ministral3", "mistral4", "llama4", "gemma", None, 3])
+@pytest.mark.parametrize("kind", ["mixtral", "pixtral", "mistral_large4", "mistral4", "llama4", "gemma", None, 3])
 def test_18_other_models_stay_refused(kind):
     with pytest.raises(errors.UnsupportedFeatureError, match="model_type"):
         MistralConfig.from_dict({"model_type": kind})
