@@ -13,6 +13,7 @@ import signal
 import stat
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -328,9 +329,16 @@ def test_the_first_ctrl_c_ends_the_answer_and_the_second_takes_the_turn_back(pip
 
 
 START = """
-import os, sys
-from mistral_core.cli import main
+import os, signal, sys, time
+from mistral_core.cli import main, repl
 os.close(os.open(os.ttyname(0), os.O_RDWR))  # the terminal of this session, so that Ctrl-C is its signal
+
+def show(chat, piece):
+    shown(chat, piece)
+    while "pleased" in piece and signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        time.sleep(0.01)  # the answer is not at its end when Ctrl-C comes, however busy the machine is
+
+shown, repl.Repl._show = repl.Repl._show, show
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -353,9 +361,23 @@ class Pty:
         os.close(theirs)
 
     def types(self, keys, then, seconds=600):
-        """Press keys and read until a pattern is on the screen."""
-        os.write(self.terminal, keys.encode())
+        """Press keys, where there are some at the prompt, and read until a pattern is on the screen."""
         start, deadline = len(self.seen), time.monotonic() + seconds
+        while keys and not self.is_at_prompt() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self._press(keys, then, start, deadline)
+
+    def is_stopped(self, then, seconds=600):
+        """Press Ctrl-C while an answer comes, and read until a pattern is on the screen."""
+        assert not self.is_at_prompt()
+        self._press("\x03", then, len(self.seen), time.monotonic() + seconds)
+
+    def is_at_prompt(self):
+        """Whether keys come one by one, and Ctrl-C is one of them."""
+        return not termios.tcgetattr(self.terminal)[3] & termios.ICANON
+
+    def _press(self, keys, then, start, deadline):
+        os.write(self.terminal, keys.encode())
         while not re.search(then, self.seen[start:], re.DOTALL):
             assert select.select([self.terminal], [], [], max(0, deadline - time.monotonic()))[0], self.seen
             try:
@@ -377,7 +399,7 @@ def test_a_chat_in_a_terminal():
     try:
         terminal.types("", "lists the commands.*>")
         terminal.types("Emma was\r", "pleased")
-        terminal.types("\x03", "tokens/s, stopped.*>")
+        terminal.is_stopped("tokens/s, stopped.*>")
         terminal.types("/stats\r", "context: .*>")
         terminal.types("half a line\x03", "line.*>")
         os.write(terminal.terminal, b"\x04")
