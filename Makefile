@@ -9,8 +9,10 @@ CLIENTS := .venv-clients
 PIP := -m pip install --quiet --quiet --disable-pip-version-check --no-compile
 # compilers find again what they compiled before, in this run or an earlier one: the key is the whole program
 KEPT := $(CURDIR)/.cache
-PYTEST := OMP_NUM_THREADS=1 JAX_COMPILATION_CACHE_DIR=$(KEPT)/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
-    JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 TORCHINDUCTOR_CACHE_DIR=$(KEPT)/inductor $(BIN)/python -m pytest -q --durations=25
+PYTEST = OMP_NUM_THREADS=1 JAX_COMPILATION_CACHE_DIR=$(KEPT)/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
+    JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 TORCHINDUCTOR_CACHE_DIR=$(KEPT)/inductor $(SOON) $(BIN)/python -m pytest -q --durations=25
+# a test runs once what it compiles: XLA, in JAX and in TensorFlow, makes plain code in a third of the time
+test test-quick: SOON = XLA_FLAGS="--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 # processes after each other, so that none keeps what all three frameworks have compiled
 PARTS := "tests --ignore=tests/backends --ignore=tests/core --ignore=tests/convert --dist loadfile" \
     "tests/core tests/convert --dist loadfile" "tests/backends --ignore-glob=*/test_[p-z]* --dist loadfile" \

@@ -18,7 +18,8 @@ from conformance.weights import random_parameters
 from mistral_core.config.presets import TINY
 from mistral_core.errors import GenerationConfigError
 from mistral_torch import KVCache, MistralForCausalLM
-from mistral_torch.compiled import fingerprint
+from mistral_torch.compiled import FROZEN, fingerprint
+from mistral_torch.compiled import compiled as compiled_for_generate
 
 CONFIG = TINY.replace(num_hidden_layers=2)
 PARAMETERS = random_parameters(CONFIG, "MistralForCausalLM")
@@ -222,20 +223,47 @@ def test_shapes_cost_nothing(implementation):
 IDS = np.random.default_rng(4).integers(3, CONFIG.vocab_size, (1, 7))
 
 
+def call(module, x):
+    return module(x)
+
+
 def endless(model, **options):
     return model.generate(IDS, max_new_tokens=6, eos_token_id=None, **options)
 
 
+@pytest.fixture
+def shallow():
+    config = CONFIG.replace(num_hidden_layers=1)
+    return MistralForCausalLM(config).load_arrays(random_parameters(config, "MistralForCausalLM")).eval()
+
+
+@torch.no_grad()
+def test_kernels_of_frozen_weights_are_tried_and_the_numbers_stay(shallow, capfd):
+    """Of one product: each is compiled for every kernel that is tried."""
+    product, x_BTD = shallow.model.layers[0].mlp.down_proj, torch.linspace(-1, 1, CONFIG.intermediate_size)[None, None]
+    assert close(compiled_for_generate(product, call, frozen=True)(product, x_BTD, kind=()), product(x_BTD))
+    assert "AUTOTUNE" not in "".join(capfd.readouterr())  # nothing is told of the trials
+
+
+@pytest.mark.slow
+def test_tokens_of_a_step_whose_kernels_are_tried(shallow):
+    assert torch.equal(endless(shallow, compile="max"), endless(shallow))
+
+
 @pytest.mark.feature("generate compiled for an unchanging model (compile='max')")
-def test_frozen_weights_are_never_stale(caplog):
+def test_frozen_weights_are_never_stale(shallow, caplog, monkeypatch):
+    """However the kernels were chosen: none is tried here."""
+    monkeypatch.setitem(FROZEN, "max_autotune", False)
     caplog.set_level("INFO", "mistral.torch")
-    model = MistralForCausalLM(CONFIG).load_arrays(PARAMETERS).eval()
-    assert torch.equal(endless(model, compile="max"), endless(model))
+    model = shallow
+    before = endless(model)
+    assert torch.equal(endless(model, compile="max"), before)
     frozen = [record for record in caplog.messages if "compiling" in record]
     assert torch.equal(endless(model, compile="max"), endless(model))
     assert [record for record in caplog.messages if "compiling" in record] == frozen  # not compiled anew
     model.model.layers[0].mlp.up_proj.weight.data.mul_(-3)  # which torch's own version counter does not count
     after = endless(model)
+    assert not torch.equal(after, before)
     assert torch.equal(endless(model, compile="max"), after)
     assert "the weights have changed since they were frozen" in caplog.messages
 
