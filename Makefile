@@ -14,7 +14,7 @@ PYTEST = OMP_NUM_THREADS=1 JAX_COMPILATION_CACHE_DIR=$(KEPT)/jax JAX_PERSISTENT_
 # a test runs once what it compiles: XLA, in JAX and in TensorFlow, makes plain code in a third of the time
 test test-quick: SOON = XLA_FLAGS="--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 # processes after each other, so that none keeps what all three frameworks have compiled
-PARTS := "tests --ignore=tests/backends --ignore=tests/core --ignore=tests/convert --dist loadfile" \
+PARTS := "tests --ignore=tests/backends --ignore=tests/core --ignore=tests/convert --dist worksteal" \
     "tests/core tests/convert --dist loadfile" "tests/backends --ignore-glob=*/test_[p-z]* --dist loadfile" \
     "tests/backends --ignore-glob=*/test_[a-o]* --dist loadfile" "conformance --dist loadgroup"
 

@@ -21,6 +21,27 @@ SUBJECTS = (
     ("tf", "eager"),
 )
 REPRESENTATIVES = {
+    "whole": (
+        "window",
+        "window-none",
+        "window-1",
+        "layer-types",
+        "multi-query",
+        "three-groups",
+        "tied",
+        "rope-yarn",
+        "query-scale",
+        "left-padding",
+        "holes",
+        "all-padding",
+        "documents",
+        "begin-again",
+        "far-positions",
+        "embeddings",
+        "sequence",
+        "token",
+        "question",
+    ),
     "cached": ("window", "window-none", "layer-types", "left-padding"),
     "prompt": (f"of {suite.WINDOW + 1}", f"of {2 * suite.WINDOW}"),
     "rollback": ("of 2",),
@@ -29,7 +50,8 @@ REPRESENTATIVES = {
 """By kind of check: the cases that the default run has of further implementations and of bfloat16.
 
 Each is there for a property that these can break by themselves: a window, none, one for each layer, rows that begin
-late or see nothing, shared keys. What any other case adds lies outside the attention, and is proved by eager float32.
+late or see nothing, shared keys, and of another precision each place that rounds. What any other case adds lies outside
+the attention, and is proved by eager float32.
 """
 
 

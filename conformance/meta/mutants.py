@@ -34,9 +34,13 @@ class Mutant(NamedTuple):
     """Whether the error may show as an exception instead of a wrong number."""
 
 
+class Everywhere(dict[str, Edit]):
+    """The same text in all three backends: what finds it in one finds it in the others, which are mirrors."""
+
+
 def everywhere(file: str, old: str, new: str, times: int = 1) -> dict[str, Edit]:
     """The same edit in all three."""
-    return dict.fromkeys(BACKENDS, Edit(file, old, new, times))
+    return Everywhere(dict.fromkeys(BACKENDS, Edit(file, old, new, times)))
 
 
 def spelled(file: str, **edits: tuple[str, str]) -> dict[str, Edit]:

@@ -12,7 +12,7 @@ import pytest
 import mistral_core.generation.driver
 import mistral_core.generation.ending
 from conformance import suite
-from conformance.meta.mutants import BACKENDS, CORE, MUTANTS
+from conformance.meta.mutants import BACKENDS, CORE, MUTANTS, Everywhere
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,6 +57,11 @@ def edited(text, edit):
     return text.replace(edit.old, edit.new)
 
 
+def marks(backend, mutant):
+    """`slow` where torch stands for the others: the same text is edited, and the check is one function for all."""
+    return pytest.mark.slow if isinstance(mutant.edits, Everywhere) and backend != "torch" else ()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_untouched_copy_passes(backend, copy_of):
     """Copying breaks nothing; that each check is green on what is copied is `conformance/test_conformance.py`'s."""
@@ -67,9 +72,21 @@ def test_an_untouched_copy_passes(backend, copy_of):
     assert all(item.passed for item in found), "\n".join(str(item) for item in found)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_edit_stands_where_it_says(backend):
+    for mutant in MUTANTS:
+        if backend in mutant.edits:
+            edit = mutant.edits[backend]
+            assert edited((ROOT / f"mistral_{backend}" / edit.file).read_text(), edit)
+
+
 @pytest.mark.parametrize(
     ("backend", "mutant"),
-    [pytest.param(backend, mutant, id=f"{backend}-{mutant.name}") for mutant in MUTANTS for backend in mutant.edits],
+    [
+        pytest.param(backend, mutant, id=f"{backend}-{mutant.name}", marks=marks(backend, mutant))
+        for mutant in MUTANTS
+        for backend in mutant.edits
+    ],
 )
 def test_every_mutant_is_killed(backend, mutant, copy_of):
     package = copy_of(backend, mutant.name, mutant.edits[backend])
