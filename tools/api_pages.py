@@ -44,6 +44,8 @@ def public(package: str) -> dict[str, str]:
             origins |= {alias.asname or alias.name: f"{module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             names = ast.literal_eval(node.value)
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Name):  # one more name of the same thing
+            origins |= {ast.unparse(target): origins[node.value.id] for target in node.targets}
     core = public("mistral_core")
     return {name: core.get(name, origins[name]) for name in names}
 
