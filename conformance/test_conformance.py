@@ -42,7 +42,14 @@ REPRESENTATIVES = {
         "token",
         "question",
     ),
-    "cached": ("window", "window-none", "layer-types", "left-padding"),
+    "cached": (
+        "window 7+1+3+6",
+        "window by ones",
+        "window-none 7+1+3+6",
+        "layer-types 7+1+3+6",
+        "layer-types by ones",
+        "left-padding 7+1+3+6",
+    ),
     "prompt": (f"of {suite.WINDOW + 1}", f"of {2 * suite.WINDOW}"),
     "rollback": ("of 2",),
     "gradients": ("window", "multi-query", "left-padding", "all-padding"),
@@ -50,8 +57,8 @@ REPRESENTATIVES = {
 """By kind of check: the cases that the default run has of further implementations and of bfloat16.
 
 Each is there for a property that these can break by themselves: a window, none, one for each layer, rows that begin
-late or see nothing, shared keys, and of another precision each place that rounds. What any other case adds lies outside
-the attention, and is proved by eager float32.
+late or see nothing, shared keys, one new token and several at a time, and of another precision each place that rounds.
+What any other case adds lies outside the attention, and is proved by eager float32.
 """
 
 
