@@ -15,8 +15,8 @@ PYTEST = OMP_NUM_THREADS=1 JAX_COMPILATION_CACHE_DIR=$(KEPT)/jax JAX_PERSISTENT_
 test test-quick: SOON = XLA_FLAGS="--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 # processes after each other, so that none keeps what all three frameworks have compiled
 PARTS := "tests --ignore=tests/backends --ignore=tests/core --ignore=tests/convert --dist worksteal" \
-    "tests/core tests/convert --dist loadfile" "tests/backends --ignore-glob=*/test_[p-z]* --dist loadfile --no-loadscope-reorder" \
-    "tests/backends --ignore-glob=*/test_[a-o]* --dist loadfile --no-loadscope-reorder" "conformance --dist loadgroup"
+    "tests/core tests/convert --dist loadfile" "tests/backends --ignore-glob=*/test_[p-z]* --dist loadfile" \
+    "tests/backends --ignore-glob=*/test_[a-o]* --dist loadfile" "conformance --dist loadgroup"
 
 demo: $(STAMP)
 	$(BIN)/mistral demo
