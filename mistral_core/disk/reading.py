@@ -189,7 +189,7 @@ def size_of(path: Path) -> int:
 def sha256(path: Path) -> str:
     """The SHA-256 of a whole file, in hexadecimal; raises what `opened` raises."""
     found = hashlib.sha256()
-    buffer = memoryview(bytearray(1 << 20))
+    buffer = memoryview(bytearray(1 << 18))
     with opened(path) as descriptor:
         while count := os.readv(descriptor, [buffer]):
             found.update(buffer[:count])
