@@ -150,13 +150,11 @@ def blocks(subject: Subject, case: Case) -> Iterator[Comparison]:
     position = np.maximum(order, 0)
     cos_sin = tuple(t.astype(np.float32) for t in ops.rotary(position, config))
     scale = ops.query_scale(position, config)
+    scale = None if scale is None else scale.astype(np.float32).astype(np.float64)
     given = adapter.array(x, dtype)
     tables = tuple(adapter.array(t, "float32") for t in cos_sin)
-    step = adapter.layers.Step(tables, adapter.array(order))
-    if scale is not None:
-        scale = scale.astype(np.float32)
-        step = adapter.layers.Step(tables, adapter.array(order), query_scale_BT=adapter.array(scale, "float32"))
-        scale = scale.astype(np.float64)
+    given_scale = None if scale is None else adapter.array(scale, "float32")
+    step = adapter.layers.Step(tables, adapter.array(order), query_scale_BT=given_scale)
     exact_tables: Any = tuple(t.astype(np.float64) for t in cos_sin)
 
     def weight(name: str) -> Array:

@@ -55,10 +55,10 @@ def is_known(name: Any) -> bool:
     return isinstance(name, str) and name in TYPES
 
 
-def own_classes(names: Any, model_type: str) -> Any:
+def own_classes(names: Iterable[Any], model_type: str) -> list[Any]:
     """Names of classes as ours: of `ministral3`, Ministral3ForCausalLM is MistralForCausalLM; others stay."""
     ours = {theirs: own for own, theirs in _classes(model_type).items()}
-    return [ours.get(name, name) if isinstance(name, str) else name for name in names] if _several(names) else names
+    return [ours.get(name, name) if isinstance(name, str) else name for name in names]
 
 
 def their_classes(names: Iterable[str], model_type: str) -> list[str]:
@@ -69,7 +69,3 @@ def their_classes(names: Iterable[str], model_type: str) -> list[str]:
 
 def _classes(model_type: str) -> dict[str, str]:
     return {name: name.replace("Mistral", TYPES[model_type].classes, 1) for name in HEADS}
-
-
-def _several(names: Any) -> bool:
-    return isinstance(names, list | tuple)

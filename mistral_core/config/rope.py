@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # type -> (keys it needs, keys it may have)
 TYPES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
+    "default": (frozenset(), frozenset()),
     "linear": (frozenset({"factor"}), frozenset()),
     "yarn": (
         frozenset({"factor", "original_max_position_embeddings"}),
@@ -85,16 +86,16 @@ def normalised(scaling: Mapping[str, Any]) -> dict[str, Any] | None:
     scaling = {key: value for key, value in scaling.items() if value is not None or key == "truncate"}
     if not isinstance(kind, str):
         raise UnsupportedFeatureError(
-            f"rope_scaling: {shown(kinds or scaling)} needs one rope_type of default, {', '.join(TYPES)}."
+            f"rope_scaling: {shown(kinds or scaling)} needs one rope_type of {', '.join(TYPES)}."
         )
     if kind == "dynamic":
         raise UnsupportedFeatureError(
             "rope_scaling: 'dynamic' changes the base with the length, so cached and uncached text cannot agree; "
             "use 'yarn'."
         )
-    if kind != "default" and kind not in TYPES:
-        raise UnsupportedFeatureError(f"rope_scaling: rope_type {shown(kind)}; known are default, {', '.join(TYPES)}.")
-    needed, optional = TYPES.get(kind, (frozenset(), frozenset()))
+    if kind not in TYPES:
+        raise UnsupportedFeatureError(f"rope_scaling: rope_type {shown(kind)}; known are {', '.join(TYPES)}.")
+    needed, optional = TYPES[kind]
     if kind == "default":  # a factor of one is no scaling
         scaling = {key: value for key, value in scaling.items() if not (key in _FACTORS and value == 1)}
     beside = OF_QUERIES if BETA in scaling else frozenset()
@@ -117,8 +118,7 @@ def check(scaling: Mapping[str, Any]) -> Iterator[str]:
     low, high = scaling.get("low_freq_factor"), scaling.get("high_freq_factor")
     if isinstance(low, int | float) and isinstance(high, int | float) and high <= low:
         yield f"rope_scaling: high_freq_factor {shown(high)} must be above low_freq_factor {shown(low)}"
-    needed = TYPES[scaling["rope_type"]][0] if scaling["rope_type"] in TYPES else frozenset()
-    needed |= {ORIGINAL} if BETA in scaling else set()
+    needed = TYPES[scaling["rope_type"]][0] | ({ORIGINAL} if BETA in scaling else set())
     for key in sorted(needed - set(scaling)):
         yield f"rope_scaling: {scaling['rope_type']} needs {key!r}"
     for key, value in scaling.items():
