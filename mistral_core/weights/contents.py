@@ -17,6 +17,7 @@ from ..disk import limits
 from ..errors import ShapeMismatchError
 from ..parameters import Parameter
 from ..quantization import Scheme
+from ..quantization.packings import Parts
 from . import layouts
 from .containers.tensor_file import DTYPES, TensorFile, TensorInfo, quoted
 from .layouts import Layout
@@ -26,15 +27,12 @@ class Packed(NamedTuple):
     """A matrix as the files have it, packed by a scheme and in their layout, which `StoredTensor.moves` tells of."""
 
     scheme: Scheme
-    parts: Mapping[str, TensorInfo]
-    """The last part of a name (`weight`, `weight_scale_inv`) -> the place, dtype and shape of its numbers."""
-    read: Callable[[str], np.ndarray]
-    """The stored numbers of a part; raises what reading a file raises."""
+    parts: Parts
 
     @property
     def nbytes(self) -> int:
         """Bytes of all parts in the files."""
-        return sum(info.nbytes for info in self.parts.values())
+        return sum(info.nbytes for info in self.parts.infos.values())
 
 
 class StoredTensor(NamedTuple):

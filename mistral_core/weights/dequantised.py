@@ -102,7 +102,7 @@ class Dequantised(TensorFile):
     @property
     def packed(self) -> dict[str, Packed]:
         """Name of a matrix -> its parts as they are stored."""
-        return {name: Packed(self.scheme, parts.infos, parts.read) for name, parts in self.matrices.items()}
+        return {name: Packed(self.scheme, parts) for name, parts in self.matrices.items()}
 
     def _parts(self, base: str) -> Parts:
         names = {part: f"{base}.{part}" for part in self.packing.parts}

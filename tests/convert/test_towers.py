@@ -277,15 +277,15 @@ def test_a_packed_matrix_as_the_files_have_it(tmp_path):
     checkpoint, tensors = Checkpoint.open(tmp_path), stored(tmp_path / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
     found = checkpoint.packed(name)
-    assert (found.scheme.label, found.scheme.block, set(found.parts)) == (
+    assert (found.scheme.label, found.scheme.block, set(found.parts.infos)) == (
         "FP8",
         (128, 128),
         {"weight", "weight_scale_inv"},
     )
-    for part, info in found.parts.items():
+    for part, info in found.parts.infos.items():
         array = tensors[f"language_model.{name.removesuffix('weight')}{part}"]
-        assert (found.read(part).dtype, info.shape) == (array.dtype, array.shape)
-        assert bits(found.read(part)) == bits(array)
+        assert (found.parts.read(part).dtype, info.shape) == (array.dtype, array.shape)
+        assert bits(found.parts.read(part)) == bits(array)
     assert found.nbytes == 272 * 144 + 3 * 2 * 4
     assert checkpoint.packed("model.norm.weight") is None
     with warnings.catch_warnings():
@@ -294,7 +294,7 @@ def test_a_packed_matrix_as_the_files_have_it(tmp_path):
     assert {each for each, parts in weights.items() if parts is not None} == {
         each for each in weights if "_proj" in each
     }
-    assert weights[name].parts == found.parts
+    assert weights[name].parts.infos == found.parts.infos
 
 
 def test_info_tells_of_packed_matrices_and_other_towers(tmp_path):
