@@ -128,7 +128,9 @@ def check(scaling: Mapping[str, Any]) -> Iterator[str]:
             yield f"rope_scaling: {key} must be a number up to {MOST:g}, got {shown(value)}"
         elif key == ORIGINAL and BETA in scaling and value != int(value):
             yield f"rope_scaling: {key} must be an integer, got {value}"
-        elif value <= 0 and not key.startswith("mscale") and not (key == BETA and value == 0):
+        elif key == BETA and value < 0:
+            yield f"rope_scaling: {key} must be 0 or more, got {value}"
+        elif value <= 0 and key != BETA and not key.startswith("mscale"):
             yield f"rope_scaling: {key} must be more than 0, got {value}"
         elif key == "factor" and value < 1:
             yield f"rope_scaling: factor must be 1 or more, got {value}"

@@ -165,7 +165,7 @@ def test_raw_scaling_that_cannot_be_read(changes, error, message):
     ("scaling", "message"),
     [
         ({**SCALING, "llama_4_scaling_beta": None}, "llama_4_scaling_beta must be there"),
-        ({**SCALING, "llama_4_scaling_beta": -0.1}, "llama_4_scaling_beta must be more than 0"),
+        ({**SCALING, "llama_4_scaling_beta": -0.1}, "llama_4_scaling_beta must be 0 or more, got -0.1"),
         ({**SCALING, "llama_4_scaling_beta": "x"}, "llama_4_scaling_beta must be a number"),
         ({**SCALING, "original_max_position_embeddings": 8.5}, "original_max_position_embeddings must be an integer"),
         ({"rope_type": "default", "llama_4_scaling_beta": 0.1}, "needs 'original_max_position_embeddings'"),
