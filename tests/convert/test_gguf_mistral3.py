@@ -380,7 +380,7 @@ def test_62_yarn_without_a_factor(tmp_path):
         ("attention.temperature_scale", np.uint32(1), CorruptCheckpointError, "must be a number, got '1'"),
         ("attention.temperature_scale", "0.1", CorruptCheckpointError, "must be a number, got '0.1'"),
         ("attention.temperature_scale", np.float32(np.nan), ConfigError, "llama_4_scaling_beta must be a number"),
-        ("attention.temperature_scale", np.float32(-1), ConfigError, "llama_4_scaling_beta must be more than 0"),
+        ("attention.temperature_scale", np.float32(-1), ConfigError, "llama_4_scaling_beta must be 0 or more, got -1"),
         ("rope.scaling.yarn_log_multiplier", np.uint32(1), CorruptCheckpointError, "must be a number, got '1'"),
         ("rope.scaling.yarn_log_multiplier", np.float32(-1), CorruptCheckpointError, r"must be 0 or more, got -1\.0"),
         ("rope.scaling.yarn_log_multiplier", np.float32(np.inf), ConfigError, "mscale_all_dim must be a number"),
