@@ -15,7 +15,17 @@ import jax.numpy as jnp
 from jax import Array
 
 from mistral_core import MistralConfig
-from mistral_core.generation.cache_layout import check_rollback, cropped, grown_slots, layer_slots, overwrites_visible
+from mistral_core.generation.cache_layout import (
+    cache_dtype,
+    check_rollback,
+    cropped,
+    grown_slots,
+    layer_slots,
+    overwrites_visible,
+)
+
+LARGEST_CODE = 127
+"""The code of a vector's largest number, in int8."""
 
 
 @jax.tree_util.register_dataclass
@@ -27,13 +37,17 @@ class KVCache:
     """
 
     keys: tuple[Array, ...]
-    """L arrays [B, R, K, H], rotated."""
+    """L arrays [B, R, K, H], rotated; in int8 their codes."""
     values: tuple[Array, ...]
-    """L arrays [B, R, K, H]."""
+    """L arrays [B, R, K, H]; in int8 their codes."""
     length: Array
     """[B] int32: real tokens so far."""
     capacity: int | None = dataclasses.field(default=None, metadata={"static": True})
     """The most real tokens a row may have; None: layers grow as far as their window."""
+    key_scales: tuple[Array, ...] = ()
+    """L arrays [B, R, K] float32, by which the codes of keys are multiplied; none where keys are floats."""
+    value_scales: tuple[Array, ...] = ()
+    """L arrays [B, R, K] float32, by which the codes of values are multiplied."""
 
     @classmethod
     def allocate(
@@ -49,27 +63,44 @@ class KVCache:
         """An empty cache for `capacity` tokens a row; without one it grows with the text, as far as each window.
 
         `rolling=False` keeps every token of windowed layers too; the last `lookback` tokens can always be rolled back.
+        `dtype` may be int8: codes, and a scale for each token and key/value head; no gradient flows through them.
+        Raises ConfigError for a dtype that no cache can have.
         """
         config = MistralConfig.of(config)
         shapes = [
             (batch_size, slots, config.num_key_value_heads, config.head_dim)
             for slots in layer_slots(config, capacity, rolling=rolling, lookback=lookback)
         ]
+        kind = jnp.dtype(cache_dtype(dtype))
+        scaled = [shape[:-1] for shape in shapes] if kind == jnp.int8 else []
         return cls(
-            tuple(jnp.zeros(shape, dtype) for shape in shapes),
-            tuple(jnp.zeros(shape, dtype) for shape in shapes),
+            tuple(jnp.zeros(shape, kind) for shape in shapes),
+            tuple(jnp.zeros(shape, kind) for shape in shapes),
             jnp.zeros(batch_size, jnp.int32),
             capacity,
+            tuple(jnp.zeros(shape, jnp.float32) for shape in scaled),
+            tuple(jnp.zeros(shape, jnp.float32) for shape in scaled),
         )
 
-    def layer(self, index: int) -> tuple[Array, Array, Array]:
-        """Keys, values and length, as one layer reads them."""
-        return self.keys[index], self.values[index], self.length
+    @property
+    def dtype(self) -> Any:
+        """What keys and values are kept in."""
+        return self.keys[0].dtype
 
-    def advanced(self, kept: Iterable[tuple[Array, Array]], order_BT: Array) -> KVCache:
+    def layer(self, index: int) -> tuple[Array, ...]:
+        """Keys, values, the scales of their codes if they have some, and length, as one layer reads them."""
+        return *(x[index] for x in self._kept() if x), self.length
+
+    def _kept(self) -> tuple[tuple[Array, ...], ...]:
+        return self.keys, self.values, self.key_scales, self.value_scales
+
+    def _with(self, kept: Iterable[Iterable[Array]], length_B: Array, capacity: int | None) -> KVCache:
+        keys, values, *scales = map(tuple, kept)
+        return KVCache(keys, values, length_B, capacity, *scales)
+
+    def advanced(self, kept: Iterable[tuple[Array, ...]], order_BT: Array) -> KVCache:
         """The cache after a call: what each layer keeps now, and as many tokens more as have an order."""
-        keys, values = zip(*kept, strict=True)
-        return KVCache(keys, values, self.length + (order_BT >= 0).sum(1), self.capacity)
+        return self._with(zip(*kept, strict=True), self.length + (order_BT >= 0).sum(1), self.capacity)
 
     def rollback(self, count_B: Array, config: MistralConfig) -> KVCache:
         """Forget the last `count_B` [B] tokens of each row.
@@ -84,13 +115,12 @@ class KVCache:
     def select_rows(self, row_B: Array) -> KVCache:
         """A copy of other rows: each may be left out, moved or there several times."""
         row_B = jnp.asarray(row_B)
-        keys, values = (tuple(jnp.take(x, row_B, axis=0) for x in xs) for xs in (self.keys, self.values))
-        return KVCache(keys, values, self.length[row_B], self.capacity)
+        kept = ([jnp.take(x, row_B, axis=0) for x in xs] for xs in self._kept())
+        return self._with(kept, self.length[row_B], self.capacity)
 
     def grown(self, slots: tuple[int, ...], capacity: int) -> KVCache:
         """A copy with larger rings, as `cache_layout.grown_layout` allows."""
-        keys, values = (tuple(map(_grown, xs, slots)) for xs in (self.keys, self.values))
-        return KVCache(keys, values, jnp.copy(self.length), capacity)
+        return self._with((map(_grown, xs, slots) for xs in self._kept()), jnp.copy(self.length), capacity)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """How many real tokens the longest row has."""
@@ -122,7 +152,7 @@ class KVCache:
 
 
 def _grown(x_BRKH: Array, slots: int) -> Array:
-    return jnp.pad(jnp.copy(x_BRKH), ((0, 0), (0, slots - x_BRKH.shape[1]), (0, 0), (0, 0)))
+    return jnp.pad(jnp.copy(x_BRKH), ((0, 0), (0, slots - x_BRKH.shape[1]), *((0, 0),) * (x_BRKH.ndim - 2)))
 
 
 def slot_order(length_B: Array, slots: int) -> Array:
@@ -132,52 +162,76 @@ def slot_order(length_B: Array, slots: int) -> Array:
     return jnp.maximum(order, -1)
 
 
+def int8_codes(x_BTKH: Array) -> tuple[Array, Array]:
+    """Codes [B, T, K, H] int8 and scales [B, T, K] float32 whose product is nearest to x: max|x| over H has code 127.
+
+    Halves go to the even code, and a vector of zeros has scale 0 and codes 0.
+    """
+    x_BTKH = jax.lax.stop_gradient(x_BTKH).astype(jnp.float32)
+    scale_BTK = jnp.abs(x_BTKH).max(-1) / LARGEST_CODE
+    codes_BTKH = jnp.round(x_BTKH / jnp.where(scale_BTK == 0, 1, scale_BTK)[..., None])
+    return codes_BTKH.astype(jnp.int8), scale_BTK
+
+
+def stored(k_BTKH: Array, v_BTKH: Array, dtype: Any) -> tuple[Array, ...]:
+    """Keys and values as a cache of this dtype keeps them, in int8 their codes and then their scales."""
+    if dtype != jnp.int8:
+        return k_BTKH.astype(dtype), v_BTKH.astype(dtype)
+    (keys, key_scales), (values, value_scales) = int8_codes(k_BTKH), int8_codes(v_BTKH)
+    return keys, values, key_scales, value_scales
+
+
+def restored(kept: Iterable[Array], dtype: Any) -> tuple[Array, Array]:
+    """Keys and values [B, S, K, H] in the dtype of the model, of what a cache keeps."""
+    keys, values, *scales = kept
+    if scales:
+        pairs = zip((keys, values), scales, strict=True)
+        keys, values = (codes.astype(jnp.float32) * scale[..., None] for codes, scale in pairs)
+    return keys.astype(dtype), values.astype(dtype)
+
+
 def remember(
     k_BTKH: Array,
     v_BTKH: Array,
     order_BT: Array,
     *,
-    past: tuple[Array, Array, Array] | None,
+    past: tuple[Array, ...] | None,
     window: int | None,
     capacity: int | None,
-) -> tuple[Array, Array, Array, tuple[Array, Array] | None]:
+) -> tuple[Array, Array, Array, tuple[Array, ...] | None]:
     """What the new tokens attend to, and what is kept of it.
 
-    `past` is (keys [B, R, K, H], values [B, R, K, H], length [B]) or None; its dtype may be another than the new
-    ones'. Returns keys, values [B, S, K, H] and order [B, S] of what is seen, in the dtype of the new ones, and the
-    layer's next keys and values, None without a past.
+    `past` is (keys [B, R, K, H], values [B, R, K, H], in int8 their scales [B, R, K], length [B]) or None; its dtype
+    may be another than the new ones'. Returns keys, values [B, S, K, H] and order [B, S] of what is seen, in the dtype
+    of the new ones, and what the layer keeps next, None without a past. A token is seen as it is kept, by itself and
+    by those that come with it too: so how a text is cut into calls changes nothing.
     """
     if past is None:
         return k_BTKH, v_BTKH, order_BT, None
-    keys, values, length_B = past
-    T, past_slots = order_BT.shape[1], keys.shape[1]
+    *old, length_B = past
+    new = stored(k_BTKH, v_BTKH, old[0].dtype)
+    T, past_slots = order_BT.shape[1], old[0].shape[1]
     slots = grown_slots(past_slots, T, window, capacity)
     next_length_B = length_B + (order_BT >= 0).sum(1)
     fresh = past_slots == 1  # only the spare slot: nothing is kept yet
     beside = not fresh and overwrites_visible(slots, past_slots, T, window, capacity)
+    seen, seen_order_BS = new, order_BT
     if beside:
-        seen = (
-            jnp.concatenate([keys.astype(k_BTKH.dtype), k_BTKH], axis=1),
-            jnp.concatenate([values.astype(v_BTKH.dtype), v_BTKH], axis=1),
-        )
+        seen = [jnp.concatenate(pair, axis=1) for pair in zip(old, new, strict=True)]
         seen_order_BS = jnp.concatenate([slot_order(length_B, past_slots), order_BT], axis=1)
     # padding, and what a long chunk would overwrite at once, goes to the spare slot
     fits_BT = (order_BT >= 0) & (order_BT > next_length_B[:, None] - slots)
     slot_BT = jnp.where(fits_BT, order_BT % slots, next_length_B[:, None] % slots)
-    kept = write(keys, k_BTKH, slot_BT, slots), write(values, v_BTKH, slot_BT, slots)
-    if fresh:
-        seen, seen_order_BS = (k_BTKH, v_BTKH), order_BT
-    elif not beside:
-        seen = kept[0].astype(k_BTKH.dtype), kept[1].astype(v_BTKH.dtype)
-        seen_order_BS = slot_order(next_length_B, slots)
-    return *seen, seen_order_BS, kept
+    kept = tuple(write(*pair, slot_BT, slots) for pair in zip(old, new, strict=True))
+    if not (fresh or beside):
+        seen, seen_order_BS = kept, slot_order(next_length_B, slots)
+    return *restored(seen, k_BTKH.dtype), seen_order_BS, kept
 
 
 def write(x_BRKH: Array, new_BTKH: Array, slot_BT: Array, slots: int) -> Array:
     """The new tokens put into their slots of a ring grown to `slots`."""
     if slots > x_BRKH.shape[1]:
         x_BRKH = _grown(x_BRKH, slots)
-    new_BTKH = new_BTKH.astype(x_BRKH.dtype)
     if slot_BT.shape[1] == 1 and x_BRKH.dtype.itemsize == 2 and jax.default_backend() == "cpu":
         # XLA for CPUs scatters into 16 bits through a float32 copy of the whole cache
         return jnp.where((jnp.arange(slots)[None] == slot_BT)[:, :, None, None], new_BTKH, x_BRKH)

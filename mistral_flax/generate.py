@@ -38,11 +38,10 @@ class Engine:
         graph, self.state = nnx.split(as_program(model))
         self._step, self._loop = _compiled(graph) if self.fixed_caches else _plain(graph)
 
-    def allocate(self, batch: int, capacity: int, *, rolling: bool, lookback: int) -> KVCache:
-        """An empty cache."""
-        return KVCache.allocate(
-            self.config, batch, capacity, rolling=rolling, lookback=lookback, dtype=self.model.dtype
-        )
+    def allocate(self, batch: int, capacity: int, *, rolling: bool, lookback: int, dtype: str) -> KVCache:
+        """An empty cache; its dtype "auto" is the model's."""
+        dtype = self.model.dtype if dtype == "auto" else dtype
+        return KVCache.allocate(self.config, batch, capacity, rolling=rolling, lookback=lookback, dtype=dtype)
 
     def step(
         self, cache: KVCache, ids_BT: np.ndarray, mask_BT: np.ndarray, rule: Rule, values: Values

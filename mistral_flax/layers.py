@@ -153,10 +153,10 @@ class Attention(nnx.Module):
         self,
         x_BTD: Array,
         step: Step,
-        past: tuple[Array, Array, Array] | None = None,
+        past: tuple[Array, ...] | None = None,
         *,
         rngs: Array | None = None,
-    ) -> tuple[Array, Array | None, tuple[Array, Array] | None]:
+    ) -> tuple[Array, Array | None, tuple[Array, ...] | None]:
         B, T, _ = x_BTD.shape
         q_BTNH = rotate(self.q_proj(x_BTD).reshape(B, T, -1, self.head_dim), *step.cos_sin)
         q_BTNH = scale_queries(q_BTNH, step.query_scale_BT)
@@ -210,10 +210,10 @@ class DecoderLayer(nnx.Module):
         self,
         x_BTD: Array,
         step: Step,
-        past: tuple[Array, Array, Array] | None = None,
+        past: tuple[Array, ...] | None = None,
         *,
         rngs: Array | None = None,
-    ) -> tuple[Array, Array | None, tuple[Array, Array] | None]:
+    ) -> tuple[Array, Array | None, tuple[Array, ...] | None]:
         h, weights, kept = self.self_attn(self.input_layernorm(x_BTD), step, past, rngs=rngs)
         x_BTD = x_BTD + h
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), weights, kept

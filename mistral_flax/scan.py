@@ -84,7 +84,10 @@ def scanned(
     if checkpointing is not None:
         # the loop itself keeps the computations apart
         body = jax.checkpoint(body, **{"prevent_cse": False, **dict(checkpointing)})
-    keys_values = None if past is None else (jnp.stack(past.keys), jnp.stack(past.values))
+    keys_values = None
+    if past is not None:
+        of_layers = (past.layer(index)[:-1] for index in range(len(past.keys)))
+        keys_values = tuple(map(jnp.stack, zip(*of_layers, strict=True)))
     keys = None if rngs[0] is None else rngs
     last_BTD, (states, weights, kept) = jax.lax.scan(body, x_BTD, (parameters, keys_values, keys))
     hidden_states = [last_BTD] if states is None else [x_BTD, *states]

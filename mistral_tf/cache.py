@@ -12,7 +12,17 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from mistral_core import MistralConfig
-from mistral_core.generation.cache_layout import check_rollback, cropped, grown_slots, layer_slots, overwrites_visible
+from mistral_core.generation.cache_layout import (
+    cache_dtype,
+    check_rollback,
+    cropped,
+    grown_slots,
+    layer_slots,
+    overwrites_visible,
+)
+
+LARGEST_CODE = 127
+"""The code of a vector's largest number, in int8."""
 
 
 class KVCache(tf.experimental.ExtensionType):
@@ -22,13 +32,17 @@ class KVCache(tf.experimental.ExtensionType):
     """
 
     keys: tuple[Tensor, ...]
-    """L arrays [B, R, K, H], rotated."""
+    """L arrays [B, R, K, H], rotated; in int8 their codes."""
     values: tuple[Tensor, ...]
-    """L arrays [B, R, K, H]."""
+    """L arrays [B, R, K, H]; in int8 their codes."""
     length: Tensor
     """[B] int32: real tokens so far."""
     capacity: Optional[int] = None  # noqa: UP045  (ExtensionType knows no other spelling)
     """The most real tokens a row may have; None: layers grow as far as their window."""
+    key_scales: tuple[Tensor, ...] = ()
+    """L arrays [B, R, K] float32, by which the codes of keys are multiplied; none where keys are floats."""
+    value_scales: tuple[Tensor, ...] = ()
+    """L arrays [B, R, K] float32, by which the codes of values are multiplied."""
 
     @classmethod
     def allocate(
@@ -44,28 +58,45 @@ class KVCache(tf.experimental.ExtensionType):
         """An empty cache for `capacity` tokens a row; without one it grows with the text, as far as each window.
 
         `rolling=False` keeps every token of windowed layers too; the last `lookback` tokens can always be rolled back.
+        `dtype` may be int8: codes, and a scale for each token and key/value head; no gradient flows through them.
+        Raises ConfigError for a dtype that no cache can have.
         """
         config = MistralConfig.of(config)
         shapes = [
             (batch_size, slots, config.num_key_value_heads, config.head_dim)
             for slots in layer_slots(config, capacity, rolling=rolling, lookback=lookback)
         ]
+        kind = tf.as_dtype(cache_dtype(dtype))
+        scaled = [shape[:-1] for shape in shapes] if kind == tf.int8 else []
         return cls(
-            tuple(tf.zeros(shape, dtype) for shape in shapes),
-            tuple(tf.zeros(shape, dtype) for shape in shapes),
+            tuple(tf.zeros(shape, kind) for shape in shapes),
+            tuple(tf.zeros(shape, kind) for shape in shapes),
             tf.zeros([batch_size], tf.int32),
             capacity,
+            tuple(tf.zeros(shape) for shape in scaled),
+            tuple(tf.zeros(shape) for shape in scaled),
         )
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values and length, as one layer reads them."""
-        return self.keys[index], self.values[index], self.length
+    @property
+    def dtype(self) -> Any:
+        """What keys and values are kept in."""
+        return self.keys[0].dtype
 
-    def advanced(self, kept: Iterable[tuple[Tensor, Tensor]], order_BT: Tensor) -> KVCache:
+    def layer(self, index: int) -> tuple[Tensor, ...]:
+        """Keys, values, the scales of their codes if they have some, and length, as one layer reads them."""
+        return *(x[index] for x in self._kept() if x), self.length
+
+    def _kept(self) -> tuple[tuple[Tensor, ...], ...]:
+        return self.keys, self.values, self.key_scales, self.value_scales
+
+    def _with(self, kept: Iterable[Iterable[Tensor]], length_B: Tensor, capacity: int | None) -> KVCache:
+        keys, values, *scales = map(tuple, kept)
+        return KVCache(keys, values, length_B, capacity, *scales)
+
+    def advanced(self, kept: Iterable[tuple[Tensor, ...]], order_BT: Tensor) -> KVCache:
         """The cache after a call: what each layer keeps now, and as many tokens more as have an order."""
-        keys, values = zip(*kept, strict=True)
         length_B = self.length + tf.reduce_sum(tf.cast(order_BT >= 0, tf.int32), 1)
-        return KVCache(keys, values, length_B, self.capacity)
+        return self._with(zip(*kept, strict=True), length_B, self.capacity)
 
     def rollback(self, count_B: Tensor, config: MistralConfig) -> KVCache:
         """Forget the last `count_B` [B] tokens of each row.
@@ -76,17 +107,16 @@ class KVCache(tf.experimental.ExtensionType):
         if tf.executing_eagerly():
             length, count = self.length.numpy().tolist(), count_B.numpy().tolist()
             check_rollback(config, [k.shape[1] for k in self.keys], length, count)
-        return KVCache(self.keys, self.values, self.length - count_B, self.capacity)
+        return self._with(self._kept(), self.length - count_B, self.capacity)
 
     def select_rows(self, row_B: Tensor) -> KVCache:
         """A copy of other rows: each may be left out, moved or there several times."""
-        keys, values = (tuple(tf.gather(x, row_B) for x in xs) for xs in (self.keys, self.values))
-        return KVCache(keys, values, tf.gather(self.length, row_B), self.capacity)
+        kept = ([tf.gather(x, row_B) for x in xs] for xs in self._kept())
+        return self._with(kept, tf.gather(self.length, row_B), self.capacity)
 
     def grown(self, slots: tuple[int, ...], capacity: int) -> KVCache:
         """A copy with larger rings, as `cache_layout.grown_layout` allows."""
-        keys, values = (tuple(map(_grown, xs, slots)) for xs in (self.keys, self.values))
-        return KVCache(keys, values, self.length, capacity)
+        return self._with((map(_grown, xs, slots) for xs in self._kept()), self.length, capacity)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """How many real tokens the longest row has."""
@@ -102,7 +132,7 @@ class KVCache(tf.experimental.ExtensionType):
         Raises InputError where it has rolled on.
         """
         back = cropped([k.shape[1] for k in self.keys], self.length.numpy().tolist(), max_length)
-        return KVCache(self.keys, self.values, self.length - tf.constant(back, tf.int32), self.capacity)
+        return self._with(self._kept(), self.length - tf.constant(back, tf.int32), self.capacity)
 
     def reorder_cache(self, beam_idx: Tensor) -> KVCache:
         """The cache of these rows, as `select_rows`; use what is returned."""
@@ -118,7 +148,7 @@ class KVCache(tf.experimental.ExtensionType):
 
 
 def _grown(x_BRKH: Tensor, slots: int) -> Tensor:
-    return tf.pad(x_BRKH, ((0, 0), (0, slots - x_BRKH.shape[1]), (0, 0), (0, 0)))
+    return tf.pad(x_BRKH, ((0, 0), (0, slots - x_BRKH.shape[1]), *((0, 0),) * (len(x_BRKH.shape) - 2)))
 
 
 def slot_order(length_B: Tensor, slots: int) -> Tensor:
@@ -128,45 +158,70 @@ def slot_order(length_B: Tensor, slots: int) -> Tensor:
     return tf.maximum(order, -1)
 
 
+def int8_codes(x_BTKH: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [B, T, K, H] int8 and scales [B, T, K] float32 whose product is nearest to x: max|x| over H has code 127.
+
+    Halves go to the even code, and a vector of zeros has scale 0 and codes 0.
+    """
+    x_BTKH = tf.cast(tf.stop_gradient(x_BTKH), tf.float32)
+    scale_BTK = tf.reduce_max(tf.abs(x_BTKH), -1) / LARGEST_CODE
+    codes_BTKH = tf.round(x_BTKH / tf.where(scale_BTK == 0, 1.0, scale_BTK)[..., None])
+    return tf.cast(codes_BTKH, tf.int8), scale_BTK
+
+
+def stored(k_BTKH: Tensor, v_BTKH: Tensor, dtype: Any) -> tuple[Tensor, ...]:
+    """Keys and values as a cache of this dtype keeps them, in int8 their codes and then their scales."""
+    if dtype != tf.int8:
+        return tf.cast(k_BTKH, dtype), tf.cast(v_BTKH, dtype)
+    (keys, key_scales), (values, value_scales) = int8_codes(k_BTKH), int8_codes(v_BTKH)
+    return keys, values, key_scales, value_scales
+
+
+def restored(kept: Iterable[Tensor], dtype: Any) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, S, K, H] in the dtype of the model, of what a cache keeps."""
+    keys, values, *scales = kept
+    if scales:
+        pairs = zip((keys, values), scales, strict=True)
+        keys, values = (tf.cast(codes, tf.float32) * scale[..., None] for codes, scale in pairs)
+    return tf.cast(keys, dtype), tf.cast(values, dtype)
+
+
 def remember(
     k_BTKH: Tensor,
     v_BTKH: Tensor,
     order_BT: Tensor,
     *,
-    past: tuple[Tensor, Tensor, Tensor] | None,
+    past: tuple[Tensor, ...] | None,
     window: int | None,
     capacity: int | None,
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...] | None]:
     """What the new tokens attend to, and what is kept of it.
 
-    `past` is (keys [B, R, K, H], values [B, R, K, H], length [B]) or None; its dtype may be another than the new
-    ones'. Returns keys, values [B, S, K, H] and order [B, S] of what is seen, in the dtype of the new ones, and the
-    layer's next keys and values, None without a past.
+    `past` is (keys [B, R, K, H], values [B, R, K, H], in int8 their scales [B, R, K], length [B]) or None; its dtype
+    may be another than the new ones'. Returns keys, values [B, S, K, H] and order [B, S] of what is seen, in the dtype
+    of the new ones, and what the layer keeps next, None without a past. A token is seen as it is kept, by itself and
+    by those that come with it too: so how a text is cut into calls changes nothing.
     """
     if past is None:
         return k_BTKH, v_BTKH, order_BT, None
-    keys, values, length_B = past
-    T, past_slots = order_BT.shape[1], keys.shape[1]
+    *old, length_B = past
+    new = stored(k_BTKH, v_BTKH, old[0].dtype)
+    T, past_slots = order_BT.shape[1], old[0].shape[1]
     slots = grown_slots(past_slots, T, window, capacity)
     next_length_B = length_B + tf.reduce_sum(tf.cast(order_BT >= 0, tf.int32), 1)
     fresh = past_slots == 1  # only the spare slot: nothing is kept yet
     beside = not fresh and overwrites_visible(slots, past_slots, T, window, capacity)
+    seen, seen_order_BS = new, order_BT
     if beside:
-        seen = (
-            tf.concat([tf.cast(keys, k_BTKH.dtype), k_BTKH], axis=1),
-            tf.concat([tf.cast(values, v_BTKH.dtype), v_BTKH], axis=1),
-        )
+        seen = [tf.concat(pair, axis=1) for pair in zip(old, new, strict=True)]
         seen_order_BS = tf.concat([slot_order(length_B, past_slots), order_BT], axis=1)
     # padding, and what a long chunk would overwrite at once, goes to the spare slot
     fits_BT = (order_BT >= 0) & (order_BT > next_length_B[:, None] - slots)
     slot_BT = tf.where(fits_BT, order_BT % slots, next_length_B[:, None] % slots)
-    kept = write(keys, k_BTKH, slot_BT, slots), write(values, v_BTKH, slot_BT, slots)
-    if fresh:
-        seen, seen_order_BS = (k_BTKH, v_BTKH), order_BT
-    elif not beside:
-        seen = tf.cast(kept[0], k_BTKH.dtype), tf.cast(kept[1], v_BTKH.dtype)
-        seen_order_BS = slot_order(next_length_B, slots)
-    return *seen, seen_order_BS, kept
+    kept = tuple(write(*pair, slot_BT, slots) for pair in zip(old, new, strict=True))
+    if not (fresh or beside):
+        seen, seen_order_BS = kept, slot_order(next_length_B, slots)
+    return *restored(seen, k_BTKH.dtype), seen_order_BS, kept
 
 
 def write(x_BRKH: Tensor, new_BTKH: Tensor, slot_BT: Tensor, slots: int) -> Tensor:
@@ -174,4 +229,4 @@ def write(x_BRKH: Tensor, new_BTKH: Tensor, slot_BT: Tensor, slots: int) -> Tens
     if slots > x_BRKH.shape[1]:
         x_BRKH = _grown(x_BRKH, slots)
     row_BT = tf.broadcast_to(tf.range(tf.shape(slot_BT)[0])[:, None], tf.shape(slot_BT))
-    return tf.tensor_scatter_nd_update(x_BRKH, tf.stack([row_BT, slot_BT], -1), tf.cast(new_BTKH, x_BRKH.dtype))
+    return tf.tensor_scatter_nd_update(x_BRKH, tf.stack([row_BT, slot_BT], -1), new_BTKH)

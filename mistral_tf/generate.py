@@ -40,11 +40,10 @@ class Engine:
         self.fixed_prompts = self.fixed_caches = compile != "off"
         self._prefill, self._decode, self._loop = _traced(model) if self.fixed_caches else _plain(model)
 
-    def allocate(self, batch: int, capacity: int, *, rolling: bool, lookback: int) -> KVCache:
-        """An empty cache."""
-        return KVCache.allocate(
-            self.config, batch, capacity, rolling=rolling, lookback=lookback, dtype=self.model.compute_dtype
-        )
+    def allocate(self, batch: int, capacity: int, *, rolling: bool, lookback: int, dtype: str) -> KVCache:
+        """An empty cache; its dtype "auto" is the model's."""
+        dtype = self.model.compute_dtype if dtype == "auto" else dtype
+        return KVCache.allocate(self.config, batch, capacity, rolling=rolling, lookback=lookback, dtype=dtype)
 
     def step(
         self, cache: KVCache, ids_BT: np.ndarray, mask_BT: np.ndarray, rule: Rule, values: Values
@@ -151,22 +150,19 @@ def _loop(
     rule: Rule, values: Values,
 ) -> tuple[Tensor, KVCache]:  # fmt: skip
     """The tokens [B, steps], as far as they go before every row has ended."""
-    capacity = cache.capacity
 
     def going(count: Tensor, token_B: Tensor, ended_B: Tensor, *_: Any) -> Tensor:
         return (count < steps) & ~tf.reduce_all(ended_B)
 
-    def body(
-        count: Tensor, token_B: Tensor, ended_B: Tensor, keys: Any, values_: Any, length: Tensor, tokens: Any
-    ) -> Any:
-        cache, now = KVCache(keys, values_, length, capacity), values._replace(step=values.step + count)
+    def body(count: Tensor, token_B: Tensor, ended_B: Tensor, cache: KVCache, tokens: Any) -> Any:
+        now = values._replace(step=values.step + count)
         mask_B1 = tf.cast(~ended_B[:, None], tf.int32)
         choice, cache = _step(model, token_B[:, None], mask_B1, cache, rule, now)
         token_B = choice.token[:, 0]
         ended_B = ended_B | tf.reduce_any(token_B[:, None] == ends_E, 1) | (token_B < 0)
-        return count + 1, token_B, ended_B, cache.keys, cache.values, cache.length, tokens.write(count, token_B)
+        return count + 1, token_B, ended_B, cache, tokens.write(count, token_B)
 
     tokens = tf.TensorArray(tf.int32, steps, element_shape=token_B.shape)
-    start = tf.constant(0), token_B, ended_B, cache.keys, cache.values, cache.length, tokens
-    *_, keys, values_, length, tokens = tf.while_loop(going, body, start)
-    return tf.transpose(tokens.stack()), KVCache(keys, values_, length, capacity)
+    start = tf.constant(0), token_B, ended_B, cache, tokens
+    *_, cache, tokens = tf.while_loop(going, body, start)
+    return tf.transpose(tokens.stack()), cache

@@ -186,10 +186,10 @@ class Attention(Layer):
         self,
         x_BTD: Tensor,
         step: Step,
-        past: tuple[Tensor, Tensor, Tensor] | None = None,
+        past: tuple[Tensor, ...] | None = None,
         *,
         seed: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...] | None]:
         B, T = tf.unstack(tf.shape(step.order_BT))
         q_BTNH = rotate(tf.reshape(self.q_proj(x_BTD), [B, T, self.heads, self.head_dim]), *step.cos_sin)
         q_BTNH = scale_queries(q_BTNH, step.query_scale_BT)
@@ -258,10 +258,10 @@ class DecoderLayer(Layer):
         self,
         x_BTD: Tensor,
         step: Step,
-        past: tuple[Tensor, Tensor, Tensor] | None = None,
+        past: tuple[Tensor, ...] | None = None,
         *,
         seed: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...] | None]:
         h, weights, kept = self.self_attn(self.input_layernorm(x_BTD), step=step, past=past, seed=seed)
         x_BTD = x_BTD + h
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), weights, kept

@@ -13,7 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mistral_core import MistralConfig
-from mistral_core.generation.cache_layout import check_rollback, cropped, grown_slots, layer_slots, overwrites_visible
+from mistral_core.generation.cache_layout import (
+    cache_dtype,
+    check_rollback,
+    cropped,
+    grown_slots,
+    layer_slots,
+    overwrites_visible,
+)
+
+LARGEST_CODE = 127
+"""The code of a vector's largest number, in int8."""
 
 
 class KVCache(NamedTuple):
@@ -23,13 +33,17 @@ class KVCache(NamedTuple):
     """
 
     keys: tuple[Tensor, ...]
-    """L tensors [B, R, K, H], rotated."""
+    """L tensors [B, R, K, H], rotated; in int8 their codes."""
     values: tuple[Tensor, ...]
-    """L tensors [B, R, K, H]."""
+    """L tensors [B, R, K, H]; in int8 their codes."""
     length: Tensor
     """[B] int64: real tokens so far."""
     capacity: int | None = None
     """The most real tokens a row may have; None: layers grow as far as their window."""
+    key_scales: tuple[Tensor, ...] = ()
+    """L tensors [B, R, K] float32, by which the codes of keys are multiplied; none where keys are floats."""
+    value_scales: tuple[Tensor, ...] = ()
+    """L tensors [B, R, K] float32, by which the codes of values are multiplied."""
 
     @classmethod
     def allocate(
@@ -40,33 +54,50 @@ class KVCache(NamedTuple):
         *,
         rolling: bool = True,
         lookback: int = 0,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         device: torch.device | str | None = None,
     ) -> KVCache:
         """An empty cache for `capacity` tokens a row; without one it grows with the text, as far as each window.
 
         `rolling=False` keeps every token of windowed layers too; the last `lookback` tokens can always be rolled back.
+        `dtype` may be int8: codes, and a scale for each token and key/value head; no gradient flows through them.
+        Raises ConfigError for a dtype that no cache can have.
         """
         config = MistralConfig.of(config)
         shapes = [
             (batch_size, slots, config.num_key_value_heads, config.head_dim)
             for slots in layer_slots(config, capacity, rolling=rolling, lookback=lookback)
         ]
+        kind = getattr(torch, cache_dtype(dtype))
+        scaled = [shape[:-1] for shape in shapes] if kind == torch.int8 else []
         return cls(
-            tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes),
-            tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes),
+            tuple(torch.zeros(shape, dtype=kind, device=device) for shape in shapes),
+            tuple(torch.zeros(shape, dtype=kind, device=device) for shape in shapes),
             torch.zeros(batch_size, dtype=torch.int64, device=device),
             capacity,
+            tuple(torch.zeros(shape, device=device) for shape in scaled),
+            tuple(torch.zeros(shape, device=device) for shape in scaled),
         )
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values and length, as one layer reads them."""
-        return self.keys[index], self.values[index], self.length
+    @property
+    def dtype(self) -> torch.dtype:
+        """What keys and values are kept in."""
+        return self.keys[0].dtype
 
-    def advanced(self, kept: Iterable[tuple[Tensor, Tensor]], order_BT: Tensor) -> KVCache:
+    def layer(self, index: int) -> tuple[Tensor, ...]:
+        """Keys, values, the scales of their codes if they have some, and length, as one layer reads them."""
+        return *(x[index] for x in self._kept() if x), self.length
+
+    def _kept(self) -> tuple[tuple[Tensor, ...], ...]:
+        return self.keys, self.values, self.key_scales, self.value_scales
+
+    def _with(self, kept: Iterable[Iterable[Tensor]], length_B: Tensor, capacity: int | None) -> KVCache:
+        keys, values, *scales = map(tuple, kept)
+        return KVCache(keys, values, length_B, capacity, *scales)
+
+    def advanced(self, kept: Iterable[tuple[Tensor, ...]], order_BT: Tensor) -> KVCache:
         """The cache after a call: what each layer keeps now, and as many tokens more as have an order."""
-        keys, values = zip(*kept, strict=True)
-        return KVCache(keys, values, self.length + (order_BT >= 0).sum(1), self.capacity)
+        return self._with(zip(*kept, strict=True), self.length + (order_BT >= 0).sum(1), self.capacity)
 
     def rollback(self, count_B: Tensor, config: MistralConfig) -> KVCache:
         """Forget the last `count_B` [B] tokens of each row.
@@ -81,13 +112,12 @@ class KVCache(NamedTuple):
     def select_rows(self, row_B: Tensor) -> KVCache:
         """A copy of other rows: each may be left out, moved or there several times."""
         row_B = torch.as_tensor(row_B, device=self.length.device)
-        keys, values = (tuple(x.index_select(0, row_B) for x in xs) for xs in (self.keys, self.values))
-        return KVCache(keys, values, self.length[row_B], self.capacity)
+        kept = ([x.index_select(0, row_B) for x in xs] for xs in self._kept())
+        return self._with(kept, self.length[row_B], self.capacity)
 
     def grown(self, slots: tuple[int, ...], capacity: int) -> KVCache:
         """A copy with larger rings, as `cache_layout.grown_layout` allows."""
-        keys, values = (tuple(map(_grown, xs, slots)) for xs in (self.keys, self.values))
-        return KVCache(keys, values, self.length, capacity)
+        return self._with((map(_grown, xs, slots) for xs in self._kept()), self.length, capacity)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """How many real tokens the longest row has."""
@@ -119,7 +149,7 @@ class KVCache(NamedTuple):
 
 
 def _grown(x_BRKH: Tensor, slots: int) -> Tensor:
-    return F.pad(x_BRKH, (0, 0, 0, 0, 0, slots - x_BRKH.shape[1]))
+    return F.pad(x_BRKH, (0, 0) * (x_BRKH.ndim - 2) + (0, slots - x_BRKH.shape[1]))
 
 
 def slot_order(length_B: Tensor, slots: int) -> Tensor:
@@ -129,42 +159,69 @@ def slot_order(length_B: Tensor, slots: int) -> Tensor:
     return order.clamp(min=-1)
 
 
+def int8_codes(x_BTKH: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [B, T, K, H] int8 and scales [B, T, K] float32 whose product is nearest to x: max|x| over H has code 127.
+
+    Halves go to the even code, and a vector of zeros has scale 0 and codes 0.
+    """
+    x_BTKH = x_BTKH.detach().float()
+    scale_BTK = x_BTKH.abs().amax(-1) / LARGEST_CODE
+    codes_BTKH = torch.round(x_BTKH / torch.where(scale_BTK == 0, 1, scale_BTK)[..., None])
+    return codes_BTKH.to(torch.int8), scale_BTK
+
+
+def stored(k_BTKH: Tensor, v_BTKH: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Keys and values as a cache of this dtype keeps them, in int8 their codes and then their scales."""
+    if dtype != torch.int8:
+        return k_BTKH.to(dtype), v_BTKH.to(dtype)
+    (keys, key_scales), (values, value_scales) = int8_codes(k_BTKH), int8_codes(v_BTKH)
+    return keys, values, key_scales, value_scales
+
+
+def restored(kept: Iterable[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, S, K, H] in the dtype of the model, of what a cache keeps."""
+    keys, values, *scales = kept
+    if scales:
+        keys, values = (codes.float() * scale[..., None] for codes, scale in zip((keys, values), scales, strict=True))
+    return keys.to(dtype), values.to(dtype)
+
+
 def remember(
     k_BTKH: Tensor,
     v_BTKH: Tensor,
     order_BT: Tensor,
     *,
-    past: tuple[Tensor, Tensor, Tensor] | None,
+    past: tuple[Tensor, ...] | None,
     window: int | None,
     capacity: int | None,
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...] | None]:
     """What the new tokens attend to, and what is kept of it.
 
-    `past` is (keys [B, R, K, H], values [B, R, K, H], length [B]) or None; its dtype may be another than the new
-    ones'. Returns keys, values [B, S, K, H] and order [B, S] of what is seen, in the dtype of the new ones, and the
-    layer's next keys and values, None without a past.
+    `past` is (keys [B, R, K, H], values [B, R, K, H], in int8 their scales [B, R, K], length [B]) or None; its dtype
+    may be another than the new ones'. Returns keys, values [B, S, K, H] and order [B, S] of what is seen, in the dtype
+    of the new ones, and what the layer keeps next, None without a past. A token is seen as it is kept, by itself and
+    by those that come with it too: so how a text is cut into calls changes nothing.
     """
     if past is None:
         return k_BTKH, v_BTKH, order_BT, None
-    keys, values, length_B = past
-    T, past_slots = order_BT.shape[1], keys.shape[1]
+    *old, length_B = past
+    new = stored(k_BTKH, v_BTKH, old[0].dtype)
+    T, past_slots = order_BT.shape[1], old[0].shape[1]
     slots = grown_slots(past_slots, T, window, capacity)
     next_length_B = length_B + (order_BT >= 0).sum(1)
     fresh = past_slots == 1 or _is_empty(length_B, T)  # only the spare slot, or nothing in any: nothing is kept yet
     beside = not fresh and overwrites_visible(slots, past_slots, T, window, capacity)
+    seen, seen_order_BS = new, order_BT
     if beside:  # joined before the write, which may reuse the memory
-        seen = torch.cat([keys.to(k_BTKH.dtype), k_BTKH], dim=1), torch.cat([values.to(v_BTKH.dtype), v_BTKH], dim=1)
+        seen = [torch.cat(pair, dim=1) for pair in zip(old, new, strict=True)]
         seen_order_BS = torch.cat([slot_order(length_B, past_slots), order_BT], dim=1)
     # padding, and what a long chunk would overwrite at once, goes to the spare slot
     fits_BT = (order_BT >= 0) & (order_BT > next_length_B[:, None] - slots)
     slot_BT = torch.where(fits_BT, order_BT % slots, next_length_B[:, None] % slots)
-    kept = write(keys, k_BTKH, slot_BT, slots), write(values, v_BTKH, slot_BT, slots)
-    if fresh:
-        seen, seen_order_BS = (k_BTKH, v_BTKH), order_BT
-    elif not beside:
-        seen = kept[0].to(k_BTKH.dtype), kept[1].to(v_BTKH.dtype)
-        seen_order_BS = slot_order(next_length_B, slots)
-    return *seen, seen_order_BS, kept
+    kept = tuple(write(*pair, slot_BT, slots) for pair in zip(old, new, strict=True))
+    if not (fresh or beside):
+        seen, seen_order_BS = kept, slot_order(next_length_B, slots)
+    return *restored(seen, k_BTKH.dtype), seen_order_BS, kept
 
 
 def _is_empty(length_B: Tensor, columns: int) -> bool:
@@ -183,7 +240,7 @@ def write(x_BRKH: Tensor, new_BTKH: Tensor, slot_BT: Tensor, slots: int) -> Tens
         x_BRKH = _grown(x_BRKH, slots)
     row_B1 = torch.arange(slot_BT.shape[0], device=slot_BT.device)[:, None]
     put = x_BRKH.index_put if torch.is_grad_enabled() or is_mapped() else x_BRKH.index_put_
-    return put((row_B1, slot_BT), new_BTKH.to(x_BRKH.dtype))
+    return put((row_B1, slot_BT), new_BTKH)
 
 
 def is_mapped() -> bool:

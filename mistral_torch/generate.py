@@ -54,15 +54,15 @@ class Engine:
             self._head = converted(self._head)
         self._step: Any = None
 
-    def allocate(self, batch: int, capacity: int, *, rolling: bool, lookback: int) -> KVCache:
-        """An empty cache."""
+    def allocate(self, batch: int, capacity: int, *, rolling: bool, lookback: int, dtype: str) -> KVCache:
+        """An empty cache; its dtype "auto" is the model's."""
         return KVCache.allocate(
             self.config,
             batch,
             capacity,
             rolling=rolling,
             lookback=lookback,
-            dtype=self.model.dtype,
+            dtype=self.model.dtype if dtype == "auto" else dtype,
             device=self.model.device,
         )
 
@@ -85,8 +85,8 @@ class Engine:
     def _run(self, ids_BT: Tensor, mask_BT: Tensor, cache: KVCache, rule: Rule, values: Values) -> Any:
         if not self.fixed_caches:
             return _step(self.model, self._head, ids_BT, mask_BT, cache, rule, values)
-        slots = tuple(keys.shape[1] for keys in cache.keys)
-        kind = tuple(ids_BT.shape), slots, rule, values.bias is None, values.seen is None
+        caches = cache.dtype, *(keys.shape[1] for keys in cache.keys)
+        kind = tuple(ids_BT.shape), caches, rule, values.bias is None, values.seen is None
         # each frozen shape would pack a copy of the weights of its own
         if self._frozen and ids_BT.shape[1] > FEW_COLUMNS:
             if self._head is None:

@@ -116,8 +116,8 @@ class Attention(nn.Module):
         self.dropout = config.attention_dropout
 
     def forward(
-        self, x_BTD: Tensor, step: Step, past: tuple[Tensor, Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+        self, x_BTD: Tensor, step: Step, past: tuple[Tensor, ...] | None = None
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...] | None]:
         B, T, _ = x_BTD.shape
         q_BTNH = rotate(self.q_proj(x_BTD).view(B, T, -1, self.head_dim), *step.cos_sin)
         q_BTNH = scale_queries(q_BTNH, step.query_scale_BT)
@@ -161,8 +161,8 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x_BTD: Tensor, step: Step, past: tuple[Tensor, Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+        self, x_BTD: Tensor, step: Step, past: tuple[Tensor, ...] | None = None
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...] | None]:
         h, weights, kept = self.self_attn(self.input_layernorm(x_BTD), step, past)
         x_BTD = x_BTD + h
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), weights, kept

@@ -1,9 +1,23 @@
-"""How many slots each layer's KV cache has: integers only, the same for the reference and every backend."""
+"""How many slots each layer's KV cache has, and in which dtypes: the same for the reference and every backend."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..config import MistralConfig
-from ..errors import InputError
+from ..errors import ConfigError, InputError
+from ..plain import dtype_name
+
+DTYPES = ("float64", "float32", "float16", "bfloat16", "int8")
+"""What keys and values can be kept in; int8 are codes, with a scale for each token and key/value head."""
+
+
+def cache_dtype(dtype: Any) -> str:
+    """The name of a dtype, given by its name or as any framework's; raises ConfigError for one no cache can have."""
+    name = str(dtype_name(dtype))
+    if name not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    return name
 
 
 def layer_slots(

@@ -88,6 +88,7 @@ ARGUMENTS = (
 """What `generate` takes besides options."""
 COMPILE = ("auto", "off", "on", "max")
 CACHE = ("auto", "full", "rolling")
+CACHE_DTYPE = ("auto", "int8")
 
 
 def effective(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,6 +235,7 @@ CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "max_matching_ngram_size": _integer(1),
     "num_assistant_tokens": _integer(1, limits.GUESSES),
     "cache": _one_of(*CACHE),
+    "cache_dtype": _one_of(*CACHE_DTYPE),
     "prefill_chunk_size": _integer(1, or_none=True),
     "compile": _one_of(*COMPILE),
 }

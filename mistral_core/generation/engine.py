@@ -16,7 +16,7 @@ from ..arrays import Array
 from ..config import MistralConfig
 from ..errors import InputError
 from ..outputs import GenerateOutput
-from .cache_layout import grown_layout
+from .cache_layout import cache_dtype, grown_layout
 from .hooks import Hooks
 from .options import GenerationConfig
 from .sampling import Rule, Values, numbers
@@ -50,8 +50,8 @@ class Engine(Protocol):
     fixed_caches: bool
     """Whether each size of the cache costs one: then it comes in few."""
 
-    def allocate(self, batch: int, capacity: int, *, rolling: bool, lookback: int) -> Any:
-        """An empty cache."""
+    def allocate(self, batch: int, capacity: int, *, rolling: bool, lookback: int, dtype: str) -> Any:
+        """An empty cache; its dtype "auto" is the model's."""
 
     def step(self, cache: Any, ids_BT: Array, mask_BT: Array, rule: Rule, values: Values) -> tuple[Chosen, Any]:
         """The tokens chosen after the last column, or each, and the cache with the new ones in it.
@@ -115,9 +115,10 @@ class Prompt(NamedTuple):
 def begin(engine: Engine, prompt: Prompt, past: Any) -> tuple[Any, list[Any]]:
     """A cache with room for all that is to come, and what is missing of each row: at least the last token.
 
-    Raises InputError for a cache of another batch or model, or that has rolled on too far to go back.
+    Raises InputError for a cache of another batch, model or dtype, or that has rolled on too far to go back.
     """
     config, generation, context = engine.config, prompt.generation, prompt.context
+    dtype = generation.cache_dtype
     capacity = max(map(len, context)) + generation.max_new_tokens
     if engine.fixed_caches:
         capacity = min(max(CAPACITY_TOKENS, 1 << (capacity - 1).bit_length()), config.max_position_embeddings)
@@ -127,7 +128,7 @@ def begin(engine: Engine, prompt: Prompt, past: Any) -> tuple[Any, list[Any]]:
     if cache is not None:
         if prompt.embeds is not None:
             raise InputError("past_key_values: not with inputs_embeds; give the embeddings of the whole text.")
-        length = _checked_lengths(config, cache, len(context))
+        length, dtype = _checked_lengths(config, cache, len(context)), _checked_dtype(cache, dtype)
         common = [min(len(row) - 1, have) for row, have in zip(context, length, strict=True)]
         if isinstance(past, GenerateOutput):
             common = [
@@ -144,12 +145,12 @@ def begin(engine: Engine, prompt: Prompt, past: Any) -> tuple[Any, list[Any]]:
         except InputError:
             if not isinstance(past, GenerateOutput):  # whose tokens are known, so it can be computed anew
                 raise
-    return engine.allocate(len(context), capacity, rolling=rolling, lookback=lookback), context
+    return engine.allocate(len(context), capacity, rolling=rolling, lookback=lookback, dtype=dtype), context
 
 
 def _checked_lengths(config: MistralConfig, cache: Any, rows: int) -> list[int]:
     """How many tokens of each row a cache holds."""
-    if not all(hasattr(cache, name) for name in ("keys", "values", "length", "capacity", "rollback")):
+    if not all(hasattr(cache, name) for name in ("keys", "values", "length", "capacity", "dtype", "rollback")):
         raise InputError(
             f"past_key_values must be a KVCache, got {type(cache).__name__}; give one, or what generate returned with "
             "return_dict_in_generate=True."
@@ -159,6 +160,17 @@ def _checked_lengths(config: MistralConfig, cache: Any, rows: int) -> list[int]:
     if found != expected:
         raise InputError(f"past_key_values: (layers, rows, key/value heads, head_dim) must be {expected}, got {found}.")
     return [int(length) for length in cache.length]
+
+
+def _checked_dtype(cache: Any, asked: str) -> str:
+    """What a cache keeps its tokens in, as the option says it: int8, or auto for floats."""
+    found = cache_dtype(cache.dtype)
+    if asked == "int8" != found:
+        raise InputError(
+            f"past_key_values: its cache_dtype must be {asked!r}, got {found}; leave cache_dtype out, or begin without "
+            "a cache."
+        )
+    return "int8" if found == "int8" else "auto"
 
 
 def repeat_rows(

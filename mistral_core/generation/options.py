@@ -48,12 +48,13 @@ class GenerationConfig:
     the end becomes likelier with every token. `seed` is an int, of which row r uses stream r, or one int for each row:
     then a row gives the same tokens alone and in any batch. The same seed gives the same tokens in every framework.
 
-    How: `cache` is rolling where the model has a window unless `full` is asked for. `prefill_chunk_size` is the most
-    columns of the prompt that are computed at once. `prompt_lookup_num_tokens` guesses so many tokens a step from the
-    text so far, an assistant model guesses `num_assistant_tokens`; both change the speed and not the tokens.
-    `compile` is described in each backend's `generate`. `on_device_loop` runs all steps in one compiled loop, for
-    accelerators. `extra` keeps the keys of a file that this class does not know. What was not said is, in a call, the
-    checkpoint's own.
+    How: `cache` is rolling where the model has a window unless `full` is asked for. `cache_dtype` int8 keeps keys and
+    values rounded, in about half of bfloat16's memory; auto is the model's own dtype, or that of a cache that is given.
+    `prefill_chunk_size` is the most columns of the prompt that are computed at once. `prompt_lookup_num_tokens` guesses
+    so many tokens a step from the text so far, an assistant model guesses `num_assistant_tokens`; both change the speed
+    and not the tokens. `compile` is described in each backend's `generate`. `on_device_loop` runs all steps in one
+    compiled loop, for accelerators. `extra` keeps the keys of a file that this class does not know. What was not said
+    is, in a call, the checkpoint's own.
     """
 
     max_new_tokens: int = 20
@@ -98,6 +99,7 @@ class GenerationConfig:
     max_matching_ngram_size: int = 2
     num_assistant_tokens: int = 5
     cache: str = "auto"
+    cache_dtype: str = "auto"
     prefill_chunk_size: int | None = None
     compile: str = "auto"
     on_device_loop: bool = False

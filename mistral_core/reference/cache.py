@@ -9,6 +9,10 @@ Window 3, R = 4, after five tokens a b c d e and after a sixth:
     slot    0 1 2 3        0 1 2 3
     order   4 1 2 3        4 5 2 3
     token   e b c d        e f c d       the next query has order 6 and sees 4 and 5; 2 and 3 are masked by order
+
+In int8 a key or value [H] is kept as the codes round(x / s), halves to even, and the scale s = max|x| / 127 of its
+token and head; a query sees codes * s. A token is rounded when it comes, so also for itself and those that come with
+it: how a text is cut into calls changes nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import numpy as np
 
 from ..arrays import Array
 from ..config import MistralConfig
-from ..generation.cache_layout import check_rollback, layer_slots
+from ..generation.cache_layout import cache_dtype, check_rollback, layer_slots
 
 
 class KVCache(NamedTuple):
@@ -33,6 +37,8 @@ class KVCache(NamedTuple):
     """[B] int: real tokens so far."""
     capacity: int | None = None
     """The most real tokens a row may have, or None for no limit: layers then grow as far as their window."""
+    dtype: str = "float64"
+    """int8: what is kept are the values that codes and scales have, in float64."""
 
     @classmethod
     def allocate(
@@ -43,6 +49,7 @@ class KVCache(NamedTuple):
         *,
         rolling: bool = True,
         lookback: int = 0,
+        dtype: str = "float64",
     ) -> KVCache:
         """An empty cache; `lookback` tokens can be rolled back even where the cache rolls."""
         config = MistralConfig.of(config)
@@ -53,7 +60,15 @@ class KVCache(NamedTuple):
             tuple(np.zeros(s) for s in shapes),
             np.zeros(batch_size, int),
             capacity,
+            cache_dtype(dtype),
         )
+
+    def kept(self, x_BTKH: Array) -> Array:
+        """New keys or values as they are kept, and seen."""
+        if self.dtype != "int8":
+            return x_BTKH
+        codes_BTKH, scale_BTK = int8_codes(x_BTKH)
+        return codes_BTKH * scale_BTK[..., None]
 
     def update(self, layer: int, k_BTKH: Array, v_BTKH: Array, order_BT: Array, slots: int) -> tuple[Array, Array]:
         """The layer's keys and values after writing the new tokens into a ring of `slots`."""
@@ -72,12 +87,19 @@ class KVCache(NamedTuple):
     def select_rows(self, row_B: Array) -> KVCache:
         """The cache of other rows: each may be left out, moved or there several times."""
         keys, values = (tuple(x[row_B] for x in xs) for xs in (self.keys, self.values))
-        return KVCache(keys, values, self.length[row_B], self.capacity)
+        return self._replace(keys=keys, values=values, length=self.length[row_B])
 
     def grown(self, slots: tuple[int, ...], capacity: int) -> KVCache:
         """The cache with larger rings, as `cache_layout.grown_layout` allows."""
         keys, values = (tuple(map(grown, xs, slots)) for xs in (self.keys, self.values))
-        return KVCache(keys, values, self.length, capacity)
+        return self._replace(keys=keys, values=values, capacity=capacity)
+
+
+def int8_codes(x_BTKH: Array) -> tuple[Array, Array]:
+    """Codes from -127 to 127 [B, T, K, H], and their scales [B, T, K], which are 0 for a vector of zeros."""
+    scale_BTK = np.abs(x_BTKH).max(axis=-1) / 127
+    codes_BTKH = np.rint(x_BTKH / np.where(scale_BTK == 0, 1, scale_BTK)[..., None])
+    return codes_BTKH, scale_BTK
 
 
 def grown(x_BRKH: Array, slots: int) -> Array:

@@ -25,9 +25,10 @@ class Engine:
     def __init__(self, config: MistralConfig, parameters: Parameters) -> None:
         self.config, self.parameters = config, parameters
 
-    def allocate(self, batch: int, capacity: int, *, rolling: bool, lookback: int) -> KVCache:
+    def allocate(self, batch: int, capacity: int, *, rolling: bool, lookback: int, dtype: str) -> KVCache:
         """An empty cache."""
-        return KVCache.allocate(self.config, batch, capacity, rolling=rolling, lookback=lookback)
+        dtype = "float64" if dtype == "auto" else dtype
+        return KVCache.allocate(self.config, batch, capacity, rolling=rolling, lookback=lookback, dtype=dtype)
 
     def step(
         self, cache: KVCache, ids_BT: Array, mask_BT: Array, rule: Rule, values: Values

@@ -71,7 +71,7 @@ def forward(
     cache = None
     if past is not None:
         keys, values = zip(*kept, strict=True)
-        cache = KVCache(keys, values, length_B + mask_BT.sum(axis=1), past.capacity)
+        cache = past._replace(keys=keys, values=values, length=length_B + mask_BT.sum(axis=1))
     return ModelOutput(hidden_states[-1], cache, tuple(hidden_states), tuple(attentions))
 
 
@@ -124,6 +124,7 @@ def attention(
     order_BT, document_ids_BT = step.order_BT, step.document_ids_BT
     k_BSKH, v_BSKH, key_order_BS, kept = k_BTKH, v_BTKH, order_BT, None
     if past is not None:
+        k_BTKH, v_BTKH = round(past.kept(k_BTKH)), round(past.kept(v_BTKH))
         past_keys, past_values = past.keys[layer], past.values[layer]
         slots = grown_slots(past_keys.shape[1], T, window, past.capacity)
         kept = past.update(layer, k_BTKH, v_BTKH, order_BT, slots)

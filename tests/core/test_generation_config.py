@@ -31,7 +31,7 @@ class Script:
     def __init__(self, rows):
         self.rows, self.calls = np.array(rows), 0
 
-    def allocate(self, batch, capacity, *, rolling, lookback):
+    def allocate(self, batch, capacity, *, rolling, lookback, dtype):
         return KVCache.allocate(TINY, batch, capacity, rolling=rolling, lookback=lookback)
 
     def step(self, cache, ids_BT, mask_BT, rule, values):
