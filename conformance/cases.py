@@ -16,6 +16,8 @@ from mistral_core.config.presets import TINY
 
 T = 17
 LENGTHS = (17, 11, 6)
+INT8_TEXT = 31705
+INT8_MARGIN = 1e-3
 
 
 class Case(NamedTuple):
@@ -112,6 +114,17 @@ CAUSAL = (
             {"position_ids": np.arange(T)[None] * 7001 + _ROWS}),
     _causal("embeddings", "inputs_embeds instead of ids", {"input_ids": None, "inputs_embeds": _EMBEDS}),
 )  # fmt: skip
+
+INT8 = _causal(
+    "int8",
+    "the cache in int8: scales shared over heads or tokens, a token that sees itself unrounded, pads that count",
+    {"input_ids": token_ids(seed=INT8_TEXT), "attention_mask": padded("left")},
+    num_hidden_layers=2,
+)
+"""A text of which each code of the specification lies `INT8_MARGIN` of a code or more from where it would be another.
+
+So float32, which is wrong by up to 1.6e-4 of a code here, has the same codes, and the bound of everything else holds.
+"""
 
 
 def _head(name: str, why: str, architecture: str, inputs: Mapping[str, Any], **changes: Any) -> Case:

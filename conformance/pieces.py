@@ -13,11 +13,11 @@ import numpy as np
 from mistral_core.arrays import Array
 from mistral_core.config import MistralConfig
 from mistral_core.config.presets import TINY
-from mistral_core.reference import heads, model, ops
-from mistral_core.reference.cache import KVCache, slot_order
+from mistral_core.reference import engine, heads, model, ops
+from mistral_core.reference.cache import KVCache, int8_codes, slot_order
 
 from .adapters import Adapter
-from .cases import CAUSAL, LENGTHS, Case, T, padded, token_ids
+from .cases import CAUSAL, INT8, LENGTHS, Case, T, padded, token_ids
 from .compare import Comparison, compare
 from .tolerances import Tolerance, eps_of, rounds_elsewhere, tolerance
 from .weights import random_parameters
@@ -68,6 +68,14 @@ def expected_cache(case_name: str, rolling: bool) -> KVCache:
     parameters = weights(case.config, case.architecture, "float32")
     cache: KVCache = heads.causal_lm(case.config, parameters, **inputs, past_key_values=empty).past_key_values
     return cache
+
+
+@functools.cache
+def expected_int8(rolling: bool) -> Any:
+    """What the specification returns for the whole text of the int8 case, and its cache."""
+    empty = KVCache.allocate(INT8.config, len(LENGTHS), T, rolling=rolling, dtype="int8")
+    parameters = weights(INT8.config, INT8.architecture, "float32")
+    return heads.causal_lm(INT8.config, parameters, **INT8.inputs, past_key_values=empty)
 
 
 def by_name(name: str) -> Case:
@@ -195,25 +203,51 @@ def whole(subject: Subject, case: Case) -> Iterator[Comparison]:
 
 def cached(subject: Subject, case: Case, chunking: tuple[int, ...], *, rolling: bool = True) -> Iterator[Comparison]:
     """The logits and the cache of the same text given in chunks."""
-    adapter, mask = subject.adapter, case.mask
     one_pass = [expected(case.name, subject.dtype, exact).logits for exact in (False, True)]
-    inputs = {k: v for k, v in subject.inputs(case).items() if k != "labels" and v is not None}
-    inputs["attention_mask"] = mask
-    past, start, logits = adapter.allocate(case.config, len(mask), T, subject.dtype, rolling=rolling), 0, []
-    instance = subject.model(case)
-    for size in chunking:
-        chunk = {name: value[:, start : start + size] for name, value in inputs.items()}
-        out = adapter.call(instance, **chunk, past_key_values=past)
-        past, start = out.past_key_values, start + size
-        logits.append(adapter.numpy(out.logits))
-    name = f"cached {'rolling' if rolling else 'full'} {'+'.join(map(str, _short(chunking)))}"
-    yield subject.compare(case.name, f"logits {name}", np.concatenate(logits, axis=1), *one_pass)
+    past = subject.adapter.allocate(case.config, len(case.mask), T, subject.dtype, rolling=rolling)
+    logits, past = _in_chunks(subject, case, chunking, past)
+    name = f"cached {_told(chunking, rolling)}"
+    yield subject.compare(case.name, f"logits {name}", logits, *one_pass)
     if subject.dtype == "float32":
         yield from _contents(subject, case, past, name, rolling)
 
 
-def _short(chunking: tuple[int, ...]) -> tuple[Any, ...]:
-    return ("ones",) if len(chunking) > 4 else chunking
+def cached_int8(subject: Subject, chunking: tuple[int, ...], *, rolling: bool = True) -> Iterator[Comparison]:
+    """The logits, codes and scales of a text given in chunks to a cache in int8, padded on the left."""
+    wanted = expected_int8(rolling)
+    past = subject.adapter.allocate(INT8.config, len(LENGTHS), T, "int8", rolling=rolling)
+    logits, past = _in_chunks(subject, INT8, chunking, past)
+    name = f"cached int8 {_told(chunking, rolling)}"
+    yield subject.compare(INT8.name, f"logits {name}", logits, wanted.logits)
+    bound = tolerance("logits", subject.dtype, subject.implementation)
+    for layer, window in enumerate(INT8.config.layer_windows):
+        for kind in ("key", "value"):
+            codes, scale = int8_codes(getattr(wanted.past_key_values, f"{kind}s")[layer])
+            seen = _seen(wanted.past_key_values, layer, window)
+            found = (getattr(past, f"{kind}s")[layer], getattr(past, f"{kind}_scales")[layer])
+            codes_found, scale_found = map(subject.adapter.numpy, found)
+            piece = f"{kind} {layer} {name}"
+            actual, target = (np.where(seen[:, :, None, None], x, 0) for x in (codes_found, codes))
+            yield compare(subject.key, INT8.name, f"codes {piece}", actual, target, Tolerance(0.0, 1.0))
+            actual, target = (np.where(seen[:, :, None], x, 0) for x in (scale_found, scale))
+            yield compare(subject.key, INT8.name, f"scales {piece}", actual, target, bound, dtype_is="float32")
+
+
+def _in_chunks(subject: Subject, case: Case, chunking: tuple[int, ...], past: Any) -> tuple[Array, Any]:
+    """The logits of a case's text given in chunks after an empty cache, and the cache then."""
+    inputs = {k: v for k, v in subject.inputs(case).items() if k != "labels" and v is not None}
+    inputs["attention_mask"] = case.mask
+    instance, start, logits = subject.model(case), 0, []
+    for size in chunking:
+        chunk = {name: value[:, start : start + size] for name, value in inputs.items()}
+        out = subject.adapter.call(instance, **chunk, past_key_values=past)
+        past, start = out.past_key_values, start + size
+        logits.append(subject.adapter.numpy(out.logits))
+    return np.concatenate(logits, axis=1), past
+
+
+def _told(chunking: tuple[int, ...], rolling: bool) -> str:
+    return f"{'rolling' if rolling else 'full'} {'ones' if len(chunking) > 4 else '+'.join(map(str, chunking))}"
 
 
 def _contents(subject: Subject, case: Case, past: Any, name: str, rolling: bool) -> Iterator[Comparison]:
@@ -223,14 +257,33 @@ def _contents(subject: Subject, case: Case, past: Any, name: str, rolling: bool)
     length = subject.adapter.numpy(past.length)
     yield compare(subject.key, case.name, f"length {name}", length, wanted.length, Tolerance(0.0, 1.0))
     for layer, window in enumerate(case.config.layer_windows):
-        order = slot_order(wanted.length, wanted.keys[layer].shape[1])
-        seen = (order >= 0) & (order > wanted.length[:, None] - (window or T + 1))
+        seen = _seen(wanted, layer, window)
         for kind in ("keys", "values"):
             actual = subject.adapter.numpy(getattr(past, kind)[layer])
             target = getattr(wanted, kind)[layer]
             if actual.shape == target.shape:
                 actual, target = (np.where(seen[:, :, None, None], x, 0) for x in (actual, target))
             yield compare(subject.key, case.name, f"cache {kind} {layer} {name}", actual, target, bound)
+
+
+def _seen(cache: KVCache, layer: int, window: int | None) -> Array:
+    """[B, R]: which slots a next token could see."""
+    order = slot_order(cache.length, cache.keys[layer].shape[1])
+    seen: Array = (order >= 0) & (order > cache.length[:, None] - (window or T + 1))
+    return seen
+
+
+def codes(subject: Subject) -> Iterator[Comparison]:
+    """The codes and scales of vectors in int8: random ones, zeros, halves of codes, the largest number negative."""
+    x = np.random.default_rng(14).normal(size=(2, 3, 2, TINY.head_dim))
+    x[0, 0, 0] = 0
+    x[0, 1, 1] = np.array([-127, *np.arange(TINY.head_dim - 1) - 6.5]) / 8
+    x = cast(x, subject.dtype)
+    wanted = int8_codes(x.astype(np.float64))
+    found = map(subject.adapter.numpy, subject.adapter.cache.int8_codes(subject.adapter.array(x, subject.dtype)))
+    for piece, actual, target, kind in zip(("codes", "scales"), found, wanted, ("int8", "float32"), strict=True):
+        bound = Tolerance(0.0, 1.0) if piece == "codes" else tolerance("rotary", subject.dtype, subject.implementation)
+        yield compare(subject.key, "int8", piece, actual, target, bound, dtype_is=kind)
 
 
 def turns(subject: Subject, prompt: int) -> Iterator[Comparison]:
@@ -301,6 +354,15 @@ def greedy(subject: Subject) -> Iterator[Comparison]:
             target = np.concatenate([ids[rows], ended(wanted[rows], eos)], axis=1)
             bound = Tolerance(0.0, 1.0)
             yield compare(subject.key, f"{side}-padded, eos {eos}", "greedy", out, target, bound)
+
+
+def greedy_int8(subject: Subject) -> Iterator[Comparison]:
+    """Greedy tokens of a ragged batch from a cache in int8, which are others than those from a cache in float32."""
+    parameters = weights(INT8.config, INT8.architecture, "float32")
+    options: dict[str, Any] = {"attention_mask": INT8.mask, "max_new_tokens": GREEDY_TOKENS, "cache_dtype": "int8"}
+    wanted = engine.generate(INT8.config, parameters, INT8.inputs["input_ids"], **options, eos_token_id=None)
+    out = subject.model(INT8).generate(INT8.inputs["input_ids"], **options, eos_token_id=None)
+    yield compare(subject.key, INT8.name, "greedy", subject.adapter.numpy(out), wanted.sequences, Tolerance(0.0, 1.0))
 
 
 def ended(tokens: Array, eos: int | None) -> Array:

@@ -59,11 +59,19 @@ def _checks() -> Iterator[Check]:
             yield Check(name, _partial(pieces.cached, case, chunking), ("float32",))
         yield Check(f"cached {case.name} by ones", _partial(pieces.cached, case, (1,) * T))
     yield Check("full cache", _partial(pieces.cached, CAUSAL[0], pieces.CHUNKINGS[2], rolling=False), ("float32",))
+    yield Check("int8 codes", pieces.codes, attention=False)
+    for chunks in pieces.CHUNKINGS:
+        name = "by ones" if len(chunks) == T else "+".join(map(str, chunks))
+        run = _partial(pieces.cached_int8, chunks)
+        yield Check(f"cached int8 {name}", run, ("float32",), attention=False)
+    run = _partial(pieces.cached_int8, pieces.CHUNKINGS[2], rolling=False)
+    yield Check("full cache int8", run, ("float32",), attention=False)
     for prompt in PROMPTS:
         yield Check(f"prompt of {prompt}", _partial(pieces.turns, prompt))
     for count in (1, 2, 4):
         yield Check(f"rollback of {count}", _partial(pieces.rollback, count))
     yield Check("greedy", pieces.greedy, ("float32",))
+    yield Check("greedy int8", pieces.greedy_int8, ("float32",), attention=False)
     for name in ("window", "sequence", "token", "question"):
         run = _partial(pieces.modules, pieces.by_name(name))
         yield Check(f"modules {name}", run, ("float32",), attention=False)

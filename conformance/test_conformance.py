@@ -7,9 +7,12 @@ import itertools
 import numpy as np
 import pytest
 
+from mistral_core.reference import cache
+
 from . import adapters, suite
+from .cases import INT8, INT8_MARGIN
 from .compare import compare
-from .pieces import by_name
+from .pieces import by_name, expected_int8
 from .tolerances import MODEL, Tolerance
 
 SUBJECTS = (
@@ -93,6 +96,21 @@ def test_conformance(subject, dtype, check):
     found = list(check.run(suite.subject(*subject, dtype)))
     assert found, "the check compared nothing"
     assert not [item for item in found if not item.passed], "\n".join(str(i) for i in found if not i.passed)
+
+
+def test_no_code_of_the_int8_text_lies_near_another(monkeypatch):
+    margins: list[float] = []
+
+    def measured(x):
+        codes, scale = int8_codes(x)
+        margins.append((0.5 - np.abs(x / scale[..., None] - codes))[INT8.mask != 0].min())
+        return codes, scale
+
+    int8_codes = cache.int8_codes
+    monkeypatch.setattr(cache, "int8_codes", measured)
+    expected_int8.__wrapped__(True)
+    assert len(margins) == 2 * INT8.config.num_hidden_layers
+    assert min(margins) > INT8_MARGIN
 
 
 @pytest.mark.parametrize(

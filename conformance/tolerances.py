@@ -5,6 +5,9 @@ A unit in the last place (ulp) is the dtype's eps times the largest expected val
 float32 is compared with the exact specification. The bound of everything is the 32 ulp the product promises; single
 pieces, whose error does not pile up over layers, have smaller ones.
 
+A cache in int8 steps: where a code is another one, what follows differs by some thousand ulp. Its text is one where no
+code can be (`cases.INT8`), so codes must be equal and the bound of everything else stays; measured worst: 8 of 32 ulp.
+
 bfloat16 is compared with the specification rounded at exactly the casts of the contract. Where the operation order
 is fixed (eager) a backend must then be equal to the bit but for the rare value that lies on a rounding border, whose
 neighbours it may push: hence a fraction of equal elements, and one rounding's worth of distance for a single piece.

@@ -253,6 +253,35 @@ MUTANTS = (
         flax=("self.length + (order_BT >= 0).sum(1)", "self.length + order_BT.shape[1]"),
         tf=("self.length + tf.reduce_sum(tf.cast(order_BT >= 0, tf.int32), 1)", "self.length + tf.shape(order_BT)[1]"),
     )),
+    Mutant("int8: largest code 128", "int8 codes", everywhere("cache.py", "/ LARGEST_CODE", "/ (LARGEST_CODE + 1)")),
+    Mutant("int8: rounded down", "int8 codes", spelled(
+        "cache.py", torch=("torch.round(", "torch.floor("), flax=("jnp.round(", "jnp.floor("), tf=("tf.round(", "tf.floor("),
+    )),
+    Mutant("int8: halves away from 0", "int8 codes", spelled(
+        "cache.py",
+        torch=("torch.round(", "(lambda x: x.sign() * (x.abs() + 0.5).floor())("),
+        flax=("jnp.round(", "(lambda x: jnp.sign(x) * jnp.floor(jnp.abs(x) + 0.5))("),
+        tf=("tf.round(", "(lambda x: tf.sign(x) * tf.floor(tf.abs(x) + 0.5))("),
+    )),
+    Mutant("int8: a scale for all heads", "cached int8 17", spelled(
+        "cache.py",
+        torch=("x_BTKH.abs().amax(-1)", "x_BTKH.abs().amax((-2, -1))[..., None].expand(x_BTKH.shape[:-1])"),
+        flax=("jnp.abs(x_BTKH).max(-1)", "jnp.broadcast_to(jnp.abs(x_BTKH).max((-2, -1))[..., None], x_BTKH.shape[:-1])"),
+        tf=("tf.reduce_max(tf.abs(x_BTKH), -1)",
+            "tf.broadcast_to(tf.reduce_max(tf.abs(x_BTKH), (-2, -1))[..., None], x_BTKH.shape[:-1])"),
+    )),
+    Mutant("int8: scale of the next head", "cached int8 by ones", spelled(
+        "cache.py", torch=("* scale[..., None]", "* scale.roll(1, -1)[..., None]"),
+        flax=("* scale[..., None]", "* jnp.roll(scale, 1, -1)[..., None]"),
+        tf=("* scale[..., None]", "* tf.roll(scale, 1, -1)[..., None]"),
+    )),
+    Mutant("int8: scales of keys and values swapped", "cached int8 7+1+3+6",
+           everywhere("cache.py", "return keys, values, key_scales, value_scales", "return keys, values, value_scales, key_scales")),
+    Mutant("int8: a prompt sees itself unrounded", "cached int8 17", spelled(
+        "cache.py", torch=("seen, seen_order_BS = new, order_BT", "seen, seen_order_BS = (k_BTKH, v_BTKH), order_BT"),
+    )),
+    Mutant("int8 not asked for by generate", "greedy int8",
+           everywhere("generate.py", 'if dtype == "auto" else dtype', 'if dtype != "" else dtype')),
     Mutant("prefill reads the first column", "greedy", spelled(
         "generate.py",
         torch=("out.last_hidden_state[:, -1:]", "out.last_hidden_state[:, :1]"),
