@@ -26,6 +26,7 @@ OPTIONS = {
     "seed": int,
     "num_beams": int,
     "prompt_lookup_num_tokens": int,
+    "cache_dtype": str,
     "compile": str,
 }
 """The options of `generate` that are options of the command too; those that sample turn sampling on."""

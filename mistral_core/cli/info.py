@@ -92,14 +92,15 @@ def _tokenizer(root: Path, vocab_size: int) -> dict[str, Any]:
 
 
 def facts_of(config: MistralConfig) -> dict[str, Any]:
-    """What a config says, and what follows from it; the cache in bfloat16."""
+    """What a config says, and what follows from it; the cache in bfloat16, and in int8 with its scales."""
     architecture = (config.architectures or ("MistralForCausalLM",))[0]
     if architecture not in HEADS:
         raise UnsupportedFeatureError(
             f"architectures must be one of {', '.join(HEADS)}, got {architecture!r}; correct the config."
         )
     count = parameter_count(config, architecture)
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
+    vectors = 2 * config.num_hidden_layers * config.num_key_value_heads
+    token, coded = vectors * config.head_dim * 2, vectors * (config.head_dim + 4)
     windows = sorted({w for w in config.layer_windows if w is not None})
     return {
         "architecture": architecture,
@@ -117,6 +118,7 @@ def facts_of(config: MistralConfig) -> dict[str, Any]:
         "parameters": count,
         "weight_bytes": {dtype: count * size for dtype, size in BYTES.items()},
         "cache_bytes_per_token": token,
+        "cache_bytes_per_token_in_int8": coded,
         "cache_bytes_at_window": token * windows[0] if windows and None not in config.layer_windows else None,
     }
 

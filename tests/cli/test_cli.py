@@ -112,7 +112,10 @@ def test_info_of_a_checkpoint_and_of_a_published_size(capsys):
     assert facts["cache_bytes_at_window"] == facts["cache_bytes_per_token"] * facts["sliding_window"]
     assert facts["stored_as"] == ["BF16"]
     assert main(["info", "mistral-7b-v0.1"]) == 0
-    assert "7,241,732,096" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "7,241,732,096" in shown
+    assert "131,072" in shown
+    assert "67,584" in shown  # of the cache, in int8
 
 
 def test_info_refuses_an_architecture_it_does_not_know(tmp_path, capsys):
