@@ -16,6 +16,7 @@ COLUMNS = {"torch": "PyTorch", "flax": "JAX / Flax", "tf": "Keras / TensorFlow"}
 PAGES = {"torch": "pytorch", "flax": "jax", "tf": "keras"}
 CHAPTERS = {
     "generate": "generation",
+    "cache_int8": "generation",
     "conversation": "text-and-chat",
     "pipelines": "text-and-chat",
     "mask_is_used": "pictures",
