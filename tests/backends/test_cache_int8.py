@@ -76,6 +76,18 @@ def test_the_next_turn_goes_on_from_it(model):
     assert "int8" in str(out.past_key_values.dtype)
 
 
+def test_a_turn_that_begins_anew_stays_in_it(monkeypatch):
+    """Where the cache has rolled on too far to go back, another is made, of the same dtype."""
+    monkeypatch.setattr("mistral_core.generation.engine.LOOKBACK_TOKENS", 0)
+    first = engine.generate(CONFIG, PARAMETERS, IDS, **OPTIONS, num_assistant_tokens=1)
+    options = OPTIONS | {"attention_mask": None, "max_new_tokens": 4}
+    wanted = engine.generate(CONFIG, PARAMETERS, IDS[:, ::-1], **options, num_assistant_tokens=1).sequences
+    options.pop("cache_dtype")
+    out = engine.generate(CONFIG, PARAMETERS, IDS[:, ::-1], **options, past_key_values=first, num_assistant_tokens=1)
+    assert out.past_key_values.dtype == "int8"
+    assert np.array_equal(out.sequences, wanted)
+
+
 def test_rows_and_crops_are_those_of_the_codes_and_of_the_scales(model):
     cache = model.generate(IDS, **OPTIONS, cache="full", return_dict_in_generate=True).past_key_values
     length = np.asarray(cache.length).tolist()

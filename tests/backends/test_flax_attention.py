@@ -175,8 +175,10 @@ def test_caches_of_scanned_layers(scanned, plain, capacity):
 
 
 @pytest.mark.feature("Layers in a scan")
-def test_generation_with_scanned_layers(scanned, plain):
-    assert np.array_equal(scanned.generate(IDS, max_new_tokens=3), plain.generate(IDS, max_new_tokens=3))
+@pytest.mark.parametrize("dtype", ["auto", "int8"])
+def test_generation_with_scanned_layers(scanned, plain, dtype):
+    options = {"max_new_tokens": 3, "cache_dtype": dtype}
+    assert np.array_equal(scanned.generate(IDS, **options), plain.generate(IDS, **options))
 
 
 @pytest.mark.feature("Layers in a scan")
