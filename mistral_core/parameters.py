@@ -97,6 +97,7 @@ HEADS: dict[str, tuple[Parameter, ...]] = {
 }  # fmt: skip
 """Class name -> the rows of its head; the class names are the same in every backend and in `architectures`."""
 
+LM_HEAD = HEADS["MistralForCausalLM"][0].name
 BASE_PREFIX = "model."
 """What the names of a bare `MistralModel` lack in its own files."""
 

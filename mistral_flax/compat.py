@@ -121,8 +121,12 @@ class FlaxMistralPreTrainedModel:
         module.base_model.embed_tokens.dtype = as_dtype(dtype)
         model = cls(module.config, input_shape, seed, dtype, _do_init=False)
         model._is_initialized = _do_init
-        model.module = module if _do_init else nnx.eval_shape(lambda: module)
-        return model if _do_init else (model, module.params)
+        if _do_init:
+            model.module = module
+            return model
+        graph, state, others = nnx.split(module, nnx.Param, ...)  # packed matrices are no parameters, and stay
+        model.module = nnx.merge(graph, jax.eval_shape(lambda: state), others)
+        return model, module.params
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], params: Params | None = None, *, token: Any = None, **options: Any

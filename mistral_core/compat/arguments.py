@@ -10,7 +10,12 @@ from typing import Any
 
 from ..errors import ConfigError, ConversionError, UnsupportedFeatureError
 
-RENAMED = {"torch_dtype": "dtype", "use_auth_token": "token", "device_map": "device"}
+RENAMED = {
+    "torch_dtype": "dtype",
+    "use_auth_token": "token",
+    "device_map": "device",
+    "quantization_config": "quantization",
+}
 """Old name -> ours."""
 
 NO_EFFECT: Mapping[str, tuple[Any, ...]] = {
@@ -28,9 +33,6 @@ NO_EFFECT: Mapping[str, tuple[Any, ...]] = {
     "variant": (None,),
     "subfolder": ("", None),
     "adapter_kwargs": (None,),
-    "quantization_config": (None,),
-    "load_in_8bit": (False,),
-    "load_in_4bit": (False,),
     "ignore_mismatched_sizes": (False,),
     "output_loading_info": (False,),
     "force_download": (False,),
@@ -50,12 +52,8 @@ NO_EFFECT: Mapping[str, tuple[Any, ...]] = {
 }
 """Argument -> the values that change nothing here."""
 
-_QUANTIZED = "a packed checkpoint is unpacked as it is read; leave it out, and choose dtype='bfloat16'"
 _PLACED = "a model is on one device; say which with device="
 ADVICE: Mapping[str, str] = {
-    "quantization_config": _QUANTIZED,
-    "load_in_8bit": _QUANTIZED,
-    "load_in_4bit": _QUANTIZED,
     "use_safetensors": "safetensors are read where there are some, pickled files where there is nothing else",
     "safe_serialization": "weights are written as safetensors only, which every framework reads",
     "trust_remote_code": "no code of a checkpoint is ever run; leave it out",
@@ -87,7 +85,7 @@ ADVICE: Mapping[str, str] = {
 
 KNOWN = frozenset({
     *RENAMED, *RENAMED.values(), *NO_EFFECT, "config", "attn_implementation", "seed", "verify", "revision", "cache_dir",
-    "local_files_only", "gguf_file", "use_flash_attention_2",
+    "local_files_only", "gguf_file", "use_flash_attention_2", "load_in_8bit", "load_in_4bit",
 })  # fmt: skip
 """Names that `from_pretrained` knows beside the fields of the config."""
 
@@ -98,7 +96,10 @@ def from_transformers(options: Mapping[str, Any], **ours: Any) -> dict[str, Any]
     Raises ConfigError where an argument comes under two names with two values, UnsupportedFeatureError with all that
     are refused.
     """
-    result = dict(ours)
+    result, options = dict(ours), dict(options)
+    in_bits = {name: options.pop(name) for name in ("load_in_8bit", "load_in_4bit") if name in options}
+    if any(in_bits.values()):
+        options["quantization_config"] = options.get("quantization_config") or in_bits
     for name, value in meaningful(options).items():
         own = RENAMED.get(name, name)
         if result.get(own) is not None and result[own] != value:

@@ -9,7 +9,8 @@ from typing import Any
 from ..errors import MissingNameError
 from ..telling import nearest
 
-_QUANTIZED = "a packed checkpoint is unpacked as it is read; load it without, with dtype='bfloat16'"
+_INT4 = "its nearest scheme is from_pretrained(..., quantization='int4'); files of it load packed by themselves"
+_INT8 = "its nearest scheme is from_pretrained(..., quantization='int8')"
 _TOKENIZER = "AutoTokenizer (MistralTokenizer) reads every tokenizer file of Mistral's"
 _CACHE = "KVCache.allocate(config, batch_size, capacity) makes every kind of cache"
 _PIPELINE = "mistral_core.pipeline makes one; its class need not be named"
@@ -17,11 +18,15 @@ _TRAINER = "models of mistral_torch can be trained by transformers' own Trainer;
 
 ADVICE: Mapping[str, str] = {
     "pipeline": 'it is in mistral_core and takes backend="torch", "flax" or "tf"',
-    "BitsAndBytesConfig": _QUANTIZED,
-    "GPTQConfig": _QUANTIZED,
-    "AwqConfig": _QUANTIZED,
-    "QuantoConfig": _QUANTIZED,
-    "TorchAoConfig": _QUANTIZED,
+    "GPTQConfig": _INT4,
+    "AwqConfig": _INT4,
+    "AWQConfig": _INT4,
+    "HqqConfig": _INT4,
+    "CompressedTensorsConfig": _INT4,
+    "TorchAoConfig": _INT4,
+    "QuantoConfig": _INT8,
+    "EetqConfig": _INT8,
+    "FineGrainedFP8Config": _INT8,
     "LlamaTokenizer": _TOKENIZER,
     "LlamaTokenizerFast": _TOKENIZER,
     "MistralCommonTokenizer": "it is in mistral_core",

@@ -7,7 +7,9 @@ import math
 import numpy as np
 
 from ..errors import CorruptCheckpointError, UnsupportedFeatureError
-from .packings import FLOATS, Packing, Parts, Rows, blocks, by_column, grouped, spread, unpacked
+from .blocks import Rows, blocks, by_column, spread
+from .matrix import KINDS, PackedMatrix, packed_codes, whole_block
+from .packings import FLOATS, Packing, Parts, grouped, unpacked
 from .schemes import Scheme
 
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -34,6 +36,21 @@ def _awq_rows(parts: Parts, scheme: Scheme, shape: tuple[int, int]) -> Rows:
         return (numbers - zeros(wanted)) * scales(wanted)
 
     return rows
+
+
+def _awq_matrix(parts: Parts, scheme: Scheme, shape: tuple[int, int]) -> PackedMatrix | None:
+    numbers = unpacked(parts.read("qweight"), 4, 1, _AWQ_PLACES).T
+    zeros = unpacked(parts.read("qzeros"), 4, 1, _AWQ_PLACES).T
+    return _grouped("int4", numbers, parts.read("scales").T, zeros.astype(np.int16), shape, scheme)
+
+
+def _grouped(
+    kind: str, numbers: np.ndarray, scale: np.ndarray, zeros: np.ndarray, shape: tuple[int, int], scheme: Scheme
+) -> PackedMatrix:
+    """A matrix of unsigned numbers and zero points [out, groups]."""
+    zero = (zeros - (1 << KINDS[kind].bits - 1)).astype(np.int8)
+    codes, block = packed_codes(kind, np.ascontiguousarray(numbers)), whole_block(scheme.block or (1, None), shape)
+    return PackedMatrix(kind, codes, np.ascontiguousarray(scale), zero if zero.any() else None, shape, block)
 
 
 def _gptq_shape(parts: Parts, scheme: Scheme) -> tuple[int, int]:
@@ -67,6 +84,16 @@ def _gptq_rows(parts: Parts, scheme: Scheme, shape: tuple[int, int]) -> Rows:
     return rows
 
 
+def _gptq_matrix(parts: Parts, scheme: Scheme, shape: tuple[int, int]) -> PackedMatrix | None:
+    size = (scheme.block or (1, None))[1] or shape[1]
+    ordered = "g_idx" not in parts.infos or (parts.read("g_idx") == np.arange(shape[1]) // size).all()
+    if not ordered or scheme.bits not in (4, 8) or ("bias" in parts.infos and parts.read("bias").any()):
+        return None
+    zeros = _gptq_zeros(parts, scheme, unpacked(parts.read("qzeros"), scheme.bits, 1).T[: shape[0]]).astype(np.int16)
+    numbers = unpacked(parts.read("qweight"), scheme.bits, 0).T
+    return _grouped(f"int{scheme.bits}", numbers, parts.read("scales").T, zeros, shape, scheme)
+
+
 def _gptq_zeros(parts: Parts, scheme: Scheme, stored: np.ndarray) -> np.ndarray:
     """Zero points [out, groups]; where they are all in the middle, they tell whether one was taken off of them.
 
@@ -91,5 +118,5 @@ def _gptq_zeros(parts: Parts, scheme: Scheme, stored: np.ndarray) -> np.ndarray:
     return stored.astype(np.float32) + plus_one
 
 
-AWQ = Packing(("qweight", "qzeros", "scales"), _awq_shape, _awq_rows)
-GPTQ = Packing(("qweight", "qzeros", "scales", "g_idx", "bias"), _gptq_shape, _gptq_rows)
+AWQ = Packing(("qweight", "qzeros", "scales"), _awq_shape, _awq_rows, _awq_matrix)
+GPTQ = Packing(("qweight", "qzeros", "scales", "g_idx", "bias"), _gptq_shape, _gptq_rows, _gptq_matrix)

@@ -9,7 +9,10 @@ import numpy as np
 from ..disk import strict_json
 from ..errors import CorruptCheckpointError
 from ..plain import is_int, is_number
-from .packings import Packing, Parts, Rows
+from . import matrix
+from .blocks import Rows
+from .matrix import PackedMatrix
+from .packings import Packing, Parts
 from .schemes import Scheme
 
 _SMALL_BYTES = 4096
@@ -56,10 +59,7 @@ def _nf4_shape(parts: Parts, scheme: Scheme) -> tuple[int, int]:
 def _nf4_rows(parts: Parts, scheme: Scheme, shape: tuple[int, int]) -> Rows:
     state = _nf4_state(parts)
     packed, values = parts.read("weight").reshape(-1), parts.read("weight.quant_map")
-    largest = parts.read("weight.absmax")
-    if "nested_block" in state:
-        outer = parts.read("weight.nested_absmax")[np.arange(largest.size) // int(state["nested_block"])]
-        largest = parts.read("weight.nested_quant_map")[largest] * outer + np.float32(state["offset"])
+    largest = _scales(parts, state)
 
     def rows(wanted: slice) -> np.ndarray:
         start, stop = wanted.start * shape[1], wanted.stop * shape[1]
@@ -70,6 +70,26 @@ def _nf4_rows(parts: Parts, scheme: Scheme, shape: tuple[int, int]) -> Rows:
         return result
 
     return rows
+
+
+def _scales(parts: Parts, state: dict[str, int | float]) -> np.ndarray:
+    """The largest of each block, in float32."""
+    largest = parts.read("weight.absmax")
+    if "nested_block" in state:
+        outer = parts.read("weight.nested_absmax")[np.arange(largest.size) // int(state["nested_block"])]
+        largest = parts.read("weight.nested_quant_map")[largest] * outer + np.float32(state["offset"])
+    return largest
+
+
+def _nf4_matrix(parts: Parts, scheme: Scheme, shape: tuple[int, int]) -> PackedMatrix | None:
+    state = _nf4_state(parts)
+    block = int(state["block"])
+    if shape[1] % block or block % 2 or (parts.read("weight.quant_map") != matrix.NF4).any():
+        return None
+    pairs = parts.read("weight").reshape(shape[0], -1)
+    return PackedMatrix(
+        "nf4", pairs >> 4 | pairs << 4, _scales(parts, state).reshape(shape[0], -1), None, shape, (1, block)
+    )
 
 
 NF4 = Packing(
@@ -83,4 +103,5 @@ NF4 = Packing(
     ),
     _nf4_shape,
     _nf4_rows,
+    _nf4_matrix,
 )

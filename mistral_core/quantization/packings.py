@@ -14,15 +14,12 @@ import numpy as np
 
 from ..errors import CorruptCheckpointError, DtypeMismatchError, MissingTensorsError, ShapeMismatchError
 from ..weights.containers.tensor_file import PACKED, TensorInfo, quoted
+from .blocks import Block, Rows, blocks, by_column, spread
+from .matrix import PackedMatrix, packed_codes, whole_block
 from .schemes import Scheme
 
 ROWS = 128
 """Rows are asked for in so many at once, from a multiple of it: whole words of every packing."""
-
-Block = tuple[int | None, int | None]
-"""Rows and columns that share a number; None: all."""
-Rows = Callable[[slice], np.ndarray]
-"""Rows of a matrix as float32 [rows, in]."""
 
 FLOATS = frozenset({"F32", "F16", "BF16"})
 
@@ -62,6 +59,8 @@ class Packing(NamedTuple):
     shape: Callable[[Parts, Scheme], tuple[int, int]]
     """[out, in], once the headers of the parts agree."""
     rows: Callable[[Parts, Scheme, tuple[int, int]], Rows]
+    matrix: Callable[[Parts, Scheme, tuple[int, int]], PackedMatrix | None]
+    """All of it in few bits as it is, or None where its blocks are not those of a `PackedMatrix`."""
 
 
 def unpacked(words: np.ndarray, bits: int, axis: int, order: tuple[int, ...] | None = None) -> np.ndarray:
@@ -72,28 +71,6 @@ def unpacked(words: np.ndarray, bits: int, axis: int, order: tuple[int, ...] | N
     several = (several & np.uint32((1 << bits) - 1)).astype(np.uint8)
     rows, columns = words.shape
     return several.reshape(rows, -1) if axis == 1 else several.reshape(-1, columns)
-
-
-def blocks(shape: tuple[int, int], block: Block) -> tuple[int, int]:
-    """How many blocks a matrix has in each direction, the last ones smaller where it is no multiple."""
-    rows, columns = (size if length is None else length for size, length in zip(shape, block, strict=True))
-    return math.ceil(shape[0] / rows), math.ceil(shape[1] / columns)
-
-
-def spread(values: np.ndarray, shape: tuple[int, int], block: Block) -> Rows:
-    """The value of its block for every number; `values` is [blocks down, blocks across]."""
-    values = values.astype(np.float32)
-    high, wide = (size if length is None else length for size, length in zip(shape, block, strict=True))
-    return by_column(values, np.arange(shape[1]) // wide, high)
-
-
-def by_column(values: np.ndarray, group: np.ndarray, high: int = 1) -> Rows:
-    """The same where each column says which group it is of."""
-
-    def rows(wanted: slice) -> np.ndarray:
-        return values[np.arange(wanted.start, wanted.stop) // high][:, group]
-
-    return rows
 
 
 def grouped(parts: Parts, part: str, groups: int) -> np.ndarray:
@@ -192,10 +169,38 @@ def _packed_rows(parts: Parts, scheme: Scheme, shape: tuple[int, int]) -> Rows:
     return rows
 
 
+def _blocks_of(parts: Parts, scheme: Scheme, shape: tuple[int, int], kind: str) -> PackedMatrix:
+    """A matrix without its codes."""
+    block, stored = scheme.block, parts.read(scheme.scale)
+    block = block or ((None, None) if stored.size == 1 else (1, None))
+    sizes = blocks(shape, block)
+    zero = _zeros(parts, scheme, sizes)
+    return PackedMatrix(
+        kind, np.empty(0, np.uint8), stored.reshape(sizes), zero.astype(np.int8) if zero.any() else None, shape,
+        whole_block(block, shape),
+    )  # fmt: skip
+
+
+def _scaled_matrix(parts: Parts, scheme: Scheme, shape: tuple[int, int]) -> PackedMatrix | None:
+    matrix, stored = _blocks_of(parts, scheme, shape, _KINDS[scheme.dtype]), parts.read("weight")
+    return matrix._replace(codes=stored if matrix.kind == "int8" else stored.view(np.uint8))
+
+
+def _packed_matrix(parts: Parts, scheme: Scheme, shape: tuple[int, int]) -> PackedMatrix | None:
+    if _GROUP in parts.infos and (parts.read(_GROUP) != -1).any():
+        return None
+    matrix, words = _blocks_of(parts, scheme, shape, f"int{scheme.bits}"), parts.read("weight_packed")
+    codes = words.view(np.uint8)[:, : math.ceil(shape[1] * scheme.bits / 8)]
+    return matrix._replace(codes=packed_codes("int8", codes) if scheme.bits == 8 else np.ascontiguousarray(codes))
+
+
+_KINDS = {"I8": "int8", "F8_E4M3": "fp8"}
 _ZERO, _GROUP = "weight_zero_point", "weight_g_idx"
-PACKED_WORDS = Packing(("weight_packed", "weight_scale", "weight_shape", _ZERO, _GROUP), _packed_shape, _packed_rows)
+PACKED_WORDS = Packing(
+    ("weight_packed", "weight_scale", "weight_shape", _ZERO, _GROUP), _packed_shape, _packed_rows, _packed_matrix
+)
 
 
 def scaled(scheme: Scheme) -> Packing:
     """Numbers of eight bits and their scales."""
-    return Packing((scheme.scale, "weight", _ZERO), _scaled_shape, _scaled_rows)
+    return Packing((scheme.scale, "weight", _ZERO), _scaled_shape, _scaled_rows, _scaled_matrix)

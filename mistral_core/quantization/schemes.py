@@ -1,11 +1,11 @@
-"""What a config says of quantised weights: the ways of packing that are read, by dequantising, and no others.
+"""What a config says of quantised weights: the ways of packing that are read, and no others.
 
-A checkpoint's own `quantization_config` is asked when its tensors are read; a model has none, nor has what it writes.
+A checkpoint's own `quantization_config` is asked when its tensors are read; what is written follows from the matrices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError, UnsupportedFeatureError
@@ -31,6 +31,9 @@ class Scheme(NamedTuple):
     zero_plus_one: bool = True
     """GPTQ of version 1 stores a zero point less one."""
 
+
+Schemes = tuple[Scheme, ...]
+"""The schemes of a file: of several, each matrix fits one, which its own parts tell."""
 
 UNREAD: Mapping[str, str] = {
     "how the library calibrated or searched": (
@@ -99,7 +102,7 @@ def check_raw(given: Any, *, where: str) -> None:
     _check(read_raw, given, f"{where}: quantization")
 
 
-def _check(reader: Callable[..., Scheme], given: Any, where: str) -> None:
+def _check(reader: Callable[..., Schemes], given: Any, where: str) -> None:
     asked = _Asked(given) if isinstance(given, Mapping) else given
     reader(asked, where=where.rpartition(":")[0])
     unread = sorted(asked.unread())
@@ -107,14 +110,14 @@ def _check(reader: Callable[..., Scheme], given: Any, where: str) -> None:
         warn(f"{where}: unknown keys {unread} are not used; is it packed as its other keys say?")
 
 
-def read(given: Any, *, where: str) -> Scheme:
-    """The scheme of a Hugging Face `quantization_config`; raises UnsupportedFeatureError, ConfigError."""
+def read(given: Any, *, where: str) -> Schemes:
+    """The schemes of a Hugging Face `quantization_config`; raises UnsupportedFeatureError, ConfigError."""
     where = f"{where}: quantization_config"
     return _of_method(_object(given, where), where)
 
 
-def read_raw(given: Any, *, where: str) -> Scheme:
-    """The scheme of a `quantization` in params.json, in its own words or in those of a `quantization_config`.
+def read_raw(given: Any, *, where: str) -> Schemes:
+    """The schemes of a `quantization` in params.json, in its own words or in those of a `quantization_config`.
 
     Raises UnsupportedFeatureError, ConfigError.
     """
@@ -124,7 +127,7 @@ def read_raw(given: Any, *, where: str) -> Scheme:
         return _of_method(given, where)
     _one_of(given, "qformat_weight", ("fp8_e4m3",), where)
     _one_of(given, "qscheme_act", ("TENSOR", "NO_SCALES", None), where)
-    return Scheme("scaled", "FP8", scale="qscale_weight")
+    return (Scheme("scaled", "FP8", scale="qscale_weight"),)
 
 
 def _object(given: Any, where: str) -> Mapping[str, Any]:
@@ -133,7 +136,7 @@ def _object(given: Any, where: str) -> Mapping[str, Any]:
     return given
 
 
-def _of_method(given: Mapping[str, Any], where: str) -> Scheme:
+def _of_method(given: Mapping[str, Any], where: str) -> Schemes:
     method = given.get("quant_method")
     if method is None and (given.get("load_in_4bit") or given.get("load_in_8bit")):  # as transformers reads it
         method = "bitsandbytes"
@@ -141,7 +144,8 @@ def _of_method(given: Mapping[str, Any], where: str) -> Scheme:
         raise UnsupportedFeatureError(
             f"{where}: quant_method {method!r}; {', '.join(_METHODS)} are dequantised. Dequantise the checkpoint first."
         )
-    return _METHODS[method](given, f"{where} ({method})")
+    found = _METHODS[method](given, f"{where} ({method})")
+    return (found,) if isinstance(found, Scheme) else found
 
 
 def _awq(given: Mapping[str, Any], where: str) -> Scheme:
@@ -182,19 +186,29 @@ def _fp8(given: Mapping[str, Any], where: str) -> Scheme:
     return Scheme("scaled", "FP8", block=None if block is None else _block(block, where), scale="weight_scale_inv")
 
 
-def _compressed_tensors(given: Mapping[str, Any], where: str) -> Scheme:
+def _compressed_tensors(given: Mapping[str, Any], where: str) -> Schemes:
     for key in ("sparsity_config", "transform_config"):
         value = given.get(key)
         if value and not (isinstance(value, Mapping) and value.get("format") == "dense"):
             raise UnsupportedFeatureError(f"{where}: {key} {value!r} is not read; save the checkpoint dense.")
-    form = _one_of(given, "format", ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized"), where)
+    form = _one_of(given, "format", (*_FORMS, _MIXED), where)
     groups = given.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise ConfigError(f"{where}: config_groups must be an object with at least one group.")
-    found = {_weights(group, form, where) for group in groups.values()}
-    if len(found) > 1:
-        raise UnsupportedFeatureError(f"{where}: groups of several kinds; dequantise the checkpoint first.")
-    return found.pop()
+    found = {name: _weights(group, form, where) for name, group in groups.items()}
+    _check_apart(groups, found, where)
+    return tuple(dict.fromkeys(found.values()))
+
+
+def _check_apart(groups: Mapping[str, Any], schemes: Mapping[str, Scheme], where: str) -> None:
+    """Raise ConfigError where two groups say different things of the same modules."""
+    told: dict[str, str] = {}
+    for name, group in groups.items():
+        targets = group.get("targets")
+        for target in targets if isinstance(targets, Sequence) and not isinstance(targets, str) else ():
+            other = told.setdefault(str(target), name)
+            if schemes[other] != schemes[name]:
+                raise ConfigError(f"{where}: {other} and {name} both say how {str(target)!r} is packed; keep one.")
 
 
 def _weights(group: Any, form: str, where: str) -> Scheme:
@@ -202,7 +216,9 @@ def _weights(group: Any, form: str, where: str) -> Scheme:
     weights = group.get("weights") if isinstance(group, Mapping) else None
     if not isinstance(weights, Mapping):
         raise ConfigError(f"{where}: each group of config_groups should tell of its weights.")
-    if group.get("format") not in (None, form):
+    if form == _MIXED:
+        form = _one_of(group, "format", _FORMS, where)
+    elif group.get("format") not in (None, form):
         raise UnsupportedFeatureError(f"{where}: the format of a group must be {form}, got {group['format']!r}.")
     kinds = {"float-quantized": ("float",), "naive-quantized": ("int", "float")}.get(form, ("int",))
     kind = _one_of(weights, "type", kinds, where, default="int")
@@ -222,8 +238,10 @@ def _weights(group: Any, form: str, where: str) -> Scheme:
     return Scheme(packing, label, bits, block, _DTYPES[kind], "weight_scale", symmetric)
 
 
+_FORMS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+_MIXED = "mixed-precision"
 _DTYPES = {"int": "I8", "float": "F8_E4M3"}
-_METHODS = {
+_METHODS: Mapping[str, Callable[[Mapping[str, Any], str], Scheme | Schemes]] = {
     "awq": _awq,
     "gptq": _gptq,
     "bitsandbytes": _bitsandbytes,

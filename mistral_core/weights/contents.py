@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from ..disk import limits
 from ..errors import ShapeMismatchError
 from ..parameters import Parameter
 from ..quantization import Scheme
+from ..quantization.matrix import PackedMatrix
 from ..quantization.packings import Parts
 from . import layouts
 from .containers.tensor_file import DTYPES, TensorFile, TensorInfo, quoted
@@ -24,10 +25,12 @@ from .layouts import Layout
 
 
 class Packed(NamedTuple):
-    """A matrix as the files have it, packed by a scheme and in their layout, which `StoredTensor.moves` tells of."""
+    """A matrix as the files have it, packed by a scheme."""
 
     scheme: Scheme
     parts: Parts
+    matrix: Callable[[], PackedMatrix | None]
+    """All of it in few bits, in the table's layout; None where it can only be dequantised. Raises what reading does."""
 
     @property
     def nbytes(self) -> int:
@@ -52,6 +55,8 @@ class StoredTensor(NamedTuple):
     """The shape that the file should have, where its layout is not the table's."""
     moves: str = ""
     """How the file's layout differs, for reports."""
+    order: Callable[[], np.ndarray] | None = None
+    """The file's row of each row of the table's layout, where rows are all that moves."""
     loss: str = ""
     """Why the values are not those of the model as it was trained; empty where they are."""
     packed: Packed | None = None
@@ -89,7 +94,7 @@ class Contents:
         """The name of one of its files below its directory."""
         return Path(os.path.abspath(path)).relative_to(os.path.abspath(self.directory)).as_posix()
 
-    @cached_property
+    @functools.cached_property
     def config(self) -> MistralConfig:
         """What the checkpoint says of itself; raises what reading a config raises."""
         return self.read_config()
@@ -204,4 +209,5 @@ def _moved(shard: TensorFile, info: TensorInfo, row: Parameter, config: MistralC
         array = layouts.to_canonical(shard.read(info.name, cached=cached), row, config, layout)
         return array if rows is None else array[rows]
 
-    return _tensor(shard, info)._replace(wanted=wanted, load=load, moves=layout.moves)
+    order = functools.partial(layouts.row_order, row, config, layout) if layout.moves_rows_only else None
+    return _tensor(shard, info)._replace(wanted=wanted, load=load, moves=layout.moves, order=order)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..config import MistralConfig
 from ..disk import strict_json
-from ..errors import ConfigError, CorruptCheckpointError, LossyConversionError
-from ..quantization import Scheme
+from ..errors import CheckpointError, ConfigError, CorruptCheckpointError, LossyConversionError, TensorMismatchError
 from ..quantization.ints import AWQ, GPTQ
+from ..quantization.matrix import PackedMatrix, check, in_order
 from ..quantization.nf4 import NF4
 from ..quantization.packings import PACKED_WORDS, ROWS, Packing, Parts, scaled
+from ..quantization.schemes import Scheme, Schemes
 from .containers.tensor_file import CODES, DTYPES, TensorFile, TensorInfo, quoted
 from .contents import Packed, StoredTensor
 
@@ -47,7 +49,7 @@ def dequantised(
 ) -> list[TensorFile]:
     """Opened files, or one view of them in which packed matrices are float tensors and some names are `left_out`.
 
-    `read` makes a scheme of what stands under a key in a JSON file; without that, nothing is done. The floats are of
+    `read` makes schemes of what stands under a key in a JSON file; without that, nothing is done. The floats are of
     the config's dtype, or float32. Raises ConfigError, TensorMismatchError and its kinds, CorruptCheckpointError.
     """
     infos = (info for shard in shards for name, info in shard.tensors.items() if name not in left_out)
@@ -57,38 +59,58 @@ def dequantised(
     data = strict_json.read_object(described, error=ConfigError)
     if data.get(key) is None:
         return shards
-    scheme = read(data[key], where=str(described))
+    schemes = read(data[key], where=str(described))
     codes = {dtype.name: code for dtype, code in CODES.items()}
-    return [Dequantised(shards, scheme, codes.get(str(config().dtype), "F32"), left_out)]
+    return [Dequantised(shards, schemes, codes.get(str(config().dtype), "F32"), left_out)]
 
 
 def labelled(tensors: Mapping[str, StoredTensor], files: Iterable[TensorFile]) -> dict[str, StoredTensor]:
     """The tensors of such files, each packed one with its parts and what it lost."""
-    packed = {name: each for file in files if isinstance(file, Dequantised) for name, each in file.packed.items()}
+    views = {name: file for file in files if isinstance(file, Dequantised) for name in file.matrices}
 
     def found(tensor: StoredTensor) -> StoredTensor:
-        parts = packed.get(tensor.name)
-        return tensor if parts is None else tensor._replace(packed=parts, loss=f"dequantised from {parts.scheme.label}")
+        view = views.get(tensor.name)
+        return tensor if view is None else view.told(tensor)
 
     return {name: found(tensor) for name, tensor in tensors.items()}
+
+
+class _Matrix(NamedTuple):
+    """A packed matrix of some files."""
+
+    parts: Parts
+    scheme: Scheme
+    shape: tuple[int, int]
+
+    @property
+    def packing(self) -> Packing:
+        return packing_of(self.scheme)
+
+
+def packing_of(scheme: Scheme) -> Packing:
+    """How a scheme packs a matrix."""
+    return scaled(scheme) if scheme.packing == "scaled" else PACKINGS[scheme.packing]
 
 
 class Dequantised(TensorFile):
     """Several files as one, in which packed matrices are float tensors."""
 
-    def __init__(self, shards: list[TensorFile], scheme: Scheme, code: str, left_out: Collection[str] = ()) -> None:
+    def __init__(self, shards: list[TensorFile], schemes: Schemes, code: str, left_out: Collection[str] = ()) -> None:
         """Check the headers of every matrix' parts; of the numbers, only shapes are read."""
-        self.scheme, self.code = scheme, code
-        self.packing = scaled(scheme) if scheme.packing == "scaled" else PACKINGS[scheme.packing]
+        self.code = code
         self.path, self.metadata, self.stamp = shards[0].path, {}, shards[0].stamp
         self.owners = {name: shard for shard in shards for name in shard.tensors if name not in left_out}
-        self.matrices: dict[str, Parts] = {}
-        marker, taken = f".{self.packing.parts[0]}", set[str]()
+        self.matrices: dict[str, _Matrix] = {}
+        taken = set[str]()
+        markers: dict[str, list[Scheme]] = {}
+        for scheme in schemes:
+            markers.setdefault(packing_of(scheme).parts[0], []).append(scheme)
         for name in self.owners:
-            if name.endswith(marker):
-                parts = self._parts(name.removesuffix(marker))
-                self.matrices[f"{parts.base}.weight"] = parts
-                taken |= {info.name for info in parts.infos.values()}
+            for marker, possible in markers.items():
+                if name.endswith(f".{marker}"):
+                    matrix = self._matrix(name.removesuffix(f".{marker}"), possible)
+                    self.matrices[f"{matrix.parts.base}.weight"] = matrix
+                    taken |= {info.name for info in matrix.parts.infos.values()}
         self.tensors = {
             name: shard.tensors[name]
             for name, shard in self.owners.items()
@@ -97,22 +119,36 @@ class Dequantised(TensorFile):
         twice = sorted(quoted(name) for name in self.matrices if name in self.tensors)
         if twice:
             raise CorruptCheckpointError(f"{self.path}: holds {', '.join(twice)} both packed and as they are.")
-        self.tensors |= {name: self._info(name, parts) for name, parts in self.matrices.items()}
+        self.tensors |= {name: self._info(name, matrix) for name, matrix in self.matrices.items()}
 
-    @property
-    def packed(self) -> dict[str, Packed]:
-        """Name of a matrix -> its parts as they are stored."""
-        return {name: Packed(self.scheme, parts) for name, parts in self.matrices.items()}
+    def _matrix(self, base: str, possible: list[Scheme]) -> _Matrix:
+        """A matrix under the one of the possible schemes that its parts fit; raises what the nearest finds."""
+        wrong: list[CheckpointError] = []
+        for scheme in possible:
+            names = {part: f"{base}.{part}" for part in packing_of(scheme).parts}
+            infos = {part: self.owners[name].tensors[name] for part, name in names.items() if name in self.owners}
+            parts = Parts(base, infos, functools.partial(self._read_part, base))
+            try:
+                return _Matrix(parts, scheme, packing_of(scheme).shape(parts, scheme))
+            except (TensorMismatchError, CorruptCheckpointError) as error:
+                wrong.append(error)
+        # codes of another size are of another scheme; any other part that is wrong is of the right one
+        raise next((error for error in wrong if isinstance(error, TensorMismatchError)), wrong[0])
 
-    def _parts(self, base: str) -> Parts:
-        names = {part: f"{base}.{part}" for part in self.packing.parts}
-        infos = {part: self.owners[name].tensors[name] for part, name in names.items() if name in self.owners}
-        return Parts(base, infos, lambda part: self.owners[names[part]].read_packed(names[part]))
+    def _read_part(self, base: str, part: str) -> np.ndarray:
+        name = f"{base}.{part}"
+        return self.owners[name].read_packed(name)
 
-    def _info(self, name: str, parts: Parts) -> TensorInfo:
+    def _info(self, name: str, matrix: _Matrix) -> TensorInfo:
         """A tensor said to lie where the largest of its parts does."""
-        largest = max(parts.infos.values(), key=lambda info: info.nbytes)
-        return largest._replace(name=name, dtype=self.code, shape=self.packing.shape(parts, self.scheme))
+        largest = max(matrix.parts.infos.values(), key=lambda info: info.nbytes)
+        return largest._replace(name=name, dtype=self.code, shape=matrix.shape)
+
+    def told(self, tensor: StoredTensor) -> StoredTensor:
+        """A tensor with what is known of its packing."""
+        parts, scheme, _ = matrix = self.matrices[tensor.name]
+        packed = Packed(scheme, parts, functools.partial(_in_order, matrix, tensor))
+        return tensor._replace(packed=packed, loss=f"dequantised from {scheme.label}")
 
     def read(self, name: str, rows: slice | None = None, *, cached: bool = True) -> np.ndarray:
         """A fresh array, or some of its rows.
@@ -121,8 +157,9 @@ class Dequantised(TensorFile):
         """
         if name not in self.matrices:
             return self.owners[name].read(name, rows, cached=cached)
-        parts, info = self.matrices[name], self.tensors[name]
-        unpack = self.packing.rows(parts, self.scheme, (info.shape[0], info.shape[1]))
+        matrix, info = self.matrices[name], self.tensors[name]
+        parts = matrix.parts
+        unpack = matrix.packing.rows(parts, matrix.scheme, matrix.shape)
         first, last, _ = (rows or slice(None)).indices(info.shape[0])
         result = np.empty((max(last - first, 0), info.shape[1]), DTYPES[info.dtype])
         try:
@@ -139,3 +176,12 @@ class Dequantised(TensorFile):
                 f"{parts.where}: values beyond {result.dtype.name}; say bfloat16 or float32 in the config's dtype."
             ) from cause
         return result
+
+
+def _in_order(matrix: _Matrix, tensor: StoredTensor) -> PackedMatrix | None:
+    """A matrix in few bits with its rows in the table's order, checked, or None where it is no such matrix."""
+    found = matrix.packing.matrix(matrix.parts, matrix.scheme, matrix.shape)
+    if found is None or (tensor.moves and tensor.order is None):
+        return None
+    check(found, matrix.parts.where)
+    return found if tensor.order is None else in_order(found, tensor.order())

@@ -33,6 +33,11 @@ class Layout(NamedTuple):
         names = {"transposed": self.transposed, "heads split": self.split, "rotary pairs interleaved": self.interleaved}
         return ", ".join(name for name, done in names.items() if done)
 
+    @property
+    def moves_rows_only(self) -> bool:
+        """Whether rows are in another order, and nothing else moves."""
+        return self.interleaved and not self.transposed and not self.split
+
 
 def as_it_is(row: Parameter) -> Layout:
     """The table's own layout."""
@@ -88,6 +93,13 @@ def to_canonical(array: np.ndarray, row: Parameter, config: MistralConfig, layou
         heads, size = _heads(row, config)
         moved = moved.reshape(heads, size // 2, 2, -1).swapaxes(1, 2).reshape(shape)
     return moved.view(array.dtype).reshape(shape)
+
+
+def row_order(row: Parameter, config: MistralConfig, layout: Layout) -> np.ndarray:
+    """The stored row of each row of the table's layout, of a layout that moves nothing else."""
+    heads, size = _heads(row, config)
+    stored = np.arange(heads * size)
+    return stored.reshape(heads, size // 2, 2).swapaxes(1, 2).reshape(-1) if layout.interleaved else stored
 
 
 def _heads(row: Parameter, config: MistralConfig) -> tuple[int, int]:

@@ -13,22 +13,28 @@ import numpy as np
 from ..config import MistralConfig
 from ..disk import files, reading
 from ..errors import (
+    ConfigError,
     DtypeMismatchError,
     LossyConversionError,
     UnsupportedFeatureError,
 )
 from ..generation import GenerationConfig
 from ..hub import download
-from ..parameters import HEADS, Parameter, initial_value, parameters, shapes
+from ..parameters import HEADS, LM_HEAD, Parameter, initial_value, parameters, shapes
+from ..quantization import request
+from ..quantization.matrix import PackedMatrix
+from ..quantization.request import Quantization
 from ..telling import warn
 from . import casting, manifest, towers
 from .containers.tensor_file import DTYPES
-from .contents import Packed, fits_in_cache
+from .contents import fits_in_cache
 from .matching import EMBEDDING, canonical_names, match
 from .opening import Checkpoint
 from .sources import resolve_checkpoint
 
 GENERATION_FILE = "generation_config.json"
+DEQUANTIZE = "dequantize"
+"""What `quantization` says where packed matrices are to become floats."""
 
 
 def load(
@@ -52,7 +58,7 @@ def load(
     check_architecture(architecture)
     target = dtype_of(dtype) if dtype is not None else None
     checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path, config=config, **hub_arguments)
-    config, weights = _load(checkpoint, architecture, config, target, verify, seed)
+    config, weights = _load(checkpoint, architecture, config, target, verify, seed, DEQUANTIZE)
     return config, ((weight.name, weight.read()) for weight in weights)
 
 
@@ -63,29 +69,54 @@ def _load(
     target: np.dtype | None,
     verify: str,
     seed: int,
+    asked: Quantization | str | None,
 ) -> tuple[MistralConfig, Iterator[Weight]]:
     config = checkpoint.config if config is None else MistralConfig.of(config)
     manifest.verify(checkpoint.directory, verify)
     where = str(checkpoint.path)
-    if checkpoint.losses:
-        warn(f"{where}: {'; '.join(checkpoint.losses)}.")
+    _tell_of_packing(checkpoint, asked, where)
     if checkpoint.skipped:
         left_out = towers.told(towers.counted(checkpoint.skipped, checkpoint.format))
         warn(f"{where}: {left_out} are not read: this is the text part of a model that also sees.")
     sources = match(checkpoint.tensors, config, architecture, read=checkpoint.read, where=where)
-    return config, _weights(checkpoint, config, architecture, sources, target, seed)
+    weights = _weights(checkpoint, config, architecture, sources, target, seed, keep_packed=asked is None)
+    if isinstance(asked, Quantization):
+        resolved = asked.resolved(config, architecture)
+        wanted = frozenset(resolved.matrices(config, architecture))
+        weights = (_quantised(weight, resolved) if weight.name in wanted else weight for weight in weights)
+    return config, weights
+
+
+def _tell_of_packing(checkpoint: Checkpoint, asked: Quantization | str | None, where: str) -> None:
+    """Say what is packed and what becomes of it; raises ConfigError where it should be packed once more."""
+    losses = checkpoint.losses
+    packed = sorted({tensor.packed.scheme.label for tensor in checkpoint.tensors.values() if tensor.packed})
+    if packed and isinstance(asked, Quantization):
+        raise ConfigError(
+            f"quantization must be None: {where} is packed already ({', '.join(packed)}); leave it out, or quantize "
+            "the checkpoint that it was made of."
+        )
+    if packed and asked is None:
+        warn(f"{where}: packed ({', '.join(packed)}), and kept so; quantization='dequantize' makes floats of it.")
+        losses = tuple(sorted({t.loss for t in checkpoint.tensors.values() if t.loss and t.packed is None}))
+    if losses:
+        warn(f"{where}: {'; '.join(losses)}.")
+
+
+def _quantised(weight: Weight, asked: Quantization) -> Weight:
+    return weight._replace(matrix=lambda: asked.quantise(weight.name, weight.read()))
 
 
 class Weight(NamedTuple):
-    """A tensor of a class, read when it is asked for, whole or in part: what one device holds of it."""
+    """A tensor of a class, read when it is asked for: in few bits, or as floats, whole or what one device holds."""
 
     name: str
     """Canonical."""
     shape: tuple[int, ...]
     read: Callable[..., np.ndarray]
     """All of it, or the part at an index, as `Contents.read` takes one; raises LossyConversionError."""
-    packed: Packed | None = None
-    """What the files hold instead of floats, which `read` dequantises."""
+    matrix: Callable[[], PackedMatrix | None] = lambda: None
+    """The matrix in few bits, where the files have it so, or it is asked for; else None, and it is read as floats."""
 
 
 class Pretrained(NamedTuple):
@@ -96,6 +127,8 @@ class Pretrained(NamedTuple):
     generation_config: GenerationConfig
     weights: Iterator[Weight]
     """Each tensor once, in the order that is the fastest to read."""
+    activations: str | None = None
+    """int8: what packed integers meet is to be rounded."""
 
     @property
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
@@ -111,18 +144,23 @@ def load_pretrained(
     dtype: str | None = None,
     seed: int = 0,
     verify: str = "sizes",
+    quantization: Any = None,
     **options: Any,
 ) -> Pretrained:
     """Open a checkpoint for a class; `options` are hub arguments, `gguf_file` and fields of the config to replace.
 
-    All tensors come in `dtype`, or in the embedding's own. Raises what `load` raises, and UnknownFieldError.
+    All tensors come in `dtype`, or in the embedding's own. `quantization` is what `request.of` reads: each matrix is
+    packed as it comes; None leaves packed ones packed and "dequantize" makes floats of them. Raises what `load`
+    raises, and UnknownFieldError.
     """
+    asked = quantization if quantization == DEQUANTIZE else request.of(quantization)
     config = None if config is None else MistralConfig.of(config)
     hub_arguments = {key: options.pop(key) for key in download.ARGUMENTS if key in options}
     root = resolve_checkpoint(path, file=options.pop("gguf_file", None), **hub_arguments)
 
     def loaded(root: Path) -> Pretrained:
-        return _loaded(Checkpoint.open(root, config=config), architecture, config, dtype, seed, verify, options)
+        opened = Checkpoint.open(root, config=config)
+        return _loaded(opened, architecture, config, dtype, seed, verify, asked, options)
 
     return reading.of_one_moment(root, loaded)
 
@@ -134,6 +172,7 @@ def _loaded(
     dtype: str | None,
     seed: int,
     verify: str,
+    asked: Quantization | str | None,
     options: Mapping[str, Any],
 ) -> Pretrained:
     """Everything from one opened checkpoint, whose directory is held: config, generation config and tensors agree."""
@@ -142,11 +181,13 @@ def _loaded(
     if dtype is None and embedding is not None and opened.tensors[embedding].dtype in DTYPES:
         dtype = opened.dtype(embedding).name
     check_architecture(architecture)
-    config, weights = _load(opened, architecture, config, dtype_of(dtype) if dtype else None, verify, seed)
+    target = dtype_of(dtype) if dtype else None
+    config, weights = _load(opened, architecture, config, target, verify, seed, asked)
     generation = GenerationConfig.from_model_config(config)
     if (directory / GENERATION_FILE).exists():
         generation = GenerationConfig.from_pretrained(directory)
-    return Pretrained(config.replace(dtype=dtype), generation, weights)
+    activations = asked.activations if isinstance(asked, Quantization) else None
+    return Pretrained(config.replace(dtype=dtype), generation, weights, activations)
 
 
 def _weights(
@@ -156,6 +197,8 @@ def _weights(
     sources: Mapping[str, str | None],
     target: np.dtype | None,
     seed: int,
+    *,
+    keep_packed: bool,
 ) -> Iterator[Weight]:
     embedding = sources[EMBEDDING]
     assert embedding is not None  # only heads are initialised
@@ -163,6 +206,9 @@ def _weights(
     stored = [(source, name) for name, source in sources.items() if source is not None]
     cached = fits_in_cache(sum(checkpoint.tensors[source].nbytes for source, _ in stored))
     sizes = shapes(config, architecture)
+    packable = {name for name, row in parameters(config, architecture) if row.is_linear and row.kind != "head"} | {
+        LM_HEAD
+    }
 
     def made(name: str, row: Parameter, index: Any = ()) -> np.ndarray:
         return cast(initial_value(name, row, config, seed=seed)[index], like, name)
@@ -175,7 +221,10 @@ def _weights(
         if sources[name] is None:
             yield Weight(name, sizes[name], functools.partial(made, name, row))
     for source, name in sorted(stored, key=lambda pair: checkpoint.place(pair[0])):
-        yield Weight(name, sizes[name], functools.partial(read, source, name), checkpoint.packed(source))
+        packed = checkpoint.packed(source)
+        weight = Weight(name, sizes[name], functools.partial(read, source, name))
+        kept = keep_packed and packed is not None and name in packable
+        yield weight._replace(matrix=packed.matrix) if kept and packed else weight
 
 
 def check_architecture(name: str) -> None:

@@ -22,7 +22,7 @@ from ..errors import (
     TruncatedFileError,
 )
 from .carried import MAX_MANIFEST_BYTES as MAX_BYTES
-from .containers.tensor_file import digest, quoted
+from .containers.tensor_file import TensorInfo, digest, quoted
 from .contents import Contents, StoredTensor
 from .matching import canonical_names
 from .opening import Checkpoint
@@ -148,17 +148,28 @@ def _differences(directory: Path, changed: list[str], tensors: Any) -> str:
 
 
 def _tensor_entries(checkpoint: Contents, *, hashes: bool = True) -> dict[str, dict[str, Any]]:
-    """Canonical name -> entry, in the order of the files, then those of other towers by their own names."""
+    """Canonical name -> entry, in the order of the files, then those of other towers by their own names.
+
+    A packed matrix has an entry for each of its parts.
+    """
     names = sorted(canonical_names(checkpoint.tensors).items(), key=lambda pair: checkpoint.place(pair[1]))
-    entries = {name: _entry(checkpoint, checkpoint.tensors[source]) for name, source in names}
+    entries: dict[str, dict[str, Any]] = {}
+    sizes: dict[str, int] = {}
+    reads: dict[str, Callable[[], np.ndarray]] = {}
+    for name, source in names:
+        tensor = checkpoint.tensors[source]
+        if tensor.packed is None:
+            entries[name], sizes[name] = _entry(checkpoint, tensor), tensor.nbytes
+            reads[name] = functools.partial(checkpoint.read, source)
+            continue
+        for part, info in tensor.packed.parts.infos.items():  # as they are stored: floats would be no one's bits
+            of_part = f"{name.removesuffix('weight')}{part}"
+            entries[of_part], sizes[of_part] = _entry(checkpoint, info), info.nbytes
+            reads[of_part] = functools.partial(tensor.packed.parts.read, part)
 
     def add_digest(name: str, read: Callable[[], np.ndarray]) -> None:
         entries[name]["sha256"] = digest(read())
 
-    sizes = {name: checkpoint.tensors[source].nbytes for name, source in names}
-    reads: dict[str, Callable[[], np.ndarray]] = {
-        name: functools.partial(checkpoint.read, source) for name, source in names
-    }
     for name, tensor in checkpoint.skipped.items():
         shard = checkpoint.shards[tensor.file]
         entries[name] = _entry(checkpoint, tensor)
@@ -170,7 +181,7 @@ def _tensor_entries(checkpoint: Contents, *, hashes: bool = True) -> dict[str, d
     return entries
 
 
-def _entry(checkpoint: Contents, tensor: StoredTensor) -> dict[str, Any]:
+def _entry(checkpoint: Contents, tensor: StoredTensor | TensorInfo) -> dict[str, Any]:
     return {
         "dtype": tensor.dtype,
         "shape": list(tensor.shape),

@@ -16,12 +16,11 @@ from ..errors import (
     TensorMismatchError,
     UnexpectedTensorsError,
 )
-from ..parameters import BASE_PREFIX, BODY, HEADS, parameters, shape_of
+from ..parameters import BASE_PREFIX, BODY, HEADS, LM_HEAD, parameters, shape_of
 from ..telling import warn
 from .containers.tensor_file import DTYPES, quoted
 from .contents import StoredTensor
 
-LM_HEAD = "lm_head.weight"
 EMBEDDING = BODY[0].name
 
 _HEAD_NAMES = {architecture: {row.name for row in rows} for architecture, rows in HEADS.items()}

@@ -11,8 +11,10 @@ import numpy as np
 from ..compat.arguments import check_saving
 from ..config import AssignableConfig, MistralConfig
 from ..disk.files import PathLike
+from ..errors import UnsupportedFeatureError
 from ..generation import GenerationConfig
 from ..parameters import BASE_PREFIX, HEADS, parameters, shapes
+from ..quantization.matrix import PackedMatrix
 from . import push, saving
 from .resizing import VOCABULARY, resized_config, resized_rows
 
@@ -51,6 +53,10 @@ class Saved:
         """The parameters, each once."""
         raise NotImplementedError
 
+    def _module(self, name: str) -> Any:
+        """The part of the model that holds the tensor of this canonical name."""
+        raise NotImplementedError
+
     def _own_name(self, name: str) -> str:
         """The bare model's own names lack the `model.` in front."""
         return name.removeprefix(BASE_PREFIX) if self.architecture == "MistralModel" else name
@@ -60,6 +66,24 @@ class Saved:
 
     def _keep_config(self, config: AssignableConfig) -> None:
         self.base_model._config = config
+
+    # Matrices of few bits, each in a part that has a `matrix` in the place of a weight
+
+    def packed_parts(self) -> Iterator[tuple[str, Any]]:
+        """Yield (canonical name, part of the model) of every matrix of few bits, in table order."""
+        for name, row in parameters(self.config, self.architecture):
+            if row.is_linear and self._is_packed(name):
+                yield name, self._module(name)
+
+    def _is_packed(self, name: str) -> bool:
+        return hasattr(type(self._module(name)), "matrix")
+
+    def _refuse_floats(self, name: str) -> None:
+        """Raise UnsupportedFeatureError where a packed matrix would have to take floats."""
+        if self._is_packed(name):
+            raise UnsupportedFeatureError(
+                f"{name} must be floats to be set, and is packed; call dequantize(model) first."
+            )
 
     # Config
 
@@ -102,19 +126,20 @@ class Saved:
         they ask for and is not here raises UnsupportedFeatureError. Raises ConversionError and its kind.
         """
         check_saving(options)
-        self._write(directory, self.named_arrays(), max_shard_size, overwrite)
+        self._write(directory, self.named_tensors(), max_shard_size, overwrite)
 
     def _write(
         self,
         directory: PathLike,
-        arrays: Iterable[tuple[str, np.ndarray[Any, Any]]],
+        tensors: Iterable[tuple[str, np.ndarray[Any, Any] | PackedMatrix]],
         max_shard_size: str | int,
         overwrite: bool,
     ) -> None:
         saving.save_pretrained(
             directory,
             self.config.value,
-            arrays,
+            tensors,
+            packed={name: part.matrix for name, part in self.packed_parts()},
             architecture=self.architecture,
             generation_config=self.generation_config,
             max_shard_size=max_shard_size,
@@ -146,8 +171,14 @@ class Saved:
             create_pr=create_pr,
         )
 
+    def named_tensors(self) -> Iterator[tuple[str, np.ndarray[Any, Any] | PackedMatrix]]:
+        """Yield (canonical name, NumPy array or matrix of few bits) of every tensor of the model, in table order."""
+        packed = dict(self.packed_parts())
+        for name, _ in parameters(self.config, self.architecture):
+            yield name, packed[name].matrix if name in packed else self._array(name)
+
     def named_arrays(self) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
-        """Yield (canonical name, NumPy array) of every tensor of the model, in table order."""
+        """Yield (canonical name, NumPy array) of every tensor of the model, in table order, packed ones as floats."""
         for name, _ in parameters(self.config, self.architecture):
             yield name, self._array(name)
 
@@ -168,11 +199,12 @@ class Saved:
     def num_parameters(self, *, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """How many numbers the model has; tied ones count once."""
         embedding = self.get_input_embeddings().weight
-        return sum(
+        floats = sum(
             math.prod(parameter.shape)
             for parameter in self._parameters_of(only_trainable)
             if not (exclude_embeddings and parameter is embedding)
         )
+        return floats if only_trainable else floats + sum(math.prod(part.shape) for _, part in self.packed_parts())
 
     def get_input_embeddings(self) -> Any:
         """The embedding of token ids."""
@@ -196,11 +228,14 @@ class Saved:
         """Give embedding and head rows for another number of tokens: old rows keep their bits, new ones are their mean.
 
         None keeps the number, to be rounded up to a multiple. Changes `config.vocab_size`; optimizers made before
-        hold the old parameters. Raises ConfigError.
+        hold the old parameters. Raises ConfigError, UnsupportedFeatureError where the head is packed.
         """
         config = resized_config(self.config.value, new_num_tokens, pad_to_multiple_of)
         if config.vocab_size != self.config.vocab_size:
-            for name in VOCABULARY & shapes(config, self.architecture).keys():
+            names = VOCABULARY & shapes(config, self.architecture).keys()
+            for name in names:
+                self._refuse_floats(name)
+            for name in names:
                 self._resize(name, resized_rows(self._array(name), config.vocab_size))
             self.config.rebuilt(config)
             self.tie_weights()

@@ -8,8 +8,9 @@ import numpy as np
 
 from ..config import MistralConfig
 from ..errors import ConfigError
+from ..parameters import LM_HEAD
 from ..plain import is_int, plain_int
-from .matching import EMBEDDING, LM_HEAD
+from .matching import EMBEDDING
 
 VOCABULARY = frozenset({EMBEDDING, LM_HEAD})
 """The tensors with a row for each token."""

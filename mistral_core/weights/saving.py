@@ -13,6 +13,8 @@ from ..disk import files
 from ..errors import ConversionError, DtypeMismatchError, MissingTensorsError
 from ..generation import GenerationConfig
 from ..parameters import parameters
+from ..quantization import storage
+from ..quantization.matrix import PackedMatrix
 from . import manifest
 from .containers.shards import shard_bytes
 from .containers.tensor_file import CODES, DTYPES, quoted
@@ -24,10 +26,11 @@ from .writing import write_checkpoint
 def save(
     directory: files.PathLike,
     config: MistralConfig,
-    tensors: Iterable[tuple[str, np.ndarray]],
+    tensors: Iterable[tuple[str, np.ndarray | PackedMatrix]],
     *,
     architecture: str = "MistralForCausalLM",
     dtypes: Mapping[str, str] | None = None,
+    packed: Mapping[str, PackedMatrix] | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = True,
     other_files: Mapping[str, bytes] | None = None,
@@ -35,8 +38,9 @@ def save(
     """Write a stream of (canonical name, array), in any order, as a checkpoint that replaces `directory`.
 
     Headers come before the data, so every tensor has the dtype of the first unless `dtypes` (name -> dtype)
-    says otherwise. `other_files` (name -> content) go in too, as do the old directory's files that are not
-    weights. All is read back, compared and listed in a manifest before the directories are swapped.
+    says otherwise, and matrices of few bits are announced in `packed`. `other_files` (name -> content) go in
+    too, as do the old directory's files that are not weights. All is read back, compared and listed in a
+    manifest before the directories are swapped.
     Raises TensorMismatchError and its kinds, OutputExistsError, OutputBusyError, NoSpaceError,
     ConversionError; the old directory is then untouched.
     """
@@ -46,16 +50,22 @@ def save(
         dtype, stream = _peek(tensors)
         codes = {name: CODES[dtype_of((dtypes or {}).get(name, dtype))] for name, _ in parameters(config, architecture)}
         _write_others(temporary, other_files or {})
-        outline = Outline(config, architecture, codes)
+        arrangements = {name: storage.arrangement_of(matrix) for name, matrix in (packed or {}).items()}
+        outline = Outline(config, architecture, codes, packed=arrangements)
         manifest.store(temporary, write_checkpoint(temporary, "hf", outline, stream, limit=limit))
 
 
-def _peek(tensors: Iterable[tuple[str, np.ndarray]]) -> tuple[str, Iterator[tuple[str, np.ndarray]]]:
-    """The dtype of the first array, and the whole stream."""
+_Stream = Iterator[tuple[str, np.ndarray | PackedMatrix]]
+
+
+def _peek(tensors: Iterable[tuple[str, np.ndarray | PackedMatrix]]) -> tuple[str, _Stream]:
+    """The dtype of the first array, which is no packed matrix, and the whole stream."""
     stream = iter(tensors)
     name, first = next(stream, (None, None))
     if name is None or first is None:
         raise MissingTensorsError("save: there is not a single tensor.")
+    if isinstance(first, PackedMatrix):
+        raise DtypeMismatchError(f"{quoted(name)} must be floats where it comes first; begin with the embeddings.")
     first = np.asarray(first)
     if first.dtype not in CODES:
         raise DtypeMismatchError(f"{quoted(name)} must be one of {', '.join(DTYPES)}, got {first.dtype}.")
@@ -73,9 +83,10 @@ def _write_others(directory: Path, contents: Mapping[str, bytes]) -> None:
 def save_pretrained(
     directory: files.PathLike,
     config: MistralConfig,
-    tensors: Iterable[tuple[str, np.ndarray]],
+    tensors: Iterable[tuple[str, np.ndarray | PackedMatrix]],
     *,
     architecture: str,
+    packed: Mapping[str, PackedMatrix] | None = None,
     generation_config: GenerationConfig,
     max_shard_size: str | int = "5GB",
     overwrite: bool = True,
@@ -87,6 +98,7 @@ def save_pretrained(
         config,
         tensors,
         architecture=architecture,
+        packed=packed,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
         other_files={GENERATION_FILE: generation.encode()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,16 @@ from ..errors import (
     ShapeMismatchError,
     TensorMismatchError,
     UnexpectedTensorsError,
+    UnsupportedFeatureError,
 )
-from ..parameters import shapes
+from ..parameters import LM_HEAD, shapes
+from ..quantization import storage
+from ..quantization.matrix import PackedMatrix
 from . import formats, manifest
 from .casting import Loss, between
-from .containers.tensor_file import CODES, DTYPES, digest, quoted
+from .containers.tensor_file import STORED, STORED_CODES, digest, quoted
 from .formats.base import Outline, Target
-from .matching import EMBEDDING, LM_HEAD
+from .matching import EMBEDDING
 from .workers import Workers
 
 _SYNC_BYTES = 64 << 20
@@ -34,13 +37,13 @@ def write_checkpoint(
     directory: Path,
     format: str,
     outline: Outline,
-    tensors: Iterable[tuple[str, np.ndarray]],
+    tensors: Iterable[tuple[str, np.ndarray | PackedMatrix]],
     *,
     limit: int,
     hashes: bool = True,
     losses: dict[str, Loss] | None = None,
 ) -> dict[str, Any]:
-    """Write a stream of (canonical name, array), in any order, and return what a manifest says of it.
+    """Write a stream of (canonical name, array or packed matrix), in any order; returns what a manifest says of it.
 
     The outline's `others` come in the stream too, by their own names.
     With `hashes` the format's reader must give back every bit. `losses` is filled with what the format itself loses of
@@ -48,15 +51,19 @@ def write_checkpoint(
     CorruptCheckpointError, and what the format raises for what it cannot express.
     """
     chosen_format = formats.format_named(format)
+    if outline.packed and format != "hf":
+        raise UnsupportedFeatureError(f"{format}: holds floats only; write packed matrices as hf, or dequantize them.")
     chosen_format.check(outline)
     targets = chosen_format.create(directory, outline, limit)
     written = _Written(outline, hashes, {} if losses is None else losses)
     with _Syncing(directory) as syncing:
         with Workers(written.largest) as workers:
-            for name, array in tensors:
-                written.take(name, np.asarray(array), targets.get(name), workers)
-                syncing.written(array.nbytes)
-                del array  # before the next one comes
+            for name, tensor in tensors:
+                for each, array in written.parts_of(name, tensor):
+                    written.take(each, array, targets.get(each), workers)
+                    syncing.written(array.nbytes)
+                    del array  # before the next one comes
+                del tensor
         digests = written.complete()
         syncing.written(_SYNC_BYTES)
         description = manifest.describe(directory, chosen_format.open(directory, None), hashes=hashes)
@@ -96,14 +103,31 @@ class _Written:
     """What has come of an outline's tensors, each at most once."""
 
     def __init__(self, outline: Outline, hashes: bool, losses: dict[str, Loss]) -> None:
-        others = outline.others
-        self.shapes = {**shapes(outline.config, outline.architecture), **{name: others[name][1] for name in others}}
+        others = {**outline.parts(), **outline.others}
+        floats = {
+            name: shape
+            for name, shape in shapes(outline.config, outline.architecture).items()
+            if name not in outline.packed
+        }
+        self.outline = outline
+        self.shapes = {**floats, **{name: others[name][1] for name in others}}
         self.dtypes = {**outline.dtypes, **{name: others[name][0] for name in others}}
         self.hashes, self.losses = hashes, losses
         self.tied = outline.config.tie_word_embeddings
-        self.largest = max(math.prod(shape) * DTYPES[self.dtypes[name]].itemsize for name, shape in self.shapes.items())
+        self.largest = max(math.prod(shape) * STORED[self.dtypes[name]].itemsize for name, shape in self.shapes.items())
         self.digests: dict[str, str] = {}
         self.unexpected: list[str] = []
+
+    def parts_of(self, name: str, tensor: np.ndarray | PackedMatrix) -> Iterator[tuple[str, np.ndarray]]:
+        """The arrays of a tensor by their canonical names: itself, or what a file has of a packed matrix."""
+        if not isinstance(tensor, PackedMatrix):
+            yield name, np.asarray(tensor)
+            return
+        announced = self.outline.packed.get(name)
+        if storage.arrangement_of(tensor) != announced:
+            raise TensorMismatchError(f"save: {quoted(name)} must be packed as announced, {announced}.")
+        for part, array in storage.parts_of(tensor, self.outline.dtype).items():
+            yield f"{name.removesuffix('weight')}{part}", array
 
     def take(self, name: str, array: np.ndarray, target: Target | None, workers: Workers) -> None:
         if name in self.digests:
@@ -133,7 +157,7 @@ class _Written:
     def _check(self, name: str, array: np.ndarray) -> None:
         if array.shape != self.shapes[name]:
             raise ShapeMismatchError(f"{quoted(name)}: {array.shape}, the config says {self.shapes[name]}.")
-        if CODES.get(array.dtype) != self.dtypes[name]:
+        if STORED_CODES.get(array.dtype) != self.dtypes[name]:
             raise DtypeMismatchError(
                 f"{quoted(name)}: {array.dtype}, {self.dtypes[name]} was announced; cast it first."
             )

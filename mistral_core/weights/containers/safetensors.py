@@ -21,6 +21,7 @@ from .tensor_file import (
     DTYPES,
     MAX_RANK,
     MAX_TENSORS,
+    STORED,
     TensorFile,
     TensorInfo,
     quoted,
@@ -87,12 +88,12 @@ def create(
 
     Order, spacing and padding are those of the safetensors library: the bytes are the same.
     """
-    rank = {code: place for place, code in enumerate(DTYPES)}
+    rank = {code: place for place, code in enumerate(STORED)}
     ordered = sorted(tensors.items(), key=lambda item: (rank[item[1][0]], item[0]))
     header: dict[str, Any] = {"__metadata__": {"format": framework}}
     end = 0
     for name, (dtype, shape) in ordered:
-        start, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
+        start, end = end, end + math.prod(shape) * STORED[dtype].itemsize
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

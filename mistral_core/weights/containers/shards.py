@@ -21,7 +21,7 @@ from ...errors import (
 )
 from ...telling import warn
 from . import safetensors
-from .tensor_file import DTYPES, UNSEEN, Seen, TensorFile, TensorInfo, quoted
+from .tensor_file import STORED, UNSEEN, Seen, TensorFile, TensorInfo, quoted
 
 MAX_INDEX_BYTES = limits.MANIFEST_BYTES
 MAX_SHARDS = limits.SHARDS
@@ -169,7 +169,7 @@ def split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 def create_shards(directory: Path, specs: Specs, limit: int, family: Family = HUGGING_FACE) -> dict[str, TensorInfo]:
     """Reserve every shard and write their index; name in the file -> where the tensor goes."""
-    sizes = {name: math.prod(shape) * DTYPES[code].itemsize for name, (code, shape) in specs.items()}
+    sizes = {name: math.prod(shape) * STORED[code].itemsize for name, (code, shape) in specs.items()}
     files.require_space(directory, sum(sizes.values()))
     shards = split(sizes, limit)
     infos: dict[str, TensorInfo] = {}

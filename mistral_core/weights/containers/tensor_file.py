@@ -46,6 +46,12 @@ PACKED = {
 }
 """What numbers of quantised weights may be stored as; `TensorFile.read_packed` gives them as they are."""
 
+STORED = {code: {**DTYPES, **PACKED}[code] for code in (
+    "I64", "F64", "F32", "I32", "BF16", "F16", "F8_E4M3", "F8_E5M2", "I8", "U8",
+)}  # fmt: skip
+"""All that is written, in the order of the safetensors library: code -> NumPy dtype."""
+STORED_CODES = {dtype: code for code, dtype in STORED.items()}
+
 
 class TensorInfo(NamedTuple):
     """Where a tensor lies: absolute byte offsets in a file."""
@@ -185,7 +191,7 @@ def write(info: TensorInfo, array: np.ndarray) -> None:
     """
     if array.shape != info.shape:
         raise ShapeMismatchError(f"{quoted(info.name)}: {array.shape}, the config says {info.shape}.")
-    if CODES.get(array.dtype) != info.dtype:
+    if STORED_CODES.get(array.dtype) != info.dtype:
         raise DtypeMismatchError(f"{quoted(info.name)}: {array.dtype}, {info.dtype} was announced; cast it first.")
     write_bytes(info, as_bytes(array))
 

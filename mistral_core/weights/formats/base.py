@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,8 @@ from ...disk import files, limits, reading
 from ...disk.names import TEXT_FILES, template_names
 from ...errors import CheckpointNotFoundError, UnsupportedFeatureError
 from ...parameters import Parameter, parameters
+from ...quantization import storage
+from ...quantization.storage import Arrangement
 from .. import layouts
 from ..containers import tensor_file
 from ..containers.shards import Specs
@@ -37,12 +40,27 @@ class Outline:
     """By the names of `TEXT_FILES`."""
     options: Mapping[str, str] = field(default_factory=dict)
     """What only one format asks for, such as GGUF's quantised type."""
+    packed: Mapping[str, Arrangement] = field(default_factory=dict)
+    """Canonical name -> how the matrix is packed, of those that are."""
     others: Specs = field(default_factory=dict)
     """Tensors of the other towers of a model of which this is the text part, which a file of the whole holds too."""
 
     def rows(self) -> dict[str, Parameter]:
-        """Canonical name -> row of the table."""
-        return dict(parameters(self.config, self.architecture))
+        """Canonical name -> row of the table, of the tensors of floats."""
+        return {name: row for name, row in parameters(self.config, self.architecture) if name not in self.packed}
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the first tensor, which is what the config says of all."""
+        return tensor_file.DTYPES[next(iter(self.dtypes.values()))].name
+
+    def parts(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Canonical name of a packed matrix' module, and of its part -> (dtype code, shape)."""
+        return {
+            f"{name.removesuffix('weight')}{part}": (tensor_file.STORED_CODES[dtype], shape)
+            for name, arrangement in self.packed.items()
+            for part, (dtype, shape) in storage.specs_of(arrangement, self.dtype).items()
+        }
 
 
 class Target(NamedTuple):
@@ -112,9 +130,12 @@ def write_texts(directory: Path, texts: Mapping[str, bytes]) -> None:
 
 def write_hugging_face_config(directory: Path, outline: Outline) -> None:
     """Write config.json of the outline's class and dtype, or of the whole of which it is a part."""
-    dtype = tensor_file.DTYPES[next(iter(outline.dtypes.values()))].name
-    config = outline.config.replace(architectures=(outline.architecture,), dtype=dtype)
+    config = outline.config.replace(architectures=(outline.architecture,), dtype=outline.dtype)
     text = config.to_json_string(with_vision=bool(outline.others))
+    if outline.packed:
+        linears = [name for name, row in parameters(outline.config, outline.architecture) if row.is_linear]
+        told = {"quantization_config": storage.config_of(outline.packed, linears, outline.dtype)}
+        text = json.dumps({**json.loads(text), **told}, indent=2) + "\n"
     files.write_file(directory / "config.json", text.encode())
 
 
@@ -133,7 +154,8 @@ def targets_in_layout(
         layout = layout_of(row)
         return Target(lambda array: tensor_file.write(info, layouts.to_stored(array, row, outline.config, layout)))
 
-    others = {name: Target(functools.partial(tensor_file.write, infos[name])) for name in outline.others}
+    stored = {name: name for name in outline.others} | {name: names.get(name, name) for name in outline.parts()}
+    others = {name: Target(functools.partial(tensor_file.write, infos[place])) for name, place in stored.items()}
     return others | {name: target(infos[names[name]], row) for name, row in outline.rows().items()}
 
 
@@ -142,12 +164,13 @@ def specs_in_layout(
     names: Mapping[str, str],
     layout_of: Callable[[Parameter], Layout] = layouts.as_it_is,
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name in the file -> (dtype code, shape in the file), in table order, then the outline's `others`."""
+    """Name in the file -> (dtype code, shape in the file), in table order, then packed parts and `others`."""
     own = {
         names[name]: (outline.dtypes[name], layouts.stored_shape(row, outline.config, layout_of(row)))
         for name, row in outline.rows().items()
     }
-    return {**own, **outline.others}
+    parts = {names.get(name, name): spec for name, spec in outline.parts().items()}
+    return {**own, **parts, **outline.others}
 
 
 def refuse_heads(outline: Outline, format: str) -> None:

@@ -14,7 +14,8 @@ from ...config import MistralConfig, params_json, read_fields
 from ...disk import files, strict_json
 from ...errors import ConfigError, UnsupportedFeatureError
 from ...parameters import BASE_PREFIX, Parameter, layer_of
-from ...quantization import Scheme, schemes
+from ...quantization import schemes
+from ...quantization.schemes import Schemes
 from .. import carried, dequantised, layouts, towers
 from ..containers import shards
 from ..containers.msgpack import writing as msgpack_writing
@@ -42,7 +43,7 @@ class Description(NamedTuple):
     write: Callable[[Path, Outline], None]
     packing: str
     """The key under which a scheme of packed matrices stands."""
-    read_scheme: Callable[..., Scheme]
+    read_schemes: Callable[..., Schemes]
 
 
 def _check_nothing(outline: Outline) -> None:
@@ -151,7 +152,7 @@ class Sharded:
         file = (path if path.is_dir() else path.parent) / self.described.file
         described = self.described
         return dequantised.dequantised(
-            opened, file, described.packing, described.read_scheme, read_config, left_out=skipped
+            opened, file, described.packing, described.read_schemes, read_config, left_out=skipped
         )
 
     def check(self, outline: Outline) -> None:
@@ -169,6 +170,7 @@ class Sharded:
     def _names_of(self, outline: Outline) -> dict[str, str]:
         """Canonical name -> name in the file."""
         named = {name: self.file_name(name, row) if self.file_name else name for name, row in outline.rows().items()}
+        named |= {name: name for name in outline.parts()}
         if outline.others:
             return {name: WHOLES[self.name].stored(stored) for name, stored in named.items() if stored is not None}
         prefix = self.prefix if outline.architecture == "MistralModel" else ""

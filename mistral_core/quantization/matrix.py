@@ -1,0 +1,141 @@
+"""A matrix of few bits: codes, what they stand for, and a scale for each block of them.
+
+    w[o, i] = (value(code[o, i]) - zero[block]) * scale[block]
+
+This is what every packed format is made into when it is read, what the backends compute with, and what is written.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from ..errors import CorruptCheckpointError
+from .blocks import Block, blocks, spread
+
+ROWS = 128
+"""Rows are dequantised in so many at once, so that their floats stay in the processor's cache."""
+
+
+class Kind(NamedTuple):
+    """What codes stand for."""
+
+    bits: int
+    values: np.ndarray
+    """float32 by unsigned code."""
+    is_integer: bool = False
+    """Whether the values are all integers of so many bits, around 0."""
+
+
+NF4 = np.array(
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32
+)  # fmt: skip
+"""The sixteen values of NormalFloat-4 (QLoRA, appendix E), as bitsandbytes stores them."""
+
+KINDS = {
+    "int8": Kind(8, np.arange(-128, 128, dtype=np.float32), is_integer=True),
+    "int4": Kind(4, np.arange(-8, 8, dtype=np.float32), is_integer=True),
+    "nf4": Kind(4, NF4),
+    "fp8": Kind(8, np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)),
+}
+"""The kinds by name; fp8 is E4M3 without infinities."""
+
+
+class PackedMatrix(NamedTuple):
+    """A matrix [O, I] of few bits."""
+
+    kind: str
+    """A key of `KINDS`."""
+    codes: np.ndarray
+    """int8: int8 [O, I], the values themselves; fp8: uint8 [O, I]; else uint8 [O, ceil(I/2)], even columns low."""
+    scale: np.ndarray
+    """[blocks down, blocks across] of bfloat16, float16 or float32."""
+    zero: np.ndarray | None
+    """int8, as `scale`: the value that means 0; None where that is 0 everywhere."""
+    shape: tuple[int, int]
+    """[O, I]."""
+    block: tuple[int, int]
+    """Rows and columns that share a scale; at the ends there may be fewer."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes, scales and zero points."""
+        return self.codes.nbytes + self.scale.nbytes + (0 if self.zero is None else self.zero.nbytes)
+
+
+def unsigned(matrix: PackedMatrix, rows: slice = slice(None)) -> np.ndarray:
+    """The codes of some rows as uint8 [rows, I], each an index into the values of its kind."""
+    codes = matrix.codes[rows]
+    if matrix.kind == "int8":
+        return codes.view(np.uint8) ^ np.uint8(0x80)
+    if KINDS[matrix.kind].bits == 8:
+        return codes
+    return np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), -1)[:, : matrix.shape[1]]
+
+
+def packed_codes(kind: str, numbers: np.ndarray) -> np.ndarray:
+    """Unsigned codes uint8 [O, I] as a `PackedMatrix` has them; the last of an odd number stands with a 0."""
+    if kind == "int8":
+        return (numbers ^ np.uint8(0x80)).view(np.int8)
+    if KINDS[kind].bits == 8:
+        return numbers
+    if numbers.shape[1] % 2:
+        numbers = np.pad(numbers, ((0, 0), (0, 1)))
+    return numbers[:, 0::2] | numbers[:, 1::2] << 4
+
+
+def dequantised(matrix: PackedMatrix) -> np.ndarray:
+    """The matrix as float32 [O, I], each number rounded once."""
+    result = np.empty(matrix.shape, np.float32)
+    value, scale = KINDS[matrix.kind].values, spread(matrix.scale, matrix.shape, matrix.block)
+    zero = None if matrix.zero is None else spread(matrix.zero, matrix.shape, matrix.block)
+    for start in range(0, matrix.shape[0], ROWS):
+        rows = slice(start, min(start + ROWS, matrix.shape[0]))
+        numbers = value[unsigned(matrix, rows)]
+        if zero is not None:
+            numbers -= zero(rows)
+        np.multiply(numbers, scale(rows), out=result[rows])
+    return result
+
+
+def check(matrix: PackedMatrix, where: str) -> None:
+    """Raise CorruptCheckpointError for scales and codes that no writer of packed files makes."""
+    scale = matrix.scale.astype(np.float32)
+    wrong = ~np.isfinite(scale) if matrix.kind == "nf4" else ~(np.isfinite(scale) & (scale != 0))
+    if wrong.any():
+        raise CorruptCheckpointError(
+            f"{where}: scales must be finite numbers{'' if matrix.kind == 'nf4' else ' and not 0'}, got "
+            f"{float(scale[wrong][0])}; copy the file again, or load it with quantization='dequantize'."
+        )
+    if matrix.kind == "fp8" and ((matrix.codes & 0x7F) == 0x7F).any():
+        raise CorruptCheckpointError(f"{where}: holds the code of NaN; copy the file again.")
+
+
+def in_order(matrix: PackedMatrix, order: np.ndarray) -> PackedMatrix | None:
+    """The matrix with row order[o] in the place of row o; None where rows that share a scale part."""
+    down = len(matrix.scale)
+    if down not in (1, matrix.shape[0]):
+        return None
+    moved = matrix._replace(codes=matrix.codes[order])
+    if down == 1:
+        return moved
+    return moved._replace(scale=matrix.scale[order], zero=None if matrix.zero is None else matrix.zero[order])
+
+
+def expanded(matrix: PackedMatrix) -> PackedMatrix:
+    """The same matrix with scales of every row: blocks of one row, as the products read them."""
+    if blocks(matrix.shape, matrix.block)[0] == matrix.shape[0]:
+        return matrix
+    rows = np.arange(matrix.shape[0]) // matrix.block[0]
+    zero = None if matrix.zero is None else matrix.zero[rows]
+    return matrix._replace(scale=matrix.scale[rows], zero=zero, block=(1, matrix.block[1]))
+
+
+def whole_block(block: Block, shape: tuple[int, int]) -> tuple[int, int]:
+    """A block of which None means all, and which is no longer than the matrix."""
+    rows, columns = (size if length is None else min(length, size) for length, size in zip(block, shape, strict=True))
+    return rows, columns
