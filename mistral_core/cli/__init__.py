@@ -36,6 +36,7 @@ _OWN = {
     "mask": "which tokens see which: the attention mask of a text or a chat",
     "attention": "the attention weights of a text, from any backend, as a picture",
     "convert": "write a checkpoint as another format, bit for bit",
+    "quantize": "write a checkpoint whose matrices take 8 or 4 bits a number",
     "verify": "compare a checkpoint with the SHA-256 sums of its manifest",
     "push": "upload a checkpoint to the hub in one commit",
     "diff": "compare two checkpoints of any formats tensor by tensor",
@@ -123,9 +124,18 @@ def loading_arguments(command: argparse.ArgumentParser, dtype: str = "auto, the 
     )  # fmt: skip
 
 
+def quantization_argument(command: argparse.ArgumentParser) -> None:
+    """How matrices are packed, in commands that run a model for its text."""
+    command.add_argument(
+        "--quantization",
+        help="int8, int4 or nf4: matrices are packed as they are loaded; dequantize: packed ones become floats",
+    )
+
+
 def loading(options: argparse.Namespace) -> dict[str, Any]:
-    """What was given of `loading_arguments`, as `from_pretrained` takes it."""
-    given = {name: getattr(options, name) for name in ("dtype", "device", "attn_implementation")}
+    """What was given of `loading_arguments` and `quantization_argument`, as `from_pretrained` takes it."""
+    names = ("dtype", "device", "attn_implementation", "quantization")
+    given = {name: getattr(options, name, None) for name in names}
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -14,7 +14,7 @@ from .. import backend as backends
 from ..hub import download
 from ..text.stream import TextStreamer
 from ..text.tokenizer import MistralTokenizer
-from . import backend_argument, loading, loading_arguments, progress, put, stdin
+from . import backend_argument, loading, loading_arguments, progress, put, quantization_argument, stdin
 
 OPTIONS = {
     "max_new_tokens": int,
@@ -46,6 +46,7 @@ def model_arguments(command: argparse.ArgumentParser) -> None:
     """What every command takes that loads a model and writes text with it."""
     backend_argument(command)
     loading_arguments(command)
+    quantization_argument(command)
     for name, kind in OPTIONS.items():
         sampling = "; turns sampling on" if name in SAMPLING else ""
         command.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"{kind.__name__}{sampling}")

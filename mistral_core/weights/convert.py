@@ -20,6 +20,7 @@ from ..disk import files, reading
 from ..disk.into import MANIFEST
 from ..disk.names import CONFIG_FILES, TEMPLATES, TEXT_FILES, VISION_FILES
 from ..errors import (
+    ConfigError,
     ConversionError,
     CorruptCheckpointError,
     DtypeMismatchError,
@@ -28,15 +29,20 @@ from ..errors import (
     OutputExistsError,
 )
 from ..parameters import shapes
+from ..quantization import calibration, request, storage
+from ..quantization.matrix import KINDS, PackedMatrix, dequantised
+from ..quantization.request import Quantization
+from ..quantization.storage import Arrangement
 from . import casting, fingerprint, formats, manifest, towers
 from .containers.shards import shard_bytes
-from .containers.tensor_file import DTYPES
-from .contents import fits_in_cache
+from .containers.tensor_file import DTYPES, STORED
+from .contents import StoredTensor, fits_in_cache
 from .formats.base import Format, Lossy, Moving, Outline, texts_in
 from .layouts import as_it_is
 from .matching import canonical_names, match, own_class
 from .opening import Checkpoint
 from .report import Report as Report
+from .report import told
 from .sources import PRESET_FILES, resolve_checkpoint
 from .writing import write_checkpoint
 
@@ -61,6 +67,9 @@ def convert(
     progress: Callable[[int, int], None] | None = None,
     options: Mapping[str, str] | None = None,
     keep_vision: bool = False,
+    quantization: Any = None,
+    calibrate: np.ndarray | None = None,
+    calibrated: calibration.Progress | None = None,
     **hub_arguments: Any,
 ) -> Report:
     """Write the checkpoint at a path or hub id as another format, bit for bit, into the directory `destination`.
@@ -71,6 +80,9 @@ def convert(
     raises LossyConversionError unless `allow_lossy`; NaN or infinity NonFiniteWeightsError unless not `check_finite`.
     `progress(done, total)` is told bytes. `options` are those of one format. `config` is for a source that has none.
     Of a model that also sees, the text part is written; with `keep_vision` the whole, the other towers as they are.
+    `quantization`, as `from_pretrained` takes it, packs matrices into few bits on their way to `hf`, where packed ones
+    stay packed unless there is a `dtype`; elsewhere they become floats, and the report says whether exactly. With texts
+    to `calibrate` on, token ids [N, T], codes are chosen by GPTQ; `calibrated(done, total, seconds left)` is told.
 
     The destination is the old one or the new one, whole, whatever happens. Raises ConversionError, CheckpointError,
     ConfigError, HubError and their kinds.
@@ -83,7 +95,9 @@ def convert(
     if row is None or not row.written:
         writable = ", ".join(name for name, each in formats.FORMATS.items() if each.written)
         raise ConversionError(f"to must be a format that is written, one of {writable}, got {to!r}.")
-    limit = shard_bytes(max_shard_size)
+    limit, asked = shard_bytes(max_shard_size), request.of(quantization)
+    if asked is not None and (to != "hf" or keep_vision):
+        raise ConversionError("quantization must be None unless to is hf, and without keep_vision; leave it out.")
     with files.os_errors(target):
         _check_target(target, overwrite)
     path = reading.held(
@@ -95,7 +109,11 @@ def convert(
     manifest.verify(checkpoint.directory, "sizes")
     if keep_vision:
         towers.check_kept(checkpoint, to)
-    plan = _plan(checkpoint, target, to, dtype, options, allow_lossy, keep_vision)
+    plan = _plan(checkpoint, target, to, dtype, options, allow_lossy, keep_vision, asked)
+    if calibrate is not None:
+        if plan.quantization is None:
+            raise ConversionError("calibrate must be None without quantization; leave it out.")
+        plan.calibrate, plan.calibrated = calibrate, calibrated
     _check_lossless(plan, allow_lossy, check=not dry_run)
     if dry_run:
         return plan.report
@@ -118,6 +136,11 @@ class _Plan:
     report: Report
     known_losses: dict[str, str]
     """What is lost whatever the numbers are."""
+    quantization: Quantization | None = None
+    """How matrices are packed on their way; None: packed ones stay as they are."""
+    calibrate: np.ndarray | None = None
+    """Token ids [N, T] by which codes are chosen; None: the nearest are."""
+    calibrated: calibration.Progress | None = None
 
 
 def _plan(
@@ -128,6 +151,7 @@ def _plan(
     options: Mapping[str, str] | None,
     allow_lossy: bool,
     keep_vision: bool,
+    asked: Quantization | None,
 ) -> _Plan:
     config = checkpoint.config
     names = canonical_names(checkpoint.tensors)
@@ -143,21 +167,63 @@ def _plan(
     if keep_vision:
         texts |= {name: read() for name, read in texts_in(checkpoint.directory, VISION_FILES).items()}
     specs = {name: (tensor.dtype, tensor.shape) for name, tensor in others.items()}
-    outline = Outline(config, architecture, dtypes, texts, chosen, specs)
+    asked = None if asked is None else asked.resolved(config, architecture)
+    packed = _packed(checkpoint, sources, config, architecture, dtypes, asked) if to == "hf" and not others else {}
+    if dtype is not None and asked is None:
+        packed = {}
+    outline = Outline(config, architecture, dtypes, texts, chosen, packed, specs)
     chosen_format = formats.format_named(to)
     chosen_format.check(outline)
-    losses = {"source": "; ".join(checkpoint.losses)} if checkpoint.losses else {}
+    floats = [checkpoint.tensors[source] for name, source in sources.items() if name not in packed]
+    source_losses = {tensor.loss for tensor in floats if tensor.loss and not _is_exact(tensor, code)}
+    losses = {"source": "; ".join(sorted(source_losses))} if source_losses else {}
     losses |= chosen_format.lossy(outline) if isinstance(chosen_format, Lossy) else {}
     report = _report(checkpoint, target, to, outline, sources)
     report.moves = _moves(checkpoint, sources, outline, chosen_format)
+    exact = sum(tensor.packed is not None and _is_exact(tensor, code) for tensor in floats)
+    report.moves |= {"dequantised exactly": exact} if exact else {}
     report.losses = dict(losses)
-    return _Plan(checkpoint, target, to, outline, sources, report, losses)
+    if asked is not None:
+        report.losses["quantization"] = f"{len(packed)} matrices become {told(report.packed)}"
+    return _Plan(checkpoint, target, to, outline, sources, report, losses, asked)
+
+
+def _packed(
+    checkpoint: Checkpoint,
+    sources: Mapping[str, str],
+    config: MistralConfig,
+    architecture: str,
+    dtypes: Mapping[str, str],
+    asked: Quantization | None,
+) -> dict[str, Arrangement]:
+    """Canonical name -> how a matrix will be packed; raises ConfigError where it would be for the second time."""
+    already = {name: packed for name, source in sources.items() if (packed := checkpoint.packed(source)) is not None}
+    if asked is None:
+        found = {name: matrix for name, packed in already.items() if (matrix := packed.matrix()) is not None}
+        return {name: storage.arrangement_of(matrix) for name, matrix in found.items()}
+    if already:
+        label = ", ".join(sorted({packed.scheme.label for packed in already.values()}))
+        raise ConfigError(f"quantization must be None: {checkpoint.path} is packed already ({label}); leave it out.")
+    rows = shapes(config, architecture)
+    return {
+        name: asked.arrangement(name, (rows[name][0], rows[name][1]), DTYPES[dtypes[name]].name)
+        for name in asked.matrices(config, architecture)
+    }
+
+
+def _is_exact(tensor: StoredTensor, code: str | None) -> bool:
+    """Whether float32, being asked for, holds every number of a packed matrix: integers times scales of few bits."""
+    if tensor.packed is None or code != "F32":
+        return False
+    matrix = tensor.packed.matrix()
+    return matrix is not None and KINDS[matrix.kind].is_integer and matrix.scale.dtype != np.float32
 
 
 def _report(checkpoint: Checkpoint, target: Path, to: str, outline: Outline, sources: Mapping[str, str]) -> Report:
     """All but what moves and what is lost."""
     sizes = {name: math.prod(shape) for name, shape in shapes(outline.config, outline.architecture).items()}
-    size = sum(sizes[name] * DTYPES[outline.dtypes[name]].itemsize for name in sources)
+    size = sum(sizes[name] * DTYPES[outline.dtypes[name]].itemsize for name in sources if name not in outline.packed)
+    size += sum(math.prod(shape) * STORED[code].itemsize for code, shape in outline.parts().values())
     others = towers.counted(checkpoint.skipped, checkpoint.format)
     return Report(
         str(checkpoint.path),
@@ -167,11 +233,12 @@ def _report(checkpoint: Checkpoint, target: Path, to: str, outline: Outline, sou
         outline.architecture,
         len(sources),
         size + sum(checkpoint.skipped[name].nbytes for name in outline.others),
-        _counted(outline.dtypes.values()),
+        _counted(code for name, code in outline.dtypes.items() if name not in outline.packed),
         {},
         sorted(outline.texts),
         kept=others if outline.others else {},
         left_out={} if outline.others else others,
+        packed=_counted(arrangement.label for arrangement in outline.packed.values()),
     )
 
 
@@ -300,31 +367,62 @@ REPLACED = (
 
 def _cast(
     plan: _Plan, allow_lossy: bool, check_finite: bool, losses: dict[str, casting.Loss]
-) -> Iterator[tuple[str, np.ndarray]]:
+) -> Iterator[tuple[str, np.ndarray | PackedMatrix]]:
     """The tensors in the order of the source's files."""
     checkpoint = plan.checkpoint
     cached = fits_in_cache(plan.report.bytes)
     for name, source in sorted(plan.sources.items(), key=lambda pair: checkpoint.place(pair[1])):
-        array = checkpoint.read(source, cached=cached)
+        if plan.calibrate is not None and name in plan.outline.packed:
+            continue
+        tensor, code = checkpoint.tensors[source], plan.outline.dtypes[name]
+        matrix = tensor.packed.matrix() if tensor.packed is not None else None
+        if matrix is not None and name in plan.outline.packed:
+            yield name, matrix
+            continue
+        exact = matrix is not None and _is_exact(tensor, code)
+        array = dequantised(matrix) if exact and matrix is not None else checkpoint.read(source, cached=cached)
+        del matrix
         if check_finite and (first := casting.first_not_finite(array)) is not None:
             raise NonFiniteWeightsError(
                 f"{checkpoint.path}: NaN or infinity in {name}, first at {first}; pass check_finite=False "
                 "(--allow-nonfinite) to convert it as it is."
             )
-        array, loss = casting.cast(array, DTYPES[plan.outline.dtypes[name]])
+        array, loss = casting.cast(array, DTYPES[code])
         if loss.changed:
             losses[name] = loss
             if not allow_lossy:
                 raise LossyConversionError(
-                    f"{name} as {plan.outline.dtypes[name]}: {loss}; pass allow_lossy (--allow-lossy) if that is meant."
+                    f"{name} as {code}: {loss}; pass allow_lossy (--allow-lossy) if that is meant."
                 )
-        yield name, array
+        if plan.quantization is not None and name in plan.outline.packed:
+            yield name, plan.quantization.quantise(name, array)
+        else:
+            yield name, array
         del array  # before the next one comes
+    if plan.calibrate is not None and plan.quantization is not None:
+        yield from calibration.packed(
+            plan.outline.config, _Read(plan), plan.calibrate, plan.quantization,
+            architecture=plan.outline.architecture, progress=plan.calibrated,
+        )  # fmt: skip
     for name in sorted(plan.outline.others, key=lambda name: checkpoint.skipped[name].start):
         yield name, checkpoint.skipped[name].load(None, cached)
 
 
-def _ahead(stream: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+class _Read(calibration.Read):
+    """The parameters of a plan's source in the dtypes that are written, which scales come in."""
+
+    def __init__(self, plan: _Plan) -> None:
+        super().__init__(plan.checkpoint)
+        self._dtypes = plan.outline.dtypes
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return casting.cast(super().__getitem__(name), DTYPES[self._dtypes[name]])[0]
+
+
+_Stream = Iterator[tuple[str, np.ndarray | PackedMatrix]]
+
+
+def _ahead(stream: _Stream) -> _Stream:
     """The same stream, its next item being made while the last one is used."""
     with ThreadPoolExecutor(1) as reader:
         coming = reader.submit(next, stream, None)
@@ -334,9 +432,7 @@ def _ahead(stream: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.n
             del item
 
 
-def _told(
-    stream: Iterator[tuple[str, np.ndarray]], total: int, progress: Callable[[int, int], None] | None
-) -> Iterator[tuple[str, np.ndarray]]:
+def _told(stream: _Stream, total: int, progress: Callable[[int, int], None] | None) -> _Stream:
     done = 0
     for name, array in stream:
         done += array.nbytes

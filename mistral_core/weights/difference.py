@@ -10,6 +10,7 @@ import numpy as np
 
 from ..arrays import bits
 from ..errors import ConfigError
+from ..quantization.matrix import dequantised
 from . import fingerprint
 from .contents import Contents
 from .matching import canonical_names
@@ -46,9 +47,16 @@ def tensors(first: Contents, second: Contents) -> Iterator[TensorDifference]:
         if name not in b:
             yield TensorDifference(name, False, f"only in {first.path}", (first.tensors[a[name]].dtype, ""))
         else:
-            yield _compared(name, first.read(a[name]), second.read(b[name]))
+            yield _compared(name, _numbers(first, a[name]), _numbers(second, b[name]))
     for name in sorted(set(b) - set(a)):
         yield TensorDifference(name, False, f"only in {second.path}", ("", second.tensors[b[name]].dtype))
+
+
+def _numbers(checkpoint: Contents, name: str) -> np.ndarray:
+    """A tensor as it is stored, or all that a packed matrix says, in float32."""
+    packed = checkpoint.packed(name)
+    matrix = None if packed is None else packed.matrix()
+    return checkpoint.read(name) if matrix is None else dequantised(matrix)
 
 
 def _compared(name: str, a: np.ndarray, b: np.ndarray) -> TensorDifference:

@@ -30,6 +30,8 @@ class Report:
     """Other tower -> how many of its tensors travel along, as they are."""
     left_out: dict[str, int] = field(default_factory=dict)
     """Other tower -> how many of its tensors do not."""
+    packed: dict[str, int] = field(default_factory=dict)
+    """How matrices of few bits are packed -> how many are."""
     losses: dict[str, str] = field(default_factory=dict)
     """Tensor, or `source`, -> what it lost."""
     seconds: float = 0.0
@@ -40,12 +42,17 @@ class Report:
         moves = "; ".join(f"{count} {move}" for move, count in self.moves.items()) or "nothing moves"
         lines = [
             f"{self.source} ({self.source_format}) -> {self.destination} ({self.format})",
-            f"{self.architecture}: {self.tensors} tensors, {self.bytes:,} bytes, "
-            + ", ".join(f"{count} {dtype}" for dtype, count in self.dtypes.items()),
+            f"{self.architecture}: {self.tensors} tensors, {self.bytes:,} bytes, " + told(self.dtypes),
             f"moves: {moves}",
             f"files that travel along: {', '.join(self.texts) or 'none'}",
+            *([f"packed: {told(self.packed)}"] if self.packed else []),
             *([f"kept as they are: {towers.told(self.kept)}"] if self.kept else []),
             *([f"left out: {towers.told(self.left_out)}"] if self.left_out else []),
             *(f"lost in {name}: {loss}" for name, loss in self.losses.items()),
         ]
         return "\n".join(lines)
+
+
+def told(counts: dict[str, int]) -> str:
+    """Names with their counts in words: 35 int4 by 128, 1 int8 by row."""
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
