@@ -10,6 +10,7 @@ from typing import Any
 from ..config import MistralConfig
 from ..config.presets import PRESETS
 from ..errors import MistralError, UnsupportedFeatureError
+from ..native import library
 from ..parameters import HEADS, parameter_count
 from ..text import sources
 from ..text.tokenizer import MistralTokenizer
@@ -62,12 +63,16 @@ def describe(path: str) -> dict[str, Any]:
 
 
 def _packed(checkpoint: Checkpoint) -> dict[str, Any]:
-    """How matrices are packed, how many are, and their bytes in the files; nothing where all tensors are floats."""
+    """How matrices are packed and their bytes in the files, and by what a CPU multiplies; nothing where all are floats.
+
+    Asking compiles the kernels, where that was not done before.
+    """
     packed = [tensor.packed for tensor in checkpoint.tensors.values() if tensor.packed is not None]
     if not packed:
         return {}
     schemes, size = sorted({each.scheme.label for each in packed}), sum(each.nbytes for each in packed)
-    return {"packed": {"scheme": ", ".join(schemes), "matrices": len(packed), "bytes": size}}
+    kernels = "kernels in C" if library.available() else f"the frameworks' own operations: {library.why()}"
+    return {"packed": {"scheme": ", ".join(schemes), "matrices": len(packed), "bytes": size}, "computed_by": kernels}
 
 
 def _left_out(checkpoint: Checkpoint) -> dict[str, Any]:

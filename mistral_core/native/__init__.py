@@ -1,0 +1,5 @@
+"""Kernels in C for few rows times a packed matrix: compiled on first use by the user's compiler, absent without one.
+
+`build` compiles a source and keeps what it made, `library` calls `rows.c` with NumPy's arrays or with addresses;
+`xla.c` and `tf.c` hand the same functions to JAX and TensorFlow, whose side is `native.py` of each backend.
+"""

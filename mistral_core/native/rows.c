@@ -1,0 +1,1111 @@
+/* Few rows times a matrix of few bits, straight from its codes: y[R,O] = x[R,I] w[O,I]^T in float32.
+
+   w[o,i] = (value(code[o,i]) - zero[block]) * scale[block], as in mistral_core/quantization/matrix.py. Plain C11,
+   threads of POSIX and nothing else; a processor with AVX-512 runs the intrinsics, any other what its compiler makes of
+   the loops.
+
+   Axes: R rows of x, O rows of w, I columns, G blocks across. Functions give 0, or an ERROR_ below. */
+
+#define _GNU_SOURCE
+#include <float.h>
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#define WIDE 1
+#include <immintrin.h>
+#endif
+
+enum { INT8, INT4, NF4, FP8 };
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+enum { ERROR_ARGUMENT = 1, ERROR_MEMORY = 2 };
+
+typedef struct {
+    int kind, scale_type;
+    const uint8_t *codes;
+    const void *scale;
+    const int8_t *zero;
+    int64_t O, I, high, wide; /* high, wide: rows and columns of a block */
+    int64_t G, row_bytes;
+} Matrix;
+
+static const float NF4_VALUES[16] = {
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
+    -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
+    0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+static const float INT4_VALUES[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+
+/* ---- numbers ---- */
+
+static inline float of_bits(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+static inline uint32_t bits_of(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+static inline float of_bfloat16(uint16_t bits) { return of_bits((uint32_t)bits << 16); }
+
+static inline uint16_t to_bfloat16(float x) /* halves to even; what is no number stays none */
+{
+    uint32_t bits = bits_of(x);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded);
+}
+
+static inline float of_float16(uint16_t half)
+{
+    uint32_t sign = (uint32_t)(half & 0x8000) << 16, exponent = (half >> 10) & 31, fraction = half & 1023;
+    uint32_t normal = ((exponent == 31 ? 255 : exponent + 112) << 23) | (fraction << 13);
+    return of_bits(sign | (exponent ? normal : bits_of((float)fraction * 0x1p-24f)));
+}
+
+static inline float of_fp8(uint8_t code) /* E4M3: no infinities, one number that is none of either sign */
+{
+    uint32_t sign = (uint32_t)(code & 0x80) << 24, rest = code & 0x7f;
+    uint32_t small = bits_of((float)rest * 0x1p-9f), normal = (rest << 20) + (120u << 23);
+    return of_bits(sign | (rest == 0x7f ? 0x7fc00000 : rest < 8 ? small : normal));
+}
+
+static void to_float32(const void *from, int type, int64_t count, float *to)
+{
+    const uint16_t *halves = from;
+    if (type == FLOAT32)
+        memcpy(to, from, (size_t)count * 4);
+    else if (type == BFLOAT16)
+        for (int64_t i = 0; i < count; i++) to[i] = of_bfloat16(halves[i]);
+    else
+        for (int64_t i = 0; i < count; i++) to[i] = of_float16(halves[i]);
+}
+
+/* ---- threads: those of one pool help with parts of a job; who comes late finds fewer of them ---- */
+
+enum { MOST_THREADS = 256 };
+typedef void (*Part)(const void *job, int64_t part);
+
+static pthread_mutex_t calling = PTHREAD_MUTEX_INITIALIZER, sleeping = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t awaken = PTHREAD_COND_INITIALIZER;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+static int helpers; /* threads that have been started */
+static struct {
+    Part run;
+    const void *job;
+    int64_t parts;
+    int wanted;
+} work;
+static atomic_llong next_part;
+static atomic_int is_open, inside, asleep;
+static atomic_uint generation;
+
+static inline void pause_briefly(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ __volatile__("yield");
+#endif
+}
+
+static int64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+enum { SPIN_NS = 60000 }; /* a thread looks for the next job so long before it sleeps */
+
+static void take_parts(void)
+{
+    for (;;) {
+        int64_t part = atomic_fetch_add(&next_part, 1);
+        if (part >= work.parts) return;
+        work.run(work.job, part);
+    }
+}
+
+static void *help(void *argument)
+{
+    int number = (int)(intptr_t)argument;
+    unsigned seen = 0;
+    for (;;) {
+        int64_t until = now_ns() + SPIN_NS;
+        while (atomic_load(&generation) == seen) {
+            for (int i = 0; i < 32 && atomic_load_explicit(&generation, memory_order_relaxed) == seen; i++)
+                pause_briefly();
+            if (now_ns() < until) continue;
+            pthread_mutex_lock(&sleeping);
+            atomic_fetch_add(&asleep, 1);
+            while (atomic_load(&generation) == seen) pthread_cond_wait(&awaken, &sleeping);
+            atomic_fetch_sub(&asleep, 1);
+            pthread_mutex_unlock(&sleeping);
+        }
+        seen = atomic_load(&generation);
+        atomic_fetch_add(&inside, 1); /* from here the caller waits, if the job is still open */
+        if (atomic_load(&is_open) && number < work.wanted) take_parts();
+        atomic_fetch_sub(&inside, 1);
+    }
+    return NULL;
+}
+
+static void forget_threads(void) /* a forked process has none */
+{
+    pthread_mutex_init(&calling, NULL);
+    pthread_mutex_init(&sleeping, NULL);
+    pthread_cond_init(&awaken, NULL);
+    helpers = 0;
+    atomic_store(&is_open, 0);
+    atomic_store(&inside, 0);
+    atomic_store(&asleep, 0);
+    atomic_store(&generation, 0);
+}
+
+static void prepare_pool(void) { pthread_atfork(NULL, NULL, forget_threads); }
+
+int mistral_threads(void) /* the processors that this process may use */
+{
+#ifdef __linux__
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+    long count = sysconf(_SC_NPROCESSORS_ONLN);
+    return count < 1 ? 1 : (int)count;
+}
+
+static void run_parts(Part run, const void *job, int64_t parts, int threads)
+{
+    static atomic_int processors;
+    if (threads <= 0) {
+        if (!atomic_load(&processors)) atomic_store(&processors, mistral_threads());
+        threads = atomic_load(&processors);
+    }
+    if (threads > MOST_THREADS) threads = MOST_THREADS;
+    if (threads > parts) threads = (int)parts;
+    pthread_once(&once, prepare_pool);
+    if (threads < 2 || pthread_mutex_trylock(&calling)) { /* somebody else has the pool: alone is as fast as waiting */
+        for (int64_t part = 0; part < parts; part++) run(job, part);
+        return;
+    }
+    while (helpers < threads - 1) {
+        pthread_attr_t attributes;
+        pthread_t thread;
+        pthread_attr_init(&attributes);
+        pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+        int failed = pthread_create(&thread, &attributes, help, (void *)(intptr_t)helpers);
+        pthread_attr_destroy(&attributes);
+        if (failed) break;
+        helpers++;
+    }
+    work.run = run, work.job = job, work.parts = parts, work.wanted = threads - 1;
+    atomic_store(&next_part, 0);
+    atomic_store(&is_open, 1);
+    atomic_fetch_add(&generation, 1);
+    if (atomic_load(&asleep)) {
+        pthread_mutex_lock(&sleeping);
+        pthread_cond_broadcast(&awaken);
+        pthread_mutex_unlock(&sleeping);
+    }
+    take_parts();
+    atomic_store(&is_open, 0);
+    for (int spins = 0; atomic_load(&inside); spins++) {
+        pause_briefly();
+        if (spins > 2000) sched_yield();
+    }
+    pthread_mutex_unlock(&calling);
+}
+
+/* Scratch memory of a thread, kept for its next call. */
+static _Thread_local struct {
+    void *memory;
+    size_t size;
+} scratch[2];
+
+static void *scratch_of(int which, size_t size)
+{
+    if (scratch[which].size < size) {
+        free(scratch[which].memory);
+        size = (size + 4095) / 4096 * 4096;
+        scratch[which].memory = aligned_alloc(64, size);
+        scratch[which].size = scratch[which].memory ? size : 0;
+    }
+    return scratch[which].memory;
+}
+
+/* ---- scales and values of a row ---- */
+
+static inline int64_t up_to(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
+
+/* Scales [G] of a row and, where there are any, zero points, as float32; 16 zeros more, for what is after the end. */
+static void row_scales(const Matrix *m, int64_t o, float *scale, float *zero)
+{
+    int64_t first = o / m->high * m->G;
+    to_float32((const char *)m->scale + first * (m->scale_type == FLOAT32 ? 4 : 2), m->scale_type, m->G, scale);
+    memset(scale + m->G, 0, 16 * 4);
+    if (!zero) return;
+    for (int64_t g = 0; g < m->G; g++) zero[g] = m->zero[first + g];
+    memset(zero + m->G, 0, 16 * 4);
+}
+
+/* Values of n columns from column `first` on, an even one, without scales. */
+static void values_of(const Matrix *m, int64_t o, int64_t first, int64_t n, float *restrict to)
+{
+    const uint8_t *codes = m->codes + o * m->row_bytes;
+    if (m->kind == INT8) {
+        const int8_t *from = (const int8_t *)codes + first;
+        for (int64_t i = 0; i < n; i++) to[i] = from[i];
+    } else if (m->kind == FP8) {
+        for (int64_t i = 0; i < n; i++) to[i] = of_fp8(codes[first + i]);
+    } else {
+        const uint8_t *from = codes + first / 2;
+        if (m->kind == INT4)
+            for (int64_t i = 0; i < n / 2; i++) {
+                to[2 * i] = (float)((from[i] & 15) - 8);
+                to[2 * i + 1] = (float)((from[i] >> 4) - 8);
+            }
+        else
+            for (int64_t i = 0; i < n / 2; i++) {
+                to[2 * i] = NF4_VALUES[from[i] & 15];
+                to[2 * i + 1] = NF4_VALUES[from[i] >> 4];
+            }
+        if (n % 2) to[n - 1] = (m->kind == INT4 ? INT4_VALUES : NF4_VALUES)[from[n / 2] & 15];
+    }
+}
+
+#ifdef WIDE
+
+static inline __m512i fp8_halves(__m256i codes) /* as float16, 256 times too small; what is no number is lost */
+{
+    return _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(codes), 7), _mm512_set1_epi16((short)0xbfff));
+}
+
+static inline int fp8_has_none(__m256i codes) /* whether a code is no number */
+{
+    __m256i rest = _mm256_and_si256(codes, _mm256_set1_epi8(0x7f));
+    return _mm256_cmpeq_epi8_mask(rest, _mm256_set1_epi8(0x7f)) != 0;
+}
+
+static inline __m512 sixteen(int kind, const uint8_t *codes, int64_t i, __mmask16 mask, __m512 table)
+{
+    if (kind == INT8) {
+        __m128i v = mask == 0xffff ? _mm_loadu_si128((const void *)(codes + i)) : _mm_maskz_loadu_epi8(mask, codes + i);
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(v));
+    }
+    if (kind == FP8) {
+        __m128i v = mask == 0xffff ? _mm_loadu_si128((const void *)(codes + i)) : _mm_maskz_loadu_epi8(mask, codes + i);
+        __m256i half = _mm256_slli_epi16(_mm256_cvtepi8_epi16(v), 7);
+        __m512 x = _mm512_cvtph_ps(_mm256_and_si256(half, _mm256_set1_epi16((short)0xbfff)));
+        __mmask16 none = _mm_cmpeq_epi8_mask(_mm_and_si128(v, _mm_set1_epi8(0x7f)), _mm_set1_epi8(0x7f));
+        return _mm512_mask_mov_ps(_mm512_mul_ps(x, _mm512_set1_ps(256)), none, _mm512_set1_ps(NAN));
+    }
+    uint64_t eight = 0;
+    if (mask == 0xffff)
+        memcpy(&eight, codes + i / 2, 8);
+    else
+        memcpy(&eight, codes + i / 2, ((size_t)__builtin_popcount(mask) + 1) / 2);
+    /* byte q in 64 bits: its lower half is the even column's, shifted by 28 the upper half is the odd one's */
+    __m512i v = _mm512_cvtepu8_epi64(_mm_cvtsi64_si128((long long)eight));
+    return _mm512_permutexvar_ps(_mm512_or_si512(v, _mm512_slli_epi64(v, 28)), table);
+}
+
+static inline __attribute__((always_inline)) void decode_wide(
+    const Matrix *m, int kind, int64_t o, int64_t first, int64_t n, const float *scale, const float *zero, float *to)
+{
+    const uint8_t *codes = m->codes + o * m->row_bytes;
+    __m512 table = _mm512_loadu_ps(kind == INT4 ? INT4_VALUES : NF4_VALUES);
+    int64_t i = first, end = first + n, group = m->G == 1 ? 0 : first / m->wide;
+    while (i < end) {
+        int64_t stop = m->G == 1 ? end : (group + 1) * m->wide;
+        if (stop > end) stop = end;
+        __m512 s = _mm512_set1_ps(scale[group]), z = _mm512_set1_ps(zero ? zero[group] : 0);
+        if (zero) {
+            for (; i + 16 <= stop; i += 16, to += 16)
+                _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_sub_ps(sixteen(kind, codes, i, 0xffff, table), z), s));
+        } else {
+            for (; i + 16 <= stop; i += 16, to += 16)
+                _mm512_storeu_ps(to, _mm512_mul_ps(sixteen(kind, codes, i, 0xffff, table), s));
+        }
+        if (i < stop) { /* the end of the row, for blocks are of multiples of 16 here */
+            __mmask16 mask = (__mmask16)((1u << (stop - i)) - 1);
+            _mm512_mask_storeu_ps(to, mask, _mm512_mul_ps(_mm512_sub_ps(sixteen(kind, codes, i, mask, table), z), s));
+            to += stop - i;
+            i = stop;
+        }
+        group++;
+    }
+}
+
+#endif
+
+/* n columns of row o from an even column `first` on, a multiple of 16, with the row's scales. */
+static void decode(
+    const Matrix *m, int64_t o, int64_t first, int64_t n, const float *scale, const float *zero, float *to)
+{
+#ifdef WIDE
+    if (m->G == 1 || m->wide % 16 == 0) {
+        if (m->kind == INT8) decode_wide(m, INT8, o, first, n, scale, zero, to);
+        else if (m->kind == INT4) decode_wide(m, INT4, o, first, n, scale, zero, to);
+        else if (m->kind == NF4) decode_wide(m, NF4, o, first, n, scale, zero, to);
+        else decode_wide(m, FP8, o, first, n, scale, zero, to);
+        return;
+    }
+#endif
+    values_of(m, o, first, n, to);
+    for (int64_t i = first, group = first / m->wide; i < first + n; group++) {
+        int64_t stop = (group + 1) * m->wide < first + n ? (group + 1) * m->wide : first + n;
+        float s = scale[group], z = zero ? zero[group] : 0;
+        for (; i < stop; i++) to[i - first] = (to[i - first] - z) * s;
+    }
+}
+
+/* ---- the product of several rows: strips of w are decoded once and meet all of x ---- */
+
+#if defined(__AVX512F__)
+enum { LANES = 16, MOST_ROWS = 6 };
+#elif defined(__AVX__)
+enum { LANES = 8, MOST_ROWS = 2 };
+#else
+enum { LANES = 4, MOST_ROWS = 6 };
+#endif
+typedef float Lanes __attribute__((vector_size(4 * LANES)));
+enum { STRIP = 512, HIGH = 4 }; /* columns and rows of w at a time */
+
+static inline float sum_of(Lanes lanes)
+{
+    float sum[LANES];
+    memcpy(sum, &lanes, sizeof sum);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) sum[i] += sum[i + half];
+    return sum[0];
+}
+
+/* sums[rows][HIGH] += w[HIGH, n] x[rows, n]^T, lane by lane. */
+static inline __attribute__((always_inline)) void multiply(
+    int rows, const float *w, const float *x, int64_t stride, int64_t n, Lanes *sums)
+{
+    Lanes sum[MOST_ROWS][HIGH];
+    for (int r = 0; r < rows; r++)
+        for (int h = 0; h < HIGH; h++) sum[r][h] = sums[r * HIGH + h];
+    for (int64_t i = 0; i < n; i += LANES) {
+        Lanes each[HIGH];
+        for (int h = 0; h < HIGH; h++) each[h] = *(const Lanes *)(w + h * STRIP + i);
+        for (int r = 0; r < rows; r++) {
+            Lanes of_x = *(const Lanes *)(x + r * stride + i);
+            for (int h = 0; h < HIGH; h++) sum[r][h] += each[h] * of_x;
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int h = 0; h < HIGH; h++) sums[r * HIGH + h] = sum[r][h];
+}
+
+typedef struct {
+    const Matrix *m;
+    const float *x; /* [R, stride], as the kernel wants it, zeros after I */
+    const int8_t *x_codes;
+    const float *x_scales;
+    const int32_t *x_totals;
+    void *y;
+    int y_type;
+    int64_t R, stride, rows_of_part;
+    atomic_int *failed;
+} Job;
+
+static void put(const Job *job, int64_t r, int64_t o, float value)
+{
+    if (job->y_type == FLOAT32) ((float *)job->y)[r * job->m->O + o] = value;
+    else ((uint16_t *)job->y)[r * job->m->O + o] = to_bfloat16(value);
+}
+
+static float *scratch_for_scales(const Job *job, int high, size_t more, float **zero)
+{
+    size_t size = (size_t)up_to(job->m->G + 16, 16);
+    float *memory = scratch_of(1, 2 * size * 4 * (size_t)high + more);
+    if (!memory) {
+        atomic_store(job->failed, ERROR_MEMORY);
+        return NULL;
+    }
+    *zero = job->m->zero ? memory + size : NULL;
+    return memory;
+}
+
+static void several_rows(const void *argument, int64_t part)
+{
+    const Job *job = argument;
+    const Matrix *m = job->m;
+    int64_t R = job->R, size = up_to(m->G + 16, 16);
+    float *zero, *scale;
+    size_t strip = HIGH * STRIP * 4, sums_size = (size_t)R * HIGH * sizeof(Lanes);
+    if (!(scale = scratch_for_scales(job, HIGH, strip + sums_size, &zero))) return;
+    float *w = scale + 2 * size * HIGH;
+    Lanes *sums = (Lanes *)(w + HIGH * STRIP);
+    int64_t end = (part + 1) * job->rows_of_part < m->O ? (part + 1) * job->rows_of_part : m->O;
+    for (int64_t o = part * job->rows_of_part; o < end; o += HIGH) {
+        int high = (int)(end - o < HIGH ? end - o : HIGH);
+        for (int h = 0; h < high; h++) row_scales(m, o + h, scale + 2 * size * h, zero ? zero + 2 * size * h : NULL);
+        memset(sums, 0, sums_size);
+        if (high < HIGH) memset(w, 0, strip);
+        for (int64_t first = 0; first < m->I; first += STRIP) {
+            int64_t n = m->I - first < STRIP ? m->I - first : STRIP, whole = up_to(n, 16);
+            for (int h = 0; h < high; h++) {
+                float *row = w + h * STRIP;
+                decode(m, o + h, first, n, scale + 2 * size * h, zero ? zero + 2 * size * h : NULL, row);
+                for (int64_t i = n; i < whole; i++) row[i] = 0;
+            }
+            for (int64_t r = 0; r < R;) {
+                const float *x = job->x + r * job->stride + first;
+                int64_t left = R - r;
+#define WITH(rows) \
+    if (rows <= MOST_ROWS && (left == rows || (left > rows && rows == MOST_ROWS))) { \
+        multiply(rows <= MOST_ROWS ? rows : 1, w, x, job->stride, whole, sums + r * HIGH); \
+        r += rows; \
+        continue; \
+    }
+                WITH(6) WITH(5) WITH(4) WITH(3) WITH(2) WITH(1)
+#undef WITH
+            }
+        }
+        for (int64_t r = 0; r < R; r++)
+            for (int h = 0; h < high; h++) put(job, r, o + h, sum_of(sums[r * HIGH + h]));
+    }
+}
+
+/* ---- the product by AVX-512: codes become floats in registers, which meet some rows of x there ---- */
+
+#ifdef WIDE
+
+enum { AHEAD = 3072 }; /* bytes: what is read ahead, over the borders of pages */
+enum { GROUPS_OF_BLOCKS, GROUPS_IN_A_BLOCK }; /* a scale is of whole blocks of columns, or a block has several */
+enum { TOGETHER = 8, IN_CACHE = 6144 };       /* rows of w that meet floats of x while these are in the first cache */
+
+static inline int grouping(const Matrix *m, int64_t columns) /* of blocks of so many; -1: none that is known here */
+{
+    if (m->G == 1 || m->wide % columns == 0) return GROUPS_OF_BLOCKS;
+    return columns % m->wide == 0 && m->wide >= 16 ? GROUPS_IN_A_BLOCK : -1;
+}
+
+static inline __m512i lane_groups(int64_t wide, int64_t columns_of_lane)
+{
+    int32_t index[16];
+    for (int k = 0; k < 16; k++) index[k] = (int32_t)(k * columns_of_lane / wide);
+    return _mm512_loadu_si512(index);
+}
+
+/* Columns of x as 4-bit codes meet them: of 128, [s][k] is column 8k + s. */
+static void order_for_nibbles(float *x, int64_t stride)
+{
+    for (int64_t b = 0; b < stride; b += 128) {
+        float before[128];
+        memcpy(before, x + b, sizeof before);
+        for (int s = 0; s < 8; s++)
+            for (int k = 0; k < 16; k++) x[b + s * 16 + k] = before[8 * k + s];
+    }
+}
+
+typedef struct {
+    const uint8_t *codes; /* of the strip's first column, a multiple of 128 */
+    int64_t bytes, first, columns;
+    const float *x, *scale, *zero;
+    int64_t stride;
+} Strip;
+
+static inline __attribute__((always_inline)) void nibbles_by(
+    int rows, int grouped, const Matrix *m, Strip at, __m512i index, int64_t ahead, __m512 *totals)
+{
+    __m512 values = _mm512_loadu_ps(m->kind == INT4 ? INT4_VALUES : NF4_VALUES), table = values, z = values, total[8];
+    for (int r = 0; r < rows; r++) total[r] = totals[r];
+    int64_t of_group = m->G == 1 ? INT64_MAX : m->wide / 128, left = 0;
+    if (grouped == GROUPS_IN_A_BLOCK) {
+        at.scale += at.first / m->wide;
+        if (at.zero) at.zero += at.first / m->wide;
+    } else if (m->G > 1) {
+        at.scale += at.first / m->wide;
+        if (at.zero) at.zero += at.first / m->wide;
+        left = of_group - at.first / 128 % of_group;
+    } else
+        left = of_group;
+    if (grouped == GROUPS_OF_BLOCKS && at.zero) table = _mm512_sub_ps(values, _mm512_set1_ps(*at.zero));
+    for (int64_t b = 0; b < at.bytes; b += 64, at.x += 128) {
+        __mmask64 mask = at.bytes - b < 64 ? ((__mmask64)1 << (at.bytes - b)) - 1 : ~(__mmask64)0;
+        __m512i v = _mm512_maskz_loadu_epi8(mask, at.codes + b);
+        _mm_prefetch((const char *)at.codes + b + ahead, _MM_HINT_T0);
+        __m512 s, t[8], t2 = _mm512_setzero_ps();
+        if (grouped == GROUPS_IN_A_BLOCK) {
+            s = _mm512_permutexvar_ps(index, _mm512_loadu_ps(at.scale));
+            at.scale += 128 / m->wide;
+            if (at.zero) {
+                z = _mm512_permutexvar_ps(index, _mm512_loadu_ps(at.zero));
+                at.zero += 128 / m->wide;
+            }
+        } else
+            s = _mm512_set1_ps(*at.scale);
+        for (int r = 0; r < rows; r++) t[r] = _mm512_setzero_ps();
+#define STEP(n) { \
+            __m512 w = _mm512_permutexvar_ps(n ? _mm512_srli_epi32(v, 4 * n) : v, table); \
+            if (grouped == GROUPS_IN_A_BLOCK && at.zero) w = _mm512_sub_ps(w, z); \
+            if (rows == 1 && n % 2) \
+                t2 = _mm512_fmadd_ps(w, _mm512_load_ps(at.x + 16 * n), t2); \
+            else \
+                for (int r = 0; r < rows; r++) \
+                    t[r] = _mm512_fmadd_ps(w, _mm512_load_ps(at.x + r * at.stride + 16 * n), t[r]); \
+        }
+        STEP(0) STEP(1) STEP(2) STEP(3) STEP(4) STEP(5) STEP(6) STEP(7)
+#undef STEP
+        if (rows == 1) t[0] = _mm512_add_ps(t[0], t2);
+        for (int r = 0; r < rows; r++) total[r] = _mm512_fmadd_ps(t[r], s, total[r]);
+        if (grouped == GROUPS_OF_BLOCKS && --left == 0) {
+            left = of_group;
+            at.scale++;
+            if (at.zero) table = _mm512_sub_ps(values, _mm512_set1_ps(*++at.zero));
+        }
+    }
+    for (int r = 0; r < rows; r++) totals[r] = total[r];
+}
+
+/* Groups of multiples of 16 columns, or one. Those of fp8 are 256 times too small. */
+static inline __attribute__((always_inline)) void bytes_by(
+    int rows, int grouped, int kind, const Matrix *m, Strip at, int64_t ahead, __m512 *totals, __m512 *none)
+{
+    __m512 total[8], same = _mm512_setzero_ps();
+    for (int r = 0; r < rows; r++) total[r] = totals[r];
+    int64_t i = 0, group = m->G == 1 ? 0 : at.first / m->wide;
+    if (grouped == GROUPS_IN_A_BLOCK && (m->wide == 16 || m->wide == 32)) {
+        int half = m->wide == 32; /* two vectors have one scale, or each its own */
+        for (; i + 64 <= at.columns; i += 64, group += 4 >> half) {
+            _mm_prefetch((const char *)at.codes + i + ahead, _MM_HINT_T0);
+            __m512 t2 = same;
+            for (int k = 0; k < 4; k++) {
+                __m512 w = sixteen(kind, at.codes, i + 16 * k, 0xffff, same);
+                if (at.zero) w = _mm512_sub_ps(w, _mm512_set1_ps(at.zero[group + (k >> half)]));
+                if (kind == FP8) w = _mm512_mul_ps(w, _mm512_set1_ps(1 / 256.0f));
+                w = _mm512_mul_ps(w, _mm512_set1_ps(at.scale[group + (k >> half)]));
+                const float *x = at.x + i + 16 * k;
+                if (rows == 1 && k % 2) t2 = _mm512_fmadd_ps(w, _mm512_load_ps(x), t2);
+                else
+                    for (int r = 0; r < rows; r++)
+                        total[r] = _mm512_fmadd_ps(w, _mm512_load_ps(x + r * at.stride), total[r]);
+            }
+            if (rows == 1) total[0] = _mm512_add_ps(total[0], t2);
+        }
+    }
+    for (; i < at.columns; group++) {
+        int64_t stop = m->G == 1 ? at.columns : (group + 1) * m->wide - at.first;
+        if (stop > at.columns) stop = at.columns;
+        __m512 s = _mm512_set1_ps(at.scale[group]), z = _mm512_set1_ps(at.zero ? at.zero[group] : 0), t[8], t2 = same;
+        if (kind == FP8) z = _mm512_mul_ps(z, _mm512_set1_ps(1 / 256.0f));
+        if (grouped == GROUPS_OF_BLOCKS)
+            for (int r = 0; r < rows; r++) t[r] = same;
+        while (i < stop) {
+            __m512 w[4];
+            int parts = 4;
+            if (stop - i >= 64 && grouped == GROUPS_OF_BLOCKS) {
+                _mm_prefetch((const char *)at.codes + i + ahead, _MM_HINT_T0);
+                if (kind == INT8) {
+                    for (int k = 0; k < 4; k++) w[k] = sixteen(INT8, at.codes, i + 16 * k, 0xffff, same);
+                } else {
+                    __m256i a = _mm256_loadu_si256((const void *)(at.codes + i));
+                    __m256i b = _mm256_loadu_si256((const void *)(at.codes + i + 32));
+                    __m512i low = fp8_halves(a), high = fp8_halves(b);
+                    if (__builtin_expect(fp8_has_none(a) | fp8_has_none(b), 0)) *none = _mm512_set1_ps(NAN);
+                    w[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(low));
+                    w[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(low, 1));
+                    w[2] = _mm512_cvtph_ps(_mm512_castsi512_si256(high));
+                    w[3] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(high, 1));
+                }
+                if (at.zero)
+                    for (int k = 0; k < 4; k++) w[k] = _mm512_sub_ps(w[k], z);
+                for (int k = 0; k < 4; k++) {
+                    const float *x = at.x + i + 16 * k;
+                    if (rows == 1 && k % 2) t2 = _mm512_fmadd_ps(w[k], _mm512_load_ps(x), t2);
+                    else
+                        for (int r = 0; r < rows; r++)
+                            t[r] = _mm512_fmadd_ps(w[k], _mm512_load_ps(x + r * at.stride), t[r]);
+                }
+                i += 64;
+                continue;
+            }
+            parts = (int)(stop - i < 16 ? stop - i : 16);
+            if (i % 64 == 0) _mm_prefetch((const char *)at.codes + i + ahead, _MM_HINT_T0);
+            w[0] = sixteen(kind, at.codes, i, (__mmask16)((1u << parts) - 1), same);
+            if (kind == FP8) w[0] = _mm512_mul_ps(w[0], _mm512_set1_ps(1 / 256.0f));
+            if (at.zero) w[0] = _mm512_sub_ps(w[0], z);
+            if (grouped == GROUPS_IN_A_BLOCK) w[0] = _mm512_mul_ps(w[0], s);
+            for (int r = 0; r < rows; r++) { /* x has zeros after its end */
+                __m512 *to = grouped == GROUPS_IN_A_BLOCK ? &total[r] : &t[r];
+                *to = _mm512_fmadd_ps(w[0], _mm512_load_ps(at.x + r * at.stride + i), *to);
+            }
+            i += parts;
+        }
+        if (grouped == GROUPS_OF_BLOCKS) {
+            if (rows == 1) t[0] = _mm512_add_ps(t[0], t2);
+            for (int r = 0; r < rows; r++) total[r] = _mm512_fmadd_ps(t[r], s, total[r]);
+        }
+    }
+    for (int r = 0; r < rows; r++) totals[r] = total[r];
+}
+
+/* One function for each kind, grouping and number of rows, for the compiler knows more of it then. */
+#define BY(rows, grouped) \
+    static __attribute__((noinline)) void nibbles_##rows##grouped( \
+        const Matrix *m, const Strip *at, __m512i index, int64_t ahead, __m512 *totals, __m512 *none) \
+    { \
+        (void)none; \
+        nibbles_by(rows, grouped, m, *at, index, ahead, totals); \
+    } \
+    static __attribute__((noinline)) void int8_##rows##grouped( \
+        const Matrix *m, const Strip *at, __m512i index, int64_t ahead, __m512 *totals, __m512 *none) \
+    { \
+        (void)index; \
+        bytes_by(rows, grouped, INT8, m, *at, ahead, totals, none); \
+    } \
+    static __attribute__((noinline)) void fp8_##rows##grouped( \
+        const Matrix *m, const Strip *at, __m512i index, int64_t ahead, __m512 *totals, __m512 *none) \
+    { \
+        (void)index; \
+        bytes_by(rows, grouped, FP8, m, *at, ahead, totals, none); \
+    }
+#define BOTH(rows) BY(rows, GROUPS_OF_BLOCKS) BY(rows, GROUPS_IN_A_BLOCK)
+BOTH(1) BOTH(2) BOTH(3) BOTH(4) BOTH(6) BOTH(8)
+#undef BOTH
+#undef BY
+typedef void (*Kernel)(const Matrix *, const Strip *, __m512i, int64_t, __m512 *, __m512 *);
+
+static Kernel kernel_of(int kind, int rows, int grouped)
+{
+#define ROW(n) \
+    if (rows == n && grouped == GROUPS_OF_BLOCKS) \
+        return kind == INT8  ? int8_##n##GROUPS_OF_BLOCKS \
+               : kind == FP8 ? fp8_##n##GROUPS_OF_BLOCKS \
+                             : nibbles_##n##GROUPS_OF_BLOCKS; \
+    if (rows == n) \
+        return kind == INT8  ? int8_##n##GROUPS_IN_A_BLOCK \
+               : kind == FP8 ? fp8_##n##GROUPS_IN_A_BLOCK \
+                             : nibbles_##n##GROUPS_IN_A_BLOCK;
+    ROW(1) ROW(2) ROW(3) ROW(4) ROW(6) ROW(8)
+#undef ROW
+    return NULL;
+}
+
+static void rows_in_registers(const void *argument, int64_t part)
+{
+    const Job *job = argument;
+    const Matrix *m = job->m;
+    int64_t size = up_to(m->G + 16, 16);
+    float *zero, *scale;
+    if (!(scale = scratch_for_scales(job, TOGETHER, 0, &zero))) return;
+    int is_bytes = m->kind == INT8 || m->kind == FP8, grouped = grouping(m, is_bytes ? 64 : 128);
+    if (is_bytes && grouped < 0) grouped = GROUPS_IN_A_BLOCK;
+    __m512i index = grouped == GROUPS_IN_A_BLOCK && !is_bytes ? lane_groups(m->wide, 8) : _mm512_setzero_si512();
+    int64_t end = (part + 1) * job->rows_of_part < m->O ? (part + 1) * job->rows_of_part : m->O;
+    for (int64_t o = part * job->rows_of_part; o < end; o += TOGETHER) {
+        int high = (int)(end - o < TOGETHER ? end - o : TOGETHER);
+        for (int h = 0; h < high; h++) row_scales(m, o + h, scale + 2 * size * h, zero ? zero + 2 * size * h : NULL);
+        for (int64_t r = 0; r < job->R;) {
+            int64_t left = job->R - r;
+            int rows = left >= 8 ? 8 : left == 7 ? 4 : left == 5 ? 3 : (int)left;
+            int64_t width = IN_CACHE / rows / 128 * 128;
+            if (rows == 1 || width > m->I) width = job->stride;
+            Kernel kernel = kernel_of(m->kind, rows, grouped);
+            __m512 totals[TOGETHER][8], none[TOGETHER];
+            for (int h = 0; h < high; h++) {
+                none[h] = _mm512_setzero_ps();
+                for (int k = 0; k < rows; k++) totals[h][k] = _mm512_setzero_ps();
+            }
+            int64_t ahead = width < m->I ? TOGETHER * m->row_bytes : AHEAD;
+            for (int64_t first = 0; first < m->I; first += width) {
+                int64_t columns = m->I - first < width ? m->I - first : width;
+                Strip at = {NULL, is_bytes ? columns : (columns + 1) / 2, first, columns,
+                            job->x + r * job->stride + first, NULL, NULL, job->stride};
+                for (int h = 0; h < high; h++) {
+                    at.codes = m->codes + (o + h) * m->row_bytes + (is_bytes ? first : first / 2);
+                    at.scale = scale + 2 * size * h;
+                    at.zero = zero ? zero + 2 * size * h : NULL;
+                    kernel(m, &at, index, ahead, totals[h], &none[h]);
+                }
+            }
+            for (int h = 0; h < high; h++)
+                for (int k = 0; k < rows; k++) {
+                    float y = _mm512_reduce_add_ps(totals[h][k]);
+                    put(job, r + k, o + h, m->kind == FP8 ? y * 256 + _mm512_cvtss_f32(none[h]) : y);
+                }
+            r += rows;
+        }
+    }
+}
+
+#endif
+
+/* ---- activations rounded to int8, in blocks of 128 columns ---- */
+
+enum { ROUNDED = 128 };
+
+/* x as codes * scale: scale = max|x| / 127, halves to even; a block that is 0, or nearly, has scale 0. Codes [I] stand
+   with zeros up to whole blocks. A block that holds what is no finite number has a scale that is none. */
+static void round_row(const float *x, int64_t I, int8_t *codes, float *scales)
+{
+    for (int64_t first = 0; first < I; first += ROUNDED) {
+        int64_t n = I - first < ROUNDED ? I - first : ROUNDED;
+        const float *from = x + first;
+        int8_t *to = codes + first;
+        uint32_t most = 0;
+        for (int64_t i = 0; i < n; i++) {
+            uint32_t size = bits_of(from[i]) & 0x7fffffff;
+            most = size > most ? size : most;
+        }
+        float scale = of_bits(most) / 127.0f;
+        memset(to, 0, ROUNDED);
+        if (most >= 0x7f800000) scale = NAN;
+        else if (scale < FLT_MIN) scale = 0;
+        else
+            for (int64_t i = 0; i < n; i++) to[i] = (int8_t)(int)rintf(from[i] / scale);
+        scales[first / ROUNDED] = scale;
+    }
+}
+
+static void rounded_rows_plain(const void *argument, int64_t part)
+{
+    const Job *job = argument;
+    const Matrix *m = job->m;
+    float *zero, *scale;
+    if (!(scale = scratch_for_scales(job, 1, (size_t)job->stride, &zero))) return;
+    int8_t *w = (int8_t *)(scale + 2 * up_to(m->G + 16, 16));
+    int64_t end = (part + 1) * job->rows_of_part < m->O ? (part + 1) * job->rows_of_part : m->O;
+    for (int64_t o = part * job->rows_of_part; o < end; o++) {
+        const uint8_t *codes = m->codes + o * m->row_bytes;
+        row_scales(m, o, scale, zero);
+        if (m->kind == INT8) memcpy(w, codes, (size_t)m->I);
+        else
+            for (int64_t i = 0; i < m->row_bytes; i++) {
+                w[2 * i] = (int8_t)((codes[i] & 15) - 8);
+                w[2 * i + 1] = (int8_t)((codes[i] >> 4) - 8);
+            }
+        for (int64_t r = 0; r < job->R; r++) {
+            const int8_t *x = job->x_codes + r * job->stride;
+            const float *x_scale = job->x_scales + r * (job->stride / ROUNDED);
+            float total = 0;
+            for (int64_t i = 0; i < m->I;) {
+                int64_t group = i / m->wide, block = i / ROUNDED;
+                int64_t stop = (group + 1) * m->wide < m->I ? (group + 1) * m->wide : m->I;
+                if (stop > (block + 1) * ROUNDED) stop = (block + 1) * ROUNDED;
+                int32_t sum = 0, x_sum = 0;
+                for (int64_t k = i; k < stop; k++) sum += (int16_t)w[k] * (int16_t)x[k];
+                if (zero) {
+                    for (int64_t k = i; k < stop; k++) x_sum += x[k];
+                    sum -= (int32_t)zero[group] * x_sum;
+                }
+                total += (float)sum * (scale[group] * x_scale[block]);
+                i = stop;
+            }
+            put(job, r, o, total);
+        }
+    }
+}
+
+#if defined(WIDE) && defined(__AVX512VNNI__)
+#define VNNI 1
+
+/* Codes as the kernel meets them: of 128, for nibbles evens and then odds. The totals [blocks, lanes] are of the
+   columns of each lane: 8 of 128 for nibbles, 4 of each 64 for bytes. */
+static void order_for_lanes(int kind, int8_t *codes, int64_t stride, int32_t *totals)
+{
+    for (int64_t b = 0; b < stride; b += ROUNDED) {
+        int8_t before[ROUNDED];
+        memcpy(before, codes + b, ROUNDED);
+        if (kind == INT4) {
+            for (int i = 0; i < 64; i++) codes[b + i] = before[2 * i], codes[b + 64 + i] = before[2 * i + 1];
+            for (int k = 0; k < 16; k++) {
+                int32_t sum = 0;
+                for (int i = 0; i < 8; i++) sum += before[8 * k + i];
+                totals[b / 8 + k] = sum;
+            }
+        } else
+            for (int k = 0; k < 32; k++) {
+                int32_t sum = 0;
+                for (int i = 0; i < 4; i++) sum += before[4 * k + i];
+                totals[b / 4 + k] = sum;
+            }
+    }
+}
+
+static inline __m512i some_bytes(const uint8_t *from, int64_t count)
+{
+    if (count >= 64) return _mm512_loadu_si512(from);
+    return _mm512_maskz_loadu_epi8(count <= 0 ? 0 : ((__mmask64)1 << count) - 1, from);
+}
+
+static inline __attribute__((always_inline)) void rounded_dots(
+    const Job *job, int kind, int rows, int64_t r, const uint8_t *codes, const float *scale, const float *zero,
+    int grouped, __m512i index, float *y)
+{
+    const Matrix *m = job->m;
+    int bias = kind == INT4 ? 8 : 128;
+    int64_t columns = kind == INT4 ? 128 : 64, chunks = up_to(m->I, columns) / columns;
+    int64_t of_group = m->G == 1 ? INT64_MAX : m->wide / columns, left = of_group;
+    int64_t per_chunk = grouped == GROUPS_IN_A_BLOCK ? columns / m->wide : 0, rounded = job->stride / ROUNDED;
+    __m512 total[8];
+    for (int k = 0; k < rows; k++) total[k] = _mm512_setzero_ps();
+    for (int64_t c = 0; c < chunks; c++) {
+        __m512i v = some_bytes(codes + 64 * c, m->row_bytes - 64 * c), low, high = v;
+        _mm_prefetch((const char *)codes + 64 * c + AHEAD, _MM_HINT_T0);
+        if (kind == INT4) {
+            low = _mm512_and_si512(v, _mm512_set1_epi8(15));
+            high = _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15));
+        } else
+            low = _mm512_xor_si512(v, _mm512_set1_epi8((char)0x80)); /* where x ends its codes are 0 */
+        __m512 s, z = _mm512_setzero_ps();
+        if (grouped == GROUPS_IN_A_BLOCK) {
+            s = _mm512_permutexvar_ps(index, _mm512_loadu_ps(scale));
+            if (zero) z = _mm512_permutexvar_ps(index, _mm512_loadu_ps(zero));
+            scale += per_chunk;
+            if (zero) zero += per_chunk;
+        } else {
+            s = _mm512_set1_ps(*scale);
+            if (zero) z = _mm512_set1_ps(*zero);
+            if (grouped == GROUPS_OF_BLOCKS && --left == 0) {
+                left = of_group;
+                scale++;
+                if (zero) zero++;
+            }
+        }
+        z = _mm512_add_ps(z, _mm512_set1_ps((float)bias));
+        for (int k = 0; k < rows; k++) {
+            const int8_t *x = job->x_codes + (r + k) * job->stride + c * columns;
+            __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), low, _mm512_load_si512(x));
+            if (kind == INT4) sum = _mm512_dpbusd_epi32(sum, high, _mm512_load_si512(x + 64));
+            /* whole numbers below 2^24: exact */
+            const int32_t *totals = job->x_totals + (r + k) * (job->stride / (columns / 16)) + c * 16;
+            __m512 of_x = _mm512_cvtepi32_ps(_mm512_load_si512(totals));
+            __m512 dot = _mm512_fnmadd_ps(z, of_x, _mm512_cvtepi32_ps(sum));
+            __m512 both = _mm512_mul_ps(s, _mm512_set1_ps(job->x_scales[(r + k) * rounded + c * columns / ROUNDED]));
+            total[k] = _mm512_fmadd_ps(dot, both, total[k]);
+        }
+    }
+    for (int k = 0; k < rows; k++) y[k] = _mm512_reduce_add_ps(total[k]);
+}
+
+static inline __attribute__((always_inline)) void rounded_rows_of(const Job *job, int kind, int64_t part)
+{
+    const Matrix *m = job->m;
+    float *zero, *scale, y[8];
+    if (!(scale = scratch_for_scales(job, 1, 0, &zero))) return;
+    int grouped = grouping(m, kind == INT4 ? 128 : 64);
+    __m512i index = grouped == GROUPS_IN_A_BLOCK ? lane_groups(m->wide, kind == INT4 ? 8 : 4) : _mm512_setzero_si512();
+    int64_t end = (part + 1) * job->rows_of_part < m->O ? (part + 1) * job->rows_of_part : m->O;
+    for (int64_t o = part * job->rows_of_part; o < end; o++) {
+        const uint8_t *codes = m->codes + o * m->row_bytes;
+        if (o == part * job->rows_of_part || o % m->high == 0) row_scales(m, o, scale, zero);
+        for (int64_t r = 0; r < job->R;) {
+            int64_t left = job->R - r;
+            int rows = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+#define WITH(n) if (rows == n) rounded_dots(job, kind, n, r, codes, scale, zero, grouped, index, y)
+            WITH(8); WITH(4); WITH(2); WITH(1);
+#undef WITH
+            for (int k = 0; k < rows; k++) put(job, r + k, o, y[k]);
+            r += rows;
+        }
+    }
+}
+
+static void rounded_rows(const void *argument, int64_t part)
+{
+    const Job *job = argument;
+    if (job->m->kind == INT8) rounded_rows_of(job, INT8, part);
+    else rounded_rows_of(job, INT4, part);
+}
+
+#endif
+
+/* ---- what is called ---- */
+
+static int described(
+    Matrix *m, int kind, const void *codes, const void *scale, int scale_type, const int8_t *zero, int64_t O, int64_t I,
+    int64_t high, int64_t wide)
+{
+    if (kind < INT8 || kind > FP8 || scale_type < FLOAT32 || scale_type > FLOAT16) return ERROR_ARGUMENT;
+    if (O < 0 || I < 0 || high < 1 || wide < 1) return ERROR_ARGUMENT;
+    *m = (Matrix){kind, scale_type, codes, scale, zero, O, I, high, wide, (I + wide - 1) / wide, 0};
+    m->row_bytes = kind == INT8 || kind == FP8 ? I : (I + 1) / 2;
+    return 0;
+}
+
+/* Rows of w in a part: some parts for each thread, none smaller than is worth the way to it. */
+static int64_t part_size(const Matrix *m, int64_t R, int64_t *parts)
+{
+    int64_t least = 65536 / ((m->I ? m->I : 1) * R) + 1, size = m->O / 32 > least ? m->O / 32 : least;
+    size = up_to(size, 16);
+    *parts = (m->O + size - 1) / size;
+    return size;
+}
+
+/* y[R,O] = x[R,I] w^T. `rounded` is 0, or 1 where x is rounded to int8 in blocks of 128 columns (int8 and int4 only).
+   Types of x and y: float32 or bfloat16; of scales also float16. `threads` below 1: as many as there are processors. */
+int mistral_product(
+    int kind, const void *codes, const void *scale, int scale_type, const int8_t *zero, int64_t O, int64_t I,
+    int64_t high, int64_t wide, const void *x, int x_type, void *y, int y_type, int64_t R, int rounded, int threads)
+{
+    Matrix m;
+    if (described(&m, kind, codes, scale, scale_type, zero, O, I, high, wide)) return ERROR_ARGUMENT;
+    if (R < 0 || x_type < FLOAT32 || x_type > BFLOAT16 || y_type < FLOAT32 || y_type > BFLOAT16) return ERROR_ARGUMENT;
+    if (rounded && kind != INT8 && kind != INT4) return ERROR_ARGUMENT;
+    if (R == 0 || O == 0) return 0;
+    if (I == 0) {
+        memset(y, 0, (size_t)(R * O) * (y_type == FLOAT32 ? 4 : 2));
+        return 0;
+    }
+    atomic_int failed = 0;
+    int64_t stride = up_to(I, ROUNDED), parts, size = part_size(&m, R, &parts);
+    Job job = {.m = &m, .y = y, .y_type = y_type, .R = R, .stride = stride, .rows_of_part = size, .failed = &failed};
+    Part run = several_rows;
+    int64_t blocks = stride / ROUNDED;
+    /* floats of x; codes, scales and totals of rounded ones */
+    size_t floats = (size_t)(R * stride) * 4;
+    size_t codes_size = rounded ? (size_t)(R * stride) : 0, totals_size = rounded ? (size_t)(R * stride) : 0;
+    size_t scales_size = rounded ? (size_t)up_to(R * blocks, 16) * 4 : 0;
+    char *memory = scratch_of(0, floats + codes_size + totals_size + scales_size + 256);
+    if (!memory) return ERROR_MEMORY;
+    float *as_floats = (float *)memory;
+    for (int64_t r = 0; r < R; r++) {
+        to_float32((const char *)x + r * I * (x_type == FLOAT32 ? 4 : 2), x_type, I, as_floats + r * stride);
+        memset(as_floats + r * stride + I, 0, (size_t)(stride - I) * 4);
+    }
+    job.x = as_floats;
+    if (rounded) {
+        int8_t *x_codes = (int8_t *)(memory + floats);
+        int32_t *totals = (int32_t *)(x_codes + codes_size);
+        float *scales = (float *)((char *)totals + totals_size);
+        for (int64_t r = 0; r < R; r++) round_row(as_floats + r * stride, I, x_codes + r * stride, scales + r * blocks);
+        job.x_codes = x_codes, job.x_scales = scales, job.x_totals = totals;
+        run = rounded_rows_plain;
+#ifdef VNNI
+        if (grouping(&m, kind == INT4 ? 128 : 64) >= 0) {
+            for (int64_t r = 0; r < R; r++)
+                order_for_lanes(kind, x_codes + r * stride, stride, totals + r * stride / (kind == INT4 ? 8 : 4));
+            run = rounded_rows;
+        }
+#endif
+    }
+#ifdef WIDE
+    else if (kind == INT8 || kind == FP8) {
+        if (m.G == 1 || wide % 16 == 0) run = rows_in_registers;
+    } else if (grouping(&m, 128) >= 0) {
+        for (int64_t r = 0; r < R; r++) order_for_nibbles(as_floats + r * stride, stride);
+        run = rows_in_registers;
+    }
+#endif
+    run_parts(run, &job, parts, threads);
+    return atomic_load(&failed);
+}
+
+typedef struct {
+    const Matrix *m;
+    void *to;
+    int type;
+    int64_t rows_of_part;
+    atomic_int *failed;
+} Expansion;
+
+/* n floats of a strip into their place, past the caches where there is a way: they are read when all are there. */
+static void put_floats(float *to, const float *from, int64_t n)
+{
+    int64_t i = 0;
+#ifdef WIDE
+    for (; i < n && (uintptr_t)(to + i) % 64; i++) to[i] = from[i];
+    for (; i + 16 <= n; i += 16) _mm512_stream_ps(to + i, _mm512_loadu_ps(from + i));
+#endif
+    memcpy(to + i, from + i, (size_t)(n - i) * 4);
+}
+
+#ifdef WIDE
+static inline __m512i halves_rounded(__m512 x) /* the upper halves are bfloat16 */
+{
+    __m512i bits = _mm512_castps_si512(x), last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last);
+    __mmask16 none = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_mask_or_epi32(rounded, none, bits, _mm512_set1_epi32(0x400000));
+}
+
+static inline __m512i odd_halves(void)
+{
+    static const uint16_t odd[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                     33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    return _mm512_loadu_si512(odd);
+}
+#endif
+
+static void put_bfloat16(uint16_t *to, const float *from, int64_t n)
+{
+    int64_t i = 0;
+#ifdef WIDE
+    for (; i < n && (uintptr_t)(to + i) % 64; i++) to[i] = to_bfloat16(from[i]);
+    for (; i + 32 <= n; i += 32) {
+        __m512i low = halves_rounded(_mm512_loadu_ps(from + i)), high = halves_rounded(_mm512_loadu_ps(from + i + 16));
+        _mm512_stream_si512((void *)(to + i), _mm512_permutex2var_epi16(low, odd_halves(), high));
+    }
+#endif
+    for (; i < n; i++) to[i] = to_bfloat16(from[i]);
+}
+
+static void expand(const void *argument, int64_t part)
+{
+    const Expansion *job = argument;
+    const Matrix *m = job->m;
+    Job like = {.m = m, .failed = job->failed};
+    float *zero, *scale;
+    if (!(scale = scratch_for_scales(&like, 1, STRIP * 4, &zero))) return;
+    float *w = scale + 2 * up_to(m->G + 16, 16);
+    int64_t end = (part + 1) * job->rows_of_part < m->O ? (part + 1) * job->rows_of_part : m->O;
+    for (int64_t o = part * job->rows_of_part; o < end; o++) {
+        row_scales(m, o, scale, zero);
+        for (int64_t first = 0; first < m->I; first += STRIP) {
+            int64_t n = m->I - first < STRIP ? m->I - first : STRIP, at = o * m->I + first;
+            decode(m, o, first, n, scale, zero, w);
+            if (job->type == FLOAT32) put_floats((float *)job->to + at, w, n);
+            else put_bfloat16((uint16_t *)job->to + at, w, n);
+        }
+    }
+#ifdef WIDE
+    _mm_sfence();
+#endif
+}
+
+/* w [O,I] as float32 or bfloat16, each number rounded once, or twice where it is a bfloat16. */
+int mistral_dequantised(
+    int kind, const void *codes, const void *scale, int scale_type, const int8_t *zero, int64_t O, int64_t I,
+    int64_t high, int64_t wide, void *to, int type, int threads)
+{
+    Matrix m;
+    if (described(&m, kind, codes, scale, scale_type, zero, O, I, high, wide)) return ERROR_ARGUMENT;
+    if (type != FLOAT32 && type != BFLOAT16) return ERROR_ARGUMENT;
+    if (O == 0 || I == 0) return 0;
+    atomic_int failed = 0;
+    int64_t parts, size = part_size(&m, 1, &parts);
+    Expansion job = {&m, to, type, size, &failed};
+    run_parts(expand, &job, parts, threads);
+    return atomic_load(&failed);
+}
+
+/* The sum of 64-bit words of memory, by all threads: how fast it can be read, for comparison. */
+typedef struct {
+    const uint64_t *words;
+    int64_t count;
+    atomic_ullong total;
+} Reading;
+
+static void read_part(const void *argument, int64_t part)
+{
+    Reading *job = (Reading *)argument;
+    int64_t first = part * 8192, end = first + 8192 < job->count ? first + 8192 : job->count;
+    uint64_t sum[8] = {0};
+    int64_t i = first;
+    for (; i + 8 <= end; i += 8)
+        for (int k = 0; k < 8; k++) sum[k] += job->words[i + k];
+    for (; i < end; i++) sum[0] += job->words[i];
+    for (int k = 1; k < 8; k++) sum[0] += sum[k];
+    atomic_fetch_add(&job->total, sum[0]);
+}
+
+uint64_t mistral_read(const void *words, int64_t count, int threads)
+{
+    Reading job = {words, count, 0};
+    run_parts(read_part, &job, (count + 8191) / 8192, threads);
+    return atomic_load(&job.total);
+}

@@ -1,0 +1,104 @@
+"""The kernels in C for few rows times a packed matrix, as functions of arrays."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxlib.version
+import numpy as np
+from jax import Array
+
+from mistral_core.errors import InputError, MissingExtraError
+from mistral_core.native import library
+
+_OWN = (jnp.float32, jnp.bfloat16)
+"""The dtypes of x that kernels take as they are."""
+
+
+@functools.cache
+def _registered() -> str:
+    """Make the kernels known to XLA; why they cannot be, empty where they are."""
+    flags = (f"-I{jax.ffi.include_dir()}", f'-DJAXLIB="{jaxlib.version.__version__}"')
+    code, reason = library.bound("xla.c", flags)
+    if not reason:
+        for name in ("product", "dequantised"):
+            handler = jax.ffi.pycapsule(getattr(code, f"mistral_xla_{name}"))
+            jax.ffi.register_ffi_target(f"mistral_{name}", handler, platform="cpu")
+    return reason
+
+
+def available() -> bool:
+    """Whether there are kernels for arrays on a CPU; the first call compiles them."""
+    return not _registered()
+
+
+def why() -> str:
+    """Why there are no kernels, as a sentence; empty where there are."""
+    return _registered()
+
+
+def product(
+    x: Array,
+    codes: Array,
+    scale: Array,
+    zero: Array | None = None,
+    *,
+    kind: str,
+    shape: tuple[int, int],
+    block: tuple[int, int],
+    activations: str | None = None,
+) -> Array:
+    """x W^T over the last axis of x, accumulated in float32, in the dtype of x; it has no derivative.
+
+    The rest is a `PackedMatrix`'s. Raises InputError, and MissingExtraError where there are no kernels.
+    """
+    numbers = _checked(codes, scale, zero, kind, shape, block, activations)
+    if x.shape[-1:] != shape[1:]:
+        raise InputError(f"x must be [..., {shape[1]}], got {list(x.shape)}.")
+    as_given = x.dtype
+    if as_given not in _OWN:
+        x = x.astype(jnp.float32)
+    result = jax.ShapeDtypeStruct((*x.shape[:-1], shape[0]), x.dtype)
+    call = jax.ffi.ffi_call("mistral_product", result, vmap_method="sequential")
+    return call(x, codes, scale, *([] if zero is None else [zero]), numbers=numbers).astype(as_given)
+
+
+def dequantised(
+    codes: Array,
+    scale: Array,
+    zero: Array | None = None,
+    *,
+    kind: str,
+    shape: tuple[int, int],
+    block: tuple[int, int],
+    dtype: Any = None,
+) -> Array:
+    """The matrix [O, I] as float32, the default, or bfloat16.
+
+    Raises InputError, and MissingExtraError where there are no kernels.
+    """
+    numbers = _checked(codes, scale, zero, kind, shape, block, None)
+    dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
+    if dtype not in _OWN:
+        raise InputError(f"dtype must be float32 or bfloat16, got {dtype}.")
+    call = jax.ffi.ffi_call("mistral_dequantised", jax.ShapeDtypeStruct(shape, dtype), vmap_method="sequential")
+    return call(codes, scale, *([] if zero is None else [zero]), numbers=numbers)
+
+
+def _checked(
+    codes: Array,
+    scale: Array,
+    zero: Array | None,
+    kind: str,
+    shape: tuple[int, int],
+    block: tuple[int, int],
+    activations: str | None,
+) -> np.ndarray:
+    """What C is told of a matrix. Raises InputError unless its arrays are of their sizes."""
+    if reason := _registered():
+        raise MissingExtraError(f"kernels in C must be there, got none: {reason}")
+    shapes = (codes.shape, scale.shape, None if zero is None else zero.shape)
+    return np.array(library.numbers(kind, tuple(shape), tuple(block), activations, *shapes), np.int64)

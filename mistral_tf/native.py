@@ -1,0 +1,105 @@
+"""The kernels in C for few rows times a packed matrix, as functions of tensors."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import tensorflow as tf
+from tensorflow import Tensor
+
+from mistral_core.errors import InputError, MissingExtraError
+from mistral_core.native import library
+
+_OWN = (tf.float32, tf.bfloat16)
+"""The dtypes of x that kernels take as they are."""
+
+
+@functools.cache
+def _registered() -> tuple[Any, str]:
+    """TensorFlow's operations for the kernels, and why there are none: empty where there are."""
+    flags = (*tf.sysconfig.get_compile_flags(), *tf.sysconfig.get_link_flags(), f'-DTENSORFLOW="{tf.__version__}"')
+    flags = tuple(flag for flag in flags if not flag.startswith("--std="))
+    return library.bound("tf.c", flags, _loaded)
+
+
+def _loaded(path: str) -> Any:
+    try:
+        return tf.load_op_library(path)
+    except tf.errors.OpError as error:
+        raise RuntimeError(error.message) from error
+
+
+def available() -> bool:
+    """Whether there are kernels for tensors on a CPU; the first call compiles them."""
+    return not _registered()[1]
+
+
+def why() -> str:
+    """Why there are no kernels, as a sentence; empty where there are."""
+    return _registered()[1]
+
+
+def product(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    *,
+    kind: str,
+    shape: tuple[int, int],
+    block: tuple[int, int],
+    activations: str | None = None,
+) -> Tensor:
+    """x W^T over the last axis of x, accumulated in float32, in the dtype of x; it has no derivative.
+
+    The rest is a `PackedMatrix`'s. Not for what XLA compiles. Raises InputError, and MissingExtraError where there are
+    no kernels.
+    """
+    numbers = _checked(codes, scale, zero, kind, shape, block, activations)
+    if x.shape[-1] not in (None, shape[1]):
+        raise InputError(f"x must be [..., {shape[1]}], got {x.shape}.")
+    as_given = x.dtype
+    if as_given not in _OWN:
+        x = tf.cast(x, tf.float32)
+    zeros = [] if zero is None else [zero]
+    return tf.cast(_registered()[0].mistral_packed_product(x, codes, scale, zeros, numbers=numbers), as_given)
+
+
+def dequantised(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    *,
+    kind: str,
+    shape: tuple[int, int],
+    block: tuple[int, int],
+    dtype: Any = None,
+) -> Tensor:
+    """The matrix [O, I] as float32, the default, or bfloat16.
+
+    Raises InputError, and MissingExtraError where there are no kernels.
+    """
+    numbers = _checked(codes, scale, zero, kind, shape, block, None)
+    dtype = tf.as_dtype(tf.float32 if dtype is None else dtype)
+    if dtype not in _OWN:
+        raise InputError(f"dtype must be float32 or bfloat16, got {dtype.name}.")
+    zeros = [] if zero is None else [zero]
+    result = _registered()[0].mistral_dequantised(codes, scale, zeros, numbers=numbers, T=dtype)
+    return tf.ensure_shape(result, shape)
+
+
+def _checked(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    kind: str,
+    shape: tuple[int, int],
+    block: tuple[int, int],
+    activations: str | None,
+) -> list[int]:
+    """What C is told of a matrix. Raises InputError unless its tensors are of their sizes."""
+    if reason := _registered()[1]:
+        raise MissingExtraError(f"kernels in C must be there, got none: {reason}")
+    shapes = (tuple(codes.shape), tuple(scale.shape), None if zero is None else tuple(zero.shape))
+    return list(library.numbers(kind, tuple(shape), tuple(block), activations, *shapes))

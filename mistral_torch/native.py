@@ -1,0 +1,158 @@
+"""The kernels in C for few rows times a packed matrix, as functions of tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mistral_core.errors import InputError
+from mistral_core.native import library
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Types as C numbers them."""
+_OWN = (torch.float32, torch.bfloat16)
+"""The dtypes of x that kernels take as they are."""
+_OPERATIONS = torch.library.Library("mistral_native", "DEF")
+_MATRIX = "Tensor codes, Tensor scale, Tensor? zero, str kind, int rows, int columns, int high, int wide"
+
+
+def available() -> bool:
+    """Whether there are kernels for tensors on a CPU; the first call compiles them."""
+    return library.available()
+
+
+def why() -> str:
+    """Why there are no kernels, as a sentence; empty where there are."""
+    return library.why()
+
+
+def product(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    *,
+    kind: str,
+    shape: tuple[int, int],
+    block: tuple[int, int],
+    activations: str | None = None,
+) -> Tensor:
+    """x W^T over the last axis of x, accumulated in float32, in the dtype of x; it has no derivative.
+
+    The rest is a `PackedMatrix`'s. Raises InputError, and MissingExtraError where there are no kernels.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise InputError("x must need no gradient, for the kernels in C have none; call it under torch.no_grad().")
+    if x.shape[-1] != shape[1]:
+        raise InputError(f"x must be [..., {shape[1]}], got {list(x.shape)}.")
+    given = x if x.dtype in _OWN else x.float()
+    if torch.compiler.is_compiling():
+        y = torch.ops.mistral_native.product(given, codes, scale, zero, kind, *shape, *block, activations)
+    else:
+        y = _product(given, codes, scale, zero, kind, *shape, *block, activations)
+    return y if given is x else y.to(x.dtype)
+
+
+def dequantised(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    *,
+    kind: str,
+    shape: tuple[int, int],
+    block: tuple[int, int],
+    dtype: Any = None,
+) -> Tensor:
+    """The matrix [O, I] as float32, the default, or bfloat16.
+
+    Raises InputError, and MissingExtraError where there are no kernels.
+    """
+    dtype = torch.float32 if dtype is None else dtype
+    if dtype not in _OWN:
+        raise InputError(f"dtype must be float32 or bfloat16, got {dtype}.")
+    if torch.compiler.is_compiling():
+        return torch.ops.mistral_native.dequantised(codes, scale, zero, kind, *shape, *block, dtype)
+    return _dequantised(codes, scale, zero, kind, *shape, *block, dtype)
+
+
+def _product(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    kind: str,
+    rows: int,
+    columns: int,
+    high: int,
+    wide: int,
+    activations: str | None,
+) -> Tensor:
+    shapes = (codes.shape, scale.shape, None if zero is None else zero.shape)
+    number, *_, rounded = library.numbers(kind, (rows, columns), (high, wide), activations, *shapes)
+    codes, scale, zero = _whole(codes, scale, zero)
+    x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], rows))
+    one = _TYPES[x.dtype]
+    code = library.kernels().product(
+        number, codes.data_ptr(), scale.data_ptr(), _TYPES[scale.dtype], None if zero is None else zero.data_ptr(),
+        rows, columns, high, wide, x.data_ptr(), one, y.data_ptr(), one, x.numel() // max(columns, 1), rounded,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if code:
+        library.check(code)
+    return y
+
+
+def _dequantised(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    kind: str,
+    rows: int,
+    columns: int,
+    high: int,
+    wide: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    shapes = (codes.shape, scale.shape, None if zero is None else zero.shape)
+    number, *_ = library.numbers(kind, (rows, columns), (high, wide), None, *shapes)
+    codes, scale, zero = _whole(codes, scale, zero)
+    to = torch.empty((rows, columns), dtype=dtype)
+    code = library.kernels().dequantised(
+        number, codes.data_ptr(), scale.data_ptr(), _TYPES[scale.dtype], None if zero is None else zero.data_ptr(),
+        rows, columns, high, wide, to.data_ptr(), _TYPES[dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    if code:
+        library.check(code)
+    return to
+
+
+def _whole(codes: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Tensors of a CPU, as they lie in memory for C. Raises InputError for those of another device or type."""
+    if not codes.is_cpu or codes.element_size() != 1 or scale.dtype not in _TYPES:
+        found = f"{codes.dtype} on {codes.device} and {scale.dtype}"
+        raise InputError(f"codes must be bytes on the CPU and scale floats, got {found}.")
+    return codes.contiguous(), scale.contiguous(), None if zero is None else zero.contiguous()
+
+
+_OPERATIONS.define(f"product(Tensor x, {_MATRIX}, str? activations) -> Tensor")
+_OPERATIONS.define(f"dequantised({_MATRIX}, ScalarType dtype) -> Tensor")
+_OPERATIONS.impl("product", _product, "CPU")
+_OPERATIONS.impl("dequantised", _dequantised, "CPU")
+
+
+@torch.library.register_fake("mistral_native::product", lib=_OPERATIONS)
+def _product_shape(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, kind: str, rows: int, *_: Any
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+@torch.library.register_fake("mistral_native::dequantised", lib=_OPERATIONS)
+def _dequantised_shape(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, kind: str, rows: int, columns: int, high: int, wide: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return codes.new_empty((rows, columns), dtype=dtype)
