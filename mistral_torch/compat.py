@@ -5,6 +5,7 @@ transformers' Trainer and pipelines, accelerate, peft and trl know a model by th
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from mistral_core.compat.arguments import check_saving
 from mistral_core.compat.clients import SeenAs
 from mistral_core.errors import InputError, MissingTensorsError, UnsupportedFeatureError
 from mistral_core.parameters import parameters
+from mistral_core.quantization.matrix import PackedMatrix
 
 from .arrays import to_numpy
 from .attention import ALIASES, check_implementation
@@ -107,19 +109,21 @@ class AsTransformers(SeenAs):
         """
         check_saving(options)
         if is_main_process:
-            arrays = self.named_arrays() if state_dict is None else self._arrays_of(state_dict)
-            self._write(directory, arrays, max_shard_size, overwrite)
+            tensors = self.named_tensors() if state_dict is None else self._tensors_of(state_dict)
+            self._write(directory, tensors, max_shard_size, overwrite)
 
-    def _arrays_of(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, np.ndarray]]:
-        """What `named_arrays` yields, from a state dict; raises MissingTensorsError."""
-        names = [name for name, _ in parameters(self.config, self.architecture)]
+    def _tensors_of(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, np.ndarray | PackedMatrix]]:
+        """What `named_tensors` yields, floats from a state dict; raises MissingTensorsError."""
+        packed = dict(self.packed_parts())
+        names = [name for name, _ in parameters(self.config, self.architecture) if name not in packed]
         missing = [name for name in names if self._own_name(name) not in state]
         if missing:
             raise MissingTensorsError(
                 f"state_dict: {len(missing)} tensors are missing, {missing[0]!r} among them; give what "
                 "model.state_dict() returns, or leave it out."
             )
-        return ((name, to_numpy(state[self._own_name(name)])) for name in names)
+        floats = ((name, to_numpy(state[self._own_name(name)])) for name in names)
+        return itertools.chain(floats, ((name, part.matrix) for name, part in packed.items()))
 
     def get_decoder(self) -> nn.Module:
         """The MistralModel inside, or itself."""

@@ -46,7 +46,8 @@ class Engine:
     def __init__(self, model: MistralForCausalLM, compile: str) -> None:
         self.model, self.config = model, model.config
         on_cpu = model.device.type == "cpu"
-        self._frozen = compile == "max"
+        # of packed weights, freezing would make floats for good
+        self._frozen = compile == "max" and next(model.packed_parts(), None) is None
         self.fixed_caches = compile in ("on", "max") or (compile == "auto" and not on_cpu)
         self.fixed_prompts = self.fixed_caches and not self._frozen
         self._head = model.lm_head.weight.detach() if _is_plain(model) and _is_plain(model.lm_head) else None

@@ -5,11 +5,23 @@ A matrix is [out, in], as in every checkpoint.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mistral_core.quantization.matrix import KINDS
+
+from . import native
 from .arrays import without_autocast
+
+STREAMED_ROWS = 4
+"""The most rows for which a compiled product on a CPU reads its matrix in one pass."""
+ROUNDED_COLUMNS = 128
+"""Columns of x that share a scale where x is rounded."""
+PACKED_ROWS = 16
+"""The most rows that are multiplied from packed bytes in C; for more, floats are made of the matrix first."""
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -26,14 +38,121 @@ def converted(weight: Tensor) -> Tensor:
     return weight.float() if weight.device.type == "cpu" else weight
 
 
+class PackedWeight(NamedTuple):
+    """A matrix [O, I] of few bits: the fields of `mistral_core.quantization.matrix.PackedMatrix` as tensors."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    kind: str
+    shape: tuple[int, int]
+    block: tuple[int, int]
+    activations: str | None = None
+    """int8: what is multiplied is rounded to eight bits first; None: it is taken as it is."""
+
+
+def packed_product(x: Tensor, weight: PackedWeight, *, dtype: torch.dtype | None = None) -> Tensor:
+    """x W^T over the last axis of x from the packed bytes, accumulated in float32, in `dtype`: by default that of x.
+
+    Gradients are those of x alone; nothing is kept for them but the packed bytes.
+    """
+    dtype = x.dtype if dtype is None else dtype
+    with without_autocast(x):
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _PackedProduct.apply(x, weight, dtype)
+        return _packed_product(x, weight, dtype)
+
+
+_NF4 = KINDS["nf4"].values.tolist()
+
+
+def dequantised(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """The matrix [O, I] in torch's own operations, computed in float32 and rounded once."""
+    return (_numbers(weight) * _spread(weight.scale.float(), weight)).to(dtype)
+
+
+def _numbers(weight: PackedWeight) -> Tensor:
+    """What the codes mean, less what means 0: float32 [O, I]."""
+    if weight.kind == "int8":
+        numbers = weight.codes.float()
+    elif weight.kind == "fp8":
+        numbers = weight.codes.view(torch.float8_e4m3fn).float()
+    else:
+        codes = torch.stack([weight.codes & 15, weight.codes >> 4], dim=-1).reshape(weight.shape[0], -1)
+        codes = codes[:, : weight.shape[1]]
+        # arithmetic is faster than a look-up
+        numbers = codes.float() - 8 if weight.kind == "int4" else torch.tensor(_NF4, device=codes.device)[codes.int()]
+    return numbers if weight.zero is None else numbers - _spread(weight.zero.float(), weight)
+
+
+def _spread(values: Tensor, weight: PackedWeight) -> Tensor:
+    """The value of its block for every number."""
+    for axis, size in enumerate(weight.shape):
+        if values.shape[axis] > 1 or weight.block[axis] < size:
+            values = values.repeat_interleave(weight.block[axis], axis).narrow(axis, 0, size)
+    return values
+
+
+def _packed_product(x: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """The product as is fastest for these rows: from the packed bytes, or with the matrix as floats for a moment."""
+    in_c = x.device.type == "cpu" and not torch.compiler.is_exporting() and _has_kernels()
+    codes, scale, zero, kind, shape, block, activations = weight
+    if in_c and dtype != torch.float64 and _has_few_rows(x, PACKED_ROWS):
+        wide = x.float() if dtype == torch.float32 else x.to(dtype)
+        return native.product(wide, codes, scale, zero, kind=kind, shape=shape, block=block, activations=activations)
+    if activations is not None:
+        x = rounded(x)
+    if in_c and dtype in (torch.float32, torch.bfloat16):
+        floats = native.dequantised(codes, scale, zero, kind=kind, shape=shape, block=block, dtype=dtype)
+    else:
+        floats = dequantised(weight, dtype)
+    return F.linear(x.to(dtype), floats)
+
+
+def rounded(x: Tensor) -> Tensor:
+    """x rounded to eight bits in blocks of columns, as floats: the formula of `reference.quantized.rounded_rows`."""
+    codes = []
+    for part in x.float().split(ROUNDED_COLUMNS, dim=-1):
+        scale = part.abs().amax(-1, keepdim=True) / 127
+        seen = scale >= torch.finfo(torch.float32).tiny
+        codes.append(torch.where(seen, (part / torch.where(seen, scale, 1)).round() * scale, 0))
+    return torch.cat(codes, dim=-1).to(x.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _has_kernels() -> bool:
+    return native.available()
+
+
+class _PackedProduct(torch.autograd.Function):
+    """The product, whose gradient is the product with the matrix as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+        ctx.weight, ctx.dtype = weight, x.dtype
+        return _packed_product(x, weight, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        weight = dequantised(ctx.weight, gradient.dtype)
+        return (gradient @ weight).to(ctx.dtype), None, None
+
+
 def _is_streamed(x: Tensor) -> bool:
     """Whether a product reads its matrix in one pass: few rows, compiled on a CPU, nothing to differentiate."""
     compiled = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
     if not compiled or x.device.type != "cpu" or torch.is_grad_enabled():
         return False
+    return _has_few_rows(x, STREAMED_ROWS)
+
+
+def _has_few_rows(x: Tensor, most: int) -> bool:
+    """Whether x has at most so many rows, as far as is known where it is compiled: a dynamic number stays dynamic."""
+    if not torch.compiler.is_dynamo_compiling():
+        return x.numel() <= most * x.shape[-1]
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import, loaded when compiling
 
-    return statically_known_true(x.numel() <= 4 * x.shape[-1])  # a dynamic number of rows stays dynamic
+    return statically_known_true(x.numel() <= most * x.shape[-1])
 
 
 def _streamed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -19,6 +19,7 @@ from mistral_core.weights.mixin import Saved
 
 from .arrays import as_device, as_dtype, from_numpy, to_numpy
 from .compat import AsTransformers, any_parameter, execution_device, kept_parameter
+from .quantize import put, round_activations
 
 
 class PreTrainedModel(AsTransformers, Saved, nn.Module):
@@ -40,6 +41,7 @@ class PreTrainedModel(AsTransformers, Saved, nn.Module):
         dtype: Any = None,
         device: torch.device | str | int | Callable[[str], Any] | None = None,
         attn_implementation: str | None = None,
+        quantization: Any = None,
         seed: int = 0,
         verify: str = "sizes",
         **options: Any,
@@ -48,10 +50,14 @@ class PreTrainedModel(AsTransformers, Saved, nn.Module):
 
         `options` are hub arguments (revision, cache_dir, token, local_files_only), fields of the config to replace,
         and transformers' names of these arguments (torch_dtype, device_map, use_flash_attention_2). `device` may be a
-        function of a parameter's name. A head that the file lacks is initialised from `seed` with one warning. Raises
-        CheckpointError, ConfigError or HubError and their kind.
+        function of a parameter's name. `quantization` packs each matrix as it comes (`Quantization`, int8, int4, nf4,
+        a config of transformers); a packed checkpoint stays packed, or becomes floats with "dequantize". A head that
+        the file lacks is initialised from `seed` with one warning. Raises CheckpointError, ConfigError or HubError
+        and their kind.
         """
-        given = from_transformers(options, dtype=dtype, device=device, attn_implementation=attn_implementation)
+        given = from_transformers(
+            options, dtype=dtype, device=device, attn_implementation=attn_implementation, quantization=quantization
+        )
         dtype, place = given.pop("dtype"), placement(given.pop("device"), as_device)
         attn_implementation = given.pop("attn_implementation")
         loaded = loading.load_pretrained(
@@ -66,7 +72,12 @@ class PreTrainedModel(AsTransformers, Saved, nn.Module):
         with torch.device("meta"):
             model = cls(loaded.config, attn_implementation=attn_implementation)
         for weight in loaded.weights:
-            model.set_parameter(weight.name, weight.read(), device=place(weight.name))
+            matrix = weight.matrix()
+            if matrix is None:
+                model.set_parameter(weight.name, weight.read(), device=place(weight.name))
+            else:
+                put(model, weight.name, matrix, device=place(weight.name))
+        round_activations(model, loaded.activations)
         model.tie_weights()
         model.generation_config = loaded.generation_config
         model.name_or_path = str(path)
@@ -76,17 +87,21 @@ class PreTrainedModel(AsTransformers, Saved, nn.Module):
     def set_parameter(self, name: str, array: np.ndarray, *, device: torch.device | str | None = None) -> None:
         """Let the parameter of this canonical name hold an array.
 
-        It stays where it was, unless a device is given.
+        It stays where it was, unless a device is given. Raises UnsupportedFeatureError where it is packed.
         """
-        module_name, _, attribute = self._own_name(name).rpartition(".")
-        module = self.get_submodule(module_name)
+        self._refuse_floats(name)
+        module, attribute = self._module(name), name.rpartition(".")[2]
         old = getattr(module, attribute)
         if device is None and not old.is_meta:
             device = old.device
         setattr(module, attribute, nn.Parameter(from_numpy(array).to(device), requires_grad=old.requires_grad))
 
+    def _module(self, name: str) -> nn.Module:
+        return self.get_submodule(self._own_name(name).rpartition(".")[0])
+
     def _array(self, name: str) -> np.ndarray:
-        return to_numpy(kept_parameter(self, self._own_name(name)))
+        array = kept_parameter(self, self._own_name(name))
+        return to_numpy(array.to(self.dtype) if self._is_packed(name) else array)
 
     def _resize(self, name: str, rows: np.ndarray) -> None:
         self.set_parameter(name, rows)

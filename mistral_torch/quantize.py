@@ -1,0 +1,139 @@
+"""Matrices of few bits in a finished model: a guest of which layers.py and model.py know nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mistral_core.errors import UnsupportedFeatureError
+from mistral_core.parameters import LM_HEAD
+from mistral_core.quantization import request
+from mistral_core.quantization.matrix import KINDS, PackedMatrix
+from mistral_core.quantization.request import BitsAndBytesConfig as BitsAndBytesConfig
+from mistral_core.quantization.request import Quantization as Quantization
+
+from .arrays import from_numpy, to_numpy
+from .layers import Head
+from .products import PackedWeight, dequantised, packed_product
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class QuantizedLinear(nn.Linear):
+    """x W^T from a packed matrix [O, I]; in the dtype of x, or, in the place of a head, in float32."""
+
+    activations: str | None = None
+
+    def __init__(self, matrix: PackedMatrix, *, is_head: bool, device: torch.device | str | None = None) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = matrix.shape
+        self.bias = None
+        self.kind, self.block, self.is_head = matrix.kind, matrix.block, is_head
+        self.register_buffer("weight_packed", from_numpy(matrix.codes).to(device))
+        self.register_buffer("weight_scale", from_numpy(matrix.scale).to(device))
+        zero = None if matrix.zero is None else from_numpy(matrix.zero).to(device)
+        self.register_buffer("weight_zero_point", zero)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return packed_product(x, self.packed, dtype=torch.float32 if self.is_head else None)
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The matrix as the products take it."""
+        codes, scale, zero = self.weight_packed, self.weight_scale, self.weight_zero_point
+        return PackedWeight(codes, scale, zero, self.kind, self.shape, self.block, self.activations)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[O, I]."""
+        return self.out_features, self.in_features
+
+    @property
+    def matrix(self) -> PackedMatrix:
+        """The matrix in NumPy, bits kept."""
+        codes, scale = to_numpy(self.weight_packed), to_numpy(self.weight_scale)
+        zero = None if self.weight_zero_point is None else to_numpy(self.weight_zero_point)
+        return PackedMatrix(self.kind, codes, scale, zero, self.shape, self.block)
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix [O, I] of floats, made anew for each who asks; an assignment to it is refused."""
+        return dequantised(self.packed, torch.float32).as_subclass(_ReadOnly)
+
+    def extra_repr(self) -> str:
+        """What is printed of it."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.kind}, block={self.block}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        """torch's way to move and cast; scales move, and keep their dtype."""
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != scale.dtype:
+            self.weight_scale = scale.to(self.weight_packed.device)
+        return self
+
+
+class _ReadOnly(Tensor):
+    """The floats of a packed matrix: who writes into them, as adapters do when they merge, would write into nothing."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def data(self) -> Tensor:
+        """The same numbers; raises UnsupportedFeatureError when it is assigned to."""
+        return self.as_subclass(Tensor).detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise UnsupportedFeatureError(
+            "weight must stay as it is: it is packed, and what is merged into it would be lost; call "
+            "mistral_torch.dequantize(model) before merging an adapter, or keep the adapter beside it."
+        )
+
+
+def quantize(model: M, quantization: Any = "int8", **options: Any) -> M:
+    """Pack the matrices of a finished model where they are, one after another, and return it.
+
+    `quantization` is a scheme, a `Quantization`, or a config of transformers; `options` are the fields of
+    `Quantization`. What is packed already stays, and takes its activations as asked for. Raises ConfigError,
+    UnsupportedFeatureError, NonFiniteWeightsError.
+    """
+    asked = request.given(quantization, **options).resolved(model.config.value, model.architecture)
+    packed = dict(model.packed_parts())
+    for name in asked.matrices(model.config.value, model.architecture):
+        if name not in packed:
+            put(model, name, asked.quantise(name, model._array(name)))
+    return round_activations(model, asked.activations)
+
+
+def round_activations(model: M, activations: str | None) -> M:
+    """Let packed integers meet rows rounded to "int8", or, with None, rows as they are; returns the model."""
+    for _, part in model.packed_parts():
+        part.activations = activations if KINDS[part.kind].is_integer else None
+    return model
+
+
+def dequantize(model: M) -> M:
+    """Make floats of all packed matrices of a model, in its dtype, and return it."""
+    for name, part in list(model.packed_parts()):
+        plain = Head(1, 1, bias=False) if part.is_head else nn.Linear(1, 1, bias=False)
+        plain.out_features, plain.in_features = part.shape
+        plain.weight = nn.Parameter(dequantised(part.packed, model.dtype))
+        _replace(model, name, plain)
+    return model
+
+
+def put(model: nn.Module, name: str, matrix: PackedMatrix, *, device: torch.device | str | None = None) -> None:
+    """Let the tensor of this canonical name be a packed matrix; it stays where it was, unless a device is given."""
+    old = model._module(name).weight.device
+    device = old if device is None and old.type != "meta" else device
+    _replace(model, name, QuantizedLinear(matrix, is_head=name == LM_HEAD, device=device))
+
+
+def _replace(model: nn.Module, name: str, part: nn.Module) -> None:
+    parent, _, attribute = model._own_name(name).removesuffix(".weight").rpartition(".")
+    owner = model.get_submodule(parent)
+    setattr(owner, attribute, part.train(getattr(owner, attribute).training))
