@@ -29,7 +29,7 @@ def scan_layers(model: Model) -> Model:
     """Stack a model's layers, in place, and return it: [L, ...] arrays such as "model.layers.mlp.up_proj.weight".
 
     Takes one kind of parameter at a time, so memory holds the model and one of them. Raises UnsupportedFeatureError
-    for layers of different windows.
+    for layers of different windows, or packed in different ways.
     """
     body = model.base_model
     if body.run_layers is scanned:
@@ -41,7 +41,7 @@ def scan_layers(model: Model) -> Model:
         )
     graph, states = _taken_apart([body.layers[str(index)] for index in range(len(body.layers))])
     body.layers = None  # the last reference to what is stacked
-    stacked = [(path, jnp.stack([state.pop(path) for state in states])) for path in list(states[0])]
+    stacked = [(path, _stacked([state.pop(path) for state in states])) for path in list(states[0])]
     body.layers, body.run_layers = _layer(graph, stacked), scanned
     return model
 
@@ -55,8 +55,9 @@ def unscan_layers(model: Model) -> Model:
     body.layers = None
     layers: list[list[Any]] = [[] for _ in range(body.config.num_hidden_layers)]
     for path in list(state):
-        for layer, array in zip(layers, state.pop(path), strict=True):
-            layer.append((path, array))
+        leaf = state.pop(path)
+        for layer, array in zip(layers, leaf.get_value(), strict=True):
+            layer.append((path, leaf.replace(array)))
     body.layers = nnx.Dict({str(index): _layer(graph, layer) for index, layer in enumerate(layers)})
     body.run_layers = one_by_one
     return model
@@ -95,11 +96,21 @@ def scanned(
     return hidden_states, attentions, [] if kept is None else list(zip(*kept, strict=True))
 
 
-def _taken_apart(layers: list[DecoderLayer]) -> tuple[Any, list[dict[Any, Array]]]:
-    """What the layers have in common, and path -> array of each."""
+def _taken_apart(layers: list[DecoderLayer]) -> tuple[Any, list[dict[Any, Any]]]:
+    """What the layers have in common, and path -> variable of each; raises UnsupportedFeatureError."""
     graphs, states = zip(*(nnx.split(layer) for layer in layers), strict=True)
-    return graphs[0], [{path: leaf.get_value() for path, leaf in nnx.to_flat_state(state)} for state in states]
+    kinds = [[leaf.dtype for leaf in jax.tree.leaves(state)] for state in states]
+    if any(graph != graphs[0] for graph in graphs) or any(kind != kinds[0] for kind in kinds):
+        raise UnsupportedFeatureError(
+            "scan_layers: the layers' matrices are packed in different ways, and one compiled layer has one; "
+            "dequantize(model) first, or leave this model as it is."
+        )
+    return graphs[0], [dict(nnx.to_flat_state(state)) for state in states]
 
 
-def _layer(graph: Any, arrays: list[tuple[Any, Array]]) -> DecoderLayer:
-    return nnx.merge(graph, nnx.from_flat_state([(path, nnx.Param(array)) for path, array in arrays]))
+def _stacked(leaves: list[Any]) -> Any:
+    return leaves[0].replace(jnp.stack([leaf.get_value() for leaf in leaves]))
+
+
+def _layer(graph: Any, leaves: list[tuple[Any, Any]]) -> DecoderLayer:
+    return nnx.merge(graph, nnx.from_flat_state(leaves))

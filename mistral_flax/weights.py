@@ -26,6 +26,8 @@ from mistral_core.weights import loading
 from mistral_core.weights.mixin import Saved
 
 from .arrays import as_device, as_dtype, from_numpy, to_numpy
+from .products import dequantised
+from .quantize import put, round_activations
 
 # In a graph a view is its value: compiled functions are found by it, and an assignment reaches no graph already made.
 with contextlib.suppress(ValueError):  # another copy of this package has told JAX already
@@ -69,6 +71,7 @@ class PreTrainedModel(Saved, nnx.Module):
         param_dtype: Any = None,
         device: Any = None,
         attn_implementation: str | None = None,
+        quantization: Any = None,
         seed: int = 0,
         verify: str = "sizes",
         **options: Any,
@@ -78,10 +81,14 @@ class PreTrainedModel(Saved, nnx.Module):
         `options` are hub arguments (revision, cache_dir, token, local_files_only), fields of the config to replace,
         and transformers' names of these arguments (torch_dtype, device_map). `dtype` is computed in, `param_dtype`
         (None: the same) is what parameters are kept in; `device` may be a Sharding, or a function of a parameter's
-        name; of a sharded one each device reads its part. A head that the file lacks is initialised from `seed` with
-        one warning. Raises CheckpointError, ConfigError or HubError and their kind.
+        name; of a sharded one each device reads its part. `quantization` packs each matrix as it comes
+        (`Quantization`, int8, int4, nf4, a config of transformers); a packed checkpoint stays packed, or becomes floats
+        with "dequantize". A head that the file lacks is initialised from `seed` with one warning. Raises
+        CheckpointError, ConfigError or HubError and their kind.
         """
-        given = from_transformers(options, dtype=dtype, device=device, attn_implementation=attn_implementation)
+        given = from_transformers(
+            options, dtype=dtype, device=device, attn_implementation=attn_implementation, quantization=quantization
+        )
         dtype, place = given.pop("dtype"), placement(given.pop("device"), as_device)
         attn_implementation = given.pop("attn_implementation")
         kept = dtype if param_dtype is None else param_dtype
@@ -100,20 +107,41 @@ class PreTrainedModel(Saved, nnx.Module):
             lambda: cls(loaded.config, attn_implementation=attn_implementation, dtype=dtype, param_dtype=kept)
         )
         for weight in loaded.weights:
-            model._set(weight.name, _placed(weight, place(weight.name)))
+            matrix = weight.matrix()
+            if matrix is None:
+                model._set(weight.name, _placed(weight, place(weight.name)))
+            else:
+                put(model, weight.name, matrix, device=place(weight.name))
+        round_activations(model, loaded.activations)
         model.generation_config = loaded.generation_config
         model.config = model.config.noted(name_or_path=str(path))
         return model
 
     def set_parameter(self, name: str, array: np.ndarray, *, device: Any = None) -> None:
-        """Let the parameter of this canonical name hold an array."""
+        """Let the parameter of this canonical name hold an array.
+
+        Raises UnsupportedFeatureError where it is packed.
+        """
+        self._refuse_floats(name)
         self._set(name, jax.device_put(from_numpy(array), device))
 
     def _set(self, name: str, value: Array) -> None:
         parameter, layer = self._parameter(name)
         parameter.set_value(value if layer is None else parameter[...].at[layer].set(value))
 
+    def _module(self, name: str) -> nnx.Module:
+        part, layer = self._part(name)
+        if layer is None:
+            return part
+        graph, state = nnx.split(part)  # of stacked layers, a view of one
+        return nnx.merge(graph, jax.tree.map(lambda array: to_numpy(array)[layer], state))
+
+    def _is_packed(self, name: str) -> bool:
+        return hasattr(type(self._part(name)[0]), "matrix")
+
     def _array(self, name: str) -> np.ndarray:
+        if self._is_packed(name):
+            return to_numpy(dequantised(self._module(name).packed, self.param_dtype))
         parameter, layer = self._parameter(name)
         return to_numpy(parameter[...] if layer is None else parameter[layer])
 
@@ -156,10 +184,13 @@ class PreTrainedModel(Saved, nnx.Module):
         return {self._canonical(path): parameter.get_value() for path, parameter in state}
 
     def bind(self, params: dict[str, Array]) -> Self:
-        """The same model over other parameters, traced ones too; raises KeyError for a name that is missing."""
-        graph, state = nnx.split(self)
+        """The same model over other parameters, traced ones too; raises KeyError for a name that is missing.
+
+        Packed matrices stay as they are.
+        """
+        graph, state, others = nnx.split(self, nnx.Param, ...)
         replaced = [(path, leaf.replace(params[self._canonical(path)])) for path, leaf in nnx.to_flat_state(state)]
-        return nnx.merge(graph, nnx.from_flat_state(replaced))
+        return nnx.merge(graph, nnx.from_flat_state(replaced), others)
 
     @property
     def device(self) -> Any:
@@ -178,7 +209,12 @@ class PreTrainedModel(Saved, nnx.Module):
 
     def _parameter(self, name: str) -> tuple[nnx.Param, int | None]:
         """The parameter of a canonical name, and which layer of it where they are stacked (scan.py)."""
-        path = self._own_name(name).split(".")
+        part, layer = self._part(name)
+        return getattr(part, name.rpartition(".")[2]), layer
+
+    def _part(self, name: str) -> tuple[Any, int | None]:
+        """What holds the last part of a canonical name, and which layer of it where they are stacked (scan.py)."""
+        path = self._own_name(name).split(".")[:-1]
         layer = None
         if "layers" in path and not isinstance(self.base_model.layers, nnx.Dict):
             layer = int(path.pop(path.index("layers") + 1))
