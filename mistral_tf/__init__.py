@@ -54,6 +54,7 @@ from .heads import (
     MistralForTokenClassification,
 )
 from .model import MistralModel
+from .quantize import BitsAndBytesConfig, Quantization, dequantize, quantize
 
 # every dense Mistral is one network: its class by the names that transformers has for each model type
 MinistralForCausalLM = Ministral3ForCausalLM = MistralForCausalLM
@@ -70,6 +71,7 @@ __all__ = [
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
     "AutoTokenizer",
+    "BitsAndBytesConfig",
     "GenerationConfig",
     "KVCache",
     "LogitsProcessor",
@@ -93,10 +95,13 @@ __all__ = [
     "MistralForTokenClassification",
     "MistralModel",
     "MistralTokenizer",
+    "Quantization",
     "StoppingCriteria",
     "StoppingCriteriaList",
     "TextIteratorStreamer",
     "TextStreamer",
+    "dequantize",
+    "quantize",
 ]
 
 

@@ -31,6 +31,7 @@ from .losses import (
     divided,
     over_replicas,
 )
+from .products import portable
 from .saving import SavedModel
 from .traces import changed
 
@@ -191,11 +192,13 @@ class KerasModel(SavedModel):
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """One step of `fit`."""
-        return super().train_step(self._unpacked(data))
+        with portable(self.jit_compile):
+            return super().train_step(self._unpacked(data))
 
     def test_step(self, data: Any) -> dict[str, Any]:
         """One step of `evaluate`."""
-        return super().test_step(self._unpacked(data))
+        with portable(self.jit_compile):
+            return super().test_step(self._unpacked(data))
 
     def _symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
         """What Keras does where there are replicas: their integers come averaged, in float64."""
@@ -294,7 +297,8 @@ class KerasModel(SavedModel):
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
         if isinstance(x, Mapping):
             x = {name: value for name, value in x.items() if name not in LABELS}
-        output = self(x, training=False)
+        with portable(self.jit_compile):
+            output = self(x, training=False)
         return {
             name: value for name, value in output._asdict().items() if value is not None and name != "past_key_values"
         }

@@ -115,8 +115,9 @@ def _traced(model: MistralForCausalLM) -> tuple[Callable[..., Any], ...]:
     """The traced steps of many columns and of few, and the loop, kept as long as the model stays as it is."""
     if changed(model, "generate") or model not in _compiled:
         prefill, decode, loop = _plain(weakref.proxy(model))
-        # XLA on a CPU runs a small step faster, and copies 16-bit weights to float32
-        small = tf.function(decode, jit_compile=True) if _is_float32_on_cpu(model) else tf.function(decode)
+        # XLA on a CPU runs a small step faster, copies 16-bit weights to float32, and packed ones too
+        whole = _is_float32_on_cpu(model) and not any(model.packed_parts())
+        small = tf.function(decode, jit_compile=True) if whole else tf.function(decode)
         _compiled[model] = tf.function(prefill), small, tf.function(loop)
     return _compiled[model]
 

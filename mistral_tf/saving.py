@@ -7,11 +7,20 @@ from collections.abc import Iterator
 from typing import Any, Self
 
 import keras
+import ml_dtypes  # noqa: F401  (whose dtypes NumPy then knows by name)
+import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
 
 from mistral_core import GenerationConfig, MistralConfig
 from mistral_core.errors import UnsupportedFeatureError
+from mistral_core.parameters import parameters
+from mistral_core.quantization.blocks import blocks
+from mistral_core.quantization.matrix import PackedMatrix, packed_codes
+from mistral_core.quantization.storage import Arrangement, arrangement_of
+
+from .products import portable
+from .quantize import put
 
 
 class SavedModel(keras.Model):
@@ -35,9 +44,10 @@ class SavedModel(keras.Model):
         specs = {name: tf.TensorSpec(spec.shape, spec.dtype, name) for name, spec in input_signature.items()}
         archive = keras.export.ExportArchive()
         archive.track(self)
-        for name, endpoint in _endpoints(self._served, specs).items():
-            archive.add_endpoint(name, endpoint)
-        archive.write_out(filepath, **options)
+        with portable():
+            for name, endpoint in _endpoints(self._served, specs).items():
+                archive.add_endpoint(name, endpoint)
+            archive.write_out(filepath, **options)
 
     def _served(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return served(self.predict_step(inputs))
@@ -67,18 +77,48 @@ class SavedModel(keras.Model):
             "generation_config": self.generation_config.to_dict(),
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             "name": self.name,
+            "quantization": {name: arrangement_of(part.matrix)._asdict() for name, part in self.packed_parts()},
             "trainable": [layer.trainable for layer in self._flatten_layers()],
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
-        """A model of what `get_config` returned."""
-        policy = keras.dtype_policies.deserialize(config["dtype"])
-        model = cls(MistralConfig.from_dict(config["config"]), dtype=policy, name=config["name"])
+        """A model of what `get_config` returned; packed matrices are as before, of zeros."""
+        policy, packed = keras.dtype_policies.deserialize(config["dtype"]), config.get("quantization") or {}
+        options = {"initializer": empty} if packed else {}
+        model = cls(MistralConfig.from_dict(config["config"]), dtype=policy, name=config["name"], **options)
+        for name, arrangement in packed.items():
+            put(model, name, _of_zeros(Arrangement(**arrangement)))
+        if packed:
+            _draw_floats(model)
         model.generation_config = GenerationConfig.from_dict(config["generation_config"])
         for layer, trainable in zip(model._flatten_layers(), config["trainable"], strict=True):
             layer.trainable = trainable  # of those inside too, which come later
         return model
+
+
+def empty(shape: Any, dtype: Any) -> Any:
+    """Memory that nobody has touched yet: it costs nothing until a checkpoint's own takes its place."""
+    return tf.raw_ops.Empty(shape=shape, dtype=dtype)
+
+
+def _of_zeros(arrangement: Arrangement) -> PackedMatrix:
+    """A matrix that is packed so."""
+    shape, block = tuple(arrangement.shape), tuple(arrangement.block)
+    codes = packed_codes(arrangement.kind, np.zeros(shape, np.uint8))
+    scale = np.zeros(blocks(shape, block), arrangement.scale)
+    zero = None if arrangement.symmetric else np.zeros(scale.shape, np.int8)
+    return PackedMatrix(arrangement.kind, codes, scale, zero, shape, block)
+
+
+def _draw_floats(model: Any) -> None:
+    """Fresh values for the matrices that are not packed."""
+    initializer = keras.initializers.RandomNormal(stddev=model.config.initializer_range)
+    packed = dict(model.packed_parts())
+    for name, row in parameters(model.config, model.architecture):
+        if len(row.axes) == 2 and name not in packed:
+            variable = model._parameter(name)
+            variable.assign(initializer(variable.shape, variable.dtype))
 
 
 def served(output: Any) -> dict[str, Tensor]:

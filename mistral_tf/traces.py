@@ -11,9 +11,11 @@ _traced: weakref.WeakKeyDictionary[Any, dict[str, tuple[Any, list[Any]]]] = weak
 def changed(model: Any, function: str) -> bool:
     """Whether a model has other layers or variables than when last asked for a function's sake, or another config.
 
-    Of the config only what a program depends on counts.
+    Of the config only what a program depends on counts; of layers, how packed ones round what they multiply.
     """
-    now = model.config.program(model.architecture), [*model.weights, *model._flatten_layers(include_self=False)]
-    config, parts = _traced.setdefault(model, {}).get(function, now)
+    layers = [*model._flatten_layers(include_self=False)]
+    settings = model.config.program(model.architecture), [getattr(layer, "activations", None) for layer in layers]
+    now = settings, [*model.weights, *layers]
+    before, parts = _traced.setdefault(model, {}).get(function, now)
     _traced[model][function] = now
-    return config != now[0] or [*map(id, parts)] != [*map(id, now[1])]
+    return before != settings or [*map(id, parts)] != [*map(id, now[1])]

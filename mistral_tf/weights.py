@@ -19,6 +19,8 @@ from mistral_core.weights.mixin import Saved
 
 from .arrays import as_device, as_policy, from_numpy, to_numpy
 from .fit import KerasModel
+from .quantize import put, round_activations
+from .saving import empty
 
 
 class PreTrainedModel(Saved, KerasModel):
@@ -41,6 +43,7 @@ class PreTrainedModel(Saved, KerasModel):
         dtype: Any = None,
         device: Any = None,
         attn_implementation: str | None = None,
+        quantization: Any = None,
         seed: int = 0,
         verify: str = "sizes",
         **options: Any,
@@ -49,10 +52,14 @@ class PreTrainedModel(Saved, KerasModel):
 
         `options` are hub arguments (revision, cache_dir, token, local_files_only), fields of the config to replace,
         and transformers' names of these arguments (torch_dtype, device_map). `dtype` may be a policy: parameters then
-        come in its variable dtype. A head that the file lacks is initialised from `seed` with one warning. Raises
-        CheckpointError, ConfigError or HubError and their kind.
+        come in its variable dtype. `quantization` packs each matrix as it comes (`Quantization`, int8, int4, nf4, a
+        config of transformers); a packed checkpoint stays packed, or becomes floats with "dequantize". A head that the
+        file lacks is initialised from `seed` with one warning. Raises CheckpointError, ConfigError or HubError and
+        their kind.
         """
-        given = from_transformers(options, dtype=dtype, device=device, attn_implementation=attn_implementation)
+        given = from_transformers(
+            options, dtype=dtype, device=device, attn_implementation=attn_implementation, quantization=quantization
+        )
         dtype, device = given.pop("dtype"), as_device(given.pop("device"))
         attn_implementation = given.pop("attn_implementation")
         policy = None if dtype is None else as_policy(dtype)
@@ -70,26 +77,50 @@ class PreTrainedModel(Saved, KerasModel):
                 loaded.config,
                 attn_implementation=attn_implementation,
                 dtype=policy or loaded.config.dtype or "float32",
-                initializer=_empty,
+                initializer=empty,
             )
             for weight in loaded.weights:
-                model.set_parameter(weight.name, weight.read())
+                matrix = weight.matrix()
+                if matrix is None:
+                    model.set_parameter(weight.name, weight.read())
+                else:
+                    put(model, weight.name, matrix)
+        round_activations(model, loaded.activations)
         model.generation_config = loaded.generation_config
         model.config = model.config.noted(name_or_path=str(path))
         return model
 
     def set_parameter(self, name: str, array: np.ndarray) -> None:
-        """Let the parameter of this canonical name hold an array."""
+        """Let the parameter of this canonical name hold an array.
+
+        Raises UnsupportedFeatureError where it is packed.
+        """
+        self._refuse_floats(name)
         self._parameter(name).assign(from_numpy(array))
 
+    def _module(self, name: str) -> Any:
+        return self._part(name, 1)
+
+    def _owner(self, name: str) -> Any:
+        """The part of the model that has the module of a parameter."""
+        return self._part(name, 2)
+
+    def _part(self, name: str, above: int) -> Any:
+        return functools.reduce(_child, self._own_name(name).split(".")[:-above], self)
+
     def _array(self, name: str) -> np.ndarray:
-        return to_numpy(self._parameter(name))
+        parameter = self._parameter(name)
+        return to_numpy(tf.cast(parameter, self.variable_dtype) if self._is_packed(name) else parameter)
 
     def _resize(self, name: str, rows: np.ndarray) -> None:
-        self._owner(name).replace_weight(rows)
+        self._refuse_floats(name)
+        self._module(name).replace_weight(rows)
 
     def _parameters_of(self, only_trainable: bool) -> list[keras.Variable]:
-        return self.trainable_weights if only_trainable else self.weights
+        if only_trainable:
+            return self.trainable_weights
+        packed = {id(weight) for _, part in self.packed_parts() for weight in part.weights}
+        return [weight for weight in self.weights if id(weight) not in packed]
 
     def _replace_part(self, owner: Any, name: str, part: Any) -> None:
         owner._tracker.untrack(getattr(owner, name))  # which an assignment alone does not
@@ -116,12 +147,9 @@ class PreTrainedModel(Saved, KerasModel):
         """Where the parameters are."""
         return tf.convert_to_tensor(self.base_model.norm.weight).device
 
-    def _parameter(self, name: str) -> keras.Variable:
-        return self._owner(name).weight if name.endswith(".weight") else self._owner(name).bias
-
-    def _owner(self, name: str) -> Any:
-        """The layer of a parameter."""
-        return functools.reduce(_child, self._own_name(name).split(".")[:-1], self)
+    def _parameter(self, name: str) -> Any:
+        module = self._module(name)
+        return module.weight if name.endswith(".weight") else module.bias
 
 
 def _child(node: Any, key: str) -> Any:
@@ -133,8 +161,3 @@ def _child(node: Any, key: str) -> Any:
 def default_initializer(config: MistralConfig) -> keras.initializers.Initializer:
     """normal(0, initializer_range)."""
     return keras.initializers.RandomNormal(stddev=config.initializer_range)
-
-
-def _empty(shape: Any, dtype: Any) -> Any:
-    """Memory that nobody has touched yet: it costs nothing until a checkpoint's own takes its place."""
-    return tf.raw_ops.Empty(shape=shape, dtype=dtype)
