@@ -58,6 +58,9 @@ OWN_NAMES = {
     "one_by_one": "JAX: one of two ways to run the layers (scan.py)",
     "dropout_seeds": "TensorFlow: seeds for dropout",
     "replace_weight": "Keras tracks variables",
+    "extra_repr": "NNX shows a module's attributes by itself",
+    "Packed": "JAX: a kind of Variable that optimizers and filters pass by",
+    "portable": "TensorFlow: what is saved, or compiled by XLA, has no operations of ours",
     "__call__": "Keras: lists and NumPy become tensors before Keras looks at them",
 }
 OWN_FILES = {

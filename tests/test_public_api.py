@@ -12,6 +12,7 @@ BACKEND = {
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
     "AutoTokenizer",
+    "BitsAndBytesConfig",
     "GenerationConfig",
     "KVCache",
     "LogitsProcessor",
@@ -35,10 +36,13 @@ BACKEND = {
     "MistralForTokenClassification",
     "MistralModel",
     "MistralTokenizer",
+    "Quantization",
     "StoppingCriteria",
     "StoppingCriteriaList",
     "TextIteratorStreamer",
     "TextStreamer",
+    "dequantize",
+    "quantize",
 }
 CORE = {
     "AttentionMaskVisualizer",

@@ -202,19 +202,39 @@ def test_a_chat(run, backend):
 
 
 QUANTIZED = """
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-model = AutoModelForCausalLM.from_pretrained(
-    "mistralai/Mistral-7B-v0.1", quantization_config=BitsAndBytesConfig(load_in_4bit=True)
+quantization_config = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_compute_dtype="torch.float16",
 )
+model = AutoModelForCausalLM.from_pretrained(
+    "mistralai/Mistral-7B-Instruct-v0.3", quantization_config=GIVEN, device_map="auto"
+)
+tokenizer = AutoTokenizer.from_pretrained("mistralai/Mistral-7B-Instruct-v0.3")
+messages = [{"role": "user", "content": "What is your favourite condiment?"}]
+model_inputs = tokenizer.apply_chat_template(messages, return_tensors="pt").to("cuda")
+generated_ids = model.generate(model_inputs, max_new_tokens=4, do_sample=True)
+text = tokenizer.batch_decode(generated_ids)[0]
 """
+"""Of 4.40 and later, which gives `True` and leaves the config that it made unused."""
 
 
-def test_quantization_says_what_to_do(run, backend):
-    with pytest.raises(MissingNameError, match=r"BitsAndBytesConfig: .*dtype='bfloat16'"):
-        run(QUANTIZED, backend.__name__)
-    with pytest.raises(UnsupportedFeatureError, match=r"load_in_4bit=True: .*dtype='bfloat16'"):
-        run(generate(options=", load_in_4bit=True"), backend.__name__)
+@pytest.mark.parametrize("given", ["quantization_config", "True"])
+def test_four_bits(run, backend, given):
+    source = QUANTIZED.replace("GIVEN", given)
+    source = source if backend.__name__ == "mistral_torch" else source.replace('.to("cuda")', "")
+    names = run(source, backend.__name__)
+    assert {part.matrix.kind for _, part in names["model"].packed_parts()} == {"nf4"}
+    assert "What is your favourite condiment?" in names["text"]
+
+
+def test_other_ways_to_quantize_say_what_to_do(run, backend):
+    with pytest.raises(MissingNameError, match=r"GPTQConfig: its nearest scheme is .*quantization='int4'"):
+        run("from transformers import GPTQConfig", backend.__name__)
+    with pytest.raises(UnsupportedFeatureError, match=r"'awq' is not made here; its nearest scheme"):
+        run(generate(options=", quantization_config={'quant_method': 'awq', 'bits': 4}"), backend.__name__)
 
 
 def test_pipelines_say_what_to_do(run, backend):
