@@ -16,6 +16,11 @@ from mistral_core.config.presets import TINY
 
 T = 17
 LENGTHS = (17, 11, 6)
+EVEN = TINY.replace(
+    vocab_size=160, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=8,
+    num_key_value_heads=4, head_dim=32,
+)  # fmt: skip
+"""All columns are multiples of 128, which the kernels and the libraries of packed matrices ask for."""
 INT8_TEXT = 31705
 INT8_MARGIN = 1e-3
 
@@ -29,6 +34,8 @@ class Case(NamedTuple):
     architecture: str
     inputs: Mapping[str, Any]
     """Keyword arguments of a model call, NumPy arrays."""
+    packing: str = ""
+    """A key of `packed.PACKINGS`: what becomes of its matrices."""
 
     @property
     def mask(self) -> np.ndarray:
@@ -163,3 +170,24 @@ HEADS = (
     _head("question", "spans; one lies beyond the text", _QA,
           {"start_positions": np.array([0, 5, 40]), "end_positions": np.array([3, 16, 40])}),
 )  # fmt: skip
+
+
+def _packed(packing: str, name: str = "", **changes: Any) -> Case:
+    config = EVEN.replace(**changes)
+    inputs = {"input_ids": token_ids(config), "attention_mask": padded("left")}
+    return Case(f"packed {name or packing}", PACKED_WHY, config, "MistralForCausalLM", inputs, packing)
+
+
+PACKED_WHY = "nibbles swapped, zero points off by one, scales of another group, rounded activations"
+PACKED = (
+    _packed("int8 row"),
+    _packed("int8 32"),
+    *(_packed(f"int4 {group}") for group in (16, 32, 64, 128)),
+    _packed("int4 row"),
+    _packed("int4 asymmetric"),
+    _packed("nf4 64"),
+    _packed("nf4 16"),
+    _packed("nf4 doubled"),
+    _packed("fp8 block"),
+    _packed("int4 32", "tied", tie_word_embeddings=True),
+)

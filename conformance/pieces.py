@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -13,11 +13,12 @@ import numpy as np
 from mistral_core.arrays import Array
 from mistral_core.config import MistralConfig
 from mistral_core.config.presets import TINY
-from mistral_core.reference import engine, heads, model, ops
+from mistral_core.reference import engine, heads, model, ops, quantized
 from mistral_core.reference.cache import KVCache, int8_codes, slot_order
 
+from . import packed
 from .adapters import Adapter
-from .cases import CAUSAL, INT8, LENGTHS, Case, T, padded, token_ids
+from .cases import CAUSAL, INT8, LENGTHS, PACKED, Case, T, padded, token_ids
 from .compare import Comparison, compare
 from .tolerances import Tolerance, eps_of, rounds_elsewhere, tolerance
 from .weights import random_parameters
@@ -47,16 +48,31 @@ def weights(config: MistralConfig, architecture: str, dtype: str) -> dict[str, A
 
 
 @functools.cache
+def matrices(case_name: str, dtype: str) -> dict[str, packed.PackedMatrix]:
+    """The packed matrices of a case, of floats of a dtype."""
+    case = by_name(case_name)
+    return packed.matrices(case.packing, case.config, weights(case.config, case.architecture, dtype))
+
+
+def parameters_of(case: Case, dtype: str, exact: bool = True) -> Mapping[str, Array]:
+    """The parameters as the specification takes them; not `exact`: packed ones as floats of the model's dtype."""
+    floats = weights(case.config, case.architecture, dtype)
+    if not case.packing:
+        return floats
+    found = quantized.parameters(floats, matrices(case.name, dtype))
+    return found if exact else {name: cast(array, dtype) for name, array in found.items()}
+
+
+@functools.cache
 def expected(case_name: str, dtype: str, exact: bool) -> Any:
     """What the specification returns for a case, rounded as the dtype's contract says or exact."""
     case = by_name(case_name)
     inputs = dict(case.inputs)
     if "inputs_embeds" in inputs:
         inputs["inputs_embeds"] = cast(inputs["inputs_embeds"], dtype).astype(np.float64)
-    rounds = ops.exact if exact or dtype == "float32" else ops.rounding(dtype)
-    return REFERENCE[case.architecture](
-        case.config, weights(case.config, case.architecture, dtype), **inputs, round=rounds
-    )
+    exact = exact or dtype == "float32"
+    rounds = ops.exact if exact else ops.rounding(dtype)
+    return REFERENCE[case.architecture](case.config, parameters_of(case, dtype, exact), **inputs, round=rounds)
 
 
 @functools.cache
@@ -65,7 +81,7 @@ def expected_cache(case_name: str, rolling: bool) -> KVCache:
     case = by_name(case_name)
     inputs = {name: value for name, value in case.inputs.items() if name != "labels"}
     empty = KVCache.allocate(case.config, len(case.mask), T, rolling=rolling)
-    parameters = weights(case.config, case.architecture, "float32")
+    parameters = parameters_of(case, "float32")
     cache: KVCache = heads.causal_lm(case.config, parameters, **inputs, past_key_values=empty).past_key_values
     return cache
 
@@ -82,7 +98,7 @@ def by_name(name: str) -> Case:
     """The case of a name."""
     from .cases import HEADS
 
-    return next(case for case in (*CAUSAL, *HEADS) if case.name == name)
+    return next(case for case in (*CAUSAL, *HEADS, *PACKED) if case.name == name)
 
 
 class Subject:
@@ -95,7 +111,8 @@ class Subject:
     def model(self, case: Case) -> Any:
         """The case's model."""
         parameters = weights(case.config, case.architecture, self.dtype)
-        return self.adapter.model(case.architecture, case.config, parameters, self.dtype, self.implementation)
+        model = self.adapter.model(case.architecture, case.config, parameters, self.dtype, self.implementation)
+        return self.adapter.pack(model, matrices(case.name, self.dtype)) if case.packing else model
 
     def inputs(self, case: Case) -> dict[str, Any]:
         """The case's inputs, embeddings in the model's dtype."""
@@ -104,16 +121,18 @@ class Subject:
             inputs["inputs_embeds"] = self.adapter.array(inputs["inputs_embeds"], self.dtype)
         return inputs
 
-    def compare(self, case: str, piece: str, actual: Any, wanted: Array, exact: Array | None = None) -> Comparison:
-        """Compare an array of the framework; `exact` measures what rounding alone does."""
+    def compare(
+        self, case: str, piece: str, actual: Any, wanted: Array, exact: Array | None = None, *, packed: bool = False
+    ) -> Comparison:
+        """Compare an array of the framework; `exact` measures what rounding does, to weights too where `packed`."""
         actual = actual if isinstance(actual, np.ndarray) else self.adapter.numpy(actual)
         measured = 0.0
         if exact is not None:
             scale = float(np.abs(wanted).max(initial=0)) or 1.0
             measured = float(np.abs(wanted - exact).max(initial=0)) / (eps_of(self.dtype) * scale)
-            if rounds_elsewhere(self.dtype, self.implementation):
+            if rounds_elsewhere(self.dtype, self.implementation, packed):
                 wanted = exact
-        bound = tolerance(piece, self.dtype, self.implementation, measured=measured)
+        bound = tolerance(piece, self.dtype, self.implementation, measured=measured, packed=packed)
         kind = "float32" if piece.partition(" ")[0] in ALWAYS_FLOAT32 else self.dtype
         return compare(self.key, case, piece, actual, wanted, bound, dtype_is=kind)
 
@@ -149,7 +168,7 @@ def functions(subject: Subject) -> Iterator[Comparison]:
 def blocks(subject: Subject, case: Case) -> Iterator[Comparison]:
     """The parts of one decoder layer on random input: norm, MLP, attention, layer."""
     adapter, dtype = subject.adapter, subject.dtype
-    config, parameters = case.config, weights(case.config, case.architecture, dtype)
+    config, parameters = case.config, parameters_of(case, dtype)
     layer = adapter.layer(subject.model(case), BODY_LAYER)
     rounds = ops.exact if dtype == "float32" else ops.rounding(dtype)
     x = cast(np.random.default_rng(4).normal(size=(len(LENGTHS), T, config.hidden_size)), dtype)
@@ -207,7 +226,7 @@ def cached(subject: Subject, case: Case, chunking: tuple[int, ...], *, rolling: 
     past = subject.adapter.allocate(case.config, len(case.mask), T, subject.dtype, rolling=rolling)
     logits, past = _in_chunks(subject, case, chunking, past)
     name = f"cached {_told(chunking, rolling)}"
-    yield subject.compare(case.name, f"logits {name}", logits, *one_pass)
+    yield subject.compare(case.name, f"logits {name}", logits, *one_pass, packed=bool(case.packing))
     if subject.dtype == "float32":
         yield from _contents(subject, case, past, name, rolling)
 

@@ -17,12 +17,14 @@ from mistral_core.reference import sampling as reference
 
 from .cases import Case, padded, token_ids
 from .compare import Comparison, compare
-from .pieces import Subject, weights
+from .pieces import Subject, by_name, parameters_of
 from .tolerances import Tolerance, tolerance
 
+PLAIN = Case("texts", "the same seed gives the same tokens", TINY, "MistralForCausalLM", {})
 KEYS = reference.row_keys((0, 1, 2**64 - 1), 3, 1)
 STEPS = np.array([0, 1, 77], np.int32)
 GUESSED = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}
+GREEDY = {"max_new_tokens": 12, "do_sample": False}
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.1}
 ENDLESS = {"eos_token_id": None, "seed": 11}
 TEXTS: Mapping[str, dict[str, Any]] = {
@@ -100,18 +102,19 @@ def nothing_to_choose(subject: Subject) -> Iterator[Comparison]:
         yield compare(key, f"sample {sample}", "token", found.astype(np.float32), wanted, Tolerance(0.0, 1.0))
 
 
-def texts(subject: Subject, options: Mapping[str, Any]) -> Iterator[Comparison]:
-    """Tokens of a ragged batch are the reference's own, for the same seed, guessed or not."""
-    case = Case("texts", "the same seed gives the same tokens", TINY, "MistralForCausalLM", {})
-    given = {"attention_mask": padded("left"), **ENDLESS, **options}
-    found = subject.adapter.numpy(subject.model(case).generate(token_ids(TINY), **given))
+def texts(subject: Subject, options: Mapping[str, Any], case: Case = PLAIN, rows: int = 3) -> Iterator[Comparison]:
+    """Tokens of a ragged batch, or of its first rows, are the reference's own, for the same seed, guessed or not."""
+    given = {"attention_mask": padded("left")[:rows], **ENDLESS, **options}
+    found = subject.adapter.numpy(subject.model(case).generate(token_ids(case.config)[:rows], **given))
     written = {name: value for name, value in options.items() if name not in GUESSED}
-    yield compare(subject.key, "texts", "tokens", found, _continued(tuple(written.items())), Tolerance(0.0, 1.0))
+    wanted = _continued(tuple(written.items()), case.name, rows)
+    yield compare(subject.key, case.name, "tokens", found, wanted, Tolerance(0.0, 1.0))
 
 
 @functools.cache
-def _continued(options: tuple[tuple[str, Any], ...]) -> Array:
+def _continued(options: tuple[tuple[str, Any], ...], name: str, rows: int) -> Array:
     """What the reference writes, which guesses nothing."""
-    parameters = weights(TINY, "MistralForCausalLM", "float32")
-    given = {"attention_mask": padded("left"), **ENDLESS, **dict(options)}
-    return np.asarray(engine.generate(TINY, parameters, token_ids(TINY), **given).sequences)
+    case = PLAIN if name == PLAIN.name else by_name(name)
+    given = {"attention_mask": padded("left")[:rows], **ENDLESS, **dict(options)}
+    ids = token_ids(case.config)[:rows]
+    return np.asarray(engine.generate(case.config, parameters_of(case, "float32"), ids, **given).sequences)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from mistral_core.config.presets import TINY
 
-from . import adapters, pieces, sampling
-from .cases import CAUSAL, HEADS, T
+from . import adapters, packed_pieces, pieces, sampling
+from .cases import CAUSAL, HEADS, PACKED, T
 from .compare import Comparison
 from .pieces import Subject
 
@@ -86,6 +86,24 @@ def _checks() -> Iterator[Check]:
     for case in (*CAUSAL, *HEADS):
         if "labels" in case.inputs or "start_positions" in case.inputs:
             yield Check(f"gradients {case.name}", _partial(pieces.gradients, case), ("float32",))
+    for activations in (None, "int8"):
+        for kernels in (True, False):
+            name = (
+                "packed-product" + (" of rounded rows" if activations else "") + ("" if kernels else " without kernels")
+            )
+            run = _partial(packed_pieces.products, activations, kernels=kernels)
+            yield Check(name, run, attention=False)
+    for dtype in DTYPES:
+        yield Check(f"packed-codes of {dtype}", _partial(packed_pieces.codes, dtype), ("float32",), attention=False)
+    yield Check("packed-files", packed_pieces.files, ("float32",), attention=False)
+    for case in PACKED:
+        yield Check(case.name, _partial(packed_pieces.whole, case), attention=False)
+        cached = _partial(pieces.cached, case, (T - 1, 1))  # many rows of each text, and one
+        yield Check(case.name.replace("packed", "packed-cached"), cached, ("float32",), attention=False)
+        greedy = _partial(sampling.texts, sampling.GREEDY, case, 1)
+        yield Check(case.name.replace("packed", "packed-greedy"), greedy, ("float32",), attention=False)
+    sampled = _partial(sampling.texts, sampling.TEXTS["sampled, guessed"], pieces.by_name("packed int4 32"))
+    yield Check("packed-sampled int4 32", sampled, ("float32",), attention=False)
 
 
 CHECKS = {check.name: check for check in _checks()}

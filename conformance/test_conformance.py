@@ -56,25 +56,36 @@ REPRESENTATIVES = {
     "prompt": (f"of {suite.WINDOW + 1}", f"of {2 * suite.WINDOW}"),
     "rollback": ("of 2",),
     "gradients": ("window", "multi-query", "left-padding", "all-padding"),
+    "packed": ("int8 row", "int4 32", "int4 asymmetric", "nf4 64", "fp8 block", "tied"),
+    "packed-cached": ("int4 32",),
+    "packed-greedy": ("int4 32",),
+    "packed-sampled": (),
 }
-"""By kind of check: the cases that the default run has of further implementations and of bfloat16.
+"""By kind of check: the cases that the default run has of further implementations, of bfloat16 and of packed matrices.
 
 Each is there for a property that these can break by themselves: a window, none, one for each layer, rows that begin
 late or see nothing, shared keys, one new token and several at a time, and of another precision each place that rounds.
-What any other case adds lies outside the attention, and is proved by eager float32.
+What any other case adds lies outside the attention, and is proved by eager float32. Of packed matrices there is each
+kind, scales of rows, groups and blocks, and zero points; that any size of a group will do is a matter of one product.
 """
+
+PACKED_IN_BFLOAT16 = ("packed int4 32", "packed nf4 64", "packed-product")
+"""And of packed matrices in bfloat16: a head of another kind and one of floats, and products alone."""
 
 
 def marks(subject, dtype, check):
     """The marks of a point: one process for a backend, and `slow` where a representative stands for it."""
     together = pytest.mark.xdist_group(subject[0])
     kind, _, case = check.name.partition(" ")
-    first = subject[1] == "eager" and dtype == "float32"
+    first = subject[1] == "eager" and dtype == "float32" and not kind.startswith("packed")
+    if kind.startswith("packed") and dtype != "float32":
+        return together if check.name in PACKED_IN_BFLOAT16 else (together, pytest.mark.slow)
     stays = first or any(f"{case} ".startswith(f"{each} ") for each in REPRESENTATIVES.get(kind, (case,)))
     return together if stays else (together, pytest.mark.slow)
 
 
 def test_every_representative_is_a_case():
+    assert set(PACKED_IN_BFLOAT16) <= set(suite.CHECKS)
     for kind, names in REPRESENTATIVES.items():
         assert all(any(f"{check} ".startswith(f"{kind} {name} ") for check in suite.CHECKS) for name in names)
 

@@ -13,7 +13,8 @@ is fixed (eager) a backend must then be equal to the bit but for the rare value 
 neighbours it may push: hence a fraction of equal elements, and one rounding's worth of distance for a single piece.
 Over layers such a push spreads like rounding itself, so the bound of a whole model is the distance that rounding puts
 between the specification and itself: `measured`. Fused kernels round elsewhere inside attention. They are compared
-with the exact specification, and their error may be twice that of the contract's rounding.
+with the exact specification, and their error may be twice that of the contract's rounding. So are packed matrices: a
+product may take their numbers as they are or rounded to bfloat16, and the contract's rounding is then that of both.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ PIECES = {
     "scores": 4.0,
     "attention": 16.0,
     "mlp": 16.0,
+    "packed_product": 16.0,
     "layer": 16.0,
 }
 MODEL = 32.0
@@ -52,9 +54,9 @@ BFLOAT16_EQUAL = {"rms_norm": 0.99, "rotate": 0.99, "attention": 0.97, "mlp": 0.
 """Eager bfloat16: fraction equal to the bit. A misplaced cast leaves 75 % (measured by the mutants of meta/)."""
 
 
-def rounds_elsewhere(dtype: str, implementation: str) -> bool:
-    """Whether an attention implementation has other casts than the contract's."""
-    return dtype != "float32" and implementation in FUSED
+def rounds_elsewhere(dtype: str, implementation: str, packed: bool = False) -> bool:
+    """Whether there may be other casts than the contract's: in an attention implementation, or of a packed matrix."""
+    return dtype != "float32" and (implementation in FUSED or packed)
 
 
 def eps_of(dtype: str) -> float:
@@ -62,7 +64,7 @@ def eps_of(dtype: str) -> float:
     return float(ml_dtypes.finfo(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)).eps)
 
 
-def tolerance(piece: str, dtype: str, implementation: str, *, measured: float = 0.0) -> Tolerance:
+def tolerance(piece: str, dtype: str, implementation: str, *, measured: float = 0.0, packed: bool = False) -> Tolerance:
     """The bound of one piece; `measured` is the ulp between the rounded and the exact specification."""
     if piece in ("mask", "greedy"):
         return Tolerance(0.0, 1.0)
@@ -72,4 +74,4 @@ def tolerance(piece: str, dtype: str, implementation: str, *, measured: float = 
         return Tolerance(PIECES[piece] * eps_of("float32") / eps_of(dtype))
     if piece in BFLOAT16_EQUAL and not (implementation in FUSED and piece in ("attention", "layer")):
         return Tolerance(1.0, BFLOAT16_EQUAL[piece])
-    return Tolerance(max(1.0, measured * (2.0 if rounds_elsewhere(dtype, implementation) else 1.0)))
+    return Tolerance(max(1.0, measured * (2.0 if rounds_elsewhere(dtype, implementation, packed) else 1.0)))

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
 import importlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
 from mistral_core.arrays import Array
 from mistral_core.config import MistralConfig
 from mistral_core.generation.sampling import Rule, Values
+from mistral_core.quantization.matrix import PackedMatrix
+from mistral_core.quantization.request import Quantization
 from mistral_core.reference.sampling import Choice
 
 
@@ -28,6 +32,7 @@ class Adapter(abc.ABC):
         self.attention = importlib.import_module(package + ".attention")
         self.cache = importlib.import_module(package + ".cache")
         self.sampling = importlib.import_module(package + ".sampling")
+        self.products = importlib.import_module(package + ".products")
 
     @property
     def implementations(self) -> tuple[str, ...]:
@@ -72,6 +77,38 @@ class Adapter(abc.ABC):
             parent, path = self.layer(model, int(path[2])), path[3:]
         parent = functools.reduce(getattr, path[:-1], parent)
         setattr(parent, path[-1], self.recorder(getattr(parent, path[-1]), functools.partial(calls.update, [name])))
+
+    def pack(self, model: Any, matrices: Mapping[str, PackedMatrix]) -> Any:
+        """The model, in which the tensors of these canonical names are packed."""
+        quantize = importlib.import_module(self.package.__name__ + ".quantize")
+        for name, matrix in matrices.items():
+            quantize.put(model, name, matrix)
+        return model
+
+    def packed(self, model: Any, asked: Quantization) -> dict[str, PackedMatrix]:
+        """The matrices of a model, once they are packed as a user asks for it."""
+        return {name: part.matrix for name, part in self.package.quantize(model, asked).packed_parts()}
+
+    @contextlib.contextmanager
+    def without_kernels(self) -> Iterator[None]:
+        """Products as they are where there is no compiler for C."""
+        native = importlib.import_module(self.package.__name__ + ".native")
+        with mock.patch.object(native, "available", return_value=False):
+            self.forget_compiled()
+            yield
+        self.forget_compiled()
+
+    def forget_compiled(self) -> None:  # noqa: B027
+        """Let the framework compile functions again that it has compiled for arrays of the same shapes, if it has."""
+
+    def packed_product(self, x: Array, matrix: PackedMatrix, dtype: str, activations: str | None = None) -> Array:
+        """Rows [R, I], as they are or rounded to eight bits, times a packed matrix."""
+        scale = self.array(matrix.scale, matrix.scale.dtype.name)
+        zero = None if matrix.zero is None else self.array(matrix.zero)
+        codes = self.array(matrix.codes)
+        rounded = () if activations is None else (activations,)
+        weight = self.products.PackedWeight(codes, scale, zero, matrix.kind, matrix.shape, matrix.block, *rounded)
+        return self.numpy(self.products.packed_product(self.array(x, dtype), weight))
 
     def call(self, model: Any, **inputs: Any) -> Any:
         """The model's output, as the framework returns it."""

@@ -54,6 +54,9 @@ class BackendAdapter(Adapter):
         loss, gradients = jax.value_and_grad(lambda params: model(**inputs, params=params).loss)(model.params)
         return self.numpy(loss), {name: self.numpy(g) for name, g in gradients.items()}
 
+    def forget_compiled(self) -> None:
+        jax.clear_caches()
+
     def layer(self, model: Any, index: int) -> Any:
         return model.model.layers[str(index)]
 

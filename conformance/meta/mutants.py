@@ -48,6 +48,11 @@ def spelled(file: str, **edits: tuple[str, str]) -> dict[str, Edit]:
     return {backend: Edit(file, *pair) for backend, pair in edits.items()}
 
 
+def core(file: str, old: str, new: str) -> dict[str, Edit]:
+    """An edit of a module of `mistral_core.quantization`."""
+    return {"core": Edit(file, old, new)}
+
+
 _WINDOW = "query - key < window"
 _SWIGLU = "silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)"
 
@@ -321,7 +326,87 @@ MUTANTS = (
         flax=("noisy.argmax(-1), -1)", "noisy.argmax(-1), 0)"),
         tf=("tf.where(fine, tf.argmax(noisy, -1, tf.int32), -1)", "tf.where(fine, tf.argmax(noisy, -1, tf.int32), 0)"),
     )),
+    # Matrices of few bits
+    Mutant("nibbles swapped", "packed-product without kernels", spelled(
+        "products.py", torch=("[weight.codes & 15, weight.codes >> 4]", "[weight.codes >> 4, weight.codes & 15]"),
+        flax=("[slice(0, None, 2), slice(1, None, 2)]", "[slice(1, None, 2), slice(0, None, 2)]"),
+        tf=("(slice(0, None, 2), codes & 15)", "(slice(0, None, 2), tf.bitwise.right_shift(codes, 4))"),
+    )),
+    Mutant("zero point off by one", "packed-product without kernels", spelled(
+        "products.py", torch=("_spread(weight.zero.float(), weight)", "_spread(weight.zero.float() + 1, weight)"),
+        flax=("_spread(zero, weight, columns)", "_spread(zero + 1, weight, columns)"),
+        tf=("_spread(weight.zero, weight, columns)", "_spread(weight.zero + 1, weight, columns)"),
+    )),
+    Mutant("zero point left out", "packed-product without kernels", spelled(
+        "products.py", torch=("return numbers if weight.zero is None else", "return numbers if True else"),
+    )),
+    Mutant("middle of four bits 7", "packed-product without kernels", spelled(
+        "products.py", torch=("codes.float() - 8 if", "codes.float() - 7 if"),
+    )),
+    Mutant("scale of the next group", "packed-product without kernels", spelled(
+        "products.py", torch=("_spread(weight.scale.float(), weight)", "_spread(weight.scale.float().roll(-1, 1), weight)"),
+        flax=("_spread(weight.scale.astype(jnp.float32)", "_spread(jnp.roll(weight.scale, -1, 1).astype(jnp.float32)"),
+        tf=("numbers * _spread(weight.scale,", "numbers * _spread(tf.roll(weight.scale, -1, 1),"),
+    )),
+    Mutant("scale of the next row", "packed-product without kernels", spelled(
+        "products.py", torch=("_spread(weight.scale.float(), weight)", "_spread(weight.scale.float().roll(-1, 0), weight)"),
+    )),
+    Mutant("scales in half precision", "packed-product without kernels", spelled(
+        "products.py", torch=("_spread(weight.scale.float(), weight)", "_spread(weight.scale.half().float(), weight)"),
+        flax=("_spread(weight.scale.astype(jnp.float32)", "_spread(weight.scale.astype(jnp.float16).astype(jnp.float32)"),
+        tf=("numbers * _spread(weight.scale,", "numbers * _spread(tf.cast(weight.scale, tf.float16),"),
+    )),
+    Mutant("numbers of a packed matrix in bfloat16", "packed-product without kernels", spelled(
+        "products.py", torch=("floats = dequantised(weight, dtype)", "floats = dequantised(weight, torch.bfloat16).to(dtype)"),
+    )),
+    Mutant("rows not rounded where that is asked for", "packed-product of rounded rows without kernels", spelled(
+        "products.py", torch=("if activations is not None:\n        x = rounded(x)", "if False:\n        x = rounded(x)"),
+    )),
+    Mutant("rows rounded by 256 columns", "packed-product of rounded rows without kernels", spelled(
+        "products.py", torch=("ROUNDED_COLUMNS = 128", "ROUNDED_COLUMNS = 256"),
+    )),
+    Mutant("rows rounded in steps of 1/128", "packed-product of rounded rows without kernels", spelled(
+        "products.py", torch=("keepdim=True) / 127", "keepdim=True) / 128"),
+    )),
+    Mutant("a packed head in the model's dtype", "packed int4 32", spelled(
+        "quantize.py", torch=("dtype=torch.float32 if self.is_head else None", "dtype=None"),
+        flax=("dtype=jnp.float32 if self.is_head else None", "dtype=None"),
+        tf=("dtype=tf.float32 if self.is_head else None", "dtype=None"),
+    ), dtype="bfloat16"),
 )  # fmt: skip
+
+PACKED = (
+    Mutant("/7 for /7.5", "packed-codes of bfloat16", core("rounding.py", "np.float32(steps / 2)", "np.float32(steps // 2)")),
+    Mutant("zero point off by one where it is chosen", "packed-codes of float32",
+           core("rounding.py", "low - least / scale", "1 + low - least / scale")),
+    Mutant("zero point off by one where codes are chosen", "packed-codes of float32",
+           core("rounding.py", "numbers += zero[..., None]", "numbers += zero[..., None] + 1")),
+    Mutant("codes by the scale of the next group", "packed-codes of float32",
+           core("rounding.py", "factor = scale.astype(np.float32)[..., None]",
+                "factor = np.roll(scale, 1, axis=1).astype(np.float32)[..., None]")),
+    Mutant("offset of doubled scales left out", "packed-codes of float32",
+           core("rounding.py", "// _NESTED] + offset", "// _NESTED]")),
+    Mutant("doubled scales all of the first block", "packed-codes of float32",
+           core("rounding.py", "outer[np.arange(numbers.size) // _NESTED]", "outer[numbers * 0]")),
+    Mutant("scales rounded after the codes are chosen", "packed-codes of bfloat16", core(
+        "request.py",
+        "symmetric=symmetric, dtype=matrix.dtype)\n        rounding.check_finite(name, scale)\n"
+        "        packed = rounding.nearest(matrix, kind, group, scale, zero)",
+        "symmetric=symmetric)\n        packed = rounding.nearest(matrix, kind, group, scale, zero)\n"
+        "        packed = packed if kind == 'nf4' else packed._replace(scale=scale.astype(matrix.dtype))",
+    )),
+    Mutant("sign of int8 flipped", "packed-codes of bfloat16",
+           core("matrix.py", "return (numbers ^ np.uint8(0x80)).view(np.int8)", "return numbers.view(np.int8)")),
+    Mutant("nibbles swapped where they are packed", "packed-codes of float32",
+           core("matrix.py", "numbers[:, 0::2] | numbers[:, 1::2] << 4", "numbers[:, 1::2] | numbers[:, 0::2] << 4")),
+    Mutant("sign of int8 flipped in a file", "packed-files",
+           core("storage.py", "matrix.codes.view(np.uint8) ^ np.uint8(0x80)", "matrix.codes.view(np.uint8)")),
+    Mutant("zero point off by one in a file", "packed-files",
+           core("storage.py", "(1 << bits - 1)).astype(np.uint8).T", "(1 << bits - 1) - 1).astype(np.uint8).T")),
+    Mutant("nibbles of nf4 swapped in a file", "packed-files",
+           core("storage.py", "matrix.codes >> 4 | matrix.codes << 4", "matrix.codes")),
+)  # fmt: skip
+"""Errors of core's packing (`mistral_core.quantization`), which the check must find in every backend."""
 
 CORE = (
     Edit("ending.py", "else padding for row in made", "else 1 for row in made"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import shutil
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import mistral_core.generation.driver
 import mistral_core.generation.ending
 from conformance import suite
-from conformance.meta.mutants import BACKENDS, CORE, MUTANTS, Everywhere
+from conformance.meta.mutants import BACKENDS, CORE, MUTANTS, PACKED, Everywhere
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,6 +27,10 @@ def copy_of(tmp_path, monkeypatch):
     def copy(backend, name, edit=None):
         package = f"mutant_{backend}_" + "".join(c if c.isalnum() else "_" for c in name)
         shutil.copytree(ROOT / f"mistral_{backend}", tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+        # a process registers a framework's operations once
+        (tmp_path / package / "native.py").write_text(
+            f"import sys\n\nimport mistral_{backend}.native as original\n\nsys.modules[__name__] = original\n"
+        )
         if edit is not None:
             path = tmp_path / package / edit.file
             path.write_text(edited(path.read_text(), edit))
@@ -100,7 +105,11 @@ def test_every_mutant_is_killed(backend, mutant, copy_of):
     assert not survived, f"{mutant.name}: {mutant.check} stays green"
 
 
-@pytest.mark.parametrize("backend", ["torch", *(pytest.param(name, marks=pytest.mark.slow) for name in BACKENDS[1:])])
+FREE = ["torch", *(pytest.param(name, marks=pytest.mark.slow) for name in BACKENDS[1:])]
+"""The backends of mutants that no framework changes: torch stands for the others."""
+
+
+@pytest.mark.parametrize("backend", FREE)
 @pytest.mark.parametrize("edit", CORE, ids=lambda edit: edit.new)
 def test_every_mutant_of_the_decode_loop_is_killed(backend, edit, monkeypatch):
     source = edited(Path(mistral_core.generation.ending.__file__).read_text(), edit)
@@ -111,3 +120,38 @@ def test_every_mutant_of_the_decode_loop_is_killed(backend, edit, monkeypatch):
         monkeypatch.setattr(mistral_core.generation.driver, name, getattr(mutated, name))
     found = list(suite.CHECKS["greedy"].run(suite.subject(backend, "eager", "float32")))
     assert not all(item.passed for item in found)
+
+
+@pytest.fixture
+def mutate(monkeypatch):
+    """A function that gives the functions of a module of core's packing the code that they have after an edit."""
+
+    def put(edit):
+        original = importlib.import_module("mistral_core.quantization." + edit.file.removesuffix(".py"))
+        mutated = type(sys)(original.__name__ + "_mutant")
+        mutated.__package__ = original.__package__
+        monkeypatch.setitem(sys.modules, mutated.__name__, mutated)  # where dataclasses look
+        exec(compile(edited(inspect.getsource(original), edit), edit.file, "exec"), mutated.__dict__)
+        for name, function in functions_of(mutated).items():
+            monkeypatch.setattr(functions_of(original)[name], "__code__", function.__code__)
+
+    return put
+
+
+def functions_of(module):
+    """Name -> function of those written in a module, methods among them."""
+    owners = [module, *(kind for _, kind in inspect.getmembers(module, inspect.isclass))]
+    return {
+        function.__qualname__: function
+        for owner in owners
+        for _, function in inspect.getmembers(owner, inspect.isfunction)
+        if function.__module__ == module.__name__ and function.__code__.co_filename != "<string>"
+    }
+
+
+@pytest.mark.parametrize("backend", FREE)
+@pytest.mark.parametrize("mutant", PACKED, ids=lambda mutant: mutant.name)
+def test_every_mutant_of_packing_is_killed(backend, mutant, mutate):
+    mutate(mutant.edits["core"])
+    found = list(suite.CHECKS[mutant.check].run(suite.subject(backend, "eager", "float32")))
+    assert not all(item.passed for item in found), f"{mutant.name}: {mutant.check} stays green"
