@@ -70,10 +70,19 @@ def write(path: Path, sizes: dict[str, Any], dtype: str) -> None:
     for name in (*norms, "output_norm"):
         writer.add_tensor(f"{name}.weight", np.ones(sizes["hidden_size"], np.float32))
     rng = np.random.default_rng(0)
-    kind = {"float32": gguf.GGMLQuantizationType.F32, "bfloat16": gguf.GGMLQuantizationType.BF16}[dtype]
+    kind = {
+        "float32": gguf.GGMLQuantizationType.F32,
+        "bfloat16": gguf.GGMLQuantizationType.BF16,
+        "q8_0": gguf.GGMLQuantizationType.Q8_0,
+        "q4_0": gguf.GGMLQuantizationType.Q4_0,
+    }[dtype]
     for name, shape in matrices(sizes).items():
-        array = random_weights(shape, dtype, rng)
-        writer.add_tensor(f"{name}.weight", array.view(np.uint8) if dtype == "bfloat16" else array, raw_dtype=kind)
+        array = random_weights(shape, "bfloat16" if dtype == "bfloat16" else "float32", rng)
+        if dtype == "bfloat16":
+            array = array.view(np.uint8)
+        elif dtype != "float32":
+            array = gguf.quants.quantize(array, kind)
+        writer.add_tensor(f"{name}.weight", array, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,7 +1,11 @@
-"""Our own generate, in any backend; options: backend, compile, and what to measure: generate, windows or overhead."""
+"""Our own generate, in any backend; options: backend, compile, what to measure (generate, windows, overhead).
+
+And quantization: the fields of a `Quantization`, where matrices are packed as they come.
+"""
 
 from __future__ import annotations
 
+import importlib
 import statistics
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +16,7 @@ import numpy as np
 from benchmarks.common import Stamps, peak_memory, prompt_ids, random_weights, say, streamed, task, timed
 from mistral_core import MistralConfig
 from mistral_core.parameters import parameters, shape_of
+from mistral_core.quantization import request
 
 FRAMEWORKS = {"torch": "torch", "flax": "jax", "tf": "tensorflow"}
 WARM_CALLS, OVERHEAD_CALLS = 5, 100
@@ -29,7 +34,7 @@ def weights(config: MistralConfig, dtype: str) -> Iterator[tuple[str, np.ndarray
             yield name, array.view(ml_dtypes.bfloat16) if dtype == "bfloat16" else array
 
 
-def made(backend: str, config: MistralConfig, dtype: str) -> Any:
+def made(backend: str, config: MistralConfig, dtype: str, quantization: dict[str, Any] | None = None) -> Any:
     """A model that holds each of its tensors once from the beginning."""
     if backend == "torch":
         import torch
@@ -48,9 +53,16 @@ def made(backend: str, config: MistralConfig, dtype: str) -> Any:
         from mistral_tf import MistralForCausalLM
 
         model = MistralForCausalLM(config, dtype=dtype, initializer="zeros")
+    asked = request.of(quantization)
+    asked = None if asked is None else asked.resolved(config, "MistralForCausalLM")
+    packed = set() if asked is None else set(asked.matrices(config, "MistralForCausalLM"))
+    guest = importlib.import_module(f"mistral_{backend}.quantize")
     for name, array in weights(config, dtype):
-        model.set_parameter(name, array)
-    return model
+        if asked is not None and name in packed:
+            guest.put(model, name, asked.quantise(name, array))
+        else:
+            model.set_parameter(name, array)
+    return guest.round_activations(model, None if asked is None else asked.activations)
 
 
 def windows(stamps: Stamps, asked: dict[str, Any]) -> dict[str, list[float]]:
@@ -83,7 +95,7 @@ def main() -> None:
     options = asked["options"]
     backend = options["backend"]
     compiled, after = compilations(backend), []
-    model = made(backend, MistralConfig(**asked["sizes"]), asked["dtype"])
+    model = made(backend, MistralConfig(**asked["sizes"]), asked["dtype"], options.get("quantization"))
     ids = prompt_ids(asked)
 
     def generate(streamer: Any = None) -> None:
