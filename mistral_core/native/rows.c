@@ -1035,10 +1035,12 @@ static void put_bfloat16(uint16_t *to, const float *from, int64_t n)
 {
     int64_t i = 0;
 #ifdef WIDE
-    for (; i < n && (uintptr_t)(to + i) % 64; i++) to[i] = to_bfloat16(from[i]);
+    int is_aligned = (uintptr_t)to % 64 == 0;
     for (; i + 32 <= n; i += 32) {
         __m512i low = halves_rounded(_mm512_loadu_ps(from + i)), high = halves_rounded(_mm512_loadu_ps(from + i + 16));
-        _mm512_stream_si512((void *)(to + i), _mm512_permutex2var_epi16(low, odd_halves(), high));
+        __m512i both = _mm512_permutex2var_epi16(low, odd_halves(), high);
+        if (is_aligned) _mm512_stream_si512((void *)(to + i), both);
+        else _mm512_storeu_si512(to + i, both);
     }
 #endif
     for (; i < n; i++) to[i] = to_bfloat16(from[i]);
