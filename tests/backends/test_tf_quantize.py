@@ -73,7 +73,7 @@ def test_packed_weights_are_keras_weights_that_are_not_trained():
     assert model.num_parameters(only_trainable=True) == sum(np.size(weight) for weight in model.trainable_weights)
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "bfloat16"])
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_no_policy_casts_scales(policy):
     model = make(dtype=policy, **SCHEMES["nf4"])
     seen = []
