@@ -35,7 +35,12 @@ def nbytes(cache):
 @pytest.mark.feature("A KV cache in int8")
 @pytest.mark.parametrize(
     "options",
-    [{"compile": "on"}, {"cache": "full", "prefill_chunk_size": 4}, {"prompt_lookup_num_tokens": 3}],
+    [
+        {"compile": "auto"},  # compiled in JAX and Keras
+        pytest.param({"compile": "on"}, marks=pytest.mark.slow),
+        {"cache": "full", "prefill_chunk_size": 4},
+        {"prompt_lookup_num_tokens": 3},
+    ],
     ids=str,
 )
 def test_the_text_is_the_reference_s_however_it_is_computed(model, options):
