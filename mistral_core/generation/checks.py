@@ -18,7 +18,18 @@ if TYPE_CHECKING:
 
 IGNORED: Mapping[str, tuple[Any, ...] | None] = {
     "use_cache": None,
-    "cache_implementation": None,
+    "cache_implementation": (
+        "static",
+        "dynamic",
+        "dynamic_full",
+        "offloaded",
+        "offloaded_static",
+        "sliding_window",
+        "hybrid",
+        "hybrid_chunked",
+        "paged",
+        None,
+    ),
     "cache_config": None,
     "max_cache_len": None,
     "return_legacy_cache": None,
@@ -64,6 +75,7 @@ IGNORED: Mapping[str, tuple[Any, ...] | None] = {
 """transformers' options of `generate` that are none here -> their values that change no token; None: every value."""
 
 ADVICE: Mapping[str, str] = {
+    "cache_implementation": "cache_dtype='int8' keeps the cache in eight bits",
     "encoder_no_repeat_ngram_size": "a logits_processor can do it",
     "encoder_repetition_penalty": "a logits_processor can do it",
     "guidance_scale": "a logits_processor that calls the model on the other prompt can do it",

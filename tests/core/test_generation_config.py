@@ -269,6 +269,7 @@ def test_a_long_chunk_is_no_reason_to_pad_a_short_prompt():
         ({"stopping_criterion": []}, "nearest is 'stopping_criteria'"),
         ({"qqqqqqqq": 1}, "no 'qqqqqqqq'; leave it out"),
         ({"guidance_scale": 2.0}, "guidance_scale is not here: a logits_processor"),
+        ({"cache_implementation": "quantized"}, "cache_implementation is not here: cache_dtype='int8' keeps"),
         ({"penalty_alpha": 0.6}, "penalty_alpha"),
         ({"num_beam_groups": 2, "diversity_penalty": 1.0}, "num_beam_groups.*diversity_penalty"),
         ({"custom_generate": "somebody/code"}, "no code is fetched"),
