@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import os
 from typing import Any
 
 import torch
@@ -77,6 +80,16 @@ def dequantised(
     return _dequantised(codes, scale, zero, kind, *shape, *block, dtype)
 
 
+@functools.cache
+def _openmp() -> int | None:
+    """Where the OpenMP that torch has loaded runs a function on its threads, which else keep those of C waiting."""
+    try:
+        loaded = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD)
+        return ctypes.cast(loaded.GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):  # macOS, and builds with another one
+        return None
+
+
 def _product(
     x: Tensor,
     codes: Tensor,
@@ -95,8 +108,9 @@ def _product(
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], rows))
     one = _TYPES[x.dtype]
-    code = library.kernels().product(
-        number, codes.data_ptr(), scale.data_ptr(), _TYPES[scale.dtype], None if zero is None else zero.data_ptr(),
+    code = library.kernels().product_by(
+        _openmp(), number, codes.data_ptr(), scale.data_ptr(), _TYPES[scale.dtype],
+        None if zero is None else zero.data_ptr(),
         rows, columns, high, wide, x.data_ptr(), one, y.data_ptr(), one, x.numel() // max(columns, 1), rounded,
         torch.get_num_threads(),
     )  # fmt: skip
@@ -120,8 +134,9 @@ def _dequantised(
     number, *_ = library.numbers(kind, (rows, columns), (high, wide), None, *shapes)
     codes, scale, zero = _whole(codes, scale, zero)
     to = torch.empty((rows, columns), dtype=dtype)
-    code = library.kernels().dequantised(
-        number, codes.data_ptr(), scale.data_ptr(), _TYPES[scale.dtype], None if zero is None else zero.data_ptr(),
+    code = library.kernels().dequantised_by(
+        _openmp(), number, codes.data_ptr(), scale.data_ptr(), _TYPES[scale.dtype],
+        None if zero is None else zero.data_ptr(),
         rows, columns, high, wide, to.data_ptr(), _TYPES[dtype], torch.get_num_threads(),
     )  # fmt: skip
     if code:

@@ -36,6 +36,9 @@ class Kernels(NamedTuple):
     1 where x is rounded, threads or 0)."""
     dequantised: Callable[..., int]
     """(kind, codes, scale, its type, zero or None, O, I, rows and columns of a block, to, its type, threads)."""
+    product_by: Callable[..., int]
+    """`product` after the address of a `Parallel`, or None: by the threads of another library."""
+    dequantised_by: Callable[..., int]
     read: Callable[..., int]
     """(address, 64-bit words, threads): their sum, for comparing with how fast memory is read."""
     addresses: tuple[int, int]
@@ -53,9 +56,14 @@ def _loaded() -> Kernels | str:
         return f"{path} cannot be loaded: {error}."
     code.mistral_product.argtypes = [*_MATRIX, _P, _I, _P, _I, _L, _I, _I]
     code.mistral_dequantised.argtypes = [*_MATRIX, _P, _I, _I]
+    code.mistral_product_by.argtypes = [_P, *code.mistral_product.argtypes]
+    code.mistral_dequantised_by.argtypes = [_P, *code.mistral_dequantised.argtypes]
     code.mistral_read.argtypes, code.mistral_read.restype = [_P, _L, _I], ctypes.c_uint64
     addresses = tuple(ctypes.cast(each, _P).value or 0 for each in (code.mistral_product, code.mistral_dequantised))
-    return Kernels(code.mistral_product, code.mistral_dequantised, code.mistral_read, (addresses[0], addresses[1]))
+    return Kernels(
+        code.mistral_product, code.mistral_dequantised, code.mistral_product_by, code.mistral_dequantised_by,
+        code.mistral_read, (addresses[0], addresses[1]),
+    )  # fmt: skip
 
 
 def available() -> bool:

@@ -173,8 +173,33 @@ int mistral_threads(void) /* the processors that this process may use */
     return count < 1 ? 1 : (int)count;
 }
 
+/* Threads of another library: it runs a function with an argument on so many, the caller's among them, and waits. */
+typedef void (*Parallel)(void (*)(void *), void *, unsigned threads, unsigned flags);
+static _Thread_local Parallel lent; /* to the call that this thread is in */
+typedef struct {
+    Part run;
+    const void *job;
+    int64_t parts;
+    atomic_llong next;
+} Lent;
+
+static void take_lent(void *argument)
+{
+    Lent *work = (Lent *)argument;
+    for (;;) {
+        int64_t part = atomic_fetch_add(&work->next, 1);
+        if (part >= work->parts) return;
+        work->run(work->job, part);
+    }
+}
+
 static void run_parts(Part run, const void *job, int64_t parts, int threads)
 {
+    if (lent && threads > 1 && parts > 1) {
+        Lent work = {run, job, parts, 0};
+        lent(take_lent, &work, threads < parts ? (unsigned)threads : (unsigned)parts, 0);
+        return;
+    }
     static atomic_int processors;
     if (threads <= 0) {
         if (!atomic_load(&processors)) atomic_store(&processors, mistral_threads());
@@ -995,6 +1020,19 @@ int mistral_product(
     return atomic_load(&failed);
 }
 
+/* The same by the threads of another library: those wait for work at a processor that the pool's would want. */
+int mistral_product_by(
+    Parallel by, int kind, const void *codes, const void *scale, int scale_type, const int8_t *zero, int64_t O,
+    int64_t I, int64_t high, int64_t wide, const void *x, int x_type, void *y, int y_type, int64_t R, int rounded,
+    int threads)
+{
+    lent = by;
+    int code = mistral_product(
+        kind, codes, scale, scale_type, zero, O, I, high, wide, x, x_type, y, y_type, R, rounded, threads);
+    lent = NULL;
+    return code;
+}
+
 typedef struct {
     const Matrix *m;
     void *to;
@@ -1083,6 +1121,16 @@ int mistral_dequantised(
     Expansion job = {&m, to, type, size, &failed};
     run_parts(expand, &job, parts, threads);
     return atomic_load(&failed);
+}
+
+int mistral_dequantised_by(
+    Parallel by, int kind, const void *codes, const void *scale, int scale_type, const int8_t *zero, int64_t O,
+    int64_t I, int64_t high, int64_t wide, void *to, int type, int threads)
+{
+    lent = by;
+    int code = mistral_dequantised(kind, codes, scale, scale_type, zero, O, I, high, wide, to, type, threads);
+    lent = NULL;
+    return code;
 }
 
 /* The sum of 64-bit words of memory, by all threads: how fast it can be read, for comparison. */
