@@ -65,7 +65,9 @@ def packed_product(x: Tensor, weight: PackedWeight, *, dtype: Any = None) -> Ten
     @tf.custom_gradient
     def rows(x_RI: Tensor) -> Any:
         def gradient(upstream_RO: Tensor) -> Tensor:
-            return tf.cast(tf.matmul(upstream_RO, dequantised(weight, upstream_RO.dtype)), x_RI.dtype)
+            with tf.control_dependencies([upstream_RO]):
+                floats = dequantised(weight, upstream_RO.dtype)
+            return tf.cast(tf.matmul(upstream_RO, floats), x_RI.dtype)
 
         return _packed_rows(x_RI, weight, dtype), gradient
 
@@ -95,14 +97,17 @@ def _packed_rows(x_RI: Tensor, weight: PackedWeight, dtype: Any) -> Tensor:
     if activations is not None:
         x_RI = rounded(x_RI)
     if in_c and dtype in (tf.float32, tf.bfloat16):
-        floats = native.dequantised(codes, scale, zero, kind=kind, shape=shape, block=block, dtype=dtype)
+        with tf.control_dependencies([x_RI]):  # or a program would first make floats of all its matrices
+            floats = native.dequantised(codes, scale, zero, kind=kind, shape=shape, block=block, dtype=dtype)
         return _rows(x_RI, floats, dtype)
     most = _FEW_ROWS if KINDS[weight.kind].is_integer else 1
     few = x_RI.shape[0] is not None and x_RI.shape[0] <= most
     if few and _is_on_cpu() and tf.float64 not in (x_RI.dtype, dtype):
         return tf.cast(_packed_few_rows(tf.cast(x_RI, tf.float32), weight), dtype)
     kept = x_RI.dtype if dtype == tf.float32 and x_RI.dtype != tf.float64 else dtype
-    return _rows(x_RI, dequantised(weight, kept), dtype)
+    with tf.control_dependencies([x_RI]):
+        floats = dequantised(weight, kept)
+    return _rows(x_RI, floats, dtype)
 
 
 def rounded(x: Tensor) -> Tensor:
