@@ -21,7 +21,6 @@ from mistral_tf.quantize import put
 # Keras reads its variables so when it saves them
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword"),
-    pytest.mark.feature("Matrices of few bits"),
 ]
 
 CONFIG = TINY.replace(num_hidden_layers=1, tie_word_embeddings=False)
