@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.quantization import calibration, report
 from mistral_core.quantization.request import Quantization
+from mistral_core.weights import lazy
 from mistral_core.weights.opening import Checkpoint
 
 SCHEMES = {
@@ -31,7 +32,7 @@ HELD_OUT, SAMPLES = (16, 1024), 3
 
 def main() -> None:
     checkpoint = Checkpoint.open(TINY_CHECKPOINT)
-    config, parameters = checkpoint.config, calibration.Read(checkpoint)
+    config, parameters = checkpoint.config, lazy.arrays(checkpoint)
     tokenizer = Tokenizer.from_file(str(TINY_CHECKPOINT / "tokenizer.json"))
     chapters = train_tiny.read_chapters(Path(sys.argv[1]))
     unseen = train_tiny.Passages(chapters[29::30], tokenizer).tokens[: HELD_OUT[0] * HELD_OUT[1]].reshape(HELD_OUT)

@@ -13,10 +13,10 @@ import numpy as np
 
 from ..hub import download
 from ..quantization import report as reports
-from ..quantization.calibration import Read
 from ..quantization.request import SCHEMES, Quantization
 from ..quantization.texts import texts
 from ..text.tokenizer import MistralTokenizer
+from ..weights import lazy
 from ..weights.convert import convert
 from ..weights.opening import Checkpoint
 from ..weights.sources import resolve_checkpoint
@@ -102,7 +102,7 @@ def _ids(source: Any, file: str, most: int) -> np.ndarray:
 def _quality(source: Any, destination: str, ids: np.ndarray) -> reports.Quality:
     floats, packed = Checkpoint.open(source), Checkpoint.open(destination)
     progress("the report: both models read a text, a layer after the other")
-    return reports.quality(floats.config, Read(floats), reports.PackedMatrices(packed), ids)
+    return reports.quality(floats.config, lazy.arrays(floats), lazy.matrices(packed), ids)
 
 
 @contextmanager

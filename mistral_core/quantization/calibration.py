@@ -19,8 +19,6 @@ from ..parameters import LM_HEAD, shapes
 from ..reference import ops
 from ..reference.model import Step
 from ..telling import warn
-from ..weights.contents import Contents
-from ..weights.matching import canonical_names
 from . import forward, gptq, rounding
 from .matrix import PackedMatrix, dequantised
 from .request import Quantization
@@ -31,23 +29,6 @@ _NORMS = ("input_layernorm", "post_attention_layernorm")
 
 Progress = Callable[[int, int, float], None]
 """Called with matrices that are done, how many there are, and the seconds that the others will probably take."""
-
-
-class Read(Mapping[str, Array]):
-    """The parameters of an opened checkpoint by canonical name, each read when it is asked for."""
-
-    def __init__(self, checkpoint: Contents) -> None:
-        self._checkpoint = checkpoint
-        self._names = canonical_names(checkpoint.tensors)
-
-    def __getitem__(self, name: str) -> Array:
-        return self._checkpoint.read(self._names[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def kept_bytes(config: MistralConfig, tokens: int) -> int:
@@ -67,7 +48,7 @@ def packed(
 ) -> Iterator[tuple[str, PackedMatrix]]:
     """Yield (name, matrix) of all that `quantization`, which is resolved, packs, in the table's order.
 
-    `parameters` are arrays by canonical name, each asked for once; `Read` makes them of a checkpoint. `ids` [N, T] are
+    `parameters` are arrays by canonical name, each asked for once, as `weights.lazy` reads them of a checkpoint. `ids` [N, T] are
     texts without padding, of which `kept_bytes` are kept in memory. The same arguments give the same bytes.
     Raises NonFiniteWeightsError, NonFiniteInputError (a name and a text that makes its inputs so), TokenIdError,
     EmptyInputError; warns where there are fewer tokens than a matrix has columns.

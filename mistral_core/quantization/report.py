@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -13,8 +13,6 @@ from ..config import MistralConfig
 from ..errors import EmptyInputError
 from ..parameters import BODY, LM_HEAD
 from ..reference import ops
-from ..weights.contents import Contents
-from ..weights.matching import canonical_names
 from . import forward
 from .matrix import PackedMatrix
 
@@ -69,26 +67,6 @@ class Quality:
             f"{'KL divergence':16}{'':10}{self.kl:10.4f}   nats per token; 0 is the same",
             f"{'likeliest token':16}{'':10}{self.changed:10.1%}   changed",
         ])  # fmt: skip
-
-
-class PackedMatrices(Mapping[str, PackedMatrix]):
-    """The packed matrices of an opened checkpoint by canonical name, each read when it is asked for."""
-
-    def __init__(self, checkpoint: Contents) -> None:
-        found = {name: checkpoint.packed(source) for name, source in canonical_names(checkpoint.tensors).items()}
-        self._read = {name: packed.matrix for name, packed in found.items() if packed is not None}
-
-    def __getitem__(self, name: str) -> PackedMatrix:
-        matrix = self._read[name]()
-        if matrix is None:
-            raise KeyError(name)
-        return matrix
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._read)
-
-    def __len__(self) -> int:
-        return len(self._read)
 
 
 def quality(

@@ -33,7 +33,7 @@ from ..quantization import calibration, request, storage
 from ..quantization.matrix import KINDS, PackedMatrix, dequantised
 from ..quantization.request import Quantization
 from ..quantization.storage import Arrangement
-from . import casting, fingerprint, formats, manifest, towers
+from . import casting, fingerprint, formats, lazy, manifest, towers
 from .containers.shards import shard_bytes
 from .containers.tensor_file import DTYPES, STORED
 from .contents import StoredTensor, fits_in_cache
@@ -401,22 +401,20 @@ def _cast(
         del array  # before the next one comes
     if plan.calibrate is not None and plan.quantization is not None:
         yield from calibration.packed(
-            plan.outline.config, _Read(plan), plan.calibrate, plan.quantization,
+            plan.outline.config, _as_written(plan), plan.calibrate, plan.quantization,
             architecture=plan.outline.architecture, progress=plan.calibrated,
         )  # fmt: skip
     for name in sorted(plan.outline.others, key=lambda name: checkpoint.skipped[name].start):
         yield name, checkpoint.skipped[name].load(None, cached)
 
 
-class _Read(calibration.Read):
-    """The parameters of a plan's source in the dtypes that are written, which scales come in."""
+def _as_written(plan: _Plan) -> lazy.Lazy[np.ndarray]:
+    """The tensors of a plan's source in the dtypes that are written, which scales come in."""
 
-    def __init__(self, plan: _Plan) -> None:
-        super().__init__(plan.checkpoint)
-        self._dtypes = plan.outline.dtypes
+    def read(name: str, source: str) -> np.ndarray:
+        return casting.cast(plan.checkpoint.read(source), DTYPES[plan.outline.dtypes[name]])[0]
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        return casting.cast(super().__getitem__(name), DTYPES[self._dtypes[name]])[0]
+    return lazy.Lazy({name: functools.partial(read, name, source) for name, source in plan.sources.items()})
 
 
 _Stream = Iterator[tuple[str, np.ndarray | PackedMatrix]]

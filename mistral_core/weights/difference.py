@@ -11,7 +11,7 @@ import numpy as np
 from ..arrays import bits
 from ..errors import ConfigError
 from ..quantization.matrix import dequantised
-from . import fingerprint
+from . import fingerprint, lazy
 from .contents import Contents
 from .matching import canonical_names
 
@@ -94,8 +94,8 @@ def layers(first: Contents, second: Contents, ids: np.ndarray) -> Iterator[Layer
         )
     names = ["embeddings", *(f"layer {i}" for i in range(first.config.num_hidden_layers)), "norm"]
     pairs = zip(
-        fingerprint.layer_states(first.config, fingerprint.Lazy(first), ids),
-        fingerprint.layer_states(second.config, fingerprint.Lazy(second), ids),
+        fingerprint.layer_states(first.config, lazy.arrays(first, np.float64), ids),
+        fingerprint.layer_states(second.config, lazy.arrays(second, np.float64), ids),
         strict=True,
     )
     for name, (x, y) in zip(names, pairs, strict=True):

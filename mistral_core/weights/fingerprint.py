@@ -9,28 +9,11 @@ import numpy as np
 
 from ..config import MistralConfig
 from ..reference import heads, model, ops
+from . import lazy
 from .contents import Contents
-from .matching import canonical_names
 
 TOKENS = 12
 KEPT_TENSORS = 8
-
-
-class Lazy(Mapping[str, np.ndarray]):
-    """The parameters of a checkpoint by canonical name in float64, each read anew when it is asked for."""
-
-    def __init__(self, checkpoint: Contents) -> None:
-        self._checkpoint = checkpoint
-        self._names = canonical_names(checkpoint.tensors)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._checkpoint.read(self._names[name]).astype(np.float64)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def prompt(config: MistralConfig) -> np.ndarray:
@@ -46,7 +29,7 @@ def of(checkpoint: Contents, architecture: str) -> dict[str, Any]:
     """
     config = checkpoint.config
     ids = prompt(config)
-    outputs = last_outputs(config, Lazy(checkpoint), architecture, ids)
+    outputs = last_outputs(config, lazy.arrays(checkpoint, np.float64), architecture, ids)
     order = np.argsort(-np.abs(outputs), kind="stable")[:KEPT_TENSORS]
     return {
         "input_ids": ids[0].tolist(),
