@@ -70,9 +70,12 @@ def _packed(checkpoint: Checkpoint) -> dict[str, Any]:
     packed = [tensor.packed for tensor in checkpoint.tensors.values() if tensor.packed is not None]
     if not packed:
         return {}
-    schemes, size = sorted({each.scheme.label for each in packed}), sum(each.nbytes for each in packed)
+    size = sum(each.nbytes for each in packed)
     kernels = "kernels in C" if library.available() else f"the frameworks' own operations: {library.why()}"
-    return {"packed": {"scheme": ", ".join(schemes), "matrices": len(packed), "bytes": size}, "computed_by": kernels}
+    return {
+        "packed": {"scheme": ", ".join(checkpoint.schemes), "matrices": len(packed), "bytes": size},
+        "computed_by": kernels,
+    }
 
 
 def _left_out(checkpoint: Checkpoint) -> dict[str, Any]:

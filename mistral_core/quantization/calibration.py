@@ -48,8 +48,8 @@ def packed(
 ) -> Iterator[tuple[str, PackedMatrix]]:
     """Yield (name, matrix) of all that `quantization`, which is resolved, packs, in the table's order.
 
-    `parameters` are arrays by canonical name, each asked for once, as `weights.lazy` reads them of a checkpoint. `ids` [N, T] are
-    texts without padding, of which `kept_bytes` are kept in memory. The same arguments give the same bytes.
+    `parameters` are arrays by canonical name, each asked for once: `weights.lazy` reads them of a checkpoint. `ids`
+    [N, T] are texts without padding, of which `kept_bytes` are kept in memory. The same arguments give the same bytes.
     Raises NonFiniteWeightsError, NonFiniteInputError (a name and a text that makes its inputs so), TokenIdError,
     EmptyInputError; warns where there are fewer tokens than a matrix has columns.
     """

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..config import MistralConfig
 from ..disk import limits
-from ..errors import ShapeMismatchError
+from ..errors import ConfigError, ShapeMismatchError
 from ..parameters import Parameter
 from ..quantization import Scheme
 from ..quantization.matrix import PackedMatrix
@@ -108,6 +108,19 @@ class Contents:
     def losses(self) -> tuple[str, ...]:
         """What the values lost before they came here, each kind once."""
         return tuple(sorted({tensor.loss for tensor in self.tensors.values() if tensor.loss}))
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """By what its matrices are packed, each scheme once; none where all tensors are floats."""
+        return tuple(sorted({tensor.packed.scheme.label for tensor in self.tensors.values() if tensor.packed}))
+
+    def check_floats(self) -> None:
+        """Raise ConfigError where matrices that are to be packed are packed already."""
+        if self.schemes:
+            raise ConfigError(
+                f"quantization must be None: {self.path} is packed already ({', '.join(self.schemes)}); leave it out, "
+                "or quantize the checkpoint that it was made of."
+            )
 
     def dtype(self, name: str) -> np.dtype:
         """The NumPy dtype of a tensor stored as a kind of float."""

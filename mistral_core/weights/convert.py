@@ -20,7 +20,6 @@ from ..disk import files, reading
 from ..disk.into import MANIFEST
 from ..disk.names import CONFIG_FILES, TEMPLATES, TEXT_FILES, VISION_FILES
 from ..errors import (
-    ConfigError,
     ConversionError,
     CorruptCheckpointError,
     DtypeMismatchError,
@@ -136,6 +135,8 @@ class _Plan:
     report: Report
     known_losses: dict[str, str]
     """What is lost whatever the numbers are."""
+    exact: frozenset[str]
+    """Names of packed matrices all of whose numbers the floats that are written hold."""
     quantization: Quantization | None = None
     """How matrices are packed on their way; None: packed ones stay as they are."""
     calibrate: np.ndarray | None = None
@@ -168,47 +169,44 @@ def _plan(
         texts |= {name: read() for name, read in texts_in(checkpoint.directory, VISION_FILES).items()}
     specs = {name: (tensor.dtype, tensor.shape) for name, tensor in others.items()}
     asked = None if asked is None else asked.resolved(config, architecture)
-    packed = _packed(checkpoint, sources, config, architecture, dtypes, asked) if to == "hf" and not others else {}
-    if dtype is not None and asked is None:
-        packed = {}
+    if asked is not None:
+        checkpoint.check_floats()
+        packed = _to_be_packed(asked, config, architecture, dtypes)
+    else:
+        packed = _staying_packed(checkpoint, sources) if to == "hf" and dtype is None and not others else {}
     outline = Outline(config, architecture, dtypes, texts, chosen, packed, specs)
     chosen_format = formats.format_named(to)
     chosen_format.check(outline)
-    floats = [checkpoint.tensors[source] for name, source in sources.items() if name not in packed]
-    source_losses = {tensor.loss for tensor in floats if tensor.loss and not _is_exact(tensor, code)}
+    floats = {name: checkpoint.tensors[source] for name, source in sources.items() if name not in packed}
+    exact = frozenset(name for name, tensor in floats.items() if _is_exact(tensor, code))
+    source_losses = {tensor.loss for name, tensor in floats.items() if tensor.loss and name not in exact}
     losses = {"source": "; ".join(sorted(source_losses))} if source_losses else {}
     losses |= chosen_format.lossy(outline) if isinstance(chosen_format, Lossy) else {}
     report = _report(checkpoint, target, to, outline, sources)
     report.moves = _moves(checkpoint, sources, outline, chosen_format)
-    exact = sum(tensor.packed is not None and _is_exact(tensor, code) for tensor in floats)
-    report.moves |= {"dequantised exactly": exact} if exact else {}
+    report.moves |= {"dequantised exactly": len(exact)} if exact else {}
     report.losses = dict(losses)
     if asked is not None:
         report.losses["quantization"] = f"{len(packed)} matrices become {told(report.packed)}"
-    return _Plan(checkpoint, target, to, outline, sources, report, losses, asked)
+    return _Plan(checkpoint, target, to, outline, sources, report, losses, exact, asked)
 
 
-def _packed(
-    checkpoint: Checkpoint,
-    sources: Mapping[str, str],
-    config: MistralConfig,
-    architecture: str,
-    dtypes: Mapping[str, str],
-    asked: Quantization | None,
+def _to_be_packed(
+    asked: Quantization, config: MistralConfig, architecture: str, dtypes: Mapping[str, str]
 ) -> dict[str, Arrangement]:
-    """Canonical name -> how a matrix will be packed; raises ConfigError where it would be for the second time."""
-    already = {name: packed for name, source in sources.items() if (packed := checkpoint.packed(source)) is not None}
-    if asked is None:
-        found = {name: matrix for name, packed in already.items() if (matrix := packed.matrix()) is not None}
-        return {name: storage.arrangement_of(matrix) for name, matrix in found.items()}
-    if already:
-        label = ", ".join(sorted({packed.scheme.label for packed in already.values()}))
-        raise ConfigError(f"quantization must be None: {checkpoint.path} is packed already ({label}); leave it out.")
+    """Canonical name -> how a matrix of floats will be packed."""
     rows = shapes(config, architecture)
     return {
         name: asked.arrangement(name, (rows[name][0], rows[name][1]), DTYPES[dtypes[name]].name)
         for name in asked.matrices(config, architecture)
     }
+
+
+def _staying_packed(checkpoint: Checkpoint, sources: Mapping[str, str]) -> dict[str, Arrangement]:
+    """Canonical name -> how a matrix is packed and stays."""
+    found = {name: packed for name, source in sources.items() if (packed := checkpoint.packed(source)) is not None}
+    matrices = ((name, packed.matrix()) for name, packed in found.items())
+    return {name: storage.arrangement_of(matrix) for name, matrix in matrices if matrix is not None}
 
 
 def _is_exact(tensor: StoredTensor, code: str | None) -> bool:
@@ -375,12 +373,12 @@ def _cast(
         if plan.calibrate is not None and name in plan.outline.packed:
             continue
         tensor, code = checkpoint.tensors[source], plan.outline.dtypes[name]
-        matrix = tensor.packed.matrix() if tensor.packed is not None else None
-        if matrix is not None and name in plan.outline.packed:
+        stays = tensor.packed is not None and name in plan.outline.packed
+        matrix = tensor.packed.matrix() if tensor.packed is not None and (stays or name in plan.exact) else None
+        if matrix is not None and stays:
             yield name, matrix
             continue
-        exact = matrix is not None and _is_exact(tensor, code)
-        array = dequantised(matrix) if exact and matrix is not None else checkpoint.read(source, cached=cached)
+        array = checkpoint.read(source, cached=cached) if matrix is None else dequantised(matrix)
         del matrix
         if check_finite and (first := casting.first_not_finite(array)) is not None:
             raise NonFiniteWeightsError(

@@ -13,7 +13,6 @@ import numpy as np
 from ..config import MistralConfig
 from ..disk import files, reading
 from ..errors import (
-    ConfigError,
     DtypeMismatchError,
     LossyConversionError,
     UnsupportedFeatureError,
@@ -89,15 +88,11 @@ def _load(
 
 def _tell_of_packing(checkpoint: Checkpoint, asked: Quantization | str | None, where: str) -> None:
     """Say what is packed and what becomes of it; raises ConfigError where it should be packed once more."""
-    losses = checkpoint.losses
-    packed = sorted({tensor.packed.scheme.label for tensor in checkpoint.tensors.values() if tensor.packed})
-    if packed and isinstance(asked, Quantization):
-        raise ConfigError(
-            f"quantization must be None: {where} is packed already ({', '.join(packed)}); leave it out, or quantize "
-            "the checkpoint that it was made of."
-        )
+    losses, packed = checkpoint.losses, ", ".join(checkpoint.schemes)
+    if isinstance(asked, Quantization):
+        checkpoint.check_floats()
     if packed and asked is None:
-        warn(f"{where}: packed ({', '.join(packed)}), and kept so; quantization='dequantize' makes floats of it.")
+        warn(f"{where}: packed ({packed}), and kept so; quantization='dequantize' makes floats of it.")
         losses = tuple(sorted({t.loss for t in checkpoint.tensors.values() if t.loss and t.packed is None}))
     if losses:
         warn(f"{where}: {'; '.join(losses)}.")
