@@ -41,6 +41,11 @@ class Parameter(NamedTuple):
         """A matrix that inputs are multiplied by, which most frameworks but torch store [in, out]."""
         return self.kind in ("attention", "mlp", "head") and len(self.axes) == 2
 
+    @property
+    def is_of_layer(self) -> bool:
+        """A matrix of a decoder layer."""
+        return self.kind in ("attention", "mlp")
+
 
 _LAYER = "model.layers.{}."
 

@@ -400,11 +400,11 @@ PACKED = (
     Mutant("nibbles swapped where they are packed", "packed-codes of float32",
            core("matrix.py", "numbers[:, 0::2] | numbers[:, 1::2] << 4", "numbers[:, 1::2] | numbers[:, 0::2] << 4")),
     Mutant("sign of int8 flipped in a file", "packed-files",
-           core("storage.py", "matrix.codes.view(np.uint8) ^ np.uint8(0x80)", "matrix.codes.view(np.uint8)")),
+           core("storage.py", "else unsigned(matrix)", "else matrix.codes.view(np.uint8)")),
     Mutant("zero point off by one in a file", "packed-files",
            core("storage.py", "(1 << bits - 1)).astype(np.uint8).T", "(1 << bits - 1) - 1).astype(np.uint8).T")),
     Mutant("nibbles of nf4 swapped in a file", "packed-files",
-           core("storage.py", "matrix.codes >> 4 | matrix.codes << 4", "matrix.codes")),
+           core("storage.py", "swapped(matrix.codes)", "matrix.codes")),
 )  # fmt: skip
 """Errors of core's packing (`mistral_core.quantization`), which the check must find in every backend."""
 

@@ -180,5 +180,5 @@ def _calibrated(name: str, stored: Array, found: gptq.Factors, quantization: Qua
     kind, group, symmetric = quantization.of(name, stored.shape[1])
     scale, zero = gptq.scales(stored, found, kind, group, symmetric=symmetric, dtype=stored.dtype)
     if quantization.double_quant:
-        scale = rounding.unnested(*rounding.nested(scale)).reshape(scale.shape)
+        scale = rounding.doubled(scale)  # before the codes, which make up for it
     return gptq.calibrated(stored, found, kind, group, scale, zero)

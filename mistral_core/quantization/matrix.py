@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from ..errors import CorruptCheckpointError
-from .blocks import Block, blocks, spread
+from .blocks import Block, spread
 
 ROWS = 128
 """Rows are dequantised in so many at once, so that their floats stay in the processor's cache."""
@@ -88,6 +88,11 @@ def packed_codes(kind: str, numbers: np.ndarray) -> np.ndarray:
     return numbers[:, 0::2] | numbers[:, 1::2] << 4
 
 
+def swapped(pairs: np.ndarray) -> np.ndarray:
+    """Bytes of two codes, the first in the high half, with it in the low half, and the other way round."""
+    return pairs >> 4 | pairs << 4
+
+
 def dequantised(matrix: PackedMatrix) -> np.ndarray:
     """The matrix as float32 [O, I], each number rounded once."""
     result = np.empty(matrix.shape, np.float32)
@@ -124,15 +129,6 @@ def in_order(matrix: PackedMatrix, order: np.ndarray) -> PackedMatrix | None:
     if down == 1:
         return moved
     return moved._replace(scale=matrix.scale[order], zero=None if matrix.zero is None else matrix.zero[order])
-
-
-def expanded(matrix: PackedMatrix) -> PackedMatrix:
-    """The same matrix with scales of every row: blocks of one row, as the products read them."""
-    if blocks(matrix.shape, matrix.block)[0] == matrix.shape[0]:
-        return matrix
-    rows = np.arange(matrix.shape[0]) // matrix.block[0]
-    zero = None if matrix.zero is None else matrix.zero[rows]
-    return matrix._replace(scale=matrix.scale[rows], zero=zero, block=(1, matrix.block[1]))
 
 
 def whole_block(block: Block, shape: tuple[int, int]) -> tuple[int, int]:

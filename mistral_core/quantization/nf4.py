@@ -88,7 +88,7 @@ def _nf4_matrix(parts: Parts, scheme: Scheme, shape: tuple[int, int]) -> PackedM
         return None
     pairs = parts.read("weight").reshape(shape[0], -1)
     return PackedMatrix(
-        "nf4", pairs >> 4 | pairs << 4, _scales(parts, state).reshape(shape[0], -1), None, shape, (1, block)
+        "nf4", matrix.swapped(pairs), _scales(parts, state).reshape(shape[0], -1), None, shape, (1, block)
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import ConfigError, UnsupportedFeatureError
-from ..parameters import LM_HEAD, Parameter, parameters, shape_of
+from ..parameters import LM_HEAD, parameters, shape_of
 from ..plain import is_int
 from ..telling import warn
 from . import rounding
@@ -65,7 +65,7 @@ class Quantization:
         if self.head == "int8" and not has_head:
             why = "is tied to the embedding, which stays floats" if tied else "is not that of a language model"
             raise ConfigError(f"head must be off: the head {why}.")
-        columns = sorted({shape_of(row, config)[1] for _, row in parameters(config, architecture) if _is_of_layer(row)})
+        columns = sorted({shape_of(row, config)[1] for _, row in parameters(config, architecture) if row.is_of_layer})
         size = self.group_size
         if size is None:
             fitting = (group for group in GROUPS[self.scheme] if all(width % group == 0 for width in columns))
@@ -83,7 +83,7 @@ class Quantization:
     def matrices(self, config: MistralConfig, architecture: str) -> Iterator[str]:
         """Yield the names of the tensors that are packed."""
         for name, row in parameters(config, architecture):
-            if _is_of_layer(row) or (name == LM_HEAD and self.head == "int8"):
+            if row.is_of_layer or (name == LM_HEAD and self.head == "int8"):
                 yield name
 
     def quantise(self, name: str, matrix: np.ndarray) -> PackedMatrix:
@@ -96,7 +96,7 @@ class Quantization:
         rounding.check_finite(name, scale)
         packed = rounding.nearest(matrix, kind, group, scale, zero)
         if self.double_quant:  # codes are chosen before, as bitsandbytes does it
-            packed = packed._replace(scale=rounding.unnested(*rounding.nested(scale)).reshape(scale.shape))
+            packed = packed._replace(scale=rounding.doubled(scale))
         return packed
 
     def arrangement(self, name: str, shape: tuple[int, int], dtype: str) -> Arrangement:
@@ -108,11 +108,8 @@ class Quantization:
         """The kind, the columns of a group and the symmetry of one matrix."""
         if name == LM_HEAD:
             return "int8", columns, True
-        return self.scheme, columns if self.group_size in (None, -1) else self.group_size or columns, self.symmetric
-
-
-def _is_of_layer(row: Parameter) -> bool:
-    return row.kind in ("attention", "mlp")
+        size = self.group_size
+        return self.scheme, columns if size is None or size == -1 else size, self.symmetric
 
 
 def _divisors(columns: Collection[int]) -> list[int]:

@@ -74,9 +74,7 @@ def _in_strips(matrix: np.ndarray, work: Callable[[slice], None]) -> None:
         for part in parts:
             work(part)
         return
-    with ThreadPoolExecutor(
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    ) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(work, parts):
             pass
 
@@ -146,6 +144,11 @@ def nested(scale: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.float32]:
         x = np.where(outer[:, None] == 0, 0, blocks / outer[:, None])
     found = np.searchsorted((table[1:] + table[:-1]) / 2, x).astype(np.uint8)
     return found.reshape(-1)[: flat.size], outer, offset
+
+
+def doubled(scale: np.ndarray) -> np.ndarray:
+    """Scales as they come back from double quantisation."""
+    return unnested(*nested(scale)).reshape(scale.shape)
 
 
 def unnested(numbers: np.ndarray, outer: np.ndarray, offset: np.float32) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import UnsupportedFeatureError
 from .blocks import blocks
-from .matrix import KINDS, NF4, PackedMatrix
+from .matrix import KINDS, NF4, PackedMatrix, packed_codes, swapped, unsigned
 
 STATE = "weight.quant_state.bitsandbytes__nf4"
 
@@ -28,18 +28,15 @@ def parts_of(matrix: PackedMatrix, dtype: str) -> dict[str, np.ndarray]:
 
 def _words(matrix: PackedMatrix, dtype: str) -> dict[str, np.ndarray]:
     bits = KINDS[matrix.kind].bits
-    codes = matrix.codes if bits == 4 else matrix.codes.view(np.uint8) ^ np.uint8(0x80)
     parts = {
-        "weight_packed": _as_words(codes),
+        "weight_packed": _as_words(matrix.codes if bits == 4 else unsigned(matrix)),
         "weight_scale": matrix.scale,
         "weight_shape": np.array(matrix.shape, np.int64),
     }
     if matrix.zero is not None:
         numbers: np.ndarray = (matrix.zero.astype(np.int16) + (1 << bits - 1)).astype(np.uint8).T
-        if bits == 4:
-            numbers = np.pad(numbers, ((0, 0), (0, numbers.shape[1] % 2)))
-            numbers = numbers[:, 0::2] | numbers[:, 1::2] << 4
-        parts["weight_zero_point"] = np.ascontiguousarray(_as_words(numbers).T)
+        words = _as_words(packed_codes("int4", numbers) if bits == 4 else numbers)
+        parts["weight_zero_point"] = np.ascontiguousarray(words.T)
     return parts
 
 
@@ -54,9 +51,8 @@ def _eight_bit_floats(matrix: PackedMatrix, dtype: str) -> dict[str, np.ndarray]
 
 
 def _nf4(matrix: PackedMatrix, dtype: str) -> dict[str, np.ndarray]:
-    swapped = matrix.codes >> 4 | matrix.codes << 4
     return {
-        "weight": swapped.reshape(-1, 1),
+        "weight": swapped(matrix.codes).reshape(-1, 1),
         "weight.absmax": matrix.scale.reshape(-1),
         "weight.quant_map": NF4,
         STATE: np.frombuffer(_state(arrangement_of(matrix), dtype), np.uint8),

@@ -200,10 +200,7 @@ def _weights(
     like = target or checkpoint.dtype(embedding)
     stored = [(source, name) for name, source in sources.items() if source is not None]
     cached = fits_in_cache(sum(checkpoint.tensors[source].nbytes for source, _ in stored))
-    sizes = shapes(config, architecture)
-    packable = {name for name, row in parameters(config, architecture) if row.is_linear and row.kind != "head"} | {
-        LM_HEAD
-    }
+    sizes, rows = shapes(config, architecture), dict(parameters(config, architecture))
 
     def made(name: str, row: Parameter, index: Any = ()) -> np.ndarray:
         return cast(initial_value(name, row, config, seed=seed)[index], like, name)
@@ -212,13 +209,13 @@ def _weights(
         # no name for the array: it would keep one tensor too many alive
         return cast(checkpoint.read(source, index, cached=cached), target or checkpoint.dtype(source), name)
 
-    for name, row in parameters(config, architecture):
+    for name, row in rows.items():
         if sources[name] is None:
             yield Weight(name, sizes[name], functools.partial(made, name, row))
     for source, name in sorted(stored, key=lambda pair: checkpoint.place(pair[0])):
         packed = checkpoint.packed(source)
         weight = Weight(name, sizes[name], functools.partial(read, source, name))
-        kept = keep_packed and packed is not None and name in packable
+        kept = keep_packed and packed is not None and (rows[name].is_of_layer or name == LM_HEAD)
         yield weight._replace(matrix=packed.matrix) if kept and packed else weight
 
 
