@@ -13,8 +13,8 @@ from jax import Array
 
 from mistral_core.errors import ConfigError, UnsupportedFeatureError
 from mistral_core.parameters import LM_HEAD
-from mistral_core.quantization import request
-from mistral_core.quantization.matrix import KINDS, PackedMatrix
+from mistral_core.quantization import models
+from mistral_core.quantization.matrix import PackedMatrix
 from mistral_core.quantization.request import BitsAndBytesConfig as BitsAndBytesConfig
 from mistral_core.quantization.request import Quantization as Quantization
 
@@ -92,19 +92,7 @@ def quantize(model: M, quantization: Any = "int8", **options: Any) -> M:
     `Quantization`. What is packed already stays, and takes its activations as asked for. Raises ConfigError,
     UnsupportedFeatureError, NonFiniteWeightsError.
     """
-    asked = request.given(quantization, **options).resolved(model.config.value, model.architecture)
-    packed = {name for name, _ in model.packed_parts()}
-    for name in asked.matrices(model.config.value, model.architecture):
-        if name not in packed:
-            put(model, name, asked.quantise(name, model._array(name)))
-    return round_activations(model, asked.activations)
-
-
-def round_activations(model: M, activations: str | None) -> M:
-    """Let packed integers meet rows rounded to "int8", or, with None, rows as they are; returns the model."""
-    for _, part in model.packed_parts():
-        part.activations = activations if KINDS[part.kind].is_integer else None
-    return model
+    return models.packed(model, put, quantization, **options)
 
 
 def dequantize(model: M) -> M:

@@ -22,12 +22,13 @@ from mistral_core.config import AssignableConfig
 from mistral_core.devices import placement
 from mistral_core.errors import ConfigError
 from mistral_core.parameters import BASE_PREFIX
+from mistral_core.quantization.models import round_activations
 from mistral_core.weights import loading
 from mistral_core.weights.mixin import Saved
 
 from .arrays import as_device, as_dtype, from_numpy, to_numpy
 from .products import dequantised
-from .quantize import put, round_activations
+from .quantize import put
 
 # In a graph a view is its value: compiled functions are found by it, and an assignment reaches no graph already made.
 with contextlib.suppress(ValueError):  # another copy of this package has told JAX already

@@ -14,12 +14,13 @@ from mistral_core import GenerationConfig, MistralConfig
 from mistral_core.compat.arguments import from_transformers
 from mistral_core.compat.clients import path_by_either_name
 from mistral_core.errors import ConfigError
+from mistral_core.quantization.models import round_activations
 from mistral_core.weights import loading
 from mistral_core.weights.mixin import Saved
 
 from .arrays import as_device, as_policy, from_numpy, to_numpy
 from .fit import KerasModel
-from .quantize import put, round_activations
+from .quantize import put
 from .saving import empty
 
 

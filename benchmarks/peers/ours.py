@@ -17,6 +17,7 @@ from benchmarks.common import Stamps, peak_memory, prompt_ids, random_weights, s
 from mistral_core import MistralConfig
 from mistral_core.parameters import parameters, shape_of
 from mistral_core.quantization import request
+from mistral_core.quantization.models import round_activations
 
 FRAMEWORKS = {"torch": "torch", "flax": "jax", "tf": "tensorflow"}
 WARM_CALLS, OVERHEAD_CALLS = 5, 100
@@ -62,7 +63,7 @@ def made(backend: str, config: MistralConfig, dtype: str, quantization: dict[str
             guest.put(model, name, asked.quantise(name, array))
         else:
             model.set_parameter(name, array)
-    return guest.round_activations(model, None if asked is None else asked.activations)
+    return round_activations(model, None if asked is None else asked.activations)
 
 
 def windows(stamps: Stamps, asked: dict[str, Any]) -> dict[str, list[float]]:
