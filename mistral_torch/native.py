@@ -13,7 +13,7 @@ from torch import Tensor
 from mistral_core.errors import InputError
 from mistral_core.native import library
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_TYPES = {getattr(torch, name): number for name, number in library.TYPES.items()}
 """Types as C numbers them."""
 _OWN = (torch.float32, torch.bfloat16)
 """The dtypes of x that kernels take as they are."""

@@ -21,8 +21,6 @@ TYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 """The same of types: x, y and dequantised matrices have one of the first two, scales any."""
 ACTIVATIONS = {None: 0, "int8": 1}
 """x as it is, or rounded to int8 in blocks of 128 columns."""
-BLOCK = 128
-"""Columns of x that share a scale where it is rounded; at the end there may be fewer."""
 
 _I, _L, _P = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _MATRIX = (_I, _P, _P, _I, _P, _L, _L, _L, _L)
@@ -193,14 +191,3 @@ def _arrays(matrix: PackedMatrix) -> tuple[list[Any], tuple[int, int, int, int |
     zero = None if matrix.zero is None else np.ascontiguousarray(matrix.zero, np.int8)
     given = (codes.ctypes.data, scale.ctypes.data, TYPES[scale.dtype.name], None if zero is None else zero.ctypes.data)
     return [codes, scale, zero], given
-
-
-def rounded(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What `activations="int8"` makes of x [R, I]: codes int8 [R, I] and scales float32 [R, blocks]: the definition."""
-    starts = np.arange(0, x.shape[1], BLOCK)
-    x = x.astype(np.float32)
-    scale = np.maximum.reduceat(np.abs(x), starts, axis=1) / np.float32(127)
-    scale[scale < np.finfo(np.float32).tiny] = 0
-    wide = np.repeat(scale, np.diff([*starts, x.shape[1]]), axis=1)
-    codes = np.rint(np.divide(x, wide, out=np.zeros_like(x), where=wide > 0))
-    return codes.astype(np.int8), scale

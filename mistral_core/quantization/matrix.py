@@ -19,6 +19,10 @@ ROWS = 128
 """Rows are dequantised in so many at once, so that their floats stay in the processor's cache."""
 
 
+ROUNDED_COLUMNS = 128
+"""Columns that share a scale where what is multiplied is rounded to eight bits (`activations="int8"`)."""
+
+
 class Kind(NamedTuple):
     """What codes stand for."""
 
