@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mistral_core.quantization.matrix import KINDS
+from mistral_core.quantization.matrix import KINDS, ROUNDED_COLUMNS
 
 from . import native
 
@@ -25,8 +25,6 @@ FEW = 2
 """The most rows that meet a matrix of few bits one by one on a CPU without kernels in C."""
 PACKED_ROWS = 16
 """The most rows that are multiplied from packed bytes in C; for more, floats are made of the matrix first."""
-ROUNDED_COLUMNS = 128
-"""Columns of x that share a scale where x is rounded."""
 ROWS = 256
 """So many rows of W are made floats at once on a CPU: XLA would first make floats of all the matrices of a program."""
 

@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
 
-from mistral_core.quantization.matrix import KINDS
+from mistral_core.quantization.matrix import KINDS, ROUNDED_COLUMNS
 
 from . import native
 
@@ -28,8 +28,6 @@ _FEW_ROWS = 2
 """The most rows that are multiplied one by one from packed codes without kernels in C."""
 PACKED_ROWS = 16
 """The most rows that are multiplied from packed bytes in C; for more, floats are made of the matrix first."""
-ROUNDED_COLUMNS = 128
-"""Columns of x that share a scale where x is rounded."""
 _portable = ContextVar("portable", default=False)
 
 
@@ -65,9 +63,7 @@ def packed_product(x: Tensor, weight: PackedWeight, *, dtype: Any = None) -> Ten
     @tf.custom_gradient
     def rows(x_RI: Tensor) -> Any:
         def gradient(upstream_RO: Tensor) -> Tensor:
-            with tf.control_dependencies([upstream_RO]):
-                floats = dequantised(weight, upstream_RO.dtype)
-            return tf.cast(tf.matmul(upstream_RO, floats), x_RI.dtype)
+            return tf.cast(tf.matmul(upstream_RO, _made_floats(upstream_RO, weight, upstream_RO.dtype)), x_RI.dtype)
 
         return _packed_rows(x_RI, weight, dtype), gradient
 
@@ -96,18 +92,24 @@ def _packed_rows(x_RI: Tensor, weight: PackedWeight, dtype: Any) -> Tensor:
         return tf.cast(y_RO, dtype)
     if activations is not None:
         x_RI = rounded(x_RI)
-    if in_c and dtype in (tf.float32, tf.bfloat16):
-        with tf.control_dependencies([x_RI]):  # or a program would first make floats of all its matrices
-            floats = native.dequantised(codes, scale, zero, kind=kind, shape=shape, block=block, dtype=dtype)
-        return _rows(x_RI, floats, dtype)
     most = _FEW_ROWS if KINDS[weight.kind].is_integer else 1
     few = x_RI.shape[0] is not None and x_RI.shape[0] <= most
     if few and _is_on_cpu() and tf.float64 not in (x_RI.dtype, dtype):
         return tf.cast(_packed_few_rows(tf.cast(x_RI, tf.float32), weight), dtype)
-    kept = x_RI.dtype if dtype == tf.float32 and x_RI.dtype != tf.float64 else dtype
+    kept = x_RI.dtype if dtype == tf.float32 and x_RI.dtype != tf.float64 and not in_c else dtype
+    return _rows(x_RI, _made_floats(x_RI, weight, kept), dtype)
+
+
+def _made_floats(x_RI: Tensor, weight: PackedWeight, dtype: Any) -> Tensor:
+    """The matrix [O, I] for a moment, made by the kernels in C where they are.
+
+    When x is there, or a program would first make floats of all its matrices.
+    """
     with tf.control_dependencies([x_RI]):
-        floats = dequantised(weight, kept)
-    return _rows(x_RI, floats, dtype)
+        if dtype in (tf.float32, tf.bfloat16) and _has_kernels():
+            codes, scale, zero, kind, shape, block, _ = weight
+            return native.dequantised(codes, scale, zero, kind=kind, shape=shape, block=block, dtype=dtype)
+        return dequantised(weight, dtype)
 
 
 def rounded(x: Tensor) -> Tensor:

@@ -11,15 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mistral_core.quantization.matrix import KINDS
+from mistral_core.quantization.matrix import KINDS, ROUNDED_COLUMNS
 
 from . import native
 from .arrays import without_autocast
 
 STREAMED_ROWS = 4
 """The most rows for which a compiled product on a CPU reads its matrix in one pass."""
-ROUNDED_COLUMNS = 128
-"""Columns of x that share a scale where x is rounded."""
 PACKED_ROWS = 16
 """The most rows that are multiplied from packed bytes in C; for more, floats are made of the matrix first."""
 
@@ -95,18 +93,21 @@ def _spread(values: Tensor, weight: PackedWeight) -> Tensor:
 
 def _packed_product(x: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """The product as is fastest for these rows: from the packed bytes, or with the matrix as floats for a moment."""
-    in_c = x.device.type == "cpu" and not torch.compiler.is_exporting() and _has_kernels()
     codes, scale, zero, kind, shape, block, activations = weight
-    if in_c and dtype != torch.float64 and _has_few_rows(x, PACKED_ROWS):
+    if _is_in_c(weight) and dtype != torch.float64 and _has_few_rows(x, PACKED_ROWS):
         wide = x.float() if dtype == torch.float32 else x.to(dtype)
         return native.product(wide, codes, scale, zero, kind=kind, shape=shape, block=block, activations=activations)
     if activations is not None:
         x = rounded(x)
-    if in_c and dtype in (torch.float32, torch.bfloat16):
-        floats = native.dequantised(codes, scale, zero, kind=kind, shape=shape, block=block, dtype=dtype)
-    else:
-        floats = dequantised(weight, dtype)
-    return F.linear(x.to(dtype), floats)
+    return F.linear(x.to(dtype), _floats(weight, dtype))
+
+
+def _floats(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """The matrix [O, I] for a moment, made by the kernels in C where they are."""
+    if _is_in_c(weight) and dtype in (torch.float32, torch.bfloat16):
+        codes, scale, zero, kind, shape, block, _ = weight
+        return native.dequantised(codes, scale, zero, kind=kind, shape=shape, block=block, dtype=dtype)
+    return dequantised(weight, dtype)
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -117,6 +118,11 @@ def rounded(x: Tensor) -> Tensor:
         seen = scale >= torch.finfo(torch.float32).tiny
         codes.append(torch.where(seen, (part / torch.where(seen, scale, 1)).round() * scale, 0))
     return torch.cat(codes, dim=-1).to(x.dtype)
+
+
+def _is_in_c(weight: PackedWeight) -> bool:
+    """Whether C computes with a matrix: on a CPU, and in no program that other machines are to run."""
+    return weight.codes.device.type == "cpu" and not torch.compiler.is_exporting() and _has_kernels()
 
 
 @torch.compiler.assume_constant_result
@@ -134,8 +140,7 @@ class _PackedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        weight = dequantised(ctx.weight, gradient.dtype)
-        return (gradient @ weight).to(ctx.dtype), None, None
+        return (gradient @ _floats(ctx.weight, gradient.dtype)).to(ctx.dtype), None, None
 
 
 def _is_streamed(x: Tensor) -> bool:

@@ -357,13 +357,13 @@ MUTANTS = (
         tf=("numbers * _spread(weight.scale,", "numbers * _spread(tf.cast(weight.scale, tf.float16),"),
     )),
     Mutant("numbers of a packed matrix in bfloat16", "packed-product without kernels", spelled(
-        "products.py", torch=("floats = dequantised(weight, dtype)", "floats = dequantised(weight, torch.bfloat16).to(dtype)"),
+        "products.py", torch=("return dequantised(weight, dtype)", "return dequantised(weight, torch.bfloat16).to(dtype)"),
     )),
     Mutant("rows not rounded where that is asked for", "packed-product of rounded rows without kernels", spelled(
         "products.py", torch=("if activations is not None:\n        x = rounded(x)", "if False:\n        x = rounded(x)"),
     )),
     Mutant("rows rounded by 256 columns", "packed-product of rounded rows without kernels", spelled(
-        "products.py", torch=("ROUNDED_COLUMNS = 128", "ROUNDED_COLUMNS = 256"),
+        "products.py", torch=("split(ROUNDED_COLUMNS,", "split(2 * ROUNDED_COLUMNS,"),
     )),
     Mutant("rows rounded in steps of 1/128", "packed-product of rounded rows without kernels", spelled(
         "products.py", torch=("keepdim=True) / 127", "keepdim=True) / 128"),
