@@ -24,6 +24,8 @@ SECONDS = 120
 COMPILERS = ("cc", "gcc", "clang")
 """Looked for in this order where CC names none."""
 FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-pthread")
+HEADER = "bound.h"
+"""What sources here may include, beside the system's."""
 PROCESSORS = (("-march=native",), ("-mcpu=native",), ())
 """How compilers are told to make code for this processor; the first that one takes."""
 
@@ -64,8 +66,8 @@ def _library(source: str, flags: tuple[str, ...]) -> Path:
         raise _Reason("the kernels in C need threads of POSIX, which Windows has not.")
     compiler = _compiler()
     text = reading.read(Path(__file__).with_name(source))
-    directory = _cache()
-    made = directory / _key(text, compiler, flags) / f"{Path(source).stem}.so"
+    directory, header = _cache(), reading.read(Path(__file__).with_name(HEADER))
+    made = directory / _key(text + header, compiler, flags) / f"{Path(source).stem}.so"
     if not made.exists():
         _private(made.parent)
         _compile(text, compiler, flags, made)
@@ -142,7 +144,8 @@ def _compile(text: bytes, compiler: list[str], flags: tuple[str, ...], made: Pat
         result = Path(scratch) / made.name
         first = ""
         for processor in PROCESSORS:
-            command = [*compiler, *FLAGS, *processor, "-x", "c", "-", "-o", str(result), *flags, "-lm"]
+            here = f"-I{Path(__file__).parent}"
+            command = [*compiler, *FLAGS, *processor, here, "-x", "c", "-", "-o", str(result), *flags, "-lm"]
             message = _said(command, text, scratch)
             if not message:
                 os.chmod(result, 0o700)

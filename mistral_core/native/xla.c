@@ -4,21 +4,7 @@
 #include <string.h>
 
 #include "xla/ffi/api/c_api.h"
-
-typedef int (*Product)(
-    int, const void *, const void *, int, const int8_t *, int64_t, int64_t, int64_t, int64_t, const void *, int, void *,
-    int, int64_t, int, int);
-typedef int (*Dequantised)(
-    int, const void *, const void *, int, const int8_t *, int64_t, int64_t, int64_t, int64_t, void *, int, int);
-
-static Product product;
-static Dequantised dequantised;
-
-void mistral_bind(void *of_product, void *of_dequantised)
-{
-    product = (Product)of_product;
-    dequantised = (Dequantised)of_dequantised;
-}
+#include "bound.h"
 
 static XLA_FFI_Error *error(XLA_FFI_CallFrame *frame, const char *message)
 {
