@@ -19,6 +19,7 @@ import numpy as np
 
 from mistral_core.arrays import Array
 from mistral_core.quantization.matrix import PackedMatrix
+from mistral_core.quantization.storage import arrangement_of
 from mistral_core.reference import heads, quantized
 from mistral_core.weights.checkpoint import save
 from mistral_core.weights.loading import load_pretrained
@@ -41,7 +42,7 @@ def exchanges(python: str, packing: str, folder: Path) -> Iterator[Exchange]:
     floats = random_parameters(CONFIG, ARCHITECTURE)
     packed = matrices(packing, CONFIG, floats)
     stream = ((name, packed.get(name, array)) for name, array in floats.items())
-    save(folder / "ours", CONFIG, stream, packed=packed)
+    save(folder / "ours", CONFIG, stream, packed={name: arrangement_of(matrix) for name, matrix in packed.items()})
     ids = token_ids(CONFIG, shape=(len(LENGTHS), T))
     np.save(folder / "ids.npy", ids)
     called = run(python, PEER, "read", packing, folder / "ours", folder / "ids.npy", folder / "out.npz")

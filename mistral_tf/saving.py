@@ -17,7 +17,7 @@ from mistral_core.errors import UnsupportedFeatureError
 from mistral_core.parameters import parameters
 from mistral_core.quantization.blocks import blocks
 from mistral_core.quantization.matrix import PackedMatrix, packed_codes
-from mistral_core.quantization.storage import Arrangement, arrangement_of
+from mistral_core.quantization.storage import Arrangement
 
 from .products import portable
 from .quantize import put
@@ -77,7 +77,7 @@ class SavedModel(keras.Model):
             "generation_config": self.generation_config.to_dict(),
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             "name": self.name,
-            "quantization": {name: arrangement_of(part.matrix)._asdict() for name, part in self.packed_parts()},
+            "quantization": {name: how._asdict() for name, how in self.arrangements().items()},
             "trainable": [layer.trainable for layer in self._flatten_layers()],
         }
 

@@ -15,6 +15,7 @@ from ..errors import UnsupportedFeatureError
 from ..generation import GenerationConfig
 from ..parameters import BASE_PREFIX, HEADS, parameters, shapes
 from ..quantization.matrix import PackedMatrix
+from ..quantization.storage import Arrangement, arrangement_of
 from . import push, saving
 from .resizing import VOCABULARY, resized_config, resized_rows
 
@@ -74,6 +75,10 @@ class Saved:
         for name, row in parameters(self.config, self.architecture):
             if row.is_linear and self._is_packed(name):
                 yield name, self._module(name)
+
+    def arrangements(self) -> dict[str, Arrangement]:
+        """Canonical name -> how each matrix of few bits is packed."""
+        return {name: arrangement_of(part.matrix) for name, part in self.packed_parts()}
 
     def _is_packed(self, name: str) -> bool:
         return hasattr(type(self._module(name)), "matrix")
@@ -139,7 +144,7 @@ class Saved:
             directory,
             self.config.value,
             tensors,
-            packed={name: part.matrix for name, part in self.packed_parts()},
+            packed=self.arrangements(),
             architecture=self.architecture,
             generation_config=self.generation_config,
             max_shard_size=max_shard_size,

@@ -13,8 +13,8 @@ from ..disk import files
 from ..errors import ConversionError, DtypeMismatchError, MissingTensorsError
 from ..generation import GenerationConfig
 from ..parameters import parameters
-from ..quantization import storage
 from ..quantization.matrix import PackedMatrix
+from ..quantization.storage import Arrangement
 from . import manifest
 from .containers.shards import shard_bytes
 from .containers.tensor_file import CODES, DTYPES, quoted
@@ -30,7 +30,7 @@ def save(
     *,
     architecture: str = "MistralForCausalLM",
     dtypes: Mapping[str, str] | None = None,
-    packed: Mapping[str, PackedMatrix] | None = None,
+    packed: Mapping[str, Arrangement] | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = True,
     other_files: Mapping[str, bytes] | None = None,
@@ -38,8 +38,8 @@ def save(
     """Write a stream of (canonical name, array), in any order, as a checkpoint that replaces `directory`.
 
     Headers come before the data, so every tensor has the dtype of the first unless `dtypes` (name -> dtype)
-    says otherwise, and matrices of few bits are announced in `packed`. `other_files` (name -> content) go in
-    too, as do the old directory's files that are not weights. All is read back, compared and listed in a
+    says otherwise, and matrices of few bits are announced in `packed` (name -> arrangement). `other_files` (name ->
+    content) go in too, as do the old directory's files that are not weights. All is read back, compared and listed in a
     manifest before the directories are swapped.
     Raises TensorMismatchError and its kinds, OutputExistsError, OutputBusyError, NoSpaceError,
     ConversionError; the old directory is then untouched.
@@ -50,8 +50,7 @@ def save(
         dtype, stream = _peek(tensors)
         codes = {name: CODES[dtype_of((dtypes or {}).get(name, dtype))] for name, _ in parameters(config, architecture)}
         _write_others(temporary, other_files or {})
-        arrangements = {name: storage.arrangement_of(matrix) for name, matrix in (packed or {}).items()}
-        outline = Outline(config, architecture, codes, packed=arrangements)
+        outline = Outline(config, architecture, codes, packed=packed or {})
         manifest.store(temporary, write_checkpoint(temporary, "hf", outline, stream, limit=limit))
 
 
@@ -86,7 +85,7 @@ def save_pretrained(
     tensors: Iterable[tuple[str, np.ndarray | PackedMatrix]],
     *,
     architecture: str,
-    packed: Mapping[str, PackedMatrix] | None = None,
+    packed: Mapping[str, Arrangement] | None = None,
     generation_config: GenerationConfig,
     max_shard_size: str | int = "5GB",
     overwrite: bool = True,
