@@ -30,10 +30,7 @@ class Packed(nnx.Variable[Array]):
 
 
 def _refuse(holder: Any, value: Any) -> None:
-    raise UnsupportedFeatureError(
-        "weight must stay as it is: it is packed, and what is merged into it would be lost; call "
-        "mistral_flax.dequantize(model) before merging an adapter, or keep the adapter beside it."
-    )
+    models.refuse_write(__package__)
 
 
 class QuantizedLinear(nnx.Module):

@@ -9,7 +9,6 @@ import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
 
-from mistral_core.errors import UnsupportedFeatureError
 from mistral_core.parameters import LM_HEAD
 from mistral_core.quantization import models
 from mistral_core.quantization.matrix import PackedMatrix
@@ -78,10 +77,7 @@ class QuantizedLinear(Layer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":  # before Keras takes it for one of the layer's
-            raise UnsupportedFeatureError(
-                "weight must stay as it is: it is packed, and what is merged into it would be lost; call "
-                "mistral_tf.dequantize(model) before merging an adapter, or keep the adapter beside it."
-            )
+            models.refuse_write(__package__)
         super().__setattr__(name, value)
 
 

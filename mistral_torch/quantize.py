@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mistral_core.errors import UnsupportedFeatureError
 from mistral_core.parameters import LM_HEAD
 from mistral_core.quantization import models
 from mistral_core.quantization.matrix import PackedMatrix
@@ -67,6 +66,11 @@ class QuantizedLinear(nn.Linear):
         """What is printed of it."""
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.kind}, block={self.block}"
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":  # before torch takes it for a parameter
+            models.refuse_write(__package__)
+        super().__setattr__(name, value)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """torch's way to move and cast; scales move, and keep their dtype."""
         scale = self.weight_scale
@@ -88,10 +92,7 @@ class _ReadOnly(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        raise UnsupportedFeatureError(
-            "weight must stay as it is: it is packed, and what is merged into it would be lost; call "
-            "mistral_torch.dequantize(model) before merging an adapter, or keep the adapter beside it."
-        )
+        models.refuse_write(__package__)
 
 
 def quantize(model: M, quantization: Any = "int8", **options: Any) -> M:

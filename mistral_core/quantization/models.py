@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
+from ..errors import UnsupportedFeatureError
 from . import request
 from .matrix import KINDS, PackedMatrix
 
@@ -31,3 +32,11 @@ def round_activations(model: M, activations: str | None) -> M:
     for _, part in model.packed_parts():
         part.activations = activations if KINDS[part.kind].is_integer else None
     return model
+
+
+def refuse_write(package: str) -> NoReturn:
+    """Raise UnsupportedFeatureError: floats were assigned to a packed matrix of a model of this package."""
+    raise UnsupportedFeatureError(
+        "weight must stay as it is: it is packed, and what is merged into it would be lost; call "
+        f"{package}.dequantize(model) before merging an adapter, or keep the adapter beside it."
+    )
