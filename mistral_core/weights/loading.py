@@ -26,7 +26,7 @@ from ..quantization.request import Quantization
 from ..telling import warn
 from . import casting, manifest, towers
 from .containers.tensor_file import DTYPES
-from .contents import fits_in_cache
+from .contents import Packed, fits_in_cache
 from .matching import EMBEDDING, canonical_names, match
 from .opening import Checkpoint
 from .sources import resolve_checkpoint
@@ -209,14 +209,27 @@ def _weights(
         # no name for the array: it would keep one tensor too many alive
         return cast(checkpoint.read(source, index, cached=cached), target or checkpoint.dtype(source), name)
 
+    told = set[str]()
+
+    def packed_or_told(packed: Packed, name: str) -> PackedMatrix | None:
+        """A matrix that is to stay packed, and once for each scheme a warning that some cannot."""
+        matrix = packed.matrix() if rows[name].is_of_layer or name == LM_HEAD else None
+        if matrix is None and packed.scheme.label not in told:
+            told.add(packed.scheme.label)
+            warn(
+                f"{checkpoint.path}: {name} cannot stay packed as {packed.scheme.label} arranges it and becomes "
+                "floats, as do others like it, with the memory that floats take; for few bits, quantize the checkpoint "
+                "that it was made of."
+            )
+        return matrix
+
     for name, row in rows.items():
         if sources[name] is None:
             yield Weight(name, sizes[name], functools.partial(made, name, row))
     for source, name in sorted(stored, key=lambda pair: checkpoint.place(pair[0])):
-        packed = checkpoint.packed(source)
         weight = Weight(name, sizes[name], functools.partial(read, source, name))
-        kept = keep_packed and packed is not None and (rows[name].is_of_layer or name == LM_HEAD)
-        yield weight._replace(matrix=packed.matrix) if kept and packed else weight
+        packed = checkpoint.packed(source) if keep_packed else None
+        yield weight if packed is None else weight._replace(matrix=functools.partial(packed_or_told, packed, name))
 
 
 def check_architecture(name: str) -> None:

@@ -18,6 +18,7 @@ from mistral_core.parameters import layer_of, parameters
 from mistral_core.quantization.matrix import NF4, dequantised
 from mistral_core.weights import layouts
 from mistral_core.weights.checkpoint import load
+from mistral_core.weights.loading import load_pretrained
 from mistral_core.weights.opening import Checkpoint
 
 CONFIG = TINY.replace(num_hidden_layers=1, hidden_size=32, intermediate_size=160, dtype="bfloat16")
@@ -168,6 +169,22 @@ def test_gptq(tmp_path, options, config):
     config = {**GPTQ, **config}
     kept = None if options.get("order") else config["bits"] > 2  # a matrix of one group is in order anyway
     assert_read(tmp_path, write(tmp_path, gptq(**options), config), f"GPTQ int{config['bits']}", kept=kept)
+
+
+@pytest.mark.parametrize(
+    ("options", "config", "count"),
+    [({}, {}, 0), ({"bits_each": 2}, {"bits": 2}, 1), ({"group": 32, "order": True}, {"desc_act": True}, 1)],
+)
+def test_what_cannot_stay_packed_is_told_once(tmp_path, options, config, count):
+    """Kept packed where that can be; what becomes floats takes their memory, so a warning names the first of it."""
+    write(tmp_path, gptq(**options), {**GPTQ, **config, "group_size": options.get("group", 16)})
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        kept = [weight.name for weight in load_pretrained(tmp_path, "MistralForCausalLM").weights if weight.matrix()]
+    texts = [str(warning.message) for warning in told if "cannot stay packed" in str(warning.message)]
+    assert len(texts) == count
+    assert all("model.layers.0." in text and "becomes floats" in text for text in texts)
+    assert (len(kept) == len(ROWS)) == (count == 0)
 
 
 def reading(directory, error, match):
