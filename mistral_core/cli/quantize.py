@@ -7,11 +7,11 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 
 from ..hub import download
+from ..quantization import calibration
 from ..quantization import report as reports
 from ..quantization.request import SCHEMES, Quantization
 from ..quantization.texts import texts
@@ -62,8 +62,11 @@ def run(options: argparse.Namespace) -> int:
         double_quant=options.double_quant,
     )
     source = resolve_checkpoint(download.held(options.source), revision=options.revision)
-    calibrate = None if options.calibrate is None else _ids(source, options.calibrate, options.texts)
-    held_out = None if options.report is None else _ids(source, options.report, options.texts)
+    floats = Checkpoint.open(source) if options.calibrate or options.report else None
+    calibrate, held_out = _ids(floats, options.calibrate, options.report, most=options.texts)
+    if floats is not None and calibrate is not None:
+        megabytes = calibration.kept_bytes(floats.config, calibrate.size) / 1e6
+        progress(f"calibrating on {calibrate.size} tokens, whose states take {megabytes:.1f} MB of memory")
     quiet = options.json or options.dry_run
     with bar(quiet=quiet or calibrate is not None) as told, _matrices(quiet=quiet or calibrate is None) as calibrated:
         report = convert(
@@ -80,7 +83,11 @@ def run(options: argparse.Namespace) -> int:
             calibrate=calibrate,
             calibrated=calibrated,
         )
-    found = None if held_out is None or options.dry_run else _quality(source, options.destination, held_out)
+    found = None
+    if floats is not None and held_out is not None and not options.dry_run:
+        progress("the report: both models read a text, a layer after the other")
+        packed = lazy.matrices(Checkpoint.open(options.destination))
+        found = reports.quality(floats.config, lazy.arrays(floats), packed, held_out)
     if options.json:
         facts = dataclasses.asdict(report) | ({} if found is None else {"quality": found.to_dict()})
         put(json.dumps(facts, indent=1))
@@ -92,17 +99,13 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _ids(source: Any, file: str, most: int) -> np.ndarray:
-    """Token ids of a text by the checkpoint's own tokenizer; raises what reading a text and a tokenizer raises."""
-    checkpoint = Checkpoint.open(source)
+def _ids(checkpoint: Checkpoint | None, *files: str | None, most: int) -> list[np.ndarray | None]:
+    """Token ids of the texts there are, by the checkpoint's own tokenizer; raises what reading them raises."""
+    if checkpoint is None:
+        return [None for _ in files]
     length = min(LENGTH, checkpoint.config.max_position_embeddings)
-    return texts(file, MistralTokenizer.from_pretrained(checkpoint.directory), length=length, most=most)
-
-
-def _quality(source: Any, destination: str, ids: np.ndarray) -> reports.Quality:
-    floats, packed = Checkpoint.open(source), Checkpoint.open(destination)
-    progress("the report: both models read a text, a layer after the other")
-    return reports.quality(floats.config, lazy.arrays(floats), lazy.matrices(packed), ids)
+    tokenizer = MistralTokenizer.from_pretrained(checkpoint.directory)
+    return [None if file is None else texts(file, tokenizer, length=length, most=most) for file in files]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from samples import any_bits, bits, store
 from conformance.weights import random_parameters
 from mistral_core import TINY, MistralConfig, errors
 from mistral_core.cli import main
+from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.quantization import request, rounding, schemes, storage
 from mistral_core.quantization.matrix import dequantised
 from mistral_core.quantization.request import Quantization
@@ -340,6 +341,26 @@ def test_the_command(tmp_path, source, capsys):
     assert "compressed-tensors int4" in capsys.readouterr().out
     assert main(["verify", str(tmp_path / "q")]) == 0
     assert main(["diff", str(tmp_path / "q"), str(source), "--json"]) == 1
+
+
+def test_the_command_calibrates_and_reports(tmp_path, capsys):
+    """Each text is read once, by one tokenizer of one checkpoint; other codes come of it, and the report's numbers."""
+    for name, line in (("seen", "Emma was handsome, clever, and rich. "), ("unseen", "He was a great reader. ")):
+        (tmp_path / f"{name}.txt").write_text(line * 200)
+    source, plain, made = str(TINY_CHECKPOINT), tmp_path / "plain", tmp_path / "made"
+    assert main(["quantize", source, str(plain), "--scheme", "int4"]) == 0
+    command = ["quantize", source, str(made), "--scheme", "int4", "--texts", "2", "--json"]
+    capsys.readouterr()
+    texts = [str(tmp_path / f"{name}.txt") for name in ("seen", "unseen")]
+    assert main([*command, "--calibrate", texts[0], "--report", texts[1]]) == 0
+    answered, told = capsys.readouterr()
+    found = json.loads(answered)
+    assert "calibrating on 1024 tokens, whose states take 2.6 MB of memory" in told
+    assert found["quality"]["tokens"] == 2 * 511
+    nearest = packed_of(plain)
+    different = {name for name, matrix in packed_of(made).items() if bits(matrix.codes) != bits(nearest[name].codes)}
+    assert different == set(nearest)
+    assert len(different) == 35
 
 
 def test_any_bits_travel(tmp_path):
