@@ -125,9 +125,12 @@ def _is_in_c(weight: PackedWeight) -> bool:
     return weight.codes.device.type == "cpu" and not torch.compiler.is_exporting() and _has_kernels()
 
 
-@torch.compiler.assume_constant_result
 def _has_kernels() -> bool:
     return native.available()
+
+
+# what torch.compiler.assume_constant_result writes; that would load the compiler, which takes as long as torch does
+_has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _PackedProduct(torch.autograd.Function):
