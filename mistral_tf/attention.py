@@ -15,6 +15,8 @@ from tensorflow import Tensor
 
 from mistral_core.errors import UnsupportedFeatureError
 
+from .traces import sizes
+
 
 class Visibility(NamedTuple):
     """Who sees whom: what an attention mask is made of."""
@@ -32,12 +34,12 @@ class Visibility(NamedTuple):
 def attention_mask(visibility: Visibility) -> Tensor:
     """[B, T, S] bool: a query sees the W keys up to itself, counted in real tokens, of its own document."""
     query_order_BT, key_order_BS, window, document_ids_BT = visibility
-    query, key = query_order_BT[:, :, None], key_order_BS[:, None, :]
+    query, key = tf.expand_dims(query_order_BT, 2), tf.expand_dims(key_order_BS, 1)
     visible = (key >= 0) & (key <= query)
     if window is not None:
         visible = visible & (query - key < window)
     if document_ids_BT is not None:
-        visible = visible & (document_ids_BT[:, :, None] == document_ids_BT[:, None, :])
+        visible = visible & (tf.expand_dims(document_ids_BT, 2) == tf.expand_dims(document_ids_BT, 1))
     return visible
 
 
@@ -64,10 +66,10 @@ def attend_eager(
     N, H = q_BTNH.shape[2:]
     K = k_BSKH.shape[2]
     visible_BTS = attention_mask(visibility)
-    B, T, S = tf.unstack(tf.shape(visible_BTS))
+    B, T, S = sizes(visible_BTS)
     q_BTKGH = tf.reshape(tf.cast(q_BTNH, tf.float32), [B, T, K, N // K, H])
     scores = tf.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, tf.cast(k_BSKH, tf.float32)) * H**-0.5
-    visible = visible_BTS[:, None, None]
+    visible = tf.reshape(visible_BTS, [B, 1, 1, T, S])
     # the lowest float, not -inf: a row that sees nothing stays finite, in its gradient too
     weights = tf.nn.softmax(tf.where(visible, scores, scores.dtype.min), axis=-1)
     weights = tf.cast(tf.where(visible, weights, 0), v_BSKH.dtype)

@@ -21,6 +21,8 @@ from mistral_core.generation.cache_layout import (
     overwrites_visible,
 )
 
+from .traces import sizes
+
 LARGEST_CODE = 127
 """The code of a vector's largest number, in int8."""
 
@@ -153,7 +155,7 @@ def _grown(x_BRKH: Tensor, slots: int) -> Tensor:
 
 def slot_order(length_B: Tensor, slots: int) -> Tensor:
     """[B, R]: the order of the token in each slot, -1 where there is none."""
-    newest = length_B[:, None] - 1
+    newest = tf.expand_dims(length_B, 1) - 1
     order = newest - (newest - tf.range(slots)) % slots
     return tf.maximum(order, -1)
 
@@ -165,7 +167,7 @@ def int8_codes(x_BTKH: Tensor) -> tuple[Tensor, Tensor]:
     """
     x_BTKH = tf.cast(tf.stop_gradient(x_BTKH), tf.float32)
     scale_BTK = tf.reduce_max(tf.abs(x_BTKH), -1) / LARGEST_CODE
-    codes_BTKH = tf.round(x_BTKH / tf.where(scale_BTK == 0, 1.0, scale_BTK)[..., None])
+    codes_BTKH = tf.round(x_BTKH / tf.expand_dims(tf.where(scale_BTK == 0, 1.0, scale_BTK), -1))
     return tf.cast(codes_BTKH, tf.int8), scale_BTK
 
 
@@ -182,7 +184,7 @@ def restored(kept: Iterable[Tensor], dtype: Any) -> tuple[Tensor, Tensor]:
     keys, values, *scales = kept
     if scales:
         pairs = zip((keys, values), scales, strict=True)
-        keys, values = (tf.cast(codes, tf.float32) * scale[..., None] for codes, scale in pairs)
+        keys, values = (tf.cast(codes, tf.float32) * tf.expand_dims(scale, -1) for codes, scale in pairs)
     return tf.cast(keys, dtype), tf.cast(values, dtype)
 
 
@@ -228,5 +230,6 @@ def write(x_BRKH: Tensor, new_BTKH: Tensor, slot_BT: Tensor, slots: int) -> Tens
     """The new tokens put into their slots of a ring grown to `slots`."""
     if slots > x_BRKH.shape[1]:
         x_BRKH = _grown(x_BRKH, slots)
-    row_BT = tf.broadcast_to(tf.range(tf.shape(slot_BT)[0])[:, None], tf.shape(slot_BT))
+    B, T = sizes(slot_BT)
+    row_BT = tf.broadcast_to(tf.expand_dims(tf.range(B), 1), [B, T])
     return tf.tensor_scatter_nd_update(x_BRKH, tf.stack([row_BT, slot_BT], -1), new_BTKH)

@@ -1,6 +1,7 @@
 """The pieces of a Mistral in the order of use; letters are those of `mistral_core.config`.
 
-A function does mathematics, a module holds parameters. Numbers: the contract of `mistral_core.reference.ops`.
+A function does mathematics, a module holds parameters. Numbers: the contract of `mistral_core.reference.ops`. Axes are
+added by `tf.expand_dims`: an index like `x[:, None]` makes four constants each time, and takes five times as long.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from mistral_core.config.rope import query_scaling, rotary_table
 from .attention import Visibility, attend, check_implementation
 from .cache import remember
 from .products import product
+from .traces import sizes
 
 
 class Layer(keras.layers.Layer):
@@ -79,13 +81,13 @@ class RMSNorm(Layer):
 
 def token_order(attention_mask_BT: Tensor, past_length_B: Tensor) -> Tensor:
     """[B, T]: the number of real tokens before each token of its row, -1 for padding."""
-    order = past_length_B[:, None] + tf.cumsum(attention_mask_BT, 1) - 1
+    order = tf.expand_dims(past_length_B, 1) + tf.cumsum(attention_mask_BT, 1) - 1
     return tf.where(attention_mask_BT != 0, order, -1)
 
 
 def token_positions(attention_mask_BT: Tensor, past_length_B: Tensor, document_ids_BT: Tensor | None = None) -> Tensor:
     """[B, T]: the position each token is rotated by; each packed document counts anew."""
-    position = tf.maximum(past_length_B[:, None] + tf.cumsum(attention_mask_BT, 1) - 1, 0)
+    position = tf.maximum(tf.expand_dims(past_length_B, 1) + tf.cumsum(attention_mask_BT, 1) - 1, 0)
     if document_ids_BT is None:
         return position
     same = document_ids_BT[:, 1:] == document_ids_BT[:, :-1]
@@ -104,14 +106,14 @@ def rotary(position_BT: Tensor, config: MistralConfig) -> tuple[Tensor, Tensor]:
     """cos and sin [B, T, H/2] in float32, whatever the dtype of the model."""
     table = rotary_table(config)
     inverse_frequency = tf.constant(table.inverse_frequency, tf.float32)
-    angle = tf.cast(position_BT, tf.float32)[..., None] * inverse_frequency
+    angle = tf.expand_dims(tf.cast(position_BT, tf.float32), -1) * inverse_frequency
     return tf.cos(angle) * table.attention_factor, tf.sin(angle) * table.attention_factor
 
 
 def rotate(x_BTNH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> Tensor:
     """Turn the pairs (x_i, x_{i+H/2}) by their angles, in float32."""
     first, second = tf.split(tf.cast(x_BTNH, tf.float32), 2, axis=-1)
-    cos, sin = cos_BTH[:, :, None, :], sin_BTH[:, :, None, :]
+    cos, sin = tf.expand_dims(cos_BTH, 2), tf.expand_dims(sin_BTH, 2)
     return tf.cast(tf.concat([first * cos - second * sin, second * cos + first * sin], axis=-1), x_BTNH.dtype)
 
 
@@ -190,7 +192,7 @@ class Attention(Layer):
         *,
         seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...] | None]:
-        B, T = tf.unstack(tf.shape(step.order_BT))
+        B, T = sizes(step.order_BT)
         q_BTNH = rotate(tf.reshape(self.q_proj(x_BTD), [B, T, self.heads, self.head_dim]), *step.cos_sin)
         q_BTNH = scale_queries(q_BTNH, step.query_scale_BT)
         k_BTKH = rotate(tf.reshape(self.k_proj(x_BTD), [B, T, self.key_value_heads, self.head_dim]), *step.cos_sin)

@@ -19,6 +19,7 @@ from tensorflow import Tensor
 from mistral_core.quantization.matrix import KINDS, ROUNDED_COLUMNS
 
 from . import native
+from .traces import sizes
 
 _XLA_COLUMNS = 2048
 """The longest contraction that XLA on CPU does from bfloat16 weights as they are; for others it copies to float32."""
@@ -36,7 +37,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dtype: Any
     dtype = tf.as_dtype(dtype or x.dtype)
     x_RI = tf.reshape(x, [-1, weight.shape[1]])
     y_RO = _rows(x_RI, tf.convert_to_tensor(weight), dtype if bias is None else tf.float32)
-    y = tf.reshape(y_RO, tf.concat([tf.shape(x)[:-1], [weight.shape[0]]], 0))
+    y = tf.reshape(y_RO, [*sizes(x)[:-1], weight.shape[0]])
     return y if bias is None else tf.cast(y + tf.cast(bias, tf.float32), dtype)
 
 
@@ -68,7 +69,7 @@ def packed_product(x: Tensor, weight: PackedWeight, *, dtype: Any = None) -> Ten
         return _packed_rows(x_RI, weight, dtype), gradient
 
     y_RO = rows(tf.reshape(x, [-1, weight.shape[1]]))
-    return tf.reshape(y_RO, tf.concat([tf.shape(x)[:-1], [weight.shape[0]]], 0))
+    return tf.reshape(y_RO, [*sizes(x)[:-1], weight.shape[0]])
 
 
 def dequantised(weight: PackedWeight, dtype: Any) -> Tensor:
@@ -205,7 +206,8 @@ def _rows(x_RI: Tensor, weight_OI: Tensor, dtype: Any) -> Tensor:
             return tf.cast(_xla_row(x_RI, weight_OI, readings), dtype)
     x_RI, weight_OI = tf.cast(x_RI, dtype), tf.cast(weight_OI, dtype)
     if on_cpu and x_RI.shape[0] != 1:  # in float32 MatMul takes up to 4 times as long as BatchMatMul
-        return tf.matmul(x_RI[None], weight_OI[None], transpose_b=True)[0]
+        y_1RO = tf.matmul(tf.expand_dims(x_RI, 0), tf.expand_dims(weight_OI, 0), transpose_b=True)
+        return tf.squeeze(y_1RO, 0)
     return tf.matmul(x_RI, weight_OI, transpose_b=True)
 
 

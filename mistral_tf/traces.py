@@ -1,11 +1,22 @@
-"""What functions were traced of: tf.function keeps a config's numbers and a model's parts as they were then."""
+"""What functions are traced of: tf.function knows sizes or not, and keeps a model's numbers and parts as they were."""
 
 from __future__ import annotations
 
 import weakref
 from typing import Any
 
+import tensorflow as tf
+from tensorflow import Tensor
+
 _traced: weakref.WeakKeyDictionary[Any, dict[str, tuple[Any, list[Any]]]] = weakref.WeakKeyDictionary()
+
+
+def sizes(array: Tensor) -> list[Any]:
+    """The size of each axis: an integer where it is known, which costs no operation, else a tensor."""
+    known = array.shape.as_list()
+    if None not in known:
+        return known
+    return [found if size is None else size for size, found in zip(known, tf.unstack(tf.shape(array)), strict=True)]
 
 
 def changed(model: Any, function: str) -> bool:
