@@ -103,6 +103,7 @@ def test_every_representative_is_a_case():
         assert all(any(f"{check} ".startswith(f"{kind} {name} ") for check in suite.CHECKS) for name in names)
 
 
+@pytest.mark.xdist_group("tf")
 def test_every_implementation_is_a_subject():
     found = {(s.adapter.name, s.implementation) for s in suite.subjects(dtypes=("float32",))}
     assert found == set(SUBJECTS)
@@ -137,6 +138,7 @@ def test_no_code_of_the_int8_text_lies_near_another(monkeypatch):
     assert min(margins) > INT8_MARGIN
 
 
+@pytest.mark.xdist_group("tf")
 @pytest.mark.parametrize(
     "name", ["window", "left-padding", "all-padding", "tied", "documents", "sequence", "token", "question"]
 )

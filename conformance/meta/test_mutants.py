@@ -16,6 +16,9 @@ from conformance import suite
 from conformance.meta.mutants import BACKENDS, CORE, MUTANTS, PACKED, Everywhere
 
 ROOT = Path(__file__).parents[2]
+TOGETHER = {name: pytest.mark.xdist_group(name) for name in BACKENDS}
+"""One process for a backend, which loads no other framework and compiles each program once."""
+EACH = [pytest.param(name, marks=together) for name, together in TOGETHER.items()]
 
 
 @pytest.fixture
@@ -64,10 +67,11 @@ def edited(text, edit):
 
 def marks(backend, mutant):
     """`slow` where torch stands for the others: the same text is edited, and the check is one function for all."""
-    return pytest.mark.slow if isinstance(mutant.edits, Everywhere) and backend != "torch" else ()
+    others = isinstance(mutant.edits, Everywhere) and backend != "torch"
+    return (TOGETHER[backend], pytest.mark.slow) if others else TOGETHER[backend]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EACH)
 def test_an_untouched_copy_passes(backend, copy_of):
     """Copying breaks nothing; that each check is green on what is copied is `conformance/test_conformance.py`'s."""
     package = copy_of(backend, "untouched")
@@ -77,7 +81,7 @@ def test_an_untouched_copy_passes(backend, copy_of):
     assert all(item.passed for item in found), "\n".join(str(item) for item in found)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EACH)
 def test_every_edit_stands_where_it_says(backend):
     for mutant in MUTANTS:
         if backend in mutant.edits:
@@ -105,7 +109,7 @@ def test_every_mutant_is_killed(backend, mutant, copy_of):
     assert not survived, f"{mutant.name}: {mutant.check} stays green"
 
 
-FREE = ["torch", *(pytest.param(name, marks=pytest.mark.slow) for name in BACKENDS[1:])]
+FREE = [EACH[0], *(pytest.param(name, marks=(TOGETHER[name], pytest.mark.slow)) for name in BACKENDS[1:])]
 """The backends of mutants that no framework changes: torch stands for the others."""
 
 
