@@ -1,10 +1,11 @@
 """Chat templates of checkpoints: what transformers renders, and control tokens from the template alone."""
 
+import datetime
 import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mistral_core.errors import TemplateError
@@ -20,8 +21,9 @@ EXPECTED = json.loads((DATA / "expected.json").read_text())
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 
 TOOL_TOKENS = ["[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"]
+NEWER_TOKENS = ["[THINK]", "[/THINK]", "[ARGS]", "[CALL_ID]", "[TOOL_CONTENT]", "[IMG]"]
 OTHER_TOKENS = ["<unk>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "<|im_start|>", "<|im_end|>"]
-CONTROLS = ["<s>", "</s>", "[INST]", "[/INST]", *TOOL_TOKENS, *OTHER_TOKENS]
+CONTROLS = ["<s>", "</s>", "[INST]", "[/INST]", *TOOL_TOKENS, *NEWER_TOKENS, *OTHER_TOKENS]
 
 ECHO = "{{ bos_token }}{% for message in messages %}[INST]{{ message.content }}[/INST]{% endfor %}"
 
@@ -61,8 +63,13 @@ def test_published_templates_render_as_in_transformers(name, conversation):
         with pytest.raises(TemplateError):
             prompt.text()
     else:
-        assert prompt.text() == expected[conversation]
-        assert written(prompt.segments(CONTROLS))[0] == expected[conversation]
+        first, found, last = (
+            datetime.date.today(),
+            (prompt.text(), written(prompt.segments(CONTROLS))[0]),
+            datetime.date.today(),
+        )
+        days = {expected[conversation].replace("{today}", day.isoformat()) for day in (first, last)}
+        assert {*found} <= days
 
 
 def test_json_is_written_as_transformers_writes_it():
@@ -224,10 +231,15 @@ NASTY = st.lists(
 ).map("".join)
 
 
+ASKS_FOR_AN_ANSWER = {"ministral-3-14b-reasoning-2512"}
+"""The templates that refuse an assistant's message without a text."""
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 @settings(deadline=None, max_examples=60)  # another process does the work
 @given(texts=st.lists(NASTY, min_size=5, max_size=5))
 def test_118_any_text_gives_the_control_tokens_of_harmless_text(name, texts):
+    assume(texts[1] or name not in ASKS_FOR_AN_ANSWER)
     harmless = {text: f"word {at}" for at, text in enumerate(texts)}  # equal where they are: templates compare messages
     found = [conversation(name, texts).segments(CONTROLS), conversation(name, list(map(harmless.get, texts)))]
     text, controls = written(found[0])

@@ -1,6 +1,10 @@
-"""Write expected.json beside this file: what the installed transformers renders; null where it raises."""
+"""Write expected.json beside this file: what the installed transformers renders; null where it raises.
+
+The day on which it renders, which a template may tell a model, stands there as {today}.
+"""
 
 import copy
+import datetime
 import json
 from pathlib import Path
 
@@ -19,7 +23,7 @@ def rendered(template, conversation):
         texts, _ = render_jinja_template(conversations=messages, chat_template=template, **tokens, **arguments)
     except Exception:  # whatever a template raises
         return None
-    return texts[0]
+    return texts[0].replace(datetime.date.today().isoformat(), "{today}")
 
 
 def main():
