@@ -27,11 +27,12 @@ OPTIONAL = {
 """What is slow to import or may not be there: a function that needs one of these imports it."""
 
 
-def loaded_by(statement: str) -> set[str]:
-    """The top-level modules in sys.modules after a statement in a fresh interpreter."""
-    code = f"{statement}\nimport sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+def loaded_by(*statements: str) -> list[set[str]]:
+    """The top-level modules in sys.modules after each of some statements, all in one fresh interpreter."""
+    told = "import sys\nprint(*{name.partition('.')[0] for name in sys.modules})"
+    code = "\n".join(f"{statement}\n{told}" for statement in statements)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    return set(run.stdout.split())
+    return [set(line.split()) for line in run.stdout.splitlines()]
 
 
 def imported_in(package: str) -> dict[str, set[str]]:
@@ -48,24 +49,22 @@ def imported_in(package: str) -> dict[str, set[str]]:
     return found
 
 
-@pytest.mark.parametrize(
-    "statement",
-    [
+def test_core_loads_nothing_heavy():
+    statements = [
         "import mistral_core",
         "from mistral_core import MistralConfig, GenerationConfig",
         "import mistral_core.weights.checkpoint",
         "from mistral_core.reference import heads",
         "from mistral_core.text.tokenizer import MistralTokenizer",
         "from mistral_core.cli import main",
-    ],
-)
-def test_core_loads_nothing_heavy(statement):
-    assert not loaded_by(statement) & HEAVY
+    ]
+    for statement, loaded in zip(statements, loaded_by(*statements), strict=True):
+        assert not loaded & HEAVY, statement
 
 
 @pytest.mark.parametrize("package", sorted(BACKENDS))
 def test_a_backend_loads_no_other(package):
-    assert not loaded_by(f"import {package}") & (BACKENDS - {package})
+    assert not loaded_by(f"import {package}")[0] & (BACKENDS - {package})
 
 
 @pytest.mark.parametrize("package", sorted(BACKENDS))
