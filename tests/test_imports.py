@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -35,6 +35,7 @@ def loaded_by(*statements: str) -> list[set[str]]:
     return [set(line.split()) for line in run.stdout.splitlines()]
 
 
+@cache
 def imported_in(package: str) -> dict[str, set[str]]:
     """File -> top-level modules its source imports anywhere."""
     found = {}
@@ -99,7 +100,8 @@ def modules_of(package: str) -> dict[str, Path]:
     return {name.removesuffix(".__init__"): path for path, name in names.items()}
 
 
-def arrows(path: Path, name: str) -> Iterator[tuple[str, bool]]:
+@cache
+def arrows(path: Path, name: str) -> list[tuple[str, bool]]:
     """(what a file imports, as an absolute name; whether a function does), what only a type checker reads left out."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     tree = ast.parse(path.read_text())
@@ -107,6 +109,7 @@ def arrows(path: Path, name: str) -> Iterator[tuple[str, bool]]:
     functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
     unread = {id(node) for block in blocks for node in ast.walk(block)}
     inner = {id(node) for function in functions for node in ast.walk(function)}
+    told = []
     for node in ast.walk(tree):
         if id(node) in unread or not isinstance(node, ast.Import | ast.ImportFrom):
             continue
@@ -116,7 +119,8 @@ def arrows(path: Path, name: str) -> Iterator[tuple[str, bool]]:
             above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
             found = [f"{base}.{alias.name}" for alias in node.names]
-        yield from ((each, id(node) in inner) for each in found)
+        told += [(each, id(node) in inner) for each in found]
+    return told
 
 
 @pytest.mark.parametrize("package", ["mistral_core", "conformance", *sorted(BACKENDS)])
