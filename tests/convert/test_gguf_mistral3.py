@@ -8,6 +8,7 @@ import warnings
 import gguf
 import numpy as np
 import pytest
+from products import crossed
 from samples import any_bits, assert_same, bits, read, write
 
 from mistral_core import TINY, MistralConfig, convert
@@ -50,8 +51,7 @@ CONFIGS = {
 pytestmark = pytest.mark.filterwarnings("ignore:.*sliding_window")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "dtype"), crossed(CONFIGS, "bfloat16", "float16", "float32"))
 def test_every_bit_and_the_config_come_back(tmp_path, name, dtype):
     config, arrays = CONFIGS[name], any_bits(CONFIGS[name], dtype)
     source = write(tmp_path / "hf", "hf", arrays, config)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from products import crossed
 from samples import CAUSAL, CONFIGS, any_bits, assert_same, bits, read, write
 
 from mistral_core import TINY
@@ -42,8 +43,7 @@ GOLDEN = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "dtype"), crossed(CONFIGS, "bfloat16", "float32", "float16"))
 def test_every_bit_comes_back(tmp_path, name, dtype):
     config = CONFIGS[name]
     arrays = any_bits(config, dtype)

@@ -6,6 +6,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from products import crossed
 from samples import CAUSAL, CONFIGS, any_bits, assert_same, read, write
 
 from mistral_core import TINY
@@ -27,8 +28,9 @@ LAYER_ORDER = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self
                "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj", "post_attention_layernorm")  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
-@pytest.mark.parametrize("name", sorted(set(CONFIGS) - INEXPRESSIBLE))
+@pytest.mark.parametrize(
+    ("name", "dtype"), crossed(sorted(set(CONFIGS) - INEXPRESSIBLE), "bfloat16", "float32", "float16")
+)
 def test_every_bit_comes_back(tmp_path, name, dtype):
     config = CONFIGS[name]
     arrays = any_bits(config, dtype)

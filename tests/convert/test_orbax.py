@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from products import crossed
 from samples import CAUSAL, CONFIGS, any_bits, assert_same, bits, read, write
 
 from mistral_core import TINY, MistralConfig, errors
@@ -56,9 +57,9 @@ def edited(path: Path, change) -> None:
 # Round trips
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16", "float64"])
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_every_bit_comes_back(tmp_path, config, dtype):
+@pytest.mark.parametrize(("name", "dtype"), crossed(CONFIGS, "bfloat16", "float32", "float16", "float64"))
+def test_every_bit_comes_back(tmp_path, name, dtype):
+    config = CONFIGS[name]
     arrays = any_bits(config, dtype)
     path = write(tmp_path / "model", "orbax", arrays, config)
     assert formats.detect(path) == formats.detect(path / "params") == ["orbax"]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from products import crossed
 from samples import CAUSAL, CONFIGS, any_bits, assert_same, ordinary, read, write
 
 from mistral_core import TINY
@@ -16,8 +17,7 @@ from mistral_core.weights.opening import Checkpoint
 FOREIGN = Path(__file__).parents[1] / "data" / "foreign" / "tensorflow"
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "dtype"), crossed(CONFIGS, "bfloat16", "float32", "float16"))
 def test_every_bit_comes_back(tmp_path, name, dtype):
     config = CONFIGS[name]
     arrays = any_bits(config, dtype)
