@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 
 import mistral_common
@@ -40,6 +41,7 @@ def sequence(name, kind):
     return {"Sequence": {"id": name, "type_id": kind}}
 
 
+@cache
 def published(name: str) -> bytes:
     """The content of one of PUBLISHED."""
     path, of_2023, digest = PUBLISHED[name]
