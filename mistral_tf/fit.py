@@ -180,6 +180,8 @@ class KerasModel(SavedModel):
 
     def make_train_function(self, force: bool = False) -> Any:
         """The traced step of `fit`, of the model as it is."""
+        if self.optimizer is not None and not self.optimizer.built:  # variables made in a trace have it made twice
+            self.optimizer.build(self.trainable_variables)
         return super().make_train_function(changed(self, "train") or force)
 
     def make_test_function(self, force: bool = False) -> Any:
