@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import keras
 import numpy as np
 import pytest
@@ -346,33 +342,3 @@ def test_mistakes_in_compile_are_told():
         make(MistralForCausalLM, metrics="accuracy")
     with pytest.raises(InputError, match="start_positions and end_positions"):
         make(MistralForQuestionAnswering).test_on_batch({**INPUTS, "start_positions": CLASSES})
-
-
-TWO_REPLICAS = """
-import os, sys
-import keras, numpy as np, tensorflow as tf
-cpu, = tf.config.list_physical_devices("CPU")
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-from mistral_core.config.presets import TINY
-from mistral_tf import MistralForCausalLM
-ids = np.arange(36).reshape(4, 9) % 90 + 3
-losses = []
-for strategy in (tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), tf.distribute.OneDeviceStrategy("CPU:0")):
-    with strategy.scope():
-        keras.utils.set_random_seed(0)
-        model = MistralForCausalLM(TINY.replace(num_hidden_layers=1))
-        model.compile(keras.optimizers.SGD(1.0), metrics=["accuracy"])
-    history = model.fit({"input_ids": ids, "labels": ids}, batch_size=4, epochs=2, verbose=0).history
-    losses.append(history["loss"])
-assert np.allclose(*losses, rtol=1e-4), losses
-assert losses[0][1] < losses[0][0]
-"""
-
-
-@pytest.mark.feature("tf.distribute strategies")
-def test_two_replicas_train_as_one_device_does():
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(
-        [sys.executable, "-c", TWO_REPLICAS], env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
