@@ -164,10 +164,15 @@ def test_hooks_and_replacements_take_effect():
 
 
 def test_compiled_is_eager():
-    """One graph, the kernels of few rows among its operations."""
+    """One graph, the kernels of few rows among its operations; inductor makes a program of a part of it."""
     made = model("int4")
-    compiled = torch.compile(made, fullgraph=True, dynamic=False)
+    compiled = torch.compile(made, fullgraph=True, dynamic=False, backend="aot_eager")
     torch.testing.assert_close(logits(compiled), logits(made), rtol=1e-5, atol=1e-5)
+    mlp = made.model.layers[0].mlp
+    compiled = torch.compile(mlp, fullgraph=True, dynamic=False)
+    x = torch.randn(1, 7, CONFIG.hidden_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), mlp(x), rtol=1e-5, atol=1e-5)
 
 
 def test_export_needs_nothing_of_ours():
