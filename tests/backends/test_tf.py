@@ -18,13 +18,15 @@ from mistral_core.parameters import shapes
 from mistral_tf import KVCache, MistralForCausalLM
 from mistral_tf.attention import Visibility, attend
 
-IDS = np.random.default_rng(0).integers(3, TINY.vocab_size, (2, 17)).astype(np.int32)
+CONFIG = TINY.replace(num_hidden_layers=1)
+DEEP = TINY.replace(num_hidden_layers=2)
+IDS = np.random.default_rng(0).integers(3, CONFIG.vocab_size, (2, 17)).astype(np.int32)
 PARAMETERS = random_parameters(TINY, "MistralForCausalLM")
 
 
 @pytest.fixture(scope="module")
 def model():
-    return MistralForCausalLM(TINY).load_arrays(PARAMETERS)
+    return MistralForCausalLM(CONFIG).load_arrays(PARAMETERS)
 
 
 def close(a, b):
@@ -54,7 +56,7 @@ def test_tf_function_of_any_length_is_traced_once(model):
 @pytest.mark.feature("Cache in a compiled step")
 def test_a_cache_goes_in_and_out_of_tf_function(model):
     step = tf.function(lambda ids, past: model(ids, past_key_values=past))
-    past, logits = KVCache.allocate(TINY, 2, 17), []
+    past, logits = KVCache.allocate(CONFIG, 2, 17), []
     for t in range(17):
         out = step(tf.constant(IDS[:, t : t + 1]), past)
         past = out.past_key_values
@@ -69,17 +71,17 @@ def test_gradient_tape_reaches_every_weight(model):
     with tf.GradientTape() as tape:
         loss = model(IDS, labels=IDS).loss
     gradients = tape.gradient(loss, model.trainable_variables)
-    assert len(gradients) == len(shapes(TINY))
+    assert len(gradients) == len(shapes(CONFIG))
     assert all(np.abs(tf.convert_to_tensor(g)).max() > 0 for g in gradients)
 
 
 def test_weights_have_the_table_s_shapes(model):
-    assert sorted(tuple(w.shape) for w in model.weights) == sorted(shapes(TINY).values())
+    assert sorted(tuple(w.shape) for w in model.weights) == sorted(shapes(CONFIG).values())
 
 
 @pytest.mark.feature("Attention dropout in training")
 def test_dropout_works_in_training_only():
-    model = MistralForCausalLM(TINY.replace(attention_dropout=0.5)).load_arrays(PARAMETERS)
+    model = MistralForCausalLM(CONFIG.replace(attention_dropout=0.5)).load_arrays(PARAMETERS)
     assert close(model(IDS).logits, model(IDS).logits)
     once, twice = (model(IDS, training=True).logits for _ in range(2))
     assert not close(once, twice)
@@ -91,7 +93,7 @@ def test_dropout_works_in_training_only():
 @pytest.mark.feature("Mixed precision")
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "bfloat16", "float16"])
 def test_policies_keep_their_variables_and_give_float32_logits(model, policy):
-    low = MistralForCausalLM(TINY, dtype=policy).load_arrays(PARAMETERS)
+    low = MistralForCausalLM(CONFIG, dtype=policy).load_arrays(PARAMETERS)
     variables = "float32" if policy.startswith("mixed") else policy
     assert {v.dtype for v in low.weights} == {variables}
     out = low(IDS, output_hidden_states=True)
@@ -106,7 +108,7 @@ def test_policies_keep_their_variables_and_give_float32_logits(model, policy):
 def test_the_global_policy_is_the_default_and_float16_scales_its_loss():
     keras.mixed_precision.set_global_policy("mixed_float16")
     try:
-        model = MistralForCausalLM(TINY.replace(num_hidden_layers=1))
+        model = MistralForCausalLM(CONFIG)
     finally:
         keras.mixed_precision.set_global_policy("float32")
     assert model.dtype_policy.name == model.model.decoder_layers[0].mlp.up_proj.dtype_policy.name == "mixed_float16"
@@ -114,7 +116,7 @@ def test_the_global_policy_is_the_default_and_float16_scales_its_loss():
     assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
     losses = model.fit(IDS, IDS, epochs=6, verbose=0).history["loss"]
     assert losses[-1] < losses[0]
-    assert MistralForCausalLM(TINY).dtype_policy.name == "float32"
+    assert MistralForCausalLM(CONFIG).dtype_policy.name == "float32"
 
 
 # Training
@@ -123,7 +125,7 @@ def test_the_global_policy_is_the_default_and_float16_scales_its_loss():
 @pytest.mark.feature("Training step")
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_a_training_loop_of_one_s_own(jit_compile):
-    model = MistralForCausalLM(TINY).load_arrays(PARAMETERS)
+    model = MistralForCausalLM(CONFIG).load_arrays(PARAMETERS)
     optimizer = keras.optimizers.Adam(1e-2)
     weights = model.trainable_variables
     optimizer.build(weights)
@@ -155,7 +157,7 @@ def gradients_of(model, *, compiled=False, seed=0):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_checkpointed_gradients_are_the_same(compiled, dropout):
-    model = MistralForCausalLM(TINY.replace(attention_dropout=dropout)).load_arrays(PARAMETERS)
+    model = MistralForCausalLM(DEEP.replace(attention_dropout=dropout)).load_arrays(PARAMETERS)
     plain = gradients_of(model, compiled=compiled)
     model.gradient_checkpointing_enable()
     recomputed = gradients_of(model, compiled=compiled)
@@ -168,7 +170,7 @@ def test_checkpointed_gradients_are_the_same(compiled, dropout):
 @pytest.mark.feature("Gradient checkpointing")
 def test_layers_are_computed_again_for_their_gradients():
     def products(checkpointing):
-        model = MistralForCausalLM(TINY)
+        model = MistralForCausalLM(DEEP)
         if checkpointing:
             model.gradient_checkpointing_enable()
         graph = tf.function(lambda ids: gradients(model, ids)).get_concrete_function(tf.constant(IDS)).graph
@@ -183,14 +185,14 @@ def test_layers_are_computed_again_for_their_gradients():
             loss = model(ids, labels=ids, training=True).loss
         return tape.gradient(loss, model.trainable_variables)
 
-    assert products(False) == TINY.num_hidden_layers
-    assert products(True) == 2 * TINY.num_hidden_layers
+    assert products(False) == DEEP.num_hidden_layers
+    assert products(True) == 2 * DEEP.num_hidden_layers
 
 
 @pytest.mark.feature("Attention dropout in training")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_dropout_follows_the_seed(compiled):
-    model = MistralForCausalLM(TINY.replace(attention_dropout=0.5)).load_arrays(PARAMETERS)
+    model = MistralForCausalLM(CONFIG.replace(attention_dropout=0.5)).load_arrays(PARAMETERS)
     once, again, other = (gradients_of(model, compiled=compiled, seed=seed)[0] for seed in (1, 1, 2))
     assert once == again
     assert once != other
@@ -198,7 +200,7 @@ def test_dropout_follows_the_seed(compiled):
 
 @pytest.mark.feature("Attention dropout in training")
 def test_dropout_drops_that_share_and_scales_the_rest():
-    config = TINY.replace(attention_dropout=0.25)
+    config = CONFIG.replace(attention_dropout=0.25)
     q = k = np.zeros([1, 64, 1, 64], np.float32)
     order = tf.range(64)[None]
     v = tf.eye(64, batch_shape=[1])[:, :, None]  # the output is then the weights
