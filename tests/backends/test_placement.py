@@ -68,7 +68,8 @@ assert read.count(half) >= 2, "each device reads its half"
 
 def test_jax_reads_for_each_device_its_part():
     pytest.importorskip("jax")
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     done = subprocess.run(
         [sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True, check=False, timeout=600
     )
