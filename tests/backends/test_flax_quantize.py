@@ -21,10 +21,12 @@ from mistral_flax.products import PackedWeight, packed_product
 from mistral_flax.quantize import Packed, put
 from mistral_flax.scan import scan_layers, unscan_layers
 
-CONFIG = TINY.replace(num_hidden_layers=2)
+CONFIG = TINY.replace(num_hidden_layers=1)
+DEEP = TINY.replace(num_hidden_layers=2)
 IDS = np.random.default_rng(0).integers(3, CONFIG.vocab_size, (2, 9))
 PARAMETERS = random_parameters(CONFIG, "MistralForCausalLM")
-HALVES = {name: array.astype("bfloat16") for name, array in PARAMETERS.items()}
+DEEP_PARAMETERS = random_parameters(DEEP, "MistralForCausalLM")
+HALVES = {name: array.astype("bfloat16") for name, array in DEEP_PARAMETERS.items()}
 PACKINGS = {
     "int8": Quantization("int8"),
     "int4": Quantization("int4", 16, symmetric=False),
@@ -33,12 +35,13 @@ PACKINGS = {
 packings = pytest.mark.parametrize("packing", PACKINGS)
 
 
-def plain(**options):
-    return MistralForCausalLM(CONFIG, **options).load_arrays(PARAMETERS)
+def plain(*, deep=False):
+    config, parameters = (DEEP, DEEP_PARAMETERS) if deep else (CONFIG, PARAMETERS)
+    return MistralForCausalLM(config).load_arrays(parameters)
 
 
-def packed(packing="int4", **options):
-    return quantize(plain(**options), PACKINGS[packing])
+def packed(packing="int4", *, deep=False):
+    return quantize(plain(deep=deep), PACKINGS[packing])
 
 
 def close(a, b):
@@ -138,7 +141,7 @@ def test_what_is_packed_is_no_parameter(packing):
     names = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     held = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, Packed))}
     parts = [name for name, _ in model.packed_parts()]
-    assert len(parts) == 14 + (packing == "int4")
+    assert len(parts) == 7 + (packing == "int4")
     assert names == set(model.params) == set(PARAMETERS) - set(parts)
     assert {name.rpartition(".")[0] for name in held} == {name.removesuffix(".weight") for name in parts}
     assert model.num_parameters() == plain().num_parameters()
@@ -215,7 +218,7 @@ def test_generate_gives_the_same_tokens_compiled_or_not():
 
 
 def test_scanned_layers_stay_packed(tmp_path):
-    model = packed()
+    model = packed(deep=True)
     wanted, parts = model(IDS).logits, dict(model.packed_parts())
     scan_layers(model)
     assert model.model.layers.mlp.up_proj.weight_packed.shape[0] == 2
@@ -236,7 +239,7 @@ def test_scanned_layers_stay_packed(tmp_path):
         dequantize(model)
     assert set(model.params) & {"model.layers.mlp.up_proj.weight_packed"} == set()
     unscan_layers(model)
-    assert set(model.params) == set(PARAMETERS) - set(parts)
+    assert set(model.params) == set(DEEP_PARAMETERS) - set(parts)
     model.gradient_checkpointing_disable()
     assert close(jax.jit(jax.grad(loss))(embeds, model), scanned)
     for name, part in model.packed_parts():
@@ -248,8 +251,8 @@ def test_scanned_layers_stay_packed(tmp_path):
 @pytest.mark.parametrize("other", ["kinds", "dtypes"])
 def test_layers_of_different_packings_are_not_scanned(other):
     asked = Quantization("int4", 16)
-    model = quantize(plain(), asked)
-    of_other = packed("nf4") if other == "kinds" else quantize(plain().load_arrays(HALVES), asked)
+    model = quantize(plain(deep=True), asked)
+    of_other = packed("nf4", deep=True) if other == "kinds" else quantize(plain(deep=True).load_arrays(HALVES), asked)
     model.model.layers["1"] = of_other.model.layers["1"]
     with pytest.raises(UnsupportedFeatureError, match="dequantize"):
         scan_layers(model)
