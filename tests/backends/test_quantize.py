@@ -20,7 +20,7 @@ from mistral_core.weights import saving
 from mistral_core.weights.convert import convert
 
 CONFIG = TINY.replace(
-    num_hidden_layers=2, hidden_size=128, intermediate_size=256, num_attention_heads=2, num_key_value_heads=1,
+    num_hidden_layers=1, hidden_size=128, intermediate_size=256, num_attention_heads=2, num_key_value_heads=1,
     head_dim=64, vocab_size=64, eos_token_id=None,
 )  # fmt: skip
 IDS = np.arange(1, 14)[None] % CONFIG.vocab_size
@@ -123,7 +123,7 @@ def test_rounded_activations(backend, source, name):
     exact = logits(backend, loaded(backend, source, quantization=name))
     found = logits(backend, model)
     assert 1e-4 < np.abs(found - exact).max() / np.abs(exact).max() < 0.1
-    linear = dict(model.packed_parts())["model.layers.1.mlp.down_proj.weight"]
+    linear = dict(model.packed_parts())["model.layers.0.mlp.down_proj.weight"]
     x = np.random.default_rng(0).standard_normal((40, CONFIG.intermediate_size)).astype(np.float32)
     wanted = quantized.product(x, linear.matrix, activations="int8")
     for rows in (1, 3, 40):
@@ -164,7 +164,7 @@ def test_the_same_text_in_every_framework(backend, source, compile):
     assert (one_pass[:, IDS.shape[1] - 1 : -1] == greedy[:, IDS.shape[1] :]).all()
 
 
-TEXT = [*IDS[0].tolist(), 5, 17, 24, 47, 34, 45, 8, 35, 57, 41, 60, 18]
+TEXT = [*IDS[0].tolist(), 5, 17, 56, 47, 14, 16, 57, 59, 57, 49, 27, 16]
 
 
 def test_rows_of_a_batch_and_chunks_of_a_prompt(backend, source):
@@ -250,7 +250,7 @@ def test_a_published_file_of_a_language_model_gets_a_new_head(backend, source, t
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = backend.MistralForSequenceClassification.from_pretrained(tmp_path / "packed", dtype="float32")
-    assert len(list(model.packed_parts())) == 14
+    assert len(list(model.packed_parts())) == 7
     assert np.isfinite(numpy_of(backend, model(IDS).logits)).all()
 
 
