@@ -38,7 +38,9 @@ def test_tokens_past_the_original_length_are_the_reference_s(backend, config, op
     expected = engine.generate(
         config, parameters, IDS, **OPTIONS, **{k: v for k, v in options.items() if k not in said_of_the_cache}
     )
-    assert np.array_equal(model.generate(IDS, **OPTIONS, compile="off", **options), expected.sequences)
+    # whichever takes less: in JAX, operations that stand alone are compiled for every length of a growing cache
+    compile = "auto" if backend.__name__ == "mistral_flax" else "off"
+    assert np.array_equal(model.generate(IDS, **OPTIONS, compile=compile, **options), expected.sequences)
     without = config.replace(rope_scaling={**config.rope_scaling, "llama_4_scaling_beta": 0.0})
     assert not np.array_equal(engine.generate(without, parameters, IDS, **OPTIONS).sequences, expected.sequences)
 
