@@ -313,8 +313,11 @@ SIZES = [(CONFIG.vocab_size + 5, None), (CONFIG.vocab_size - 30, None), (CONFIG.
 
 
 @pytest.mark.feature("Resize token embeddings")
-@pytest.mark.parametrize(("size", "multiple"), SIZES)
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("size", "multiple", "tied"),
+    [*((*size, False) for size in SIZES), *((*size, True) for size in SIZES[:2]),
+     *(pytest.param(*size, True, marks=pytest.mark.slow) for size in SIZES[2:])],
+)  # fmt: skip
 def test_resizing_keeps_the_bits_of_old_rows(backend, size, multiple, tied, tmp_path):
     config = CONFIG.replace(tie_word_embeddings=tied)
     model = model_of(backend, config=config)

@@ -69,8 +69,12 @@ def both(arrays, *who):
 
 
 @splash_feature
-@pytest.mark.parametrize("window", [None, 5, 1])
-@pytest.mark.parametrize("padding", MASKS)
+@pytest.mark.parametrize(
+    ("padding", "window"),
+    [("none", None), ("left, right and holes", 5), ("left, right and holes", 1),
+     *(pytest.param("none", window, marks=pytest.mark.slow) for window in (5, 1)),
+     pytest.param("left, right and holes", None, marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_splash_is_the_formula(interpreter, padding, window):
     order = order_of(MASKS[padding])
     splash, eager = both(qkv(*IDS.shape, IDS.shape[1]), order, order, window)
@@ -98,8 +102,10 @@ def test_splash_keeps_packed_documents_apart(interpreter, window):
 
 
 @splash_feature
-@pytest.mark.parametrize("prompt", [3, 8])
-@pytest.mark.parametrize("rolling", [True, False])
+@pytest.mark.parametrize(
+    ("rolling", "prompt"),
+    [(True, 8), (False, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((True, 3), (False, 8)))],
+)
 def test_splash_after_caches_of_several_lengths(interpreter, prompt, rolling):
     """Prompts shorter and longer than the window, in rings and in full caches, then a chunk and a token."""
     config = TINY.replace(num_hidden_layers=1)
