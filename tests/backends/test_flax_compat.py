@@ -137,7 +137,7 @@ def test_generate_takes_their_logits_processors_and_ours(model):
     assert seen == [((2, 9), 9), ((2, 10), 10)]
     both = model.generate(IDS, logits_processor=FlaxLogitsProcessorList([theirs, Ours()]), **new)
     assert both.sequences[:, 9:].tolist() == [[15, 16]] * 2
-    beams = model.generate(IDS, logits_processor=[theirs], num_beams=2, trace=False, **new)
+    beams = model.generate(IDS, logits_processor=[theirs], num_beams=2, **new)
     assert beams.sequences[:, 9:].tolist() == [[14, 15]] * 2
     with pytest.raises(GenerationConfigError, match="logits_processor must be a list of functions, got int"):
         model.generate(IDS, logits_processor=[7])
