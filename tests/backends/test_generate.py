@@ -316,10 +316,15 @@ def test_torch_has_no_loop_on_the_device():
 # Text
 
 
+@pytest.fixture(scope="module")
+def writer(backend):
+    """The embedded checkpoint, whose text is words; compiled once for the tests of text."""
+    return backend.MistralForCausalLM.from_pretrained(TINY_CHECKPOINT, dtype="float32")
+
+
 @pytest.mark.feature("Streaming: stream, TextStreamer, TextIteratorStreamer")
-def test_text_as_it_comes(backend):
-    tokenizer = MistralTokenizer.from_pretrained(TINY_CHECKPOINT)
-    model = backend.MistralForCausalLM.from_pretrained(TINY_CHECKPOINT, dtype="float32")
+def test_text_as_it_comes(writer):
+    tokenizer, model = MistralTokenizer.from_pretrained(TINY_CHECKPOINT), writer
     prompt = np.array([tokenizer.encode("Emma was")])
     whole = tokenizer.decode(np.asarray(model.generate(prompt, max_new_tokens=20))[0], skip_special_tokens=True)
     pieces = list(model.stream(prompt, tokenizer=tokenizer, max_new_tokens=20))
@@ -336,9 +341,8 @@ def test_text_as_it_comes(backend):
     stream.close()
 
 
-def test_stop_strings_end_rows_of_a_batch_one_by_one(backend):
-    tokenizer = MistralTokenizer.from_pretrained(TINY_CHECKPOINT)
-    model = backend.MistralForCausalLM.from_pretrained(TINY_CHECKPOINT, dtype="float32")
+def test_stop_strings_end_rows_of_a_batch_one_by_one(writer):
+    tokenizer, model = MistralTokenizer.from_pretrained(TINY_CHECKPOINT), writer
     texts = ["Emma was", "Elizabeth was surprised"]
     batch = tokenizer(texts, padding=True, return_tensors="np")
     options = {"max_new_tokens": 24, "stop_strings": [",", "."], "tokenizer": tokenizer, "pad_token_id": 0}
