@@ -111,9 +111,10 @@ def test_jax_s_transformations():
         output = model(IDS, labels=IDS, params=p, use_cache=False)
         return output.loss, output
 
-    _, output = jax.grad(loss, has_aux=True)(params)
+    _, output = jax.jit(jax.grad(loss, has_aux=True))(params)
     assert output._fields == ("loss", "logits")
-    assert jax.vmap(lambda row: model(row[None], use_cache=False))(IDS).logits.shape == (2, 1, 9, CONFIG.vocab_size)
+    mapped = jax.jit(jax.vmap(lambda row: model(row[None], use_cache=False)))(IDS)
+    assert (mapped._fields, mapped.logits.shape) == (("logits",), (2, 1, 9, CONFIG.vocab_size))
     assert nnx.jit(lambda m: m(IDS, use_cache=False))(model)[0].shape == (2, 9, CONFIG.vocab_size)
     ((path, _), _) = jax.tree_util.tree_leaves_with_path(output)
     assert str(path) == "(GetAttrKey(name='loss'),)"
