@@ -135,25 +135,19 @@ for new_text in streamer:
     text += new_text
 thread.join()
 """
+WHOLE = "whole = tok.decode(model.generate(**inputs, max_new_tokens=20)[0], skip_special_tokens=True)"
 
 
 @pytest.mark.feature("Streaming: stream, TextStreamer, TextIteratorStreamer")
 def test_the_streamers(run, backend, capsys):
-    source = STREAM.format(name="TextIteratorStreamer", skip="") + ITERATED
-    text = run(source, backend.__name__)["text"]
+    source = STREAM.format(name="TextIteratorStreamer", skip="") + ITERATED + WHOLE
+    names = run(source, backend.__name__)
+    text, whole = names["text"], names["whole"]
     run(STREAM.format(name="TextStreamer", skip="") + PRINTED, backend.__name__)
     assert capsys.readouterr().out.rstrip("\n") == text
-    whole = run(generate_more(), backend.__name__)["whole"]
     assert text == whole
     source = STREAM.format(name="TextIteratorStreamer", skip=", skip_prompt=True, timeout=60") + ITERATED
     assert "An increasing sequence: one," + run(source, backend.__name__)["text"] == whole
-
-
-def generate_more():
-    return (
-        STREAM.format(name="TextStreamer", skip="")
-        + "whole = tok.decode(model.generate(**inputs, max_new_tokens=20)[0], skip_special_tokens=True)"
-    )
 
 
 @pytest.mark.parametrize("options", [', device_map="auto"', ", device_map={'': 'cpu'}", ', torch_dtype="auto"'])
