@@ -16,7 +16,7 @@ from mistral_core.errors import ConfigError, UnsupportedFeatureError
 from mistral_core.parameters import HEADS
 from mistral_flax import AutoConfig, MistralForCausalLM, MistralModel
 
-CONFIG = TINY.replace(num_hidden_layers=2)
+CONFIG = TINY.replace(num_hidden_layers=1)
 IDS = np.random.default_rng(0).integers(3, CONFIG.vocab_size, (2, 9))
 PARAMETERS = random_parameters(CONFIG, "MistralForCausalLM")
 
@@ -228,7 +228,7 @@ def test_a_state_through_orbax_keeps_its_bits(tmp_path):
 def test_a_linen_module_trains():
     linen = nnx.bridge.to_linen(MistralForCausalLM, CONFIG)
     params = linen.init(jax.random.key(0), IDS)["params"]
-    assert params["model"]["layers"]["1"]["mlp"]["up_proj"]["weight"].shape == (CONFIG.intermediate_size, 48)
+    assert params["model"]["layers"]["0"]["mlp"]["up_proj"]["weight"].shape == (CONFIG.intermediate_size, 48)
     optimizer = optax.adamw(1e-2)
 
     def loss(params):

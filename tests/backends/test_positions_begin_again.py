@@ -14,17 +14,18 @@ from mistral_core.errors import PositionError
 from mistral_core.reference import heads
 from mistral_core.validate import begins_again
 
-PARAMETERS = random_parameters(TINY, "MistralForCausalLM")
-IDS = np.random.default_rng(0).integers(3, TINY.vocab_size, (2, 9))
+CONFIG = TINY.replace(num_hidden_layers=1)
+PARAMETERS = random_parameters(CONFIG, "MistralForCausalLM")
+IDS = np.random.default_rng(0).integers(3, CONFIG.vocab_size, (2, 9))
 PLACES = np.array([[0, 1, 2, 0, 1, 0, 0, 1, 2]])
 DOCUMENTS = np.array([[0, 0, 0, 1, 1, 2, 3, 3, 3]] * 2)
 MASK = np.ones((2, 9), int)
 
 
 def test_the_specification_separates_them():
-    told = heads.causal_lm(TINY, PARAMETERS, IDS, document_ids=DOCUMENTS).logits
-    assert np.array_equal(heads.causal_lm(TINY, PARAMETERS, IDS, position_ids=PLACES).logits, told)
-    alone = heads.causal_lm(TINY, PARAMETERS, IDS[:, 6:]).logits
+    told = heads.causal_lm(CONFIG, PARAMETERS, IDS, document_ids=DOCUMENTS).logits
+    assert np.array_equal(heads.causal_lm(CONFIG, PARAMETERS, IDS, position_ids=PLACES).logits, told)
+    alone = heads.causal_lm(CONFIG, PARAMETERS, IDS[:, 6:]).logits
     assert np.allclose(told[:, 6:], alone)
 
 
@@ -47,7 +48,7 @@ def test_what_begins_again(positions, mask, documents, past, expected):
 
 @pytest.fixture(scope="module")
 def model(backend):
-    model = backend.MistralForCausalLM(TINY).load_arrays(PARAMETERS)
+    model = backend.MistralForCausalLM(CONFIG).load_arrays(PARAMETERS)
     return model.eval() if backend.__name__ == "mistral_torch" else model
 
 
@@ -56,7 +57,7 @@ def numpy(backend, array):
 
 
 def test_each_document_is_the_document_alone(backend, model):
-    wanted = heads.causal_lm(TINY, PARAMETERS, IDS, document_ids=DOCUMENTS).logits
+    wanted = heads.causal_lm(CONFIG, PARAMETERS, IDS, document_ids=DOCUMENTS).logits
     out = model(IDS, position_ids=PLACES)
     assert np.allclose(numpy(backend, out.logits), wanted, atol=1e-4)
     assert out.past_key_values is None  # a next token would see all documents
@@ -76,7 +77,7 @@ def test_traced_calls_separate_them_too(framework):
     if framework not in REQUESTED:
         pytest.skip(f"{framework} was not asked for")
     backend = importlib.import_module(f"mistral_{framework}")
-    model = backend.MistralForCausalLM(TINY).load_arrays(PARAMETERS)
+    model = backend.MistralForCausalLM(CONFIG).load_arrays(PARAMETERS)
 
     def call(ids, places):
         return model(ids, position_ids=places, use_cache=False).logits
@@ -94,5 +95,5 @@ def test_traced_calls_separate_them_too(framework):
         import tensorflow as tf
 
         logits = tf.function(call)(tf.constant(IDS, tf.int32), tf.constant(PLACES, tf.int32))
-    wanted = heads.causal_lm(TINY, PARAMETERS, IDS, document_ids=DOCUMENTS).logits
+    wanted = heads.causal_lm(CONFIG, PARAMETERS, IDS, document_ids=DOCUMENTS).logits
     assert np.allclose(numpy(backend, logits), wanted, atol=1e-4)
