@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -25,6 +24,7 @@ from ..errors import (
     UnsafeFileError,
 )
 from ..telling import warn
+from ..threads import Threads
 from . import cache, wire
 from .errors import Repository, our_error
 from .wire import Announced
@@ -186,8 +186,8 @@ def _fetch(repository: Repository, commit: str, names: Sequence[str], announced:
                 if not _have(repository, commit, name, announced[name]):  # another process may have fetched it
                     _fetch_one(repository, commit, name, announced[name], path, descriptor)
 
-    with ThreadPoolExecutor(_DOWNLOADS_AT_ONCE) as pool:
-        list(pool.map(fetch, names))
+    with Threads(_DOWNLOADS_AT_ONCE) as threads:
+        list(threads.map(fetch, names))
 
 
 def _have(repository: Repository, commit: str, name: str, expected: Announced) -> bool:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
 
 from ..errors import NonFiniteWeightsError
+from ..threads import Threads
 from .matrix import KINDS, NF4, ROWS, PackedMatrix, packed_codes
 
 _BETWEEN = (NF4[1:] + NF4[:-1]) / 2
@@ -74,8 +74,8 @@ def _in_strips(matrix: np.ndarray, work: Callable[[slice], None]) -> None:
         for part in parts:
             work(part)
         return
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(work, parts):
+    with Threads(os.cpu_count() or 1) as threads:
+        for _ in threads.map(work, parts):
             pass
 
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 from .. import extras
+from ..threads import Threads
 from . import tekken
 from .bpe import byte_characters, merges_by_score
 from .decoder import BYTE_TOKENS
@@ -55,12 +55,12 @@ def encoder(tokenizer: Tokenizer, apart: Collection[str]) -> Encode | None:
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
         lengths = list(accumulate(map(len, texts), initial=0))
-        threads = min(os.cpu_count() or 1, lengths[-1] // CHARACTERS_PER_THREAD + 1)
-        if threads == 1:
+        count = min(os.cpu_count() or 1, lengths[-1] // CHARACTERS_PER_THREAD + 1)
+        if count == 1:
             return kitoken.encode_all(list(texts))
-        places = [_place(lengths, number / threads) for number in range(threads + 1)]
-        with ThreadPoolExecutor(threads) as pool:  # it encodes without Python's lock
-            return list(chain(*pool.map(kitoken.encode_all, [list(texts[a:b]) for a, b in pairwise(places)])))
+        places = [_place(lengths, number / count) for number in range(count + 1)]
+        with Threads(count) as threads:  # it encodes without Python's lock
+            return list(chain(*threads.map(kitoken.encode_all, [list(texts[a:b]) for a, b in pairwise(places)])))
 
     return encode
 

@@ -8,7 +8,6 @@ import operator
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from ..quantization import calibration, request, storage
 from ..quantization.matrix import KINDS, PackedMatrix, dequantised
 from ..quantization.request import Quantization
 from ..quantization.storage import Arrangement
+from ..threads import Threads
 from . import casting, fingerprint, formats, lazy, manifest, towers
 from .containers.shards import shard_bytes
 from .containers.tensor_file import DTYPES, STORED
@@ -324,9 +324,10 @@ def _write(
         files.atomic_directory(
             plan.target, overwrite=overwrite, replaces=REPLACED, most=_modes(checkpoint)
         ) as temporary,
-        ThreadPoolExecutor(1) as beside,
+        Threads(1) as beside,
     ):
-        source = beside.submit(_source, checkpoint, hashes=verify != "off", all_is_read=bool(plan.outline.others))
+        described = functools.partial(_source, hashes=verify != "off", all_is_read=bool(plan.outline.others))
+        source = beside.submit(described, checkpoint)
         stream = _ahead(_cast(plan, allow_lossy, check_finite, losses))
         told = _told(stream, plan.report.bytes, progress)
         by_format: dict[str, casting.Loss] = {}
@@ -420,7 +421,7 @@ _Stream = Iterator[tuple[str, np.ndarray | PackedMatrix]]
 
 def _ahead(stream: _Stream) -> _Stream:
     """The same stream, its next item being made while the last one is used."""
-    with ThreadPoolExecutor(1) as reader:
+    with Threads(1) as reader:
         coming = reader.submit(next, stream, None)
         while (item := coming.result()) is not None:
             coming = reader.submit(next, stream, None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from ..errors import (
     MistralError,
     TruncatedFileError,
 )
+from ..threads import Threads
 from .carried import MAX_MANIFEST_BYTES as MAX_BYTES
 from .containers.tensor_file import TensorInfo, digest, quoted
 from .contents import Contents, StoredTensor
@@ -46,7 +46,7 @@ def describe(directory: Path, checkpoint: Contents | None = None, *, hashes: boo
         "files": {},
         "tensors": {},
     }
-    with ThreadPoolExecutor(1) as second:  # hashing releases the GIL: the files beside their tensors
+    with Threads(1) as second:  # hashing releases the GIL: the files beside their tensors
         sizes = {name: reading.size_of(path) for name, path in _files(directory).items()}
         wholes = {name: second.submit(file_digest, directory / name) for name in sizes if hashes}
         result["tensors"] = _tensor_entries(checkpoint, hashes=hashes)

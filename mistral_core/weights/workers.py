@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
+
+from ..threads import Job, Threads
 
 THREADS = 2
 
@@ -18,17 +19,17 @@ class Workers:
 
     def __init__(self, budget: int) -> None:
         self._budget = budget
-        self._pool = ThreadPoolExecutor(THREADS)
-        self._running: deque[tuple[Future[Any], int]] = deque()
+        self._threads = Threads(THREADS)
+        self._running: deque[tuple[Job, int]] = deque()
 
     def submit(self, size: int, call: Callable[..., Any], *arguments: Any) -> None:
         """Begin a call that holds a tensor of so many bytes, once there is room for it."""
         while self._running and (len(self._running) == THREADS or self._held() + size > self._budget):
             self._finish_first()
-        self._running.append((self._pool.submit(call, *arguments), size))
+        self._running.append((self._threads.submit(call, *arguments), size))
 
     def _held(self) -> int:
-        return sum(size for future, size in self._running if not future.done())
+        return sum(size for job, size in self._running if not job.done())
 
     def _finish_first(self) -> None:
         self._running.popleft()[0].result()
@@ -41,4 +42,4 @@ class Workers:
             while self._running and kind is None:
                 self._finish_first()
         finally:
-            self._pool.shutdown(cancel_futures=True)
+            self._threads.end(drop=True)

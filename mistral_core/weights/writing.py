@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from ..errors import (
 from ..parameters import LM_HEAD, shapes
 from ..quantization import storage
 from ..quantization.matrix import PackedMatrix
+from ..threads import Job, Threads
 from . import formats, manifest
 from .casting import Loss, between
 from .containers.tensor_file import STORED, STORED_CODES, digest, quoted
@@ -78,8 +78,8 @@ class _Syncing:
 
     def __init__(self, directory: Path) -> None:
         self._directory, self._bytes = directory, 0
-        self._pool = ThreadPoolExecutor(1)
-        self._running: Future[None] | None = None
+        self._thread = Threads(1)
+        self._running: Job | None = None
 
     def written(self, size: int) -> None:
         """Begin to sync where enough has come since, and nothing is being synced; raises what went wrong before."""
@@ -88,13 +88,13 @@ class _Syncing:
             if self._running is not None:
                 self._running.result()  # ENOSPC is reported only once
             self._bytes = 0
-            self._running = self._pool.submit(files.sync_tree, self._directory)
+            self._running = self._thread.submit(files.sync_tree, self._directory)
 
     def __enter__(self) -> _Syncing:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        self._pool.shutdown()
+        self._thread.end(drop=False)
         if kind is None and self._running is not None:
             self._running.result()
 
