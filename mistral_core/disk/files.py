@@ -19,6 +19,7 @@ from ..errors import ConversionError, MistralError, NoSpaceError, OutputBusyErro
 from .reading import PathLike as PathLike
 from .reading import as_path as as_path
 from .reading import is_path
+from .undisturbed import undisturbed
 
 WEIGHT_FILES = (
     "model*.safetensors",
@@ -233,10 +234,10 @@ def atomic_directory(
             _sweep(path)
             _checked(path, overwrite)
             temporary = _sibling(path, "tmp")
-            temporary.mkdir()
-            mode = _mode(path) or _mode(temporary) or 0o700
-            temporary.chmod(0o700)  # until it is known to be as closed as it has to be
             try:
+                temporary.mkdir()
+                mode = _mode(path) or _mode(temporary) or 0o700
+                temporary.chmod(0o700)  # until it is known to be as closed as it has to be
                 with errors_named_for(temporary, path):
                     yield temporary
                 if path.exists():
@@ -247,7 +248,8 @@ def atomic_directory(
                 sync_tree(temporary)
                 _swap(temporary, path)
             finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+                with undisturbed():
+                    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _checked(target: PathLike, overwrite: bool) -> Path:
@@ -376,11 +378,17 @@ def _locked(target: Path) -> Iterator[None]:
     lock = target.with_name(f"{target.name}.lock")
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(locked_file(lock, wait=False))
+            with undisturbed():
+                stack.enter_context(locked_file(lock, wait=False))
+                stack.callback(_unlink, lock)
         except BlockingIOError as cause:
             raise OutputBusyError(f"{target}: another process is writing it and holds {lock}; wait for it.") from cause
-        stack.callback(lock.unlink, missing_ok=True)
         yield
+
+
+def _unlink(lock: Path) -> None:
+    with undisturbed():
+        lock.unlink(missing_ok=True)
 
 
 def _is_alive(pid: int) -> bool:

@@ -14,6 +14,7 @@ from fuzz import FORMATS, run
 from samples import any_bits, assert_same, ordinary, read, write
 
 from mistral_core import TINY, convert, errors
+from mistral_core.cli import main
 from mistral_core.weights import manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*sliding_window")  # GGUF
@@ -143,6 +144,37 @@ def test_70_sigterm_and_ctrl_c_exit_with_their_own_status(source, tmp_path):
             if process.returncode == status:
                 break
         assert set(os.listdir(tmp_path)) <= {"out"}
+
+
+@pytest.mark.sweep
+def test_70_a_signal_at_any_moment_ends_the_command_and_leaves_nothing(source, tmp_path):
+    """In forks of this process, in which all is imported, so that most signals come while it converts."""
+    command = ["convert", str(source), "--to", "raw", "--allow-nonfinite"]
+    assert main([*command, str(tmp_path / "warm")]) == 0
+    started = time.monotonic()
+    assert main([*command, str(tmp_path / "timed")]) == 0
+    seconds, drawn, ended = time.monotonic() - started, random.Random(0), []
+    for number in range(300):
+        target = tmp_path / str(number) / "out"
+        target.parent.mkdir()
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if (child := os.fork()) == 0:
+            status = 1
+            try:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                status = main([*command, str(target)])
+            except SystemExit as left:
+                status = left.code
+            finally:
+                os._exit(status)
+        signal.signal(signal.SIGINT, before)
+        time.sleep(drawn.uniform(0, seconds))
+        os.kill(child, drawn.choice([signal.SIGTERM, signal.SIGINT]))
+        ended.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        assert set(os.listdir(target.parent)) <= {"out"}, (number, ended[-1])
+    assert set(ended) <= {0, 143, 130, -signal.SIGTERM, 1}
+    assert ended.count(143) + ended.count(130) > 100
 
 
 def test_73_two_processes_on_one_target(source, tmp_path):
