@@ -7,16 +7,15 @@ STAMP := $(VENV)/installed
 CLIENTS := .venv-clients
 # what is wrong is still said, that a folder of the environment holds no package is not; Python compiles what is imported
 PIP := -m pip install --quiet --quiet --disable-pip-version-check --no-compile
-# compilers find again what they compiled before, in this run or an earlier one: the key is the whole program
+# compilers find again what they compiled before, in this run or an earlier one, but for what takes JAX no longer than that
 KEPT := $(CURDIR)/.cache
-PYTEST = OMP_NUM_THREADS=1 JAX_COMPILATION_CACHE_DIR=$(KEPT)/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
+PYTEST = OMP_NUM_THREADS=1 JAX_COMPILATION_CACHE_DIR=$(KEPT)/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1 \
     JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 TORCHINDUCTOR_CACHE_DIR=$(KEPT)/inductor $(SOON) $(BIN)/python -m pytest -q --durations=25
 # a test runs once what it compiles: XLA, in JAX and in TensorFlow, makes plain code in a third of the time
 test test-quick: SOON = XLA_FLAGS="--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 # processes after each other, so that none keeps what all three frameworks have compiled
-PARTS := "tests --ignore=tests/backends --ignore=tests/core --ignore=tests/convert --dist worksteal" \
-    "tests/core tests/convert --dist loadfile" "tests/backends --ignore-glob=*/test_[p-z]* --dist loadfile" \
-    "tests/backends --ignore-glob=*/test_[a-o]* --dist loadfile" "conformance --dist loadgroup"
+PARTS := "tests/test_readme.py tests --ignore=tests/backends --no-loadscope-reorder" "conformance" \
+    "tests/backends --ignore-glob=*/test_[p-z]*" "tests/backends --ignore-glob=*/test_[a-o]*"
 
 demo: $(STAMP)
 	$(BIN)/mistral demo
@@ -24,7 +23,7 @@ demo: $(STAMP)
 test: TIER = not sweep and not slow
 test-all: TIER = not sweep
 test test-all: lint
-	failed=0; for part in $(PARTS); do $(PYTEST) -n 2 -m "$(TIER)" $$part || failed=1; done; exit $$failed
+	failed=0; for part in $(PARTS); do $(PYTEST) -n 2 --dist loadgroup -m "$(TIER)" $$part || failed=1; done; exit $$failed
 
 # the core, and the pieces of one backend, for a change that is being made: make test-quick BACKEND=flax
 BACKEND ?= torch

@@ -16,6 +16,14 @@ from frameworks import PACKAGES, REQUESTED
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """The tests of a file go to one process, for what the first of them makes is there for the others."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def ctrl_c():
     """SIGINT as in a terminal, here and in the processes that tests start: a shell's background ignores it."""

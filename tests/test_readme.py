@@ -119,9 +119,22 @@ def test_there_are_examples():
 
 
 @pytest.mark.lenient_jax("an example is what a user runs, and optax's Adam mixes dtypes")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.xdist_group(case.framework)) for name, case in CASES.items()]
+)
 def test_example(name):
-    printed, failed = outputs(CASES[name].framework).get(name, ("", "its process ended before it"))
+    assert_printed(name, outputs(CASES[name].framework))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHALLOW)
+def test_an_example_with_all_layers(name):
+    assert_printed(name, outputs(CASES[name].framework, whole=True))
+
+
+def assert_printed(name, found):
+    """What an example printed is what its page says."""
+    printed, failed = found.get(name, ("", "its process ended before it"))
     assert not failed, failed
     said, expected = (_without_blanks(text) for text in (printed, CASES[name].printed))
     assert re.fullmatch(re.escape(expected).replace(r"\.\.\.", ".*"), said, re.DOTALL), printed
@@ -133,11 +146,14 @@ def _without_blanks(text: str) -> str:
 
 
 @functools.cache
-def outputs(name: str) -> dict[str, tuple[str, str]]:
-    """What each example of a framework prints, and how it failed; all in one process, as importing takes longest."""
+def outputs(name: str, *, whole: bool = False) -> dict[str, tuple[str, str]]:
+    """What each example of a framework prints, and how it failed; all in one process, as importing takes longest.
+
+    `whole` runs those of SHALLOW alone, with all layers.
+    """
     with tempfile.TemporaryDirectory() as directory:
-        first = first_layer(f"{directory}/first") if name == "tf" else ""
-        cases = [(key, case) for key, case in CASES.items() if case.framework == name]
+        first = first_layer(f"{directory}/first") if name == "tf" and not whole else ""
+        cases = [(key, case) for key, case in CASES.items() if case.framework == name and (key in SHALLOW or not whole)]
         jobs = [
             (key, f"{directory}/{n}", case.source, case.typed, first if key in SHALLOW else "")
             for n, (key, case) in enumerate(cases)

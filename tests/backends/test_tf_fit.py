@@ -253,6 +253,19 @@ def of_lengths(*lengths):
     )
 
 
+def test_a_step_of_fit_is_traced_once():
+    """The optimizer's variables are there before: made within a trace, they have it made again."""
+    traced = []
+
+    class Counting(MistralForCausalLM):
+        def train_step(self, data):
+            traced.append(1)
+            return super().train_step(data)
+
+    make(Counting, optimizer="adam", run_eagerly=False).fit({"input_ids": IDS, "labels": IDS}, epochs=2, verbose=0)
+    assert len(traced) == 1
+
+
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")  # Keras saves so
 @pytest.mark.feature("compile, fit, evaluate, predict")
 def test_batches_of_several_lengths_are_traced_once_and_callbacks_see_each(tmp_path):

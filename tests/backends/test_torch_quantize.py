@@ -163,10 +163,11 @@ def test_hooks_and_replacements_take_effect():
     assert len(calls) == 3
 
 
-def test_compiled_is_eager():
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_is_eager(compiler):
     """One graph, the kernels of few rows among its operations; inductor makes a program of a part of it."""
     made = model("int4")
-    compiled = torch.compile(made, fullgraph=True, dynamic=False, backend="aot_eager")
+    compiled = torch.compile(made, fullgraph=True, dynamic=False, backend=compiler)
     torch.testing.assert_close(logits(compiled), logits(made), rtol=1e-5, atol=1e-5)
     mlp = made.model.layers[0].mlp
     compiled = torch.compile(mlp, fullgraph=True, dynamic=False)
