@@ -7,7 +7,8 @@ STAMP := $(VENV)/installed
 CLIENTS := .venv-clients
 # what is wrong is still said, that a folder of the environment holds no package is not; Python compiles what is imported
 PIP := -m pip install --quiet --quiet --disable-pip-version-check --no-compile
-# compilers find again what they compiled before, in this run or an earlier one, but for what takes JAX no longer than that
+# compilers find again what they compiled before, in this run or an earlier one: the key is the whole program; to keep
+# what JAX compiles in less than a tenth of a second takes longer than to compile it
 KEPT := $(CURDIR)/.cache
 PYTEST = OMP_NUM_THREADS=1 JAX_COMPILATION_CACHE_DIR=$(KEPT)/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1 \
     JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 TORCHINDUCTOR_CACHE_DIR=$(KEPT)/inductor $(SOON) $(BIN)/python -m pytest -q --durations=25
