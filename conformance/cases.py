@@ -23,6 +23,8 @@ EVEN = TINY.replace(
 """All columns are multiples of 128, which the kernels and the libraries of packed matrices ask for."""
 INT8_TEXT = 31705
 INT8_MARGIN = 1e-3
+ROUNDED_TEXT = 516
+ROUNDED_MARGIN = 5e-4
 
 
 class Case(NamedTuple):
@@ -191,3 +193,10 @@ PACKED = (
     _packed("fp8 block"),
     _packed("int4 32", "tied", tie_word_embeddings=True),
 )
+ROUNDED = Case(
+    "rounded rows", "rows that no product or each product rounds, scales of another block or row",
+    EVEN.replace(num_hidden_layers=1), "MistralForCausalLM",
+    {"input_ids": token_ids(EVEN, seed=ROUNDED_TEXT, shape=(1, 6)), "attention_mask": np.ones((1, 6), np.int64)},
+    "int4 32",
+)  # fmt: skip
+"""A short text of which each rounded number of the specification lies `ROUNDED_MARGIN` of a code from another."""

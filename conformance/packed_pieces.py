@@ -11,13 +11,14 @@ import numpy as np
 
 from mistral_core.arrays import Array
 from mistral_core.quantization.matrix import PackedMatrix
+from mistral_core.quantization.models import round_activations
 from mistral_core.reference import quantized
 from mistral_core.weights.containers.safetensors import SafetensorsFile
 
-from .cases import EVEN, Case
+from .cases import EVEN, ROUNDED, Case
 from .compare import Comparison, compare
 from .packed import ARCHITECTURE, CODES, ODD, PACKINGS, wanted
-from .pieces import Subject, blocks, cast, expected, weights
+from .pieces import Subject, blocks, cast, expected, expected_rounded, weights
 from .tolerances import Tolerance
 
 SAME = Tolerance(0.0, 1.0)
@@ -96,6 +97,17 @@ def _in_file(parts: Mapping[str, Array], name: str, matrix: PackedMatrix) -> tup
         return numbers, np.zeros(1)
     zero = quantized.codes_of_words(parts[f"{name}_zero_point"].T, bits, rows).T
     return numbers, zero - 2 ** (bits - 1)
+
+
+def rounded_text(subject: Subject) -> Iterator[Comparison]:
+    """The logits of a text whose rows each product rounds to eight bits, given at once, and its last token alone."""
+    model, ids = round_activations(subject.model(ROUNDED), "int8"), ROUNDED.inputs["input_ids"]
+    wanted = expected_rounded().logits
+    yield subject.compare(ROUNDED.name, "logits", subject.adapter.call(model, input_ids=ids).logits, wanted)
+    past = subject.adapter.allocate(ROUNDED.config, 1, ids.shape[1], subject.dtype)
+    first = subject.adapter.call(model, input_ids=ids[:, :-1], past_key_values=past)
+    last = subject.adapter.call(model, input_ids=ids[:, -1:], past_key_values=first.past_key_values)
+    yield subject.compare(ROUNDED.name, "logits of the last token", last.logits, wanted[:, -1:])
 
 
 def whole(subject: Subject, case: Case) -> Iterator[Comparison]:

@@ -6,6 +6,7 @@ import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -18,7 +19,7 @@ from mistral_core.reference.cache import KVCache, int8_codes, slot_order
 
 from . import packed
 from .adapters import Adapter
-from .cases import CAUSAL, INT8, LENGTHS, PACKED, Case, T, padded, token_ids
+from .cases import CAUSAL, INT8, LENGTHS, PACKED, ROUNDED, Case, T, padded, token_ids
 from .compare import Comparison, compare
 from .tolerances import Tolerance, eps_of, rounds_elsewhere, tolerance
 from .weights import random_parameters
@@ -87,6 +88,18 @@ def expected_cache(case_name: str, rolling: bool) -> KVCache:
 
 
 @functools.cache
+def expected_rounded() -> Any:
+    """What the specification returns where each product rounds its rows to eight bits."""
+
+    def linear(x: Array, weight: Array, bias: Array | None = None, *, round: ops.Round = ops.exact) -> Array:
+        return exact(quantized.rounded_rows(x), weight, bias, round=round)
+
+    exact, parameters = ops.linear, parameters_of(ROUNDED, "float32")
+    with mock.patch.object(ops, "linear", linear):
+        return heads.causal_lm(ROUNDED.config, parameters, **ROUNDED.inputs)
+
+
+@functools.cache
 def expected_int8(rolling: bool) -> Any:
     """What the specification returns for the whole text of the int8 case, and its cache."""
     empty = KVCache.allocate(INT8.config, len(LENGTHS), T, rolling=rolling, dtype="int8")
@@ -98,7 +111,7 @@ def by_name(name: str) -> Case:
     """The case of a name."""
     from .cases import HEADS
 
-    return next(case for case in (*CAUSAL, *HEADS, *PACKED) if case.name == name)
+    return next(case for case in (*CAUSAL, *HEADS, *PACKED, ROUNDED) if case.name == name)
 
 
 class Subject:

@@ -102,6 +102,7 @@ def _checks() -> Iterator[Check]:
         yield Check(case.name.replace("packed", "packed-cached"), cached, ("float32",), attention=False)
         greedy = _partial(sampling.texts, sampling.GREEDY, case, 1)
         yield Check(case.name.replace("packed", "packed-greedy"), greedy, ("float32",), attention=False)
+    yield Check("packed-rounded", packed_pieces.rounded_text, ("float32",), attention=False)
     sampled = _partial(sampling.texts, sampling.TEXTS["sampled, guessed"], pieces.by_name("packed int4 32"))
     yield Check("packed-sampled int4 32", sampled, ("float32",), attention=False)
 

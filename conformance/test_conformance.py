@@ -7,12 +7,12 @@ import itertools
 import numpy as np
 import pytest
 
-from mistral_core.reference import cache
+from mistral_core.reference import cache, quantized
 
 from . import adapters, suite
-from .cases import INT8, INT8_MARGIN
+from .cases import INT8, INT8_MARGIN, ROUNDED_MARGIN
 from .compare import compare
-from .pieces import by_name, expected_int8
+from .pieces import by_name, expected_int8, expected_rounded
 from .tolerances import MODEL, Tolerance
 
 SUBJECTS = (
@@ -136,6 +136,24 @@ def test_no_code_of_the_int8_text_lies_near_another(monkeypatch):
     expected_int8.__wrapped__(True)
     assert len(margins) == 2 * INT8.config.num_hidden_layers
     assert min(margins) > INT8_MARGIN
+
+
+def test_no_rounded_row_lies_near_another(monkeypatch):
+    margins: list[float] = []
+
+    def measured(x):
+        taken = rounded_rows(x)
+        for start in range(0, x.shape[-1], quantized.ROUNDED_COLUMNS):
+            given, found = (each[..., start : start + quantized.ROUNDED_COLUMNS] for each in (x, taken))
+            scale = np.abs(found).max(axis=-1, keepdims=True) / 127  # the largest number has code 127
+            margins.append((0.5 - np.abs(given - found) / scale).min())
+        return taken
+
+    rounded_rows = quantized.rounded_rows
+    monkeypatch.setattr(quantized, "rounded_rows", measured)
+    expected_rounded.__wrapped__()
+    assert len(margins) > 7
+    assert min(margins) > ROUNDED_MARGIN
 
 
 @pytest.mark.xdist_group("tf")

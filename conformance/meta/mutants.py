@@ -376,6 +376,8 @@ MUTANTS = (
 )  # fmt: skip
 
 PACKED = (
+    Mutant("rows as they are", "packed-rounded",
+           core("models.py", "activations if KINDS[part.kind].is_integer else None", "None")),
     Mutant("/7 for /7.5", "packed-codes of bfloat16", core("rounding.py", "np.float32(steps / 2)", "np.float32(steps // 2)")),
     Mutant("zero point off by one where it is chosen", "packed-codes of float32",
            core("rounding.py", "low - least / scale", "1 + low - least / scale")),
