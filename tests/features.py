@@ -51,7 +51,7 @@ def _arguments(marker: ast.AST) -> tuple[str, str | None]:
 
 def _of_test(test: ast.FunctionDef) -> set[str]:
     """All backends where a test runs on each of them, else those that its name names."""
-    if {"backend", "model", "pipes"} & {argument.arg for argument in test.args.args}:
+    if {"backend", "model", "pipes", "writer"} & {argument.arg for argument in test.args.args}:
         return {*COLUMNS}
     words = test.name.replace("tensorflow", "tf").split("_")
     return {name for name in COLUMNS if name in words}
