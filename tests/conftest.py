@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items):
     """The tests of a file go to one process, for what the first of them makes is there for the others."""
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(item.config.rootpath).as_posix()))
 
 
 @pytest.fixture(scope="session", autouse=True)
