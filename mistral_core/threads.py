@@ -8,10 +8,16 @@ be let go; whoever asks for it then waits for ever. Here threads meet in C alone
 from __future__ import annotations
 
 import _thread
+import os
 import queue
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any, Self
+
+
+def processors() -> int:
+    """How many processors this process may use, which may be fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Job:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import ml_dtypes
 import numpy as np
 
 from ..errors import NonFiniteWeightsError
-from ..threads import Threads
+from ..threads import Threads, processors
 from .matrix import KINDS, NF4, ROWS, PackedMatrix, packed_codes
 
 _BETWEEN = (NF4[1:] + NF4[:-1]) / 2
@@ -74,7 +73,7 @@ def _in_strips(matrix: np.ndarray, work: Callable[[slice], None]) -> None:
         for part in parts:
             work(part)
         return
-    with Threads(os.cpu_count() or 1) as threads:
+    with Threads(processors()) as threads:
         for _ in threads.map(work, parts):
             pass
 

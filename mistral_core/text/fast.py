@@ -8,13 +8,12 @@ made by merges: those of SentencePiece and Tekken. For others there is no encode
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 from .. import extras
-from ..threads import Threads
+from ..threads import Threads, processors
 from . import tekken
 from .bpe import byte_characters, merges_by_score
 from .decoder import BYTE_TOKENS
@@ -55,7 +54,7 @@ def encoder(tokenizer: Tokenizer, apart: Collection[str]) -> Encode | None:
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
         lengths = list(accumulate(map(len, texts), initial=0))
-        count = min(os.cpu_count() or 1, lengths[-1] // CHARACTERS_PER_THREAD + 1)
+        count = min(processors(), lengths[-1] // CHARACTERS_PER_THREAD + 1)
         if count == 1:
             return kitoken.encode_all(list(texts))
         places = [_place(lengths, number / count) for number in range(count + 1)]

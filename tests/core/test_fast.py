@@ -85,7 +85,7 @@ def test_no_text_becomes_a_control_token(both):
 
 def test_threads_keep_the_order(both, monkeypatch):
     texts = list(random_texts(ODD, 300)) + [""] * 5 + ["a b" * 5000]
-    monkeypatch.setattr(fast.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(fast, "processors", lambda: 4)
     for alone in (1, 1000, 10_000):
         monkeypatch.setattr(fast, "CHARACTERS_PER_THREAD", alone)
         agree(both, texts)
