@@ -8,7 +8,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from products import crossed
+from crossed import crossed
 from samples import CONFIGS, any_bits, assert_same, bits, read, write
 
 from mistral_core import TINY, convert
@@ -384,7 +384,7 @@ def test_frequency_factors(tmp_path):
     [np.uint32(1), "[]", "{", json.dumps({"model.norm.weight": "F32"}), json.dumps({"lm_head.weight": "BF16"}),
      json.dumps({"x": "BF16"})],
 )  # fmt: skip
-def test_a_malformed_list_crossed(tmp_path, value):
+def test_a_malformed_list_of_dtypes(tmp_path, value):
     with pytest.raises(CorruptCheckpointError, match=r"mistral\.dtypes"):
         Checkpoint.open(published(tmp_path / "x.gguf", KEYS | {"mistral.dtypes": value}))
 

@@ -8,7 +8,7 @@ import warnings
 import gguf
 import numpy as np
 import pytest
-from products import crossed
+from crossed import crossed
 from samples import any_bits, assert_same, bits, read, write
 
 from mistral_core import TINY, MistralConfig, convert

@@ -6,7 +6,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from products import crossed
+from crossed import crossed
 from samples import CAUSAL, CONFIGS, any_bits, assert_same, read, write
 
 from mistral_core import TINY

@@ -7,7 +7,7 @@ its two neighbours in the list, and before two further ones, stands for the othe
 import itertools
 
 import pytest
-from products import crossed
+from crossed import crossed
 from samples import CAUSAL, CONFIGS, any_bits, assert_same, ordinary, read, write
 
 from mistral_core import TINY, convert, errors

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from products import crossed
+from crossed import crossed
 from samples import CONFIGS, any_bits, assert_same, read
 
 from mistral_core import TINY, errors

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from products import crossed
+from crossed import crossed
 from samples import CAUSAL, CONFIGS, any_bits, assert_same, ordinary, read, write
 
 from mistral_core import TINY
