@@ -72,8 +72,8 @@ kind, scales of rows, groups and blocks, and zero points; that any size of a gro
 CUTS = ("7+1+3+6", "by ones", "17")
 """How the text of a cached case is cut into calls."""
 
-CUT = ("window", "window-none", "window-1", "window-at-length", "window-beyond-length", "layer-types", "query-scale",
-       "left-padding", "right-padding", "holes", "all-padding", "int8")  # fmt: skip
+EVERY_CUT = ("window", "window-none", "window-1", "window-at-length", "window-beyond-length", "layer-types",
+             "query-scale", "left-padding", "right-padding", "holes", "all-padding", "int8")  # fmt: skip
 """The cases of which the default run has every cut: what is kept, seen or counted of earlier calls is another there.
 
 What any call computes alike, the first cut shows, which has a call of one token and calls of several.
@@ -90,7 +90,7 @@ def marks(subject, dtype, check):
     first = subject[1] == "eager" and dtype == "float32" and not kind.startswith("packed")
     if kind.startswith("packed") and dtype != "float32":
         return together if check.name in PACKED_IN_BFLOAT16 else (together, pytest.mark.slow)
-    if kind == "cached" and not case.startswith(tuple(f"{name} " for name in CUT)) and not case.endswith(CUTS[0]):
+    if kind == "cached" and not case.startswith(tuple(f"{name} " for name in EVERY_CUT)) and not case.endswith(CUTS[0]):
         return together, pytest.mark.slow
     stays = first or any(f"{case} ".startswith(f"{each} ") for each in REPRESENTATIVES.get(kind, (case,)))
     return together if stays else (together, pytest.mark.slow)
@@ -98,7 +98,7 @@ def marks(subject, dtype, check):
 
 def test_every_representative_is_a_case():
     assert set(PACKED_IN_BFLOAT16) <= set(suite.CHECKS)
-    assert all(f"cached {name} {cut}" in suite.CHECKS for name in CUT for cut in CUTS)
+    assert all(f"cached {name} {cut}" in suite.CHECKS for name in EVERY_CUT for cut in CUTS)
     for kind, names in REPRESENTATIVES.items():
         assert all(any(f"{check} ".startswith(f"{kind} {name} ") for check in suite.CHECKS) for name in names)
 

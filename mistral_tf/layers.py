@@ -1,7 +1,8 @@
 """The pieces of a Mistral in the order of use; letters are those of `mistral_core.config`.
 
-A function does mathematics, a module holds parameters. Numbers: the contract of `mistral_core.reference.ops`. Axes are
-added by `tf.expand_dims`: an index like `x[:, None]` makes four constants each time, and takes five times as long.
+A function does mathematics, a module holds parameters. Numbers: the contract of `mistral_core.reference.ops`. What
+every call computes adds axes by `tf.expand_dims`: an index like `x[:, None]` makes four constants, and takes five times
+as long.
 """
 
 from __future__ import annotations
