@@ -25,7 +25,7 @@ from wholes import (
 from mistral_core import MistralConfig, errors
 from mistral_core.cli.info import describe
 from mistral_core.parameters import parameters
-from mistral_core.weights import formats, layouts
+from mistral_core.weights import formats, layouts, towers
 from mistral_core.weights.checkpoint import load
 from mistral_core.weights.loading import load_pretrained
 from mistral_core.weights.opening import Checkpoint
@@ -69,6 +69,23 @@ def test_every_nesting_has_the_names_of_the_table(tmp_path, quiet, nesting, tied
     bare = nesting.architecture == "Mistral3Model"
     assert checkpoint.config.architectures == ("MistralModel" if bare else "MistralForCausalLM",)
     assert_same(loaded(tmp_path, checkpoint.config.architectures[0])[1], expected)
+
+
+@pytest.mark.parametrize("instead", [None, "", "model.model."])
+@pytest.mark.parametrize("prefix", towers.WHOLES["hf"].text)
+def test_a_prefix_stripped_wrongly_is_found(tmp_path, monkeypatch, prefix, instead):
+    """Planted errors, each seen in the names of some nesting: a prefix that stays, one stripped whole, one replaced."""
+    whole = towers.WHOLES["hf"]
+    text = {before: after for before, after in {**whole.text, prefix: instead}.items() if after is not None}
+    monkeypatch.setitem(towers.WHOLES, "hf", whole._replace(text=text))
+    right = []
+    for number, nesting in enumerate(NESTINGS.values()):
+        expected = write(tmp_path / str(number), CONFIG, nesting)
+        try:
+            right.append(set(Checkpoint.open(tmp_path / str(number)).tensors) == set(expected))
+        except errors.MistralError:
+            right.append(False)
+    assert not all(right)
 
 
 @pytest.mark.parametrize("skipped_first", [True, False])
