@@ -23,7 +23,8 @@ demo: $(STAMP)
 
 test: TIER = not sweep and not slow
 test-all: TIER = not sweep
-test test-all: lint
+# the types of the sources are one of the tests, beside others
+test test-all: style
 	failed=0; for part in $(PARTS); do $(PYTEST) -n 2 --dist loadgroup -m "$(TIER)" $$part || failed=1; done; exit $$failed
 
 # the core, and the pieces of one backend, for a change that is being made: make test-quick BACKEND=flax
@@ -35,9 +36,11 @@ test-quick: $(STAMP)
 	MISTRAL_TEST_BACKENDS=$(BACKEND) $(PYTEST) -n 2 --dist loadfile -m "not sweep and not slow" -k "$(QUICK)" \
 	    tests/core tests/test_imports.py tests/test_mirrors.py tests/test_public_api.py conformance/test_conformance.py
 
-lint: $(STAMP)
+style: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint: style
 	$(BIN)/mypy
 
 sweep: $(STAMP)
@@ -75,4 +78,4 @@ $(STAMP): pyproject.toml constraints.txt
 clean:
 	rm -rf $(VENV) $(CLIENTS) .cache build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: demo test test-all test-quick lint sweep conformance docs clients clean
+.PHONY: demo test test-all test-quick style lint sweep conformance docs clients clean
