@@ -71,9 +71,7 @@ $(CLIENTS)/installed: pyproject.toml constraints.txt tests/clients/constraints.t
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
-	# the largest are unpacked side by side, and what they need comes after them, so that no two write the same files
-	$(BIN)/python $(PIP) -c constraints.txt --no-deps tensorflow & other=$$!; \
-	    $(BIN)/python $(PIP) -c constraints.txt --no-deps torch jaxlib && wait $$other
+	$(BIN)/python $(PIP) -c constraints.txt torch
 	$(BIN)/python $(PIP) -c constraints.txt -e '.[torch,flax,tf,convert,orbax,chat,pictures,fast,mistral-common,docs,dev]'
 	touch $(STAMP)
 
