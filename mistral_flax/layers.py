@@ -133,12 +133,8 @@ class Attention(nnx.Module):
     def __init__(
         self, config: MistralConfig, window: int | None, implementation: str | None, *, param_dtype: Any, rngs: nnx.Rngs
     ) -> None:
-        D, N, K, H = (
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        D, N, H = config.hidden_size, config.num_attention_heads, config.head_dim
+        K = config.num_key_value_heads
         options = {"param_dtype": param_dtype, "rngs": rngs, "std": config.initializer_range}
         self.q_proj = Linear(D, N * H, **options)
         self.k_proj = Linear(D, K * H, **options)

@@ -169,12 +169,8 @@ class Attention(Layer):
         name: str | None = None,
     ) -> None:
         super().__init__(dtype=dtype, name=name)
-        D, N, K, H = (
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        D, N, H = config.hidden_size, config.num_attention_heads, config.head_dim
+        K = config.num_key_value_heads
         options = {"dtype": dtype, "initializer": initializer}
         self.q_proj = Linear(D, N * H, name=f"{self.name}.q_proj", **options)
         self.k_proj = Linear(D, K * H, name=f"{self.name}.k_proj", **options)

@@ -100,12 +100,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: MistralConfig, window: int | None, implementation: str) -> None:
         super().__init__()
-        D, N, K, H = (
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        D, N, H = config.hidden_size, config.num_attention_heads, config.head_dim
+        K = config.num_key_value_heads
         self.q_proj = nn.Linear(D, N * H, bias=False)
         self.k_proj = nn.Linear(D, K * H, bias=False)
         self.v_proj = nn.Linear(D, K * H, bias=False)

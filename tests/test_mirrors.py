@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -189,3 +190,23 @@ def test_the_same_public_names_are_exported(package):
         return next(ast.literal_eval(n.value) for n in assignments if n.targets[0].id == "__all__")  # type: ignore[attr-defined]
 
     assert exported(package) == exported(MODEL)
+
+
+LAYOUT = {tokenize.ENCODING, tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+          tokenize.ENDMARKER}  # fmt: skip
+
+
+def code_lines(package: str, file: str) -> int:
+    """How many lines of a file hold code: neither blank, nor comments, nor strings that stand alone."""
+    stated = [node for node in ast.walk(tree(package, file)) if isinstance(node, ast.Expr)]
+    texts = [node for node in stated if isinstance(node.value, ast.Constant)]
+    alone = {number for text in texts for number in range(text.lineno, text.end_lineno + 1)}
+    with (ROOT / package / file).open("rb") as source:
+        held = [token for token in tokenize.tokenize(source.readline) if token.type not in LAYOUT]
+    return len({number for token in held for number in range(token.start[0], token.end[0] + 1)} - alone)
+
+
+@pytest.mark.parametrize("package", [MODEL, *OTHERS])
+def test_a_model_is_read_in_one_sitting(package):
+    """Formulas and the model in at most 300 lines of code: what is neither has a file of its own."""
+    assert code_lines(package, "layers.py") + code_lines(package, "model.py") <= 300
