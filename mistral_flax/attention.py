@@ -35,11 +35,15 @@ class Visibility(NamedTuple):
     """How many keys a query sees, itself included; None: all."""
     document_ids_BT: Array | None = None
     """[B, T]: the packed document of each token, where queries and keys are the same tokens."""
+    mask_BTS: Array | None = None
+    """The mask where it is made already, for several layers."""
 
 
 def attention_mask(visibility: Visibility) -> Array:
     """[B, T, S] bool: a query sees the W keys up to itself, counted in real tokens, of its own document."""
-    query_order_BT, key_order_BS, window, document_ids_BT = visibility
+    query_order_BT, key_order_BS, window, document_ids_BT, mask_BTS = visibility
+    if mask_BTS is not None:
+        return mask_BTS
     query, key = query_order_BT[:, :, None], key_order_BS[:, None, :]
     visible = (key >= 0) & (key <= query)
     if window is not None:
@@ -47,6 +51,11 @@ def attention_mask(visibility: Visibility) -> Array:
     if document_ids_BT is not None:
         visible = visible & (document_ids_BT[:, :, None] == document_ids_BT[:, None, :])
     return visible
+
+
+def masked(visibility: Visibility) -> Visibility:
+    """The same, with the mask made."""
+    return visibility._replace(mask_BTS=attention_mask(visibility))
 
 
 def attend(
@@ -120,7 +129,7 @@ def attend_splash(
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
     if T == 1:
         return attend_dot_product(q_BTNH, k_BSKH, v_BSKH, visibility, dropout, rngs)
-    query_order_BT, key_order_BS, window, document_ids_BT = visibility
+    query_order_BT, key_order_BS, window, document_ids_BT, _ = visibility
     documents_BT = jnp.zeros_like(query_order_BT) if document_ids_BT is None else document_ids_BT
     documents_BS = jnp.zeros_like(key_order_BS) if document_ids_BT is None else document_ids_BT
     query_column_BT, key_column_BS = query_order_BT.argsort(axis=1), key_order_BS.argsort(axis=1)
@@ -191,6 +200,8 @@ def _splash_kernel(
 ATTENTION = {"eager": attend_eager, "dot_product": attend_dot_product, "splash": attend_splash}
 ALIASES = {"sdpa": "dot_product"}
 WITHOUT_DROPOUT = ("dot_product", "splash")
+MASKED = ("eager", "dot_product")
+"""Those that read the mask."""
 
 
 def default() -> str:

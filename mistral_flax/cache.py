@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -190,42 +190,59 @@ def restored(kept: Iterable[Array], dtype: Any) -> tuple[Array, Array]:
     return keys.astype(dtype), values.astype(dtype)
 
 
-def remember(
-    k_BTKH: Array,
-    v_BTKH: Array,
-    order_BT: Array,
-    *,
-    past: tuple[Array, ...] | None,
-    window: int | None,
-    capacity: int | None,
-) -> tuple[Array, Array, Array, tuple[Array, ...] | None]:
-    """What the new tokens attend to, and what is kept of it.
+class Place(NamedTuple):
+    """Where the new tokens of a call go in rings of one size, and what the queries of that layer then see."""
 
-    `past` is (keys [B, R, K, H], values [B, R, K, H], in int8 their scales [B, R, K], length [B]) or None; its dtype
-    may be another than the new ones'. Returns keys, values [B, S, K, H] and order [B, S] of what is seen, in the dtype
-    of the new ones, and what the layer keeps next, None without a past. A token is seen as it is kept, by itself and
-    by those that come with it too: so how a text is cut into calls changes nothing.
-    """
-    if past is None:
-        return k_BTKH, v_BTKH, order_BT, None
-    *old, length_B = past
-    new = stored(k_BTKH, v_BTKH, old[0].dtype)
-    T, past_slots = order_BT.shape[1], old[0].shape[1]
+    slots: int
+    """R of the rings after the call."""
+    slot_BT: Array
+    """[B, T]: the slot of each new token."""
+    order_BS: Array
+    """[B, S]: the order of each key that is seen."""
+    fresh: bool
+    """Whether the new tokens see themselves alone: nothing is kept yet."""
+    beside: bool
+    """Whether they see the past beside themselves, for they overwrite what one of them must see; else the rings."""
+
+
+def place(order_BT: Array, length_B: Array, past_slots: int, *, window: int | None, capacity: int | None) -> Place:
+    """Where tokens of this order go after `length_B` [B] tokens of a row, in rings of `past_slots`."""
+    T = order_BT.shape[1]
     slots = grown_slots(past_slots, T, window, capacity)
     next_length_B = length_B + (order_BT >= 0).sum(1)
     fresh = past_slots == 1  # only the spare slot: nothing is kept yet
     beside = not fresh and overwrites_visible(slots, past_slots, T, window, capacity)
-    seen, seen_order_BS = new, order_BT
-    if beside:
-        seen = [jnp.concatenate(pair, axis=1) for pair in zip(old, new, strict=True)]
-        seen_order_BS = jnp.concatenate([slot_order(length_B, past_slots), order_BT], axis=1)
     # padding, and what a long chunk would overwrite at once, goes to the spare slot
     fits_BT = (order_BT >= 0) & (order_BT > next_length_B[:, None] - slots)
     slot_BT = jnp.where(fits_BT, order_BT % slots, next_length_B[:, None] % slots)
-    kept = tuple(write(*pair, slot_BT, slots) for pair in zip(old, new, strict=True))
-    if not (fresh or beside):
-        seen, seen_order_BS = kept, slot_order(next_length_B, slots)
-    return *restored(seen, k_BTKH.dtype), seen_order_BS, kept
+    if fresh:
+        seen_order_BS = order_BT
+    elif beside:
+        seen_order_BS = jnp.concatenate([slot_order(length_B, past_slots), order_BT], axis=1)
+    else:
+        seen_order_BS = slot_order(next_length_B, slots)
+    return Place(slots, slot_BT, seen_order_BS, fresh, beside)
+
+
+def remember(
+    k_BTKH: Array, v_BTKH: Array, past: tuple[Array, ...] | None, place: Place | None
+) -> tuple[Array, Array, tuple[Array, ...] | None]:
+    """What the new tokens attend to, and what is kept of it.
+
+    `past` is (keys [B, R, K, H], values [B, R, K, H], in int8 their scales [B, R, K], length [B]) or None; its dtype
+    may be another than the new ones'. Returns keys and values [B, S, K, H] of what is seen, in the dtype of the new
+    ones, and what the layer keeps next, None without a past. A token is seen as it is kept, by itself and by those
+    that come with it too: so how a text is cut into calls changes nothing.
+    """
+    if past is None or place is None:
+        return k_BTKH, v_BTKH, None
+    old = past[:-1]
+    new = stored(k_BTKH, v_BTKH, old[0].dtype)
+    kept = tuple(write(*pair, place.slot_BT, place.slots) for pair in zip(old, new, strict=True))
+    seen = new if place.fresh else kept
+    if place.beside:
+        seen = [jnp.concatenate(pair, axis=1) for pair in zip(old, new, strict=True)]
+    return *restored(seen, k_BTKH.dtype), kept
 
 
 def write(x_BRKH: Array, new_BTKH: Array, slot_BT: Array, slots: int) -> Array:

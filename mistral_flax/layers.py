@@ -16,7 +16,7 @@ from mistral_core import MistralConfig
 from mistral_core.config.rope import query_scaling, rotary_table
 
 from .attention import Visibility, attend, check_implementation
-from .cache import remember
+from .cache import Place, place, remember
 from .products import product
 
 
@@ -110,6 +110,15 @@ def scale_queries(q_BTNH: Array, scale_BT: Array | None) -> Array:
     return (q_BTNH.astype(jnp.float32) * scale_BT[:, :, None, None]).astype(q_BTNH.dtype)
 
 
+class Sight(NamedTuple):
+    """What layers of one window see in a call."""
+
+    place: Place | None
+    """Where new tokens go in the past; None: there is no past."""
+    visibility: Visibility
+    """Who sees whom."""
+
+
 class Step(NamedTuple):
     """What the layers of one call share."""
 
@@ -125,6 +134,18 @@ class Step(NamedTuple):
     """[B, T]: the packed document of each token."""
     output_attentions: bool = False
     """Whether layers return their attention weights."""
+    sight: Sight | None = None
+    """What the layer that is called sees; None: it looks by itself."""
+
+
+def look(step: Step, window: int | None, past: tuple[Array, ...] | None) -> Sight:
+    """What a layer of this window, and of such a past, sees in a call."""
+    if past is None:
+        where, seen_BS = None, step.order_BT
+    else:
+        where = place(step.order_BT, past[-1], past[0].shape[1], window=window, capacity=step.capacity)
+        seen_BS = where.order_BS
+    return Sight(where, Visibility(step.order_BT, seen_BS, window, step.document_ids_BT))
 
 
 class Attention(nnx.Module):
@@ -158,14 +179,13 @@ class Attention(nnx.Module):
         q_BTNH = scale_queries(q_BTNH, step.query_scale_BT)
         k_BTKH = rotate(self.k_proj(x_BTD).reshape(B, T, -1, self.head_dim), *step.cos_sin)
         v_BTKH = self.v_proj(x_BTD).reshape(B, T, -1, self.head_dim)
-        k_BSKH, v_BSKH, key_order_BS, kept = remember(
-            k_BTKH, v_BTKH, step.order_BT, past=past, window=self.window, capacity=step.capacity
-        )
+        where, visibility = step.sight or look(step, self.window, past)
+        k_BSKH, v_BSKH, kept = remember(k_BTKH, v_BTKH, past, where)
         o_BTNH, weights = attend(
             q_BTNH,
             k_BSKH,
             v_BSKH,
-            Visibility(step.order_BT, key_order_BS, self.window, step.document_ids_BT),
+            visibility,
             implementation="eager" if step.output_attentions else self.implementation,
             dropout=self.dropout,
             rngs=rngs,

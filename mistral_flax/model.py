@@ -15,9 +15,10 @@ from mistral_core.compat.clients import documents_told
 from mistral_core.outputs import ModelOutput
 
 from .arrays import Inputs, as_dtypes, model_inputs
+from .attention import MASKED, check_implementation, masked
 from .cache import KVCache
 from .checkpointing import checkpointed
-from .layers import DecoderLayer, Embedding, RMSNorm, Step, query_scale, rotary, token_order, token_positions
+from .layers import DecoderLayer, Embedding, RMSNorm, Step, look, query_scale, rotary, token_order, token_positions
 from .weights import PreTrainedModel, functional
 
 OfLayers = tuple[list[Array], list[Array | None], list[Any]]
@@ -41,6 +42,7 @@ class MistralModel(PreTrainedModel):
         self.config = config
         dtype, param_dtype = as_dtypes(dtype, param_dtype)
         options = {"param_dtype": param_dtype, "rngs": rngs or nnx.Rngs(0)}
+        self.implementation = check_implementation(attn_implementation)
         self.embed_tokens = Embedding(
             config.vocab_size, config.hidden_size, dtype=dtype, std=config.initializer_range, **options
         )
@@ -85,19 +87,19 @@ class MistralModel(PreTrainedModel):
             documents_told(others, document_ids),
         )  # fmt: skip
         trains = rngs is not None or self.gradient_checkpointing is not None
-        x_BTD, step, past = self._start(inputs, past_key_values, use_cache, output_attentions, trains)
+        x_BTD, steps, past = self._start(inputs, past_key_values, use_cache, output_attentions, trains)
         with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         of_layers = self.run_layers(
-            self.layers, x_BTD, step, past, rngs=dropout_keys(rngs, self.config.num_hidden_layers),
+            self.layers, x_BTD, steps, past, rngs=dropout_keys(rngs, self.config.num_hidden_layers),
             checkpointing=self.gradient_checkpointing, output_hidden_states=with_states,
         )  # fmt: skip
-        output = self._output(of_layers, step, past, with_states)
+        output = self._output(of_layers, steps[0], past, with_states)
         return self.as_tuple_if_asked(output, return_dict)
 
     def _start(
         self, inputs: Inputs, past: KVCache | None, use_cache: bool | None, output_attentions: bool | None, trains: bool
-    ) -> tuple[Array, Step, KVCache | None]:
-        """The embeddings [B, T, D], what the layers share, and the cache they read: a new one where none is given."""
+    ) -> tuple[Array, list[Step], KVCache | None]:
+        """The embeddings [B, T, D], what each layer is told, and the cache they read: a new one where none is given."""
         config, mask_BT = self.config, inputs.attention_mask
         if inputs.inputs_embeds is None:
             x_BTD = self.embed_tokens(inputs.input_ids)
@@ -119,7 +121,25 @@ class MistralModel(PreTrainedModel):
             document_ids_BT=inputs.document_ids,
             output_attentions=config.output_attentions if output_attentions is None else output_attentions,
         )
-        return x_BTD, step, past
+        return x_BTD, self._steps(step, past), past
+
+    def _steps(self, step: Step, past: KVCache | None) -> list[Step]:
+        """The step of each layer: those of one window, and of rings of one size, share what they see."""
+        kinds = [
+            (window, 0 if past is None else past.keys[index].shape[1])
+            for index, window in enumerate(self.config.layer_windows)
+        ]
+        steps: list[Step] = []
+        for index, kind in enumerate(kinds):
+            alike = next(number for number, other in enumerate(kinds) if other == kind)
+            if alike < index:
+                steps.append(steps[alike])
+                continue
+            sight = look(step, kind[0], None if past is None else past.layer(index))
+            if step.output_attentions or self.implementation in MASKED:
+                sight = sight._replace(visibility=masked(sight.visibility))
+            steps.append(step._replace(sight=sight))
+        return steps
 
     def _output(self, of_layers: OfLayers, step: Step, past: KVCache | None, with_states: bool) -> ModelOutput:
         """What is returned: the last hidden states normed, the cache after the call, and what else is asked for."""
@@ -136,7 +156,7 @@ class MistralModel(PreTrainedModel):
 def one_by_one(
     layers: nnx.Dict,
     x_BTD: Array,
-    step: Step,
+    steps: list[Step],
     past: KVCache | None,
     *,
     rngs: Any,
@@ -149,7 +169,8 @@ def one_by_one(
         layer = layers[str(index)]
         if checkpointing is not None:
             layer = checkpointed(layer, dict(checkpointing))
-        x_BTD, weights, keys_values = layer(x_BTD, step, None if past is None else past.layer(index), rngs=rngs[index])
+        of_past = None if past is None else past.layer(index)
+        x_BTD, weights, keys_values = layer(x_BTD, steps[index], of_past, rngs=rngs[index])
         hidden_states.append(x_BTD)
         attentions.append(weights)
         kept.append(keys_values)

@@ -66,7 +66,7 @@ def unscan_layers(model: Model) -> Model:
 def scanned(
     layers: DecoderLayer,
     x_BTD: Array,
-    step: Step,
+    steps: list[Step],
     past: KVCache | None,
     *,
     rngs: Any,
@@ -79,7 +79,7 @@ def scanned(
     def body(x_BTD: Array, of_layer: tuple[Any, Any, Any]) -> tuple[Array, tuple[Any, ...]]:
         state, keys_values, key = of_layer
         of_past = None if past is None else (*keys_values, past.length)
-        x_BTD, weights, kept = nnx.merge(graph, state)(x_BTD, step, of_past, rngs=key)
+        x_BTD, weights, kept = nnx.merge(graph, state)(x_BTD, steps[0], of_past, rngs=key)
         return x_BTD, (x_BTD if output_hidden_states else None, weights, kept)
 
     if checkpointing is not None:

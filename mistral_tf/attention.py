@@ -29,11 +29,15 @@ class Visibility(NamedTuple):
     """How many keys a query sees, itself included; None: all."""
     document_ids_BT: Tensor | None = None
     """[B, T]: the packed document of each token, where queries and keys are the same tokens."""
+    mask_BTS: Tensor | None = None
+    """The mask where it is made already, for several layers."""
 
 
 def attention_mask(visibility: Visibility) -> Tensor:
     """[B, T, S] bool: a query sees the W keys up to itself, counted in real tokens, of its own document."""
-    query_order_BT, key_order_BS, window, document_ids_BT = visibility
+    query_order_BT, key_order_BS, window, document_ids_BT, mask_BTS = visibility
+    if mask_BTS is not None:
+        return mask_BTS
     query, key = tf.expand_dims(query_order_BT, 2), tf.expand_dims(key_order_BS, 1)
     visible = (key >= 0) & (key <= query)
     if window is not None:
@@ -41,6 +45,11 @@ def attention_mask(visibility: Visibility) -> Tensor:
     if document_ids_BT is not None:
         visible = visible & (tf.expand_dims(document_ids_BT, 2) == tf.expand_dims(document_ids_BT, 1))
     return visible
+
+
+def masked(visibility: Visibility) -> Visibility:
+    """The same, with the mask made."""
+    return visibility._replace(mask_BTS=attention_mask(visibility))
 
 
 def attend(
@@ -81,6 +90,8 @@ def attend_eager(
 ATTENTION = {"eager": attend_eager}
 DEFAULT = "eager"
 ALIASES: dict[str, str] = {}
+MASKED = ("eager",)
+"""Those that read the mask."""
 
 
 def check_implementation(implementation: str | None) -> str:

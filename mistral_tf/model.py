@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
@@ -12,9 +13,10 @@ from mistral_core.compat.clients import documents_told
 from mistral_core.outputs import ModelOutput
 
 from .arrays import Inputs, as_policy, model_inputs
+from .attention import MASKED, check_implementation, masked
 from .cache import KVCache
 from .checkpointing import checkpointed
-from .layers import DecoderLayer, Embedding, RMSNorm, Step, query_scale, rotary, token_order, token_positions
+from .layers import DecoderLayer, Embedding, RMSNorm, Step, look, query_scale, rotary, token_order, token_positions
 from .weights import PreTrainedModel, default_initializer
 
 OfLayers = tuple[list[Tensor], list[Tensor | None], list[Any]]
@@ -38,6 +40,7 @@ class MistralModel(PreTrainedModel):
         super().__init__(config, dtype=dtype, name=name)
         self.config = config
         options = {"dtype": dtype, "initializer": initializer}
+        self.implementation = check_implementation(attn_implementation)
         self.embed_tokens = Embedding(
             config.vocab_size, config.hidden_size, name=f"{self.name}.embed_tokens", **options
         )
@@ -76,10 +79,10 @@ class MistralModel(PreTrainedModel):
             self.config, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds,
             documents_told(others, document_ids),
         )  # fmt: skip
-        x_BTD, step, past = self._start(inputs, past_key_values, use_cache, output_attentions, training)
-        of_layers = self._run(x_BTD, step, past, training)
+        x_BTD, steps, past = self._start(inputs, past_key_values, use_cache, output_attentions, training)
+        of_layers = self._run(x_BTD, steps, past, training)
         with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        output = self._output(of_layers, step, past, with_states)
+        output = self._output(of_layers, steps[0], past, with_states)
         return self.as_tuple_if_asked(output, return_dict)
 
     if TYPE_CHECKING:  # an editor sees what a call returns
@@ -87,8 +90,8 @@ class MistralModel(PreTrainedModel):
 
     def _start(
         self, inputs: Inputs, past: KVCache | None, use_cache: bool | None, output_attentions: bool | None, trains: bool
-    ) -> tuple[Tensor, Step, KVCache | None]:
-        """The embeddings [B, T, D], what the layers share, and the cache they read: a new one where none is given."""
+    ) -> tuple[Tensor, list[Step], KVCache | None]:
+        """The embeddings [B, T, D], what each layer is told, and the cache they read: a new one where none is given."""
         config, mask_BT = self.config, inputs.attention_mask
         if inputs.inputs_embeds is None:
             x_BTD = self.embed_tokens(inputs.input_ids)
@@ -110,9 +113,27 @@ class MistralModel(PreTrainedModel):
             document_ids_BT=inputs.document_ids,
             output_attentions=config.output_attentions if output_attentions is None else output_attentions,
         )
-        return x_BTD, step, past
+        return x_BTD, self._steps(step, past), past
 
-    def _run(self, x_BTD: Tensor, step: Step, past: KVCache | None, trains: bool) -> OfLayers:
+    def _steps(self, step: Step, past: KVCache | None) -> list[Step]:
+        """The step of each layer: those of one window, and of rings of one size, share what they see."""
+        kinds = [
+            (window, 0 if past is None else past.keys[index].shape[1])
+            for index, window in enumerate(self.config.layer_windows)
+        ]
+        steps: list[Step] = []
+        for index, kind in enumerate(kinds):
+            alike = next(number for number, other in enumerate(kinds) if other == kind)
+            if alike < index:
+                steps.append(steps[alike])
+                continue
+            sight = look(step, kind[0], None if past is None else past.layer(index))
+            if step.output_attentions or self.implementation in MASKED:
+                sight = sight._replace(visibility=masked(sight.visibility))
+            steps.append(dataclasses.replace(step, sight=sight))
+        return steps
+
+    def _run(self, x_BTD: Tensor, steps: list[Step], past: KVCache | None, trains: bool) -> OfLayers:
         """The layers in turn."""
         hidden_states, attentions, kept = [x_BTD], [], []
         seeds = dropout_seeds(self.config, trains)
@@ -120,7 +141,7 @@ class MistralModel(PreTrainedModel):
             if self.gradient_checkpointing is not None and trains:
                 layer = checkpointed(layer, self.gradient_checkpointing)
             of_past = None if past is None else past.layer(index)
-            x_BTD, weights, keys_values = layer(x_BTD, step=step, past=of_past, seed=seeds[index])
+            x_BTD, weights, keys_values = layer(x_BTD, step=steps[index], past=of_past, seed=seeds[index])
             hidden_states.append(x_BTD)
             attentions.append(weights)
             kept.append(keys_values)

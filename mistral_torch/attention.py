@@ -35,16 +35,25 @@ class Visibility(NamedTuple):
     """How many keys a query sees, itself included; None: all."""
     document_ids_BT: Tensor | None = None
     """[B, T]: the packed document of each token, where queries and keys are the same tokens."""
+    mask_BTS: Tensor | None = None
+    """The mask where it is made already, for several layers."""
 
 
 def attention_mask(visibility: Visibility) -> Tensor:
     """[B, T, S] bool: a query sees the W keys up to itself, counted in real tokens, of its own document."""
-    query_order_BT, key_order_BS, window, document_ids_BT = visibility
+    query_order_BT, key_order_BS, window, document_ids_BT, mask_BTS = visibility
+    if mask_BTS is not None:
+        return mask_BTS
     query, key = query_order_BT[:, :, None], key_order_BS[:, None, :]
     visible = _in_window(query, key, window)
     if document_ids_BT is not None:
         visible = visible & (document_ids_BT[:, :, None] == document_ids_BT[:, None, :])
     return visible
+
+
+def masked(visibility: Visibility) -> Visibility:
+    """The same, with the mask made."""
+    return visibility._replace(mask_BTS=attention_mask(visibility))
 
 
 def _in_window(query: Tensor, key: Tensor, window: int | None) -> Tensor:
@@ -117,7 +126,7 @@ def attend_flex(
     if wanted and q_BTNH.device.type == "cpu":  # it has no backward there
         return attend_eager(q_BTNH, k_BSKH, v_BSKH, visibility, dropout)
 
-    query_order_BT, key_order_BS, window, document_ids_BT = visibility
+    query_order_BT, key_order_BS, window, document_ids_BT, _ = visibility
 
     def visible(b: Tensor, head: Tensor, t: Tensor, s: Tensor) -> Tensor:
         seen = _in_window(query_order_BT[b, t], key_order_BS[b, s], window)
@@ -162,7 +171,7 @@ def attend_flash(
             f"flash_attention_2 computes in float16 and bfloat16, the model is {q_BTNH.dtype}; load it with "
             "dtype='bfloat16' or use attn_implementation='sdpa'."
         )
-    query_order_BT, key_order_BS, window, document_ids_BT = visibility
+    query_order_BT, key_order_BS, window, document_ids_BT, _ = visibility
     real_BT = query_order_BT >= 0
     column_BS = key_order_BS.argsort(dim=1, stable=True)  # a ring holds its keys out of order
     sorted_order_BS = key_order_BS.gather(1, column_BS)
@@ -210,6 +219,8 @@ ATTENTION = {"eager": attend_eager, "sdpa": attend_sdpa, "flex": attend_flex, "f
 DEFAULT = "sdpa"
 ALIASES = {"flex_attention": "flex"}
 WITHOUT_DROPOUT = ("flex",)
+MASKED = ("eager", "sdpa")
+"""Those that read the mask."""
 
 
 def check_implementation(implementation: str | None) -> str:

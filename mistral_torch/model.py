@@ -11,11 +11,12 @@ from mistral_core import MistralConfig
 from mistral_core.compat.clients import documents_told
 
 from .arrays import Inputs, model_inputs
+from .attention import MASKED, check_implementation, masked
 from .cache import KVCache
 from .checkpointing import checkpointed
 from .compat import attention_name
 from .foreign_cache import takes_foreign_caches
-from .layers import DecoderLayer, RMSNorm, Step, query_scale, rotary, token_order, token_positions
+from .layers import DecoderLayer, RMSNorm, Step, look, query_scale, rotary, token_order, token_positions
 from .outputs import ModelOutput
 from .weights import PreTrainedModel
 
@@ -30,6 +31,7 @@ class MistralModel(PreTrainedModel):
         config = MistralConfig.of(config)
         super().__init__(config)
         self.config = config.noted(attn_implementation=attention_name(attn_implementation))
+        self.implementation = check_implementation(attn_implementation)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, window, attn_implementation) for window in config.layer_windows
@@ -65,10 +67,10 @@ class MistralModel(PreTrainedModel):
             self.config, self.device, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds,
             documents_told(others, document_ids),
         )  # fmt: skip
-        x_BTD, step, past = self._start(inputs, past_key_values, use_cache, output_attentions)
-        of_layers = self._run(x_BTD, step, past)
+        x_BTD, steps, past = self._start(inputs, past_key_values, use_cache, output_attentions)
+        of_layers = self._run(x_BTD, steps, past)
         with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        output = self._output(of_layers, step, past, with_states)
+        output = self._output(of_layers, steps[0], past, with_states)
         return self.as_tuple_if_asked(output, return_dict)
 
     if TYPE_CHECKING:  # an editor sees what a call returns
@@ -76,8 +78,8 @@ class MistralModel(PreTrainedModel):
 
     def _start(
         self, inputs: Inputs, past: KVCache | None, use_cache: bool | None, output_attentions: bool | None
-    ) -> tuple[Tensor, Step, KVCache | None]:
-        """The embeddings [B, T, D], what the layers share, and the cache they read: a new one where none is given."""
+    ) -> tuple[Tensor, list[Step], KVCache | None]:
+        """The embeddings [B, T, D], what each layer is told, and the cache they read: a new one where none is given."""
         config, mask_BT = self.config, inputs.attention_mask
         x_BTD = self.embed_tokens(inputs.input_ids) if inputs.inputs_embeds is None else inputs.inputs_embeds
         if use_cache is None:
@@ -96,15 +98,34 @@ class MistralModel(PreTrainedModel):
             document_ids_BT=inputs.document_ids,
             output_attentions=config.output_attentions if output_attentions is None else output_attentions,
         )
-        return x_BTD, step, past
+        return x_BTD, self._steps(step, past), past
 
-    def _run(self, x_BTD: Tensor, step: Step, past: KVCache | None) -> OfLayers:
+    def _steps(self, step: Step, past: KVCache | None) -> list[Step]:
+        """The step of each layer: those of one window, and of rings of one size, share what they see."""
+        kinds = [
+            (window, 0 if past is None else past.keys[index].shape[1])
+            for index, window in enumerate(self.config.layer_windows)
+        ]
+        steps: list[Step] = []
+        for index, kind in enumerate(kinds):
+            alike = next(number for number, other in enumerate(kinds) if other == kind)
+            if alike < index:
+                steps.append(steps[alike])
+                continue
+            sight = look(step, kind[0], None if past is None else past.layer(index))
+            if step.output_attentions or self.implementation in MASKED:
+                sight = sight._replace(visibility=masked(sight.visibility))
+            steps.append(step._replace(sight=sight))
+        return steps
+
+    def _run(self, x_BTD: Tensor, steps: list[Step], past: KVCache | None) -> OfLayers:
         """The layers in turn."""
         hidden_states, attentions, kept = [x_BTD], [], []
         for index, layer in enumerate(self.layers):
             if self.gradient_checkpointing is not None and self.training and torch.is_grad_enabled():
                 layer = checkpointed(layer, self.gradient_checkpointing)
-            x_BTD, weights, keys_values = layer(x_BTD, step, None if past is None else past.layer(index))
+            of_past = None if past is None else past.layer(index)
+            x_BTD, weights, keys_values = layer(x_BTD, steps[index], of_past)
             hidden_states.append(x_BTD)
             attentions.append(weights)
             kept.append(keys_values)

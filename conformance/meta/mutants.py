@@ -67,7 +67,7 @@ MUTANTS = (
     Mutant("window 1 taken as none", "whole window-1",
            everywhere("attention.py", "if window is not None:", "if window is not None and window > 1:")),
     Mutant("layer_types shifted by one", "whole layer-types",
-           everywhere("model.py", "config.layer_windows", "(config.layer_windows[1:] + config.layer_windows[:1])")),
+           everywhere("model.py", "self.config.layer_windows", "self.config.layer_windows[1:] + self.config.layer_windows[:1]")),
     Mutant("documents see each other", "whole documents",
            everywhere("attention.py", "if document_ids_BT is not None:", "if False:")),
     Mutant("documents see each other in a block mask", "whole documents", spelled(
@@ -283,7 +283,7 @@ MUTANTS = (
     Mutant("int8: scales of keys and values swapped", "cached int8 7+1+3+6",
            everywhere("cache.py", "return keys, values, key_scales, value_scales", "return keys, values, value_scales, key_scales")),
     Mutant("int8: a prompt sees itself unrounded", "cached int8 17", spelled(
-        "cache.py", torch=("seen, seen_order_BS = new, order_BT", "seen, seen_order_BS = (k_BTKH, v_BTKH), order_BT"),
+        "cache.py", torch=("seen = new\n", "seen = (k_BTKH, v_BTKH)\n"),
     )),
     Mutant("int8 not asked for by generate", "greedy int8",
            everywhere("generate.py", 'if dtype == "auto" else dtype', 'if dtype != "" else dtype')),
