@@ -5,7 +5,7 @@ A function does mathematics, a module holds parameters. Numbers: the contract of
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,10 @@ from jax import Array
 from mistral_core import MistralConfig
 from mistral_core.config.rope import query_scaling, rotary_table
 
-from .attention import Visibility, attend, check_implementation
-from .cache import Place, place, remember
+from .attention import attend, check_implementation
+from .cache import remember
 from .products import product
+from .step import Step, look
 
 
 class Linear(nnx.Module):
@@ -108,44 +109,6 @@ def scale_queries(q_BTNH: Array, scale_BT: Array | None) -> Array:
     if scale_BT is None:
         return q_BTNH
     return (q_BTNH.astype(jnp.float32) * scale_BT[:, :, None, None]).astype(q_BTNH.dtype)
-
-
-class Sight(NamedTuple):
-    """What layers of one window see in a call."""
-
-    place: Place | None
-    """Where new tokens go in the past; None: there is no past."""
-    visibility: Visibility
-    """Who sees whom."""
-
-
-class Step(NamedTuple):
-    """What the layers of one call share."""
-
-    cos_sin: tuple[Array, Array]
-    """cos and sin [B, T, H/2] of the new tokens."""
-    order_BT: Array
-    """[B, T]: the number of real tokens before each new one in its row, -1 for padding."""
-    capacity: int | None = None
-    """The most real tokens the cache may hold in a row; None: no cache, or one that grows."""
-    query_scale_BT: Array | None = None
-    """[B, T]: what the rotated queries are multiplied by; None: by nothing."""
-    document_ids_BT: Array | None = None
-    """[B, T]: the packed document of each token."""
-    output_attentions: bool = False
-    """Whether layers return their attention weights."""
-    sight: Sight | None = None
-    """What the layer that is called sees; None: it looks by itself."""
-
-
-def look(step: Step, window: int | None, past: tuple[Array, ...] | None) -> Sight:
-    """What a layer of this window, and of such a past, sees in a call."""
-    if past is None:
-        where, seen_BS = None, step.order_BT
-    else:
-        where = place(step.order_BT, past[-1], past[0].shape[1], window=window, capacity=step.capacity)
-        seen_BS = where.order_BS
-    return Sight(where, Visibility(step.order_BT, seen_BS, window, step.document_ids_BT))
 
 
 class Attention(nnx.Module):

@@ -15,10 +15,11 @@ from mistral_core.compat.clients import documents_told
 from mistral_core.outputs import ModelOutput
 
 from .arrays import Inputs, as_dtypes, model_inputs
-from .attention import MASKED, check_implementation, masked
+from .attention import check_implementation
 from .cache import KVCache
 from .checkpointing import checkpointed
-from .layers import DecoderLayer, Embedding, RMSNorm, Step, look, query_scale, rotary, token_order, token_positions
+from .layers import DecoderLayer, Embedding, RMSNorm, query_scale, rotary, token_order, token_positions
+from .step import Step, steps_of_layers
 from .weights import PreTrainedModel, functional
 
 OfLayers = tuple[list[Array], list[Array | None], list[Any]]
@@ -121,25 +122,7 @@ class MistralModel(PreTrainedModel):
             document_ids_BT=inputs.document_ids,
             output_attentions=config.output_attentions if output_attentions is None else output_attentions,
         )
-        return x_BTD, self._steps(step, past), past
-
-    def _steps(self, step: Step, past: KVCache | None) -> list[Step]:
-        """The step of each layer: those of one window, and of rings of one size, share what they see."""
-        kinds = [
-            (window, 0 if past is None else past.keys[index].shape[1])
-            for index, window in enumerate(self.config.layer_windows)
-        ]
-        steps: list[Step] = []
-        for index, kind in enumerate(kinds):
-            alike = next(number for number, other in enumerate(kinds) if other == kind)
-            if alike < index:
-                steps.append(steps[alike])
-                continue
-            sight = look(step, kind[0], None if past is None else past.layer(index))
-            if step.output_attentions or self.implementation in MASKED:
-                sight = sight._replace(visibility=masked(sight.visibility))
-            steps.append(step._replace(sight=sight))
-        return steps
+        return x_BTD, steps_of_layers(step, config.layer_windows, past, self.implementation), past
 
     def _output(self, of_layers: OfLayers, step: Step, past: KVCache | None, with_states: bool) -> ModelOutput:
         """What is returned: the last hidden states normed, the cache after the call, and what else is asked for."""

@@ -18,8 +18,9 @@ from jax import Array
 from mistral_core.errors import UnsupportedFeatureError
 
 from .cache import KVCache
-from .layers import DecoderLayer, Step
+from .layers import DecoderLayer
 from .model import OfLayers, one_by_one
+from .step import Step
 from .weights import PreTrainedModel
 
 Model = TypeVar("Model", bound=PreTrainedModel)

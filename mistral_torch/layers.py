@@ -5,8 +5,6 @@ A function does mathematics, a module holds parameters. Numbers: the contract of
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,9 +12,10 @@ from torch import Tensor, nn
 from mistral_core import MistralConfig
 from mistral_core.config.rope import query_scaling, rotary_table
 
-from .attention import Visibility, attend, check_implementation
-from .cache import Place, place, remember
+from .attention import attend, check_implementation
+from .cache import remember
 from .products import product
+from .step import Step, look
 
 
 class RMSNorm(nn.Module):
@@ -76,44 +75,6 @@ def query_scale(position_BT: Tensor, config: MistralConfig) -> Tensor | None:
 def scale_queries(q_BTNH: Tensor, scale_BT: Tensor | None) -> Tensor:
     """The rotated queries, each times its scale, in float32."""
     return q_BTNH if scale_BT is None else (q_BTNH.float() * scale_BT[:, :, None, None]).to(q_BTNH.dtype)
-
-
-class Sight(NamedTuple):
-    """What layers of one window see in a call."""
-
-    place: Place | None
-    """Where new tokens go in the past; None: there is no past."""
-    visibility: Visibility
-    """Who sees whom."""
-
-
-class Step(NamedTuple):
-    """What the layers of one call share."""
-
-    cos_sin: tuple[Tensor, Tensor]
-    """cos and sin [B, T, H/2] of the new tokens."""
-    order_BT: Tensor
-    """[B, T]: the number of real tokens before each new one in its row, -1 for padding."""
-    capacity: int | None = None
-    """The most real tokens the cache may hold in a row; None: no cache, or one that grows."""
-    query_scale_BT: Tensor | None = None
-    """[B, T]: what the rotated queries are multiplied by; None: by nothing."""
-    document_ids_BT: Tensor | None = None
-    """[B, T]: the packed document of each token."""
-    output_attentions: bool = False
-    """Whether layers return their attention weights."""
-    sight: Sight | None = None
-    """What the layer that is called sees; None: it looks by itself."""
-
-
-def look(step: Step, window: int | None, past: tuple[Tensor, ...] | None) -> Sight:
-    """What a layer of this window, and of such a past, sees in a call."""
-    if past is None:
-        where, seen_BS = None, step.order_BT
-    else:
-        where = place(step.order_BT, past[-1], past[0].shape[1], window=window, capacity=step.capacity)
-        seen_BS = where.order_BS
-    return Sight(where, Visibility(step.order_BT, seen_BS, window, step.document_ids_BT))
 
 
 class Attention(nn.Module):

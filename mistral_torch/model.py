@@ -11,13 +11,14 @@ from mistral_core import MistralConfig
 from mistral_core.compat.clients import documents_told
 
 from .arrays import Inputs, model_inputs
-from .attention import MASKED, check_implementation, masked
+from .attention import check_implementation
 from .cache import KVCache
 from .checkpointing import checkpointed
 from .compat import attention_name
 from .foreign_cache import takes_foreign_caches
-from .layers import DecoderLayer, RMSNorm, Step, look, query_scale, rotary, token_order, token_positions
+from .layers import DecoderLayer, RMSNorm, query_scale, rotary, token_order, token_positions
 from .outputs import ModelOutput
+from .step import Step, steps_of_layers
 from .weights import PreTrainedModel
 
 OfLayers = tuple[list[Tensor], list[Tensor | None], list[Any]]
@@ -98,25 +99,7 @@ class MistralModel(PreTrainedModel):
             document_ids_BT=inputs.document_ids,
             output_attentions=config.output_attentions if output_attentions is None else output_attentions,
         )
-        return x_BTD, self._steps(step, past), past
-
-    def _steps(self, step: Step, past: KVCache | None) -> list[Step]:
-        """The step of each layer: those of one window, and of rings of one size, share what they see."""
-        kinds = [
-            (window, 0 if past is None else past.keys[index].shape[1])
-            for index, window in enumerate(self.config.layer_windows)
-        ]
-        steps: list[Step] = []
-        for index, kind in enumerate(kinds):
-            alike = next(number for number, other in enumerate(kinds) if other == kind)
-            if alike < index:
-                steps.append(steps[alike])
-                continue
-            sight = look(step, kind[0], None if past is None else past.layer(index))
-            if step.output_attentions or self.implementation in MASKED:
-                sight = sight._replace(visibility=masked(sight.visibility))
-            steps.append(step._replace(sight=sight))
-        return steps
+        return x_BTD, steps_of_layers(step, config.layer_windows, past, self.implementation), past
 
     def _run(self, x_BTD: Tensor, steps: list[Step], past: KVCache | None) -> OfLayers:
         """The layers in turn."""

@@ -67,7 +67,7 @@ MUTANTS = (
     Mutant("window 1 taken as none", "whole window-1",
            everywhere("attention.py", "if window is not None:", "if window is not None and window > 1:")),
     Mutant("layer_types shifted by one", "whole layer-types",
-           everywhere("model.py", "self.config.layer_windows", "self.config.layer_windows[1:] + self.config.layer_windows[:1]")),
+           everywhere("model.py", "(step, config.layer_windows,", "(step, config.layer_windows[1:] + config.layer_windows[:1],")),
     Mutant("documents see each other", "whole documents",
            everywhere("attention.py", "if document_ids_BT is not None:", "if False:")),
     Mutant("documents see each other in a block mask", "whole documents", spelled(

@@ -23,7 +23,8 @@ from mistral_tf import (
     MistralForTokenClassification,
     MistralModel,
 )
-from mistral_tf.layers import MLP, Attention, Linear, RMSNorm, Step, rotary
+from mistral_tf.layers import MLP, Attention, Linear, RMSNorm, rotary
+from mistral_tf.step import Step
 
 # Keras reads its variables so when it saves them
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
