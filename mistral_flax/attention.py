@@ -18,6 +18,8 @@ from jax import Array
 
 from mistral_core.errors import UnsupportedFeatureError
 
+from .programs import in_one_program
+
 INTERPRET = False
 """Whether splash runs in Pallas' interpreter, which works anywhere and is slow: for tests."""
 LANES = 128
@@ -39,6 +41,7 @@ class Visibility(NamedTuple):
     """The mask where it is made already, for several layers."""
 
 
+@in_one_program
 def attention_mask(visibility: Visibility) -> Array:
     """[B, T, S] bool: a query sees the W keys up to itself, counted in real tokens, of its own document."""
     query_order_BT, key_order_BS, window, document_ids_BT, mask_BTS = visibility
@@ -78,6 +81,7 @@ def attend(
     return ATTENTION[implementation](q_BTNH, k_BSKH, v_BSKH, visibility, dropout, rngs)
 
 
+@functools.partial(in_one_program, static_argnames="dropout")
 def attend_eager(
     q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visibility: Visibility, dropout: float, rngs: Array | None
 ) -> tuple[Array, Array | None]:
@@ -99,6 +103,7 @@ def attend_eager(
     return o_BTKGH.astype(v_BSKH.dtype).reshape(B, T, N, H), weights.reshape(B, N, T, -1)
 
 
+@functools.partial(in_one_program, static_argnames="dropout")
 def attend_dot_product(
     q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visibility: Visibility, dropout: float, rngs: Array | None
 ) -> tuple[Array, Array | None]:

@@ -6,6 +6,7 @@ The layout is specified and drawn in `mistral_core.reference.cache`: the token o
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ from mistral_core.generation.cache_layout import (
     layer_slots,
     overwrites_visible,
 )
+
+from .programs import in_one_program
 
 LARGEST_CODE = 127
 """The code of a vector's largest number, in int8."""
@@ -155,6 +158,7 @@ def _grown(x_BRKH: Array, slots: int) -> Array:
     return jnp.pad(jnp.copy(x_BRKH), ((0, 0), (0, slots - x_BRKH.shape[1]), *((0, 0),) * (x_BRKH.ndim - 2)))
 
 
+@functools.partial(in_one_program, static_argnames="slots")
 def slot_order(length_B: Array, slots: int) -> Array:
     """[B, R]: the order of the token in each slot, -1 where there is none."""
     newest = length_B[:, None] - 1
@@ -162,6 +166,7 @@ def slot_order(length_B: Array, slots: int) -> Array:
     return jnp.maximum(order, -1)
 
 
+@in_one_program
 def int8_codes(x_BTKH: Array) -> tuple[Array, Array]:
     """Codes [B, T, K, H] int8 and scales [B, T, K] float32 whose product is nearest to x: max|x| over H has code 127.
 
@@ -209,12 +214,9 @@ def place(order_BT: Array, length_B: Array, past_slots: int, *, window: int | No
     """Where tokens of this order go after `length_B` [B] tokens of a row, in rings of `past_slots`."""
     T = order_BT.shape[1]
     slots = grown_slots(past_slots, T, window, capacity)
-    next_length_B = length_B + (order_BT >= 0).sum(1)
     fresh = past_slots == 1  # only the spare slot: nothing is kept yet
     beside = not fresh and overwrites_visible(slots, past_slots, T, window, capacity)
-    # padding, and what a long chunk would overwrite at once, goes to the spare slot
-    fits_BT = (order_BT >= 0) & (order_BT > next_length_B[:, None] - slots)
-    slot_BT = jnp.where(fits_BT, order_BT % slots, next_length_B[:, None] % slots)
+    slot_BT, next_length_B = _new_slots(order_BT, length_B, slots)
     if fresh:
         seen_order_BS = order_BT
     elif beside:
@@ -222,6 +224,15 @@ def place(order_BT: Array, length_B: Array, past_slots: int, *, window: int | No
     else:
         seen_order_BS = slot_order(next_length_B, slots)
     return Place(slots, slot_BT, seen_order_BS, fresh, beside)
+
+
+@functools.partial(in_one_program, static_argnames="slots")
+def _new_slots(order_BT: Array, length_B: Array, slots: int) -> tuple[Array, Array]:
+    """[B, T]: the slot of each new token; and the length [B] after them."""
+    next_length_B = length_B + (order_BT >= 0).sum(1)
+    # padding, and what a long chunk would overwrite at once, goes to the spare slot
+    fits_BT = (order_BT >= 0) & (order_BT > next_length_B[:, None] - slots)
+    return jnp.where(fits_BT, order_BT % slots, next_length_B[:, None] % slots), next_length_B
 
 
 def remember(
@@ -245,6 +256,7 @@ def remember(
     return *restored(seen, k_BTKH.dtype), kept
 
 
+@functools.partial(in_one_program, static_argnames="slots")
 def write(x_BRKH: Array, new_BTKH: Array, slot_BT: Array, slots: int) -> Array:
     """The new tokens put into their slots of a ring grown to `slots`."""
     if slots > x_BRKH.shape[1]:

@@ -5,6 +5,7 @@ A function does mathematics, a module holds parameters. Numbers: the contract of
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from mistral_core.config.rope import query_scaling, rotary_table
 from .attention import attend, check_implementation
 from .cache import remember
 from .products import product
+from .programs import in_one_program
 from .step import Step, look
 
 
@@ -58,18 +60,26 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x_BTD: Array) -> Array:
-        h = x_BTD.astype(jnp.float32)
-        h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.eps)
-        weight = jnp.expand_dims(self.weight[...], range(x_BTD.ndim - 1))  # JAX can be told to add no axes by itself
-        return h.astype(x_BTD.dtype) * weight.astype(x_BTD.dtype)
+        return _rms_norm(x_BTD, self.weight[...], self.eps)
 
 
+@functools.partial(in_one_program, static_argnames="eps")
+def _rms_norm(x_BTD: Array, weight_D: Array, eps: float) -> Array:
+    """x / sqrt(mean(x^2) + eps) in float32, cast to the dtype of x, then times the weight."""
+    h = x_BTD.astype(jnp.float32)
+    h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + eps)
+    weight = jnp.expand_dims(weight_D, range(x_BTD.ndim - 1))  # JAX can be told to add no axes by itself
+    return h.astype(x_BTD.dtype) * weight.astype(x_BTD.dtype)
+
+
+@in_one_program
 def token_order(attention_mask_BT: Array, past_length_B: Array) -> Array:
     """[B, T]: the number of real tokens before each token of its row, -1 for padding."""
     order = past_length_B[:, None] + attention_mask_BT.cumsum(1) - 1
     return jnp.where(attention_mask_BT != 0, order, -1)
 
 
+@in_one_program
 def token_positions(attention_mask_BT: Array, past_length_B: Array, document_ids_BT: Array | None = None) -> Array:
     """[B, T]: the position each token is rotated by; each packed document counts anew."""
     position = jnp.maximum(past_length_B[:, None] + attention_mask_BT.cumsum(1) - 1, 0)
@@ -83,11 +93,18 @@ def token_positions(attention_mask_BT: Array, past_length_B: Array, document_ids
 def rotary(position_BT: Array, config: MistralConfig) -> tuple[Array, Array]:
     """cos and sin [B, T, H/2] in float32, whatever the dtype of the model."""
     table = rotary_table(config)
-    inverse_frequency = jnp.array(table.inverse_frequency, jnp.float32)
-    angle = position_BT.astype(jnp.float32)[..., None] * inverse_frequency[None, None]
-    return jnp.cos(angle) * table.attention_factor, jnp.sin(angle) * table.attention_factor
+    cos, sin = _cos_sin(position_BT, jnp.array(table.inverse_frequency, jnp.float32))
+    return cos * table.attention_factor, sin * table.attention_factor
 
 
+@in_one_program
+def _cos_sin(position_BT: Array, inverse_frequency_H: Array) -> tuple[Array, Array]:
+    """cos and sin [B, T, H/2] of the positions times each frequency [H/2]."""
+    angle = position_BT.astype(jnp.float32)[..., None] * inverse_frequency_H[None, None]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+@in_one_program
 def rotate(x_BTNH: Array, cos_BTH: Array, sin_BTH: Array) -> Array:
     """Turn the pairs (x_i, x_{i+H/2}) by their angles, in float32."""
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
@@ -104,6 +121,7 @@ def query_scale(position_BT: Array, config: MistralConfig) -> Array | None:
     return 1 + scaling.beta * jnp.log(1 + turns_BT.astype(jnp.float32))
 
 
+@in_one_program
 def scale_queries(q_BTNH: Array, scale_BT: Array | None) -> Array:
     """The rotated queries, each times its scale, in float32."""
     if scale_BT is None:
@@ -169,6 +187,7 @@ class MLP(nnx.Module):
         return self.down_proj(silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
 
 
+@in_one_program
 def silu(x: Array) -> Array:
     """x / (1 + exp(-x)) in float32, rounded once."""
     return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)
@@ -205,6 +224,7 @@ class Head(Linear):
         return product(x, self.weight[...], None if self.bias is None else self.bias[...], dtype=jnp.float32)
 
 
+@in_one_program
 def last_token(attention_mask_BT: Array) -> Array:
     """[B]: the column of each row's last real token, 0 where a row has none."""
     column = jnp.arange(attention_mask_BT.shape[1])[None]

@@ -16,6 +16,7 @@ from jax import Array
 from mistral_core.quantization.matrix import KINDS, ROUNDED_COLUMNS
 
 from . import native
+from .programs import in_one_program
 
 FUSED = 4095
 """The longest contraction that XLA for CPUs runs as one loop over W; a longer one makes it write W out in float32."""
@@ -29,6 +30,7 @@ ROWS = 256
 """So many rows of W are made floats at once on a CPU: XLA would first make floats of all the matrices of a program."""
 
 
+@functools.partial(in_one_program, static_argnames="dtype")
 def product(x: Array, weight: Array, bias: Array | None = None, *, dtype: Any = None) -> Array:
     """x W^T + b over the last axis of x, accumulated in float32, in `dtype`: by default that of x."""
     y = _accumulated(x, weight.astype(x.dtype))
@@ -56,7 +58,7 @@ def packed_product(x: Array, weight: PackedWeight, *, dtype: Any = None) -> Arra
     Gradients are those of x alone; nothing is kept for them but the packed bytes.
     """
     arrays, layout = tuple(weight[:3]), tuple(weight[3:])
-    return _in_one_program(x, arrays, layout, x.dtype, jnp.dtype(x.dtype if dtype is None else dtype))
+    return _as_a_whole(x, arrays, layout, x.dtype, jnp.dtype(x.dtype if dtype is None else dtype))
 
 
 def dequantised(weight: PackedWeight, dtype: Any) -> Array:
@@ -173,7 +175,7 @@ def _backward(
 
 _differentiable.defvjp(_forward, _backward)
 # so that a call outside of jit reads the bytes in one loop as well
-_in_one_program = jax.jit(_differentiable, inline=True, static_argnums=(2, 3, 4))
+_as_a_whole = in_one_program(_differentiable, static_argnums=(2, 3, 4))
 
 
 def _packed_product(x: Array, weight: PackedWeight) -> Array:
@@ -285,7 +287,7 @@ def _accumulated(x: Array, weight: Array) -> Array:
     return _dot("...i,oi->...o", x, weight)
 
 
-@functools.partial(jax.jit, inline=True)  # so that a call outside of jit reads W in one loop as well
+@in_one_program  # so that a call outside of jit reads W in one loop as well
 def _one_row(x: Array, weight: Array) -> Array:
     """x W^T of a single row on a CPU, in float32: one loop over W for each piece of the contraction."""
     size = x.shape[-1]

@@ -70,6 +70,7 @@ OWN_FILES = {
     "foreign_cache.py": "torch: decode loops and adapters bring transformers' caches; its Flax and TF ones are gone",
     "outputs.py": "torch's clients ask for dictionaries; JAX and TensorFlow take core's named tuples as they are",
     "scan.py": "JAX compiles every layer anew unless it scans",
+    "programs.py": "JAX compiles each operation by itself, unless it is told what belongs together",
     "fit.py": "Keras models train themselves",
     "saving.py": "Keras and TensorFlow have files of their own, and look for what to write in them",
     "foreign_calls.py": "what transformers' and peft's PyTorch clients hand to generate",

@@ -51,6 +51,18 @@ def test_jit(model):
     assert close(jitted(model.params, IDS).logits, model(IDS).logits)
 
 
+def test_an_eager_call_is_few_programs(model, caplog):
+    """What belongs together is compiled together where nobody compiles the whole: a program takes 30 ms a shape."""
+    past, programs = KVCache.allocate(CONFIG, 3, 40), []
+    for T in (23, 1, 7):  # shapes of no other test in this file
+        caplog.clear()
+        with jax.log_compiles():
+            past = model(np.full((3, T), 5), past_key_values=past).past_key_values
+        programs.append(sum(record.getMessage().startswith("Compiling") for record in caplog.records))
+    assert programs[0] > 0
+    assert max(programs) <= 45
+
+
 @pytest.mark.feature("Cache in a compiled step")
 def test_jit_with_a_cache_that_goes_in_and_comes_out(model):
     step = jax.jit(lambda params, ids, past: model(ids, params=params, past_key_values=past))
