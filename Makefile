@@ -14,9 +14,13 @@ PYTEST = OMP_NUM_THREADS=1 JAX_COMPILATION_CACHE_DIR=$(KEPT)/jax JAX_PERSISTENT_
     JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 TORCHINDUCTOR_CACHE_DIR=$(KEPT)/inductor $(SOON) $(BIN)/python -m pytest -q --durations=25
 # a test runs once what it compiles: XLA, in JAX and in TensorFlow, makes plain code in a third of the time
 test test-quick: SOON = XLA_FLAGS="--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-# processes after each other, so that none keeps what all three frameworks have compiled
-PARTS := "tests/test_readme.py tests --ignore=tests/backends --no-loadscope-reorder" "conformance" \
-    "tests/backends --ignore-glob=*/test_[p-z]*" "tests/backends --ignore-glob=*/test_[a-o]*"
+# processes after each other, so that none keeps what all three frameworks have compiled; the files that take longest
+# are named first, or one process would be left alone with the last of them
+PARTS := "--no-loadscope-reorder tests/test_readme.py tests/test_editor.py tests/test_embedded.py tests/test_imports.py tests \
+    --ignore=tests/backends" "conformance" \
+    "--no-loadscope-reorder tests/backends/test_loss_parts.py tests/backends/test_generate.py tests/backends \
+    --ignore-glob=*/test_[p-z]*" \
+    "--no-loadscope-reorder tests/backends/test_torch_compile.py tests/backends --ignore-glob=*/test_[a-o]*"
 
 demo: $(STAMP)
 	$(BIN)/mistral demo
