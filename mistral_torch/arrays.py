@@ -82,10 +82,16 @@ def is_traced(*arrays: Any) -> bool:
     return any(a.is_meta or type(a) not in (Tensor, nn.Parameter) for a in arrays if isinstance(a, Tensor))
 
 
+_NO_CONTEXT = contextlib.nullcontext()
+
+
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """A context in which autocast, where the device of x has it, leaves products as they are."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
+    # asked first, for the context takes longer than a small product
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return _NO_CONTEXT
+    return torch.autocast(kind, enabled=False)
 
 
 class Inputs(NamedTuple):

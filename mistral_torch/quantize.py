@@ -42,7 +42,8 @@ class QuantizedLinear(nn.Linear):
     @property
     def packed(self) -> PackedWeight:
         """The matrix as the products take it."""
-        codes, scale, zero = self.weight_packed, self.weight_scale, self.weight_zero_point
+        held = self._buffers  # an attribute of a module is looked for in several places
+        codes, scale, zero = held["weight_packed"], held["weight_scale"], held["weight_zero_point"]
         return PackedWeight(codes, scale, zero, self.kind, self.shape, self.block, self.activations)
 
     @property
