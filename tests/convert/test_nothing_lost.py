@@ -26,8 +26,7 @@ CONVERT = """
 """
 
 STOPS = """
-    import os, sys, time
-    from mistral_core.cli import main
+    import sys, time
 
     def told(event, arguments):
         if event == "os.rename" and str(arguments[1]).endswith("out"):
@@ -35,9 +34,8 @@ STOPS = """
             time.sleep(600)
 
     sys.addaudithook(told)
-    sys.exit(main(["convert", *sys.argv[1:], "--overwrite", "--allow-nonfinite"]))
 """
-"""The same, which waits, and says so, where all is written and the output is about to be put in its place."""
+"""With this before it, it says so and waits where all is written and the output is about to be put in its place."""
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +48,10 @@ def tree(directory):
     return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
-def start(source, target, to):
-    command = [sys.executable, "-c", textwrap.dedent(CONVERT), str(source), str(target), "--to", to]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+def start(source, target, to, before=""):
+    script = textwrap.dedent(before) + textwrap.dedent(CONVERT)
+    command = [sys.executable, "-c", script, str(source), str(target), "--to", to]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
 def finish(process):
@@ -149,8 +148,7 @@ def test_67_and_68_full_disk_at_every_size(source, tmp_path, to):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_70_sigterm_and_ctrl_c_exit_with_their_own_status(source, tmp_path, number, status):
-    command = [sys.executable, "-c", textwrap.dedent(STOPS), str(source), str(tmp_path / "out"), "--to", "raw"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    process = start(source, tmp_path / "out", "raw", before=STOPS)
     assert process.stdout.readline() == b"written\n"
     process.send_signal(number)
     process.communicate()
