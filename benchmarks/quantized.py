@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import shlex
 import statistics
 import sys
 import tempfile
@@ -79,7 +80,7 @@ def page(arguments: argparse.Namespace, found: dict[tuple[str, str], list[dict[s
 Size half, a prompt of {arguments.prompt} tokens, {NEW} new ones, greedy, batch 1, compile={arguments.compile}, all but
 the packed matrices in bfloat16; int4 in groups of 128 with a head of int8. Medians of {arguments.rounds} rounds.
 {machine()}; {versions(itertools.chain(*found.values()))}.
-Repeat: `python -m benchmarks.quantized {" ".join(a for a in sys.argv[1:] if a != arguments.llama)}`.
+Repeat: `python -m benchmarks.quantized {shlex.join("PY" if a == arguments.llama else a for a in sys.argv[1:])}`.
 
 {chr(10).join(lines)}
 """
