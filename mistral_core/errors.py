@@ -30,6 +30,10 @@ class FrozenConfigError(ConfigError, AttributeError):
     """A field of a config was assigned or deleted, and a config is a value."""
 
 
+class MeshError(ConfigError):
+    """A model cannot be cut over a mesh of devices as asked."""
+
+
 class UnsupportedFeatureError(ConfigError):
     """A config or file asks for something that is not a dense Mistral."""
 
