@@ -430,7 +430,7 @@ typedef struct {
     const float *x_scales;
     const int32_t *x_totals;
     void *y;
-    int y_type;
+    int y_type, digits;
     int64_t R, stride, rows_of_part;
     atomic_int *failed;
 } Job;
@@ -828,113 +828,247 @@ static void rounded_rows_plain(const void *argument, int64_t part)
 #if defined(WIDE) && defined(__AVX512VNNI__)
 #define VNNI 1
 
-/* Codes as the kernel meets them: of 128, for nibbles evens and then odds. The totals [blocks, lanes] are of the
-   columns of each lane: 8 of 128 for nibbles, 4 of each 64 for bytes. */
-static void order_for_lanes(int kind, int8_t *codes, int64_t stride, int32_t *totals)
+/* ---- the product by sums of bytes: x is some digits of eight bits to one scale in each block of 128 columns ----
+
+   One digit is x rounded to int8. Three or four are x as it is: with max|x| below 2^(e+1), the whole number nearest to
+   x * 2^(21-e), of numbers that are all bfloat16, or else x * 2^(29-e), is d0 + 256 d1 + 256^2 d2 (+ 256^3 d3), each d
+   from -128 to 127. So a bfloat16 is exact down to 2^-14 of the largest in its block and a float32 down to 2^-6; of
+   smaller ones at most 2^-22, or 2^-30, of the largest is lost, as by a sum in float32 that the largest is part of.
+   Sums of digits times codes are exact. */
+
+enum { MOST_DIGITS = 4 };
+
+/* Digits [blocks, digits, 128] and scales [blocks] of a row; 0 where a number is not finite: it has no digits. */
+static int digits_of_row(const float *x, int64_t I, int digits, int8_t *codes, float *scales)
 {
-    for (int64_t b = 0; b < stride; b += ROUNDED) {
-        int8_t before[ROUNDED];
-        memcpy(before, codes + b, ROUNDED);
-        if (kind == INT4) {
-            for (int i = 0; i < 64; i++) codes[b + i] = before[2 * i], codes[b + 64 + i] = before[2 * i + 1];
-            for (int k = 0; k < 16; k++) {
-                int32_t sum = 0;
-                for (int i = 0; i < 8; i++) sum += before[8 * k + i];
-                totals[b / 8 + k] = sum;
+    for (int64_t first = 0; first < I; first += ROUNDED, codes += digits * ROUNDED) {
+        const __m512i sign = _mm512_set1_epi32(0x7fffffff);
+        __m512i most = _mm512_setzero_si512();
+        for (int i = 0; i < ROUNDED; i += 16)
+            most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_loadu_si512(x + first + i), sign));
+        int exponent = (int)(_mm512_reduce_max_epu32(most) >> 23) - 127, bits = digits == 3 ? 21 : 29;
+        if (exponent == 128) return 0;
+        if (exponent < -90) exponent = -90; /* so that both scales are normal numbers */
+        __m512 scale = _mm512_set1_ps(of_bits((uint32_t)(bits - exponent + 127) << 23));
+        scales[first / ROUNDED] = of_bits((uint32_t)(exponent - bits + 127) << 23);
+        for (int i = 0; i < ROUNDED; i += 16) {
+            __m512i left = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + first + i), scale));
+            for (int k = 0; k < digits; k++) {
+                _mm_storeu_si128((void *)(codes + k * ROUNDED + i), _mm512_cvtepi32_epi8(left));
+                __m512i digit = _mm512_srai_epi32(_mm512_slli_epi32(left, 24), 24);
+                left = _mm512_srai_epi32(_mm512_sub_epi32(left, digit), 8);
             }
-        } else
-            for (int k = 0; k < 32; k++) {
-                int32_t sum = 0;
-                for (int i = 0; i < 4; i++) sum += before[4 * k + i];
-                totals[b / 4 + k] = sum;
-            }
+        }
     }
+    return 1;
 }
 
-static inline __m512i some_bytes(const uint8_t *from, int64_t count)
+static int are_bfloat16(const float *x, int64_t count) /* whether no number needs more, count being a multiple of 16 */
 {
-    if (count >= 64) return _mm512_loadu_si512(from);
-    return _mm512_maskz_loadu_epi8(count <= 0 ? 0 : ((__mmask64)1 << count) - 1, from);
+    __m512i any = _mm512_setzero_si512();
+    for (int64_t i = 0; i < count; i += 16) any = _mm512_or_si512(any, _mm512_loadu_si512(x + i));
+    return _mm512_test_epi32_mask(any, _mm512_set1_epi32(0xffff)) == 0;
 }
 
-static inline __attribute__((always_inline)) void rounded_dots(
-    const Job *job, int kind, int rows, int64_t r, const uint8_t *codes, const float *scale, const float *zero,
-    int grouped, __m512i index, float *y)
+/* Whether rows of digits are multiplied by all of a block at once: not where a block of bytes has several scales. */
+static inline int is_of_halves(int kind, int grouped) { return kind == INT8 && grouped == GROUPS_IN_A_BLOCK; }
+
+/* Digits as the kernel meets them: of 128, for nibbles evens and then odds. The totals [.., lanes] of each digit are
+   of the columns that a lane meets, in a block or in half of one, times `factor`. */
+static void order_for_lanes(
+    int kind, int of_halves, int factor, int digits, int8_t *codes, int64_t stride, int32_t *totals)
+{
+    const __m512i ones = _mm512_set1_epi8(1), by = _mm512_set1_epi32(factor), none = _mm512_setzero_si512();
+    for (int64_t b = 0; b < stride / ROUNDED; b++)
+        for (int k = 0; k < digits; k++, codes += ROUNDED) {
+            __m512i one = _mm512_loadu_si512(codes), two = _mm512_loadu_si512(codes + 64);
+            if (kind == INT4) {
+                __m512i odd_one = _mm512_srli_epi16(one, 8), odd_two = _mm512_srli_epi16(two, 8);
+                _mm256_storeu_si256((void *)codes, _mm512_cvtepi16_epi8(one));
+                _mm256_storeu_si256((void *)(codes + 32), _mm512_cvtepi16_epi8(two));
+                _mm256_storeu_si256((void *)(codes + 64), _mm512_cvtepi16_epi8(odd_one));
+                _mm256_storeu_si256((void *)(codes + 96), _mm512_cvtepi16_epi8(odd_two));
+                one = _mm512_loadu_si512(codes), two = _mm512_loadu_si512(codes + 64);
+            }
+            __m512i of_one = _mm512_dpbusd_epi32(none, ones, one), of_two = _mm512_dpbusd_epi32(none, ones, two);
+            int32_t *to = totals + (of_halves ? 2 * b * digits + k : b * digits + k) * 16;
+            if (!of_halves) of_one = _mm512_add_epi32(of_one, of_two);
+            _mm512_storeu_si512(to, _mm512_mullo_epi32(of_one, by));
+            if (of_halves) _mm512_storeu_si512(to + digits * 16, _mm512_mullo_epi32(of_two, by));
+        }
+}
+
+static inline __mmask64 of_bytes(int64_t count) /* the first so many, of 64 */
+{
+    return count >= 64 ? ~(__mmask64)0 : count <= 0 ? 0 : ((__mmask64)1 << count) - 1;
+}
+
+enum { BESIDE = 4 }; /* rows of w that meet x together */
+
+/* y[rows][BESIDE] of some rows of x from r on, and of w from o on: those past `end` are the last again. `scale` and
+   `zero` are of the first of them, the next ones' `scales` numbers further. */
+static inline __attribute__((always_inline)) void dots_by(
+    const Job *job, int kind, int digits, int rows, int grouped, int64_t r, int64_t o, int64_t end,
+    const float *scale, const float *zero, int64_t scales, __m512i index, float *y)
 {
     const Matrix *m = job->m;
-    int bias = kind == INT4 ? 8 : 128;
-    int64_t columns = kind == INT4 ? 128 : 64, chunks = up_to(m->I, columns) / columns;
+    const int halves = is_of_halves(kind, grouped), bias = kind == INT4 ? 8 : 128;
+    const int in_one = digits == 3 && kind == INT4 && !zero; /* whether all digits' sums fit into one number */
+    const int64_t columns = halves ? 64 : ROUNDED, bytes = kind == INT8 && !halves ? 128 : 64;
+    int64_t chunks = up_to(m->I, columns) / columns, blocks = job->stride / ROUNDED, of_row = job->stride * digits;
+    int64_t totals_of_row = of_row / (columns / 16);
     int64_t of_group = m->G == 1 ? INT64_MAX : m->wide / columns, left = of_group;
-    int64_t per_chunk = grouped == GROUPS_IN_A_BLOCK ? columns / m->wide : 0, rounded = job->stride / ROUNDED;
-    __m512 total[8];
-    for (int k = 0; k < rows; k++) total[k] = _mm512_setzero_ps();
+    const __m512i nibble = _mm512_set1_epi8(15), sign = _mm512_set1_epi8((char)0x80);
+    const uint8_t *codes[BESIDE];
+    __m512 total[4][BESIDE];
+    for (int h = 0; h < BESIDE; h++) {
+        codes[h] = m->codes + (o + h < end ? o + h : end - 1) * m->row_bytes;
+        for (int k = 0; k < rows; k++) total[k][h] = _mm512_setzero_ps();
+    }
     for (int64_t c = 0; c < chunks; c++) {
-        __m512i v = some_bytes(codes + 64 * c, m->row_bytes - 64 * c), low, high = v;
-        _mm_prefetch((const char *)codes + 64 * c + AHEAD, _MM_HINT_T0);
-        if (kind == INT4) {
-            low = _mm512_and_si512(v, _mm512_set1_epi8(15));
-            high = _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15));
-        } else
-            low = _mm512_xor_si512(v, _mm512_set1_epi8((char)0x80)); /* where x ends its codes are 0 */
-        __m512 s, z = _mm512_setzero_ps();
-        if (grouped == GROUPS_IN_A_BLOCK) {
-            s = _mm512_permutexvar_ps(index, _mm512_loadu_ps(scale));
-            if (zero) z = _mm512_permutexvar_ps(index, _mm512_loadu_ps(zero));
-            scale += per_chunk;
-            if (zero) zero += per_chunk;
-        } else {
-            s = _mm512_set1_ps(*scale);
-            if (zero) z = _mm512_set1_ps(*zero);
-            if (grouped == GROUPS_OF_BLOCKS && --left == 0) {
-                left = of_group;
-                scale++;
-                if (zero) zero++;
+        __m512i one[BESIDE], two[BESIDE], z[BESIDE];
+        __m512 s[BESIDE];
+        int64_t at = c * bytes;
+        __mmask64 here = of_bytes(m->row_bytes - at), after = of_bytes(m->row_bytes - at - 64);
+        /* the next rows, in the order of memory and into the second cache: the first has no room for them beside x */
+        const char *next = (const char *)codes[0] + BESIDE * m->row_bytes + at * BESIDE;
+        for (int h = 0; h < BESIDE; h++) {
+            _mm_prefetch(next + h * bytes, _MM_HINT_T1);
+            if (bytes == 128) _mm_prefetch(next + h * bytes + 64, _MM_HINT_T1);
+            one[h] = _mm512_maskz_loadu_epi8(here, codes[h] + at);
+            if (kind == INT4) {
+                two[h] = _mm512_and_si512(_mm512_srli_epi16(one[h], 4), nibble);
+                one[h] = _mm512_and_si512(one[h], nibble);
+            } else { /* where x ends its digits are 0 */
+                one[h] = _mm512_xor_si512(one[h], sign);
+                if (!halves) two[h] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(after, codes[h] + at + 64), sign);
+            }
+            if (grouped == GROUPS_IN_A_BLOCK)
+                s[h] = _mm512_permutexvar_ps(index, _mm512_loadu_ps(scale + h * scales));
+            if (zero) {
+                __m512 of_lane = grouped == GROUPS_IN_A_BLOCK
+                                     ? _mm512_permutexvar_ps(index, _mm512_loadu_ps(zero + h * scales))
+                                     : _mm512_set1_ps(zero[h * scales]);
+                z[h] = _mm512_add_epi32(_mm512_cvtps_epi32(of_lane), _mm512_set1_epi32(bias));
             }
         }
-        z = _mm512_add_ps(z, _mm512_set1_ps((float)bias));
+        int64_t block = c * columns / ROUNDED, first = block * digits * ROUNDED + c * columns % ROUNDED;
         for (int k = 0; k < rows; k++) {
-            const int8_t *x = job->x_codes + (r + k) * job->stride + c * columns;
-            __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), low, _mm512_load_si512(x));
-            if (kind == INT4) sum = _mm512_dpbusd_epi32(sum, high, _mm512_load_si512(x + 64));
-            /* whole numbers below 2^24: exact */
-            const int32_t *totals = job->x_totals + (r + k) * (job->stride / (columns / 16)) + c * 16;
-            __m512 of_x = _mm512_cvtepi32_ps(_mm512_load_si512(totals));
-            __m512 dot = _mm512_fnmadd_ps(z, of_x, _mm512_cvtepi32_ps(sum));
-            __m512 both = _mm512_mul_ps(s, _mm512_set1_ps(job->x_scales[(r + k) * rounded + c * columns / ROUNDED]));
-            total[k] = _mm512_fmadd_ps(dot, both, total[k]);
+            const int8_t *x = job->x_codes + (r + k) * of_row + first;
+            const int32_t *totals = job->x_totals + (r + k) * totals_of_row + c * digits * 16;
+            float x_scale = job->x_scales[(r + k) * blocks + block];
+            __m512i sum[MOST_DIGITS][BESIDE]; /* whole numbers, exact */
+            for (int d = 0; d < digits; d++) {
+                __m512i of_x = _mm512_load_si512(totals + d * 16), low = _mm512_load_si512(x + d * ROUNDED), high = low;
+                if (!halves) high = _mm512_load_si512(x + d * ROUNDED + 64);
+                for (int h = 0; h < BESIDE; h++) {
+                    sum[d][h] = zero ? _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_mullo_epi32(z[h], of_x)) : of_x;
+                    sum[d][h] = _mm512_dpbusd_epi32(sum[d][h], one[h], low);
+                    if (!halves) sum[d][h] = _mm512_dpbusd_epi32(sum[d][h], two[h], high);
+                }
+            }
+            for (int h = 0; h < BESIDE; h++) {
+                __m512i low = sum[0][h];
+                if (digits > 1) low = _mm512_add_epi32(low, _mm512_slli_epi32(sum[1][h], 8));
+                if (in_one) low = _mm512_add_epi32(low, _mm512_slli_epi32(sum[2][h], 16));
+                __m512 dot = _mm512_cvtepi32_ps(low);
+                if (digits > 2 && !in_one) {
+                    __m512i high = sum[2][h];
+                    if (digits == 4) high = _mm512_add_epi32(high, _mm512_slli_epi32(sum[3][h], 8));
+                    dot = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(65536), dot);
+                }
+                __m512 both = grouped == GROUPS_IN_A_BLOCK ? _mm512_mul_ps(s[h], _mm512_set1_ps(x_scale))
+                                                           : _mm512_set1_ps(scale[h * scales] * x_scale);
+                total[k][h] = _mm512_fmadd_ps(dot, both, total[k][h]);
+            }
         }
+        int64_t done = grouped == GROUPS_IN_A_BLOCK ? columns / m->wide : --left == 0;
+        if (grouped == GROUPS_OF_BLOCKS && done) left = of_group;
+        scale += done;
+        if (zero) zero += done;
     }
-    for (int k = 0; k < rows; k++) y[k] = _mm512_reduce_add_ps(total[k]);
+    for (int k = 0; k < rows; k++)
+        for (int h = 0; h < BESIDE; h++) y[k * BESIDE + h] = _mm512_reduce_add_ps(total[k][h]);
 }
 
-static inline __attribute__((always_inline)) void rounded_rows_of(const Job *job, int kind, int64_t part)
+typedef void (*Dots)(
+    const Job *, int64_t r, int64_t o, int64_t end, const float *scale, const float *zero, int64_t scales,
+    __m512i index, float *y);
+
+/* One function for each kind, number of digits and rows, and grouping, for the compiler knows more of it then. */
+#define DOTS(kind, digits, rows, grouped) \
+    static __attribute__((noinline)) void dots_##kind##digits##rows##grouped( \
+        const Job *job, int64_t r, int64_t o, int64_t end, const float *scale, const float *zero, int64_t scales, \
+        __m512i index, float *y) \
+    { \
+        if (zero) dots_by(job, kind, digits, rows, grouped, r, o, end, scale, zero, scales, index, y); \
+        else dots_by(job, kind, digits, rows, grouped, r, o, end, scale, NULL, scales, index, y); \
+    }
+#define GROUPINGS(kind, digits, rows) \
+    DOTS(kind, digits, rows, GROUPS_OF_BLOCKS) DOTS(kind, digits, rows, GROUPS_IN_A_BLOCK)
+#define ROWS(kind, digits) GROUPINGS(kind, digits, 1) GROUPINGS(kind, digits, 2) GROUPINGS(kind, digits, 4)
+#define KINDS(digits) ROWS(INT8, digits) ROWS(INT4, digits)
+KINDS(1) KINDS(3) KINDS(4)
+#undef KINDS
+#undef ROWS
+#undef GROUPINGS
+#undef DOTS
+
+static Dots dots_of(int kind, int digits, int rows, int grouped)
 {
+#define FOUND(k, d, n) \
+    if (kind == k && digits == d && rows == n) \
+        return grouped == GROUPS_OF_BLOCKS ? dots_##k##d##n##GROUPS_OF_BLOCKS : dots_##k##d##n##GROUPS_IN_A_BLOCK;
+#define ROWS(k, d) FOUND(k, d, 1) FOUND(k, d, 2) FOUND(k, d, 4)
+#define KINDS(d) ROWS(INT8, d) ROWS(INT4, d)
+    KINDS(1) KINDS(3) KINDS(4)
+#undef KINDS
+#undef ROWS
+#undef FOUND
+    return NULL;
+}
+
+static void rows_by_digits(const void *argument, int64_t part)
+{
+    const Job *job = argument;
     const Matrix *m = job->m;
-    float *zero, *scale, y[8];
-    if (!(scale = scratch_for_scales(job, 1, 0, &zero))) return;
-    int grouped = grouping(m, kind == INT4 ? 128 : 64);
-    __m512i index = grouped == GROUPS_IN_A_BLOCK ? lane_groups(m->wide, kind == INT4 ? 8 : 4) : _mm512_setzero_si512();
+    int64_t size = up_to(m->G + 16, 16);
+    float *zero, *scale, y[4 * BESIDE];
+    if (!(scale = scratch_for_scales(job, BESIDE, 0, &zero))) return;
+    int grouped = grouping(m, ROUNDED);
+    __m512i index = _mm512_setzero_si512();
+    if (grouped == GROUPS_IN_A_BLOCK) index = lane_groups(m->wide, m->kind == INT4 ? 8 : 4);
     int64_t end = (part + 1) * job->rows_of_part < m->O ? (part + 1) * job->rows_of_part : m->O;
-    for (int64_t o = part * job->rows_of_part; o < end; o++) {
-        const uint8_t *codes = m->codes + o * m->row_bytes;
-        if (o == part * job->rows_of_part || o % m->high == 0) row_scales(m, o, scale, zero);
+    for (int64_t o = part * job->rows_of_part; o < end; o += BESIDE) {
+        int high = (int)(end - o < BESIDE ? end - o : BESIDE);
+        for (int h = 0; h < high; h++) row_scales(m, o + h, scale + 2 * size * h, zero ? zero + 2 * size * h : NULL);
         for (int64_t r = 0; r < job->R;) {
             int64_t left = job->R - r;
-            int rows = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-#define WITH(n) if (rows == n) rounded_dots(job, kind, n, r, codes, scale, zero, grouped, index, y)
-            WITH(8); WITH(4); WITH(2); WITH(1);
-#undef WITH
-            for (int k = 0; k < rows; k++) put(job, r + k, o, y[k]);
+            int rows = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+            Dots dots = dots_of(m->kind, job->digits, rows, grouped);
+            dots(job, r, o, end, scale, zero, 2 * size, index, y);
+            for (int k = 0; k < rows; k++)
+                for (int h = 0; h < high; h++) put(job, r + k, o + h, y[k * BESIDE + h]);
             r += rows;
         }
     }
 }
 
-static void rounded_rows(const void *argument, int64_t part)
+/* Digits of all rows where there is a kernel for them; 0 where the floats are to be taken. */
+static int prepare_digits(Job *job, int rounded, int8_t *codes, int32_t *totals, float *scales)
 {
-    const Job *job = argument;
-    if (job->m->kind == INT8) rounded_rows_of(job, INT8, part);
-    else rounded_rows_of(job, INT4, part);
+    const Matrix *m = job->m;
+    int64_t blocks = job->stride / ROUNDED, digits = job->digits, of_row = job->stride * digits;
+    int grouped = grouping(m, ROUNDED), halves = is_of_halves(m->kind, grouped);
+    int64_t totals_of_row = of_row / (halves ? 4 : 8);
+    int factor = m->zero ? 1 : m->kind == INT4 ? -8 : -128;
+    if (!(m->kind == INT8 || m->kind == INT4) || grouped < 0) return 0;
+    for (int64_t r = 0; r < job->R; r++) {
+        int8_t *of_r = codes + r * of_row;
+        if (!rounded && !digits_of_row(job->x + r * job->stride, m->I, (int)digits, of_r, scales + r * blocks)) return 0;
+        order_for_lanes(m->kind, halves, factor, (int)digits, of_r, job->stride, totals + r * totals_of_row);
+    }
+    return 1;
 }
 
 #endif
@@ -977,38 +1111,35 @@ int mistral_product(
         return 0;
     }
     atomic_int failed = 0;
-    int64_t stride = up_to(I, ROUNDED), parts, size = part_size(&m, R, &parts);
+    int64_t stride = up_to(I, ROUNDED), blocks = stride / ROUNDED, parts, size = part_size(&m, R, &parts);
     Job job = {.m = &m, .y = y, .y_type = y_type, .R = R, .stride = stride, .rows_of_part = size, .failed = &failed};
-    Part run = several_rows;
-    int64_t blocks = stride / ROUNDED;
-    /* floats of x; codes, scales and totals of rounded ones */
-    size_t floats = (size_t)(R * stride) * 4;
-    size_t codes_size = rounded ? (size_t)(R * stride) : 0, totals_size = rounded ? (size_t)(R * stride) : 0;
-    size_t scales_size = rounded ? (size_t)up_to(R * blocks, 16) * 4 : 0;
-    char *memory = scratch_of(0, floats + codes_size + totals_size + scales_size + 256);
+    Part run = rounded ? rounded_rows_plain : several_rows;
+    /* floats of x; digits, scales and totals of these */
+    size_t floats = (size_t)(R * stride) * 4, codes_size = 0, scales_size = (size_t)up_to(R * blocks, 16) * 4;
+#ifdef VNNI
+    codes_size = (size_t)(R * stride) * MOST_DIGITS;
+#else
+    codes_size = rounded ? (size_t)(R * stride) : 0;
+#endif
+    char *memory = scratch_of(0, floats + 2 * codes_size + scales_size + 256);
     if (!memory) return ERROR_MEMORY;
     float *as_floats = (float *)memory;
+    int8_t *x_codes = (int8_t *)(memory + floats);
+    int32_t *totals = (int32_t *)(x_codes + codes_size);
+    float *scales = (float *)((char *)totals + codes_size);
     for (int64_t r = 0; r < R; r++) {
         to_float32((const char *)x + r * I * (x_type == FLOAT32 ? 4 : 2), x_type, I, as_floats + r * stride);
         memset(as_floats + r * stride + I, 0, (size_t)(stride - I) * 4);
+        if (rounded) round_row(as_floats + r * stride, I, x_codes + r * stride, scales + r * blocks);
     }
-    job.x = as_floats;
-    if (rounded) {
-        int8_t *x_codes = (int8_t *)(memory + floats);
-        int32_t *totals = (int32_t *)(x_codes + codes_size);
-        float *scales = (float *)((char *)totals + totals_size);
-        for (int64_t r = 0; r < R; r++) round_row(as_floats + r * stride, I, x_codes + r * stride, scales + r * blocks);
-        job.x_codes = x_codes, job.x_scales = scales, job.x_totals = totals;
-        run = rounded_rows_plain;
+    job.x = as_floats, job.x_codes = x_codes, job.x_scales = scales, job.x_totals = totals;
 #ifdef VNNI
-        if (grouping(&m, kind == INT4 ? 128 : 64) >= 0) {
-            for (int64_t r = 0; r < R; r++)
-                order_for_lanes(kind, x_codes + r * stride, stride, totals + r * stride / (kind == INT4 ? 8 : 4));
-            run = rounded_rows;
-        }
+    job.digits = rounded ? 1 : are_bfloat16(as_floats, R * stride) ? 3 : 4;
+    if (prepare_digits(&job, rounded, x_codes, totals, scales)) run = rows_by_digits;
 #endif
-    }
 #ifdef WIDE
+    if (run != several_rows)
+        ;
     else if (kind == INT8 || kind == FP8) {
         if (m.G == 1 || wide % 16 == 0) run = rows_in_registers;
     } else if (grouping(&m, 128) >= 0) {

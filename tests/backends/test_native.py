@@ -84,6 +84,33 @@ def test_a_product_is_that_of_the_dequantised_matrix(kind, zero):
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("zero", [False, True], ids=["symmetric", "zero points"])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_small_numbers_beside_a_large_one_count(kind, zero, dtype):
+    """Where x is digits to one scale in a block, what is lost is 2^-22 of the largest of bfloat16, 2^-30 of float32.
+
+    The large ones meet weights of 0, so that the sum is of the small ones alone.
+    """
+    rng = np.random.default_rng(0)
+    for power, block in ((0, (1, None)), (12, (1, 128)), (12, (1, 16)), (20, (1, None))):
+        matrix = random_matrix(kind, (37, 512), block, zero=zero)
+        codes, means_zero = matrices.unsigned(matrix), np.full((37, 512), KINDS[kind].values.size // 2)
+        if zero:
+            means_zero += np.repeat(matrix.zero, matrix.block[1], axis=1)
+        codes[:, ::128] = means_zero[:, ::128]
+        matrix = matrix._replace(codes=np.ascontiguousarray(packed_codes(kind, codes)))
+        weight = matrices.dequantised(matrix).astype(np.float64)
+        x = rng.normal(size=(3, 512)).astype(dtype)
+        x[:, ::128] = 2.0**power
+        found = library.product(x.astype(np.float32), matrix).astype(np.float64)
+        exact = x.astype(np.float64)
+        lost = 2.0 ** (power - (30 if dtype is np.float32 else 22))
+        most = SIZES * EPS * (np.abs(exact) @ np.abs(weight.T)) + lost * np.abs(weight).sum(1)
+        assert (np.abs(found - exact @ weight.T) <= most).all(), (power, block)
+
+
+@needs_compiler
 @pytest.mark.parametrize("zero", [False, True], ids=["symmetric", "zero points"])
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_activations_are_rounded_in_blocks_of_128(kind, zero):
