@@ -1,4 +1,4 @@
-"""The kernels in C for few rows times a packed matrix, as functions of tensors."""
+"""The kernels in C as functions of tensors: few rows times a packed matrix, and a step of decoding as a whole."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mistral_core.errors import InputError
-from mistral_core.native import library
+from mistral_core.native import decoder, library
 
 _TYPES = {getattr(torch, name): number for name, number in library.TYPES.items()}
 """Types as C numbers them."""
 _OWN = (torch.float32, torch.bfloat16)
 """The dtypes of x that kernels take as they are."""
+_PARTS = (nn.Embedding, nn.Linear, nn.ModuleList)
+"""The classes of torch itself that models are made of."""
 _OPERATIONS = torch.library.Library("mistral_native", "DEF")
 _MATRIX = "Tensor codes, Tensor scale, Tensor? zero, str kind, int rows, int columns, int high, int wide"
 
@@ -142,6 +144,34 @@ def _dequantised(
     if code:
         library.check(code)
     return to
+
+
+def decoding(model: Any) -> decoder.Decoder | None:
+    """The step in C of a language model on a CPU; None where it has parts that compute something else, or other dtypes.
+
+    It reads the weights where they are: it is for as long as these stay.
+    """
+    dtype = str(model.dtype).removeprefix("torch.")
+    floats = [p for p in model.parameters() if type(p) is not nn.Parameter or p.dtype != model.dtype or not p.is_cpu]
+    if dtype not in decoder.TYPES or floats or torch.is_autocast_enabled("cpu") or not decoder.available():
+        return None
+    if not all(map(is_plain, model.modules())):
+        return None
+    packed = dict(model.packed_parts())
+    names = decoder.wanted(model.config)
+    weights = {name: packed[name].matrix if name in packed else model._array(name) for name in names}
+    activations = {name: part.activations for name, part in packed.items()}
+    return decoder.Decoder(
+        model.config, weights, activations=activations, dtype=dtype, threads=torch.get_num_threads(),
+        parallel=_openmp(),
+    )  # fmt: skip
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling a module does what its class here, or torch's own, says: no hook, no wrapper, no other forward."""
+    own = type(module).__module__.partition(".")[0] == __package__ or type(module) in _PARTS
+    hooks = module._forward_hooks or module._forward_pre_hooks or nn.modules.module._has_any_global_hook()
+    return own and "forward" not in vars(module) and not hooks
 
 
 def _whole(codes: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -17,6 +17,8 @@ from . import build
 SOURCE = "rows.c"
 KINDS = {"int8": 0, "int4": 1, "nf4": 2, "fp8": 3}
 """The kinds of codes by the numbers that C has for them."""
+FLOATS = 4
+"""The number of a matrix of floats, whose type stands where that of scales does."""
 TYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 """The same of types: x, y and dequantised matrices have one of the first two, scales any."""
 ACTIVATIONS = {None: 0, "int8": 1}
@@ -39,8 +41,8 @@ class Kernels(NamedTuple):
     dequantised_by: Callable[..., int]
     read: Callable[..., int]
     """(address, 64-bit words, threads): their sum, for comparing with how fast memory is read."""
-    addresses: tuple[int, int]
-    """Those of the first two, for other libraries."""
+    addresses: tuple[int, ...]
+    """What other libraries are told: product, dequantised, product_by, and what runs a job by threads."""
 
 
 @functools.cache
@@ -57,10 +59,11 @@ def _loaded() -> Kernels | str:
     code.mistral_product_by.argtypes = [_P, *code.mistral_product.argtypes]
     code.mistral_dequantised_by.argtypes = [_P, *code.mistral_dequantised.argtypes]
     code.mistral_read.argtypes, code.mistral_read.restype = [_P, _L, _I], ctypes.c_uint64
-    addresses = tuple(ctypes.cast(each, _P).value or 0 for each in (code.mistral_product, code.mistral_dequantised))
+    told = (code.mistral_product, code.mistral_dequantised, code.mistral_product_by, code.mistral_run)
+    addresses = tuple(ctypes.cast(each, _P).value or 0 for each in told)
     return Kernels(
         code.mistral_product, code.mistral_dequantised, code.mistral_product_by, code.mistral_dequantised_by,
-        code.mistral_read, (addresses[0], addresses[1]),
+        code.mistral_read, addresses,
     )  # fmt: skip
 
 
@@ -95,7 +98,7 @@ def bound(source: str, flags: tuple[str, ...], load: Callable[[str], Any] = ctyp
         code = ctypes.CDLL(str(path))
     except (OSError, RuntimeError) as error:
         return None, f"{path} cannot be loaded: {error}."
-    code.mistral_bind.argtypes = [_P, _P]
+    code.mistral_bind.argtypes = [_P] * 4
     code.mistral_bind(*kernels().addresses)
     return found, ""
 

@@ -1,4 +1,4 @@
-/* Few rows times a matrix of few bits, straight from its codes: y[R,O] = x[R,I] w[O,I]^T in float32.
+/* Few rows times a matrix of few bits, straight from its codes, or of floats: y[R,O] = x[R,I] w[O,I]^T in float32.
 
    w[o,i] = (value(code[o,i]) - zero[block]) * scale[block], as in mistral_core/quantization/matrix.py. Plain C11,
    threads of POSIX and nothing else; a processor with AVX-512 runs the intrinsics, any other what its compiler makes of
@@ -22,7 +22,7 @@
 #include <immintrin.h>
 #endif
 
-enum { INT8, INT4, NF4, FP8 };
+enum { INT8, INT4, NF4, FP8, FLOATS }; /* FLOATS: codes are numbers of the type of scales, and there are none */
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 enum { ERROR_ARGUMENT = 1, ERROR_MEMORY = 2 };
 
@@ -264,6 +264,7 @@ static inline int64_t up_to(int64_t size, int64_t multiple) { return (size + mul
 /* Scales [G] of a row and, where there are any, zero points, as float32; 16 zeros more, for what is after the end. */
 static void row_scales(const Matrix *m, int64_t o, float *scale, float *zero)
 {
+    if (m->kind == FLOATS) return;
     int64_t first = o / m->high * m->G;
     to_float32((const char *)m->scale + first * (m->scale_type == FLOAT32 ? 4 : 2), m->scale_type, m->G, scale);
     memset(scale + m->G, 0, 16 * 4);
@@ -281,6 +282,8 @@ static void values_of(const Matrix *m, int64_t o, int64_t first, int64_t n, floa
         for (int64_t i = 0; i < n; i++) to[i] = from[i];
     } else if (m->kind == FP8) {
         for (int64_t i = 0; i < n; i++) to[i] = of_fp8(codes[first + i]);
+    } else if (m->kind == FLOATS) {
+        to_float32(codes + first * (m->scale_type == FLOAT32 ? 4 : 2), m->scale_type, n, to);
     } else {
         const uint8_t *from = codes + first / 2;
         if (m->kind == INT4)
@@ -366,6 +369,10 @@ static inline __attribute__((always_inline)) void decode_wide(
 static void decode(
     const Matrix *m, int64_t o, int64_t first, int64_t n, const float *scale, const float *zero, float *to)
 {
+    if (m->kind == FLOATS) {
+        values_of(m, o, first, n, to);
+        return;
+    }
 #ifdef WIDE
     if (m->G == 1 || m->wide % 16 == 0) {
         if (m->kind == INT8) decode_wide(m, INT8, o, first, n, scale, zero, to);
@@ -757,6 +764,89 @@ static void rows_in_registers(const void *argument, int64_t part)
     }
 }
 
+/* ---- the product with floats: rows of w beside each other, so that a number of x is read once for all of them ---- */
+
+enum { BESIDE = 4 }; /* rows of w that meet x together */
+
+/* Columns of x as bfloat16 are met: of 32, evens and then odds. */
+static void order_for_halves(float *x, int64_t stride)
+{
+    for (int64_t b = 0; b < stride; b += 32) {
+        float before[32];
+        memcpy(before, x + b, sizeof before);
+        for (int k = 0; k < 16; k++) x[b + k] = before[2 * k], x[b + 16 + k] = before[2 * k + 1];
+    }
+}
+
+/* y[rows][BESIDE] of some rows of x, and of w from o on: those past `end` are the last again. */
+static inline __attribute__((always_inline)) void floats_by(
+    int rows, int type, const Matrix *m, const float *x, int64_t stride, int64_t o, int64_t end, float *y)
+{
+    const int64_t columns = type == FLOAT32 ? 16 : 32, size = type == FLOAT32 ? 4 : 2;
+    const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
+    const uint8_t *codes[BESIDE];
+    __m512 total[4][BESIDE];
+    for (int h = 0; h < BESIDE; h++) {
+        codes[h] = m->codes + (o + h < end ? o + h : end - 1) * m->row_bytes;
+        for (int k = 0; k < rows; k++) total[k][h] = _mm512_setzero_ps();
+    }
+    for (int64_t i = 0; i < m->I; i += columns) {
+        int64_t left = m->I - i;
+        __mmask16 words = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
+        __mmask32 halves = left >= 32 ? 0xffffffff : (__mmask32)(((uint64_t)1 << left) - 1);
+        const char *next = (const char *)codes[0] + BESIDE * (m->row_bytes + i * size);
+        __m512 one[BESIDE], two[BESIDE];
+        for (int h = 0; h < BESIDE; h++) {
+            const uint8_t *at = codes[h] + i * size;
+            _mm_prefetch(next + h * 64, _MM_HINT_T1);
+            if (type == FLOAT32) one[h] = _mm512_maskz_loadu_ps(words, at);
+            else {
+                __m512i both = _mm512_maskz_loadu_epi16(halves, at);
+                if (type == BFLOAT16) {
+                    one[h] = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+                    two[h] = _mm512_castsi512_ps(_mm512_and_si512(both, upper));
+                } else {
+                    one[h] = _mm512_cvtph_ps(_mm512_castsi512_si256(both));
+                    two[h] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(both, 1));
+                }
+            }
+        }
+        for (int k = 0; k < rows; k++) {
+            __m512 first = _mm512_load_ps(x + k * stride + i), second = first;
+            if (type != FLOAT32) second = _mm512_load_ps(x + k * stride + i + 16);
+            for (int h = 0; h < BESIDE; h++) {
+                total[k][h] = _mm512_fmadd_ps(one[h], first, total[k][h]);
+                if (type != FLOAT32) total[k][h] = _mm512_fmadd_ps(two[h], second, total[k][h]);
+            }
+        }
+    }
+    for (int k = 0; k < rows; k++)
+        for (int h = 0; h < BESIDE; h++) y[k * BESIDE + h] = _mm512_reduce_add_ps(total[k][h]);
+}
+
+static void rows_of_floats(const void *argument, int64_t part)
+{
+    const Job *job = argument;
+    const Matrix *m = job->m;
+    int64_t end = (part + 1) * job->rows_of_part < m->O ? (part + 1) * job->rows_of_part : m->O;
+    float y[4 * BESIDE];
+    for (int64_t o = part * job->rows_of_part; o < end; o += BESIDE)
+        for (int64_t r = 0; r < job->R;) {
+            int64_t left = job->R - r;
+            int rows = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+            const float *x = job->x + r * job->stride;
+#define WITH(n, type) \
+    if (rows == n && m->scale_type == type) floats_by(n, type, m, x, job->stride, o, end, y)
+            WITH(1, FLOAT32); WITH(2, FLOAT32); WITH(4, FLOAT32);
+            WITH(1, BFLOAT16); WITH(2, BFLOAT16); WITH(4, BFLOAT16);
+            WITH(1, FLOAT16); WITH(2, FLOAT16); WITH(4, FLOAT16);
+#undef WITH
+            for (int k = 0; k < rows; k++)
+                for (int h = 0; h < BESIDE && o + h < end; h++) put(job, r + k, o + h, y[k * BESIDE + h]);
+            r += rows;
+        }
+}
+
 #endif
 
 /* ---- activations rounded to int8, in blocks of 128 columns ---- */
@@ -902,8 +992,6 @@ static inline __mmask64 of_bytes(int64_t count) /* the first so many, of 64 */
 {
     return count >= 64 ? ~(__mmask64)0 : count <= 0 ? 0 : ((__mmask64)1 << count) - 1;
 }
-
-enum { BESIDE = 4 }; /* rows of w that meet x together */
 
 /* y[rows][BESIDE] of some rows of x from r on, and of w from o on: those past `end` are the last again. `scale` and
    `zero` are of the first of them, the next ones' `scales` numbers further. */
@@ -1079,10 +1167,11 @@ static int described(
     Matrix *m, int kind, const void *codes, const void *scale, int scale_type, const int8_t *zero, int64_t O, int64_t I,
     int64_t high, int64_t wide)
 {
-    if (kind < INT8 || kind > FP8 || scale_type < FLOAT32 || scale_type > FLOAT16) return ERROR_ARGUMENT;
+    if (kind < INT8 || kind > FLOATS || scale_type < FLOAT32 || scale_type > FLOAT16) return ERROR_ARGUMENT;
     if (O < 0 || I < 0 || high < 1 || wide < 1) return ERROR_ARGUMENT;
     *m = (Matrix){kind, scale_type, codes, scale, zero, O, I, high, wide, (I + wide - 1) / wide, 0};
     m->row_bytes = kind == INT8 || kind == FP8 ? I : (I + 1) / 2;
+    if (kind == FLOATS) m->row_bytes = I * (scale_type == FLOAT32 ? 4 : 2);
     return 0;
 }
 
@@ -1140,7 +1229,11 @@ int mistral_product(
 #ifdef WIDE
     if (run != several_rows)
         ;
-    else if (kind == INT8 || kind == FP8) {
+    else if (kind == FLOATS) {
+        if (scale_type == BFLOAT16)
+            for (int64_t r = 0; r < R; r++) order_for_halves(as_floats + r * stride, stride);
+        run = rows_of_floats;
+    } else if (kind == INT8 || kind == FP8) {
         if (m.G == 1 || wide % 16 == 0) run = rows_in_registers;
     } else if (grouping(&m, 128) >= 0) {
         for (int64_t r = 0; r < R; r++) order_for_nibbles(as_floats + r * stride, stride);
@@ -1149,6 +1242,14 @@ int mistral_product(
 #endif
     run_parts(run, &job, parts, threads);
     return atomic_load(&failed);
+}
+
+/* A job of so many parts by the threads of this library, or of another that are lent. */
+void mistral_run(Parallel by, Part part, const void *job, int64_t parts, int threads)
+{
+    lent = by;
+    run_parts(part, job, parts, threads);
+    lent = NULL;
 }
 
 /* The same by the threads of another library: those wait for work at a processor that the pool's would want. */
