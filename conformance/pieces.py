@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -360,8 +361,13 @@ def rollback(subject: Subject, count: int) -> Iterator[Comparison]:
     yield subject.compare(f"rollback of {count}", "logits", out.logits, wanted[:, 12:], exact[:, 12:])
 
 
-def greedy(subject: Subject) -> Iterator[Comparison]:
-    """Greedy tokens of a ragged batch, padded on either side, and the end of sequence."""
+def greedy(subject: Subject, *, in_c: bool) -> Iterator[Comparison]:
+    """Greedy tokens of a ragged batch, padded on either side, and the end of sequence, by the framework or by C."""
+    with contextlib.nullcontext() if in_c else subject.adapter.without_whole_steps():
+        yield from _greedy(subject)
+
+
+def _greedy(subject: Subject) -> Iterator[Comparison]:
     config = TINY
     parameters = weights(config, "MistralForCausalLM", subject.dtype)
     case = Case("greedy", "14, 16: padded rows, rows that ended", config, "MistralForCausalLM", {})

@@ -70,7 +70,8 @@ def _checks() -> Iterator[Check]:
         yield Check(f"prompt of {prompt}", _partial(pieces.turns, prompt))
     for count in (1, 2, 4):
         yield Check(f"rollback of {count}", _partial(pieces.rollback, count))
-    yield Check("greedy", pieces.greedy, ("float32",))
+    yield Check("greedy", _partial(pieces.greedy, in_c=False), ("float32",))
+    yield Check("greedy in C", _partial(pieces.greedy, in_c=True), ("float32",), attention=False)
     yield Check("greedy int8", pieces.greedy_int8, ("float32",), attention=False)
     for name in ("window", "sequence", "token", "question"):
         run = _partial(pieces.modules, pieces.by_name(name))

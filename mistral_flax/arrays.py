@@ -66,6 +66,11 @@ def to_numpy(array: Array) -> np.ndarray:
     return np.asarray(array)
 
 
+def memory(array: Array) -> np.ndarray:
+    """The memory of an array on the CPU as NumPy, once it is computed: who writes into one writes into the other."""
+    return np.asarray(array)
+
+
 def from_numpy(array: np.ndarray) -> Array:
     """A NumPy array as JAX's, bits kept; over the same memory where that begins at a multiple of 64."""
     return jax.device_put(array)

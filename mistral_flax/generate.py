@@ -18,7 +18,8 @@ from jax import Array
 from mistral_core.generation import driver
 from mistral_core.generation.sampling import Rule, Values
 
-from .arrays import to_numpy
+from . import native
+from .arrays import memory, to_numpy
 from .cache import KVCache
 from .sampling import Choice, choose
 from .weights import as_program
@@ -37,6 +38,7 @@ class Engine:
         self.fixed_prompts = self.fixed_caches = compile != "off"
         graph, self.state = nnx.split(as_program(model))
         self._step, self._loop = _compiled(graph) if self.fixed_caches else _plain(graph)
+        self._whole = native.whole_step_of(model) if compile == "auto" else None
 
     def allocate(self, batch: int, capacity: int, *, rolling: bool, lookback: int, dtype: str) -> KVCache:
         """An empty cache; its dtype "auto" is the model's."""
@@ -50,15 +52,29 @@ class Engine:
 
         `ids_BT` may be embeddings [B, T, D] instead.
         """
+        kept = None if self._whole is None else [[memory(x) for x in xs] for xs in cache._kept()]
+        if self._whole is not None and kept is not None and self._whole.takes(ids_BT, kept, cache.capacity):
+            length_B = to_numpy(cache.length)
+            logits = self._whole.step(ids_BT, mask_BT, length_B, kept, every=rule.every)
+            length_B = length_B + (mask_BT != 0).sum(1, dtype=length_B.dtype)
+            cache = cache._with(cache._kept(), jnp.asarray(length_B), cache.capacity)
+            choice = _chosen(logits, rule=rule, values=values)
+        else:
+            choice, cache = self._run(ids_BT, mask_BT, cache, rule, values)
+        scores = None if choice.scores is None else to_numpy(choice.scores)
+        candidates = None if choice.candidates is None else tuple(map(to_numpy, choice.candidates))
+        logits = None if choice.logits is None else to_numpy(choice.logits)
+        return driver.Chosen(to_numpy(choice.token), scores, candidates, logits), cache
+
+    def _run(
+        self, ids_BT: np.ndarray, mask_BT: np.ndarray, cache: KVCache, rule: Rule, values: Values
+    ) -> tuple[Choice, KVCache]:
         ids_BT, mask_BT = ids_BT.astype(np.int32) if ids_BT.ndim == 2 else ids_BT, mask_BT.astype(np.int32)
         started, known = time.perf_counter(), self._compilations()
         choice, cache = self._step(self.state, ids_BT, mask_BT, cache, rule=rule, values=values)
         if self._compilations() > known:
             LOG.info("compiled for %d rows of %d tokens in %.1f s", *ids_BT.shape[:2], time.perf_counter() - started)
-        scores = None if choice.scores is None else to_numpy(choice.scores)
-        candidates = None if choice.candidates is None else tuple(map(to_numpy, choice.candidates))
-        logits = None if choice.logits is None else to_numpy(choice.logits)
-        return driver.Chosen(to_numpy(choice.token), scores, candidates, logits), cache
+        return choice, cache
 
     def loop(
         self, cache: KVCache, token_B: np.ndarray, ended_B: np.ndarray, rule: Rule, values: Values,
@@ -104,6 +120,9 @@ class Engine:
     def numpy(self, x: Any) -> np.ndarray:
         """What the framework, or Python, calls an array, in NumPy."""
         return to_numpy(x)
+
+
+_chosen = jax.jit(choose, static_argnames="rule")
 
 
 @functools.lru_cache(maxsize=32)

@@ -1,4 +1,4 @@
-"""The kernels in C for few rows times a packed matrix, as functions of arrays."""
+"""The kernels in C as functions of arrays: few rows times a packed matrix, and a step of decoding as a whole."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import jaxlib.version
 import numpy as np
+from flax import nnx
 from jax import Array
 
 from mistral_core.errors import InputError, MissingExtraError
-from mistral_core.native import library
+from mistral_core.native import library, whole_step
+
+from .arrays import memory
 
 _OWN = (jnp.float32, jnp.bfloat16)
 """The dtypes of x that kernels take as they are."""
@@ -86,6 +89,24 @@ def dequantised(
         raise InputError(f"dtype must be float32 or bfloat16, got {dtype}.")
     call = jax.ffi.ffi_call("mistral_dequantised", jax.ShapeDtypeStruct(shape, dtype), vmap_method="sequential")
     return call(codes, scale, *([] if zero is None else [zero]), numbers=numbers)
+
+
+def whole_step_of(model: Any) -> whole_step.WholeStep | None:
+    """The step in C of a language model on a CPU; None where it has parts that compute something else, or other dtypes.
+
+    It reads the weights where they are: it is for as long as these stay.
+    """
+    on_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
+    nodes = [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)]
+    if not on_cpu or not all(map(is_plain, nodes)) or not available():
+        return None
+    return whole_step.of_model(model, dtype=jnp.dtype(model.dtype).name, array=model._array, memory=memory)
+
+
+def is_plain(module: nnx.Module) -> bool:
+    """Whether calling a module does what its class here says; layers that are stacked are no module of their own."""
+    own = type(module).__module__.partition(".")[0] == __package__ or type(module) is nnx.Dict
+    return own and getattr(getattr(module, "run_layers", None), "__name__", "one_by_one") == "one_by_one"
 
 
 def _checked(

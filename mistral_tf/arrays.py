@@ -71,6 +71,14 @@ def to_numpy(array: Tensor) -> np.ndarray:
     return tf.convert_to_tensor(array).numpy()
 
 
+def memory(array: Tensor) -> np.ndarray:
+    """The memory of a tensor on the CPU as NumPy: who writes into one writes into the other."""
+    tensor = tf.convert_to_tensor(array)
+    if tensor.dtype == tf.bfloat16:  # which Python's buffers do not know
+        return np.asarray(memoryview(tf.bitcast(tensor, tf.uint16))).view(ml_dtypes.bfloat16)
+    return np.asarray(memoryview(tensor))
+
+
 def from_numpy(array: np.ndarray) -> Tensor:
     """A NumPy array as TensorFlow's, bits kept; over the same memory where that begins at a multiple of 64."""
     if array.ctypes.data % 64 or not array.flags.carray:

@@ -16,7 +16,8 @@ from tensorflow import Tensor
 from mistral_core.generation import driver
 from mistral_core.generation.sampling import Rule, Values
 
-from .arrays import to_numpy
+from . import native
+from .arrays import memory, to_numpy
 from .cache import KVCache
 from .sampling import Choice, choose
 from .traces import changed
@@ -39,6 +40,7 @@ class Engine:
         self.model, self.config = model, model.config
         self.fixed_prompts = self.fixed_caches = compile != "off"
         self._prefill, self._decode, self._loop = _traced(model) if self.fixed_caches else _plain(model)
+        self._whole = native.whole_step_of(model) if compile == "auto" else None
 
     def allocate(self, batch: int, capacity: int, *, rolling: bool, lookback: int, dtype: str) -> KVCache:
         """An empty cache; its dtype "auto" is the model's."""
@@ -52,16 +54,29 @@ class Engine:
 
         `ids_BT` may be embeddings [B, T, D] instead.
         """
+        kept = None if self._whole is None else [[memory(x) for x in xs] for xs in cache._kept()]
+        if self._whole is not None and kept is not None and self._whole.takes(ids_BT, kept, cache.capacity):
+            logits = self._whole.step(ids_BT, mask_BT, to_numpy(cache.length), kept, every=rule.every)
+            count_B = tf.constant((mask_BT != 0).sum(1), cache.length.dtype)
+            cache = cache._with(cache._kept(), cache.length + count_B, cache.capacity)
+            choice = _chosen(tf.constant(logits), rule, _tensors(values))
+        else:
+            choice, cache = self._run(ids_BT, mask_BT, cache, rule, values)
+        scores = None if choice.scores is None else to_numpy(choice.scores)
+        candidates = None if choice.candidates is None else tuple(map(to_numpy, choice.candidates))
+        logits = None if choice.logits is None else to_numpy(choice.logits)
+        return driver.Chosen(to_numpy(choice.token), scores, candidates, logits), cache
+
+    def _run(
+        self, ids_BT: np.ndarray, mask_BT: np.ndarray, cache: KVCache, rule: Rule, values: Values
+    ) -> tuple[Choice, KVCache]:
         ids_BT, mask_BT = self.array(ids_BT), self.array(mask_BT)
         step = self._decode if ids_BT.shape[1] <= FEW_COLUMNS else self._prefill
         started, known = time.perf_counter(), self._compilations()
         choice, cache = step(ids_BT, mask_BT, cache, rule, _tensors(values))
         if self._compilations() > known:
             LOG.info("traced for %d rows of %d tokens in %.1f s", *ids_BT.shape[:2], time.perf_counter() - started)
-        scores = None if choice.scores is None else to_numpy(choice.scores)
-        candidates = None if choice.candidates is None else tuple(map(to_numpy, choice.candidates))
-        logits = None if choice.logits is None else to_numpy(choice.logits)
-        return driver.Chosen(to_numpy(choice.token), scores, candidates, logits), cache
+        return choice, cache
 
     def loop(
         self, cache: KVCache, token_B: np.ndarray, ended_B: np.ndarray, rule: Rule, values: Values,
@@ -105,6 +120,9 @@ class Engine:
     def numpy(self, x: Any) -> np.ndarray:
         """What the framework, or Python, calls an array, in NumPy."""
         return to_numpy(x) if tf.is_tensor(x) else np.asarray(x)
+
+
+_chosen = tf.function(choose)
 
 
 def _tensors(values: Values) -> Values:

@@ -1,15 +1,18 @@
-"""The kernels in C for few rows times a packed matrix, as functions of tensors."""
+"""The kernels in C as functions of tensors: few rows times a packed matrix, and a step of decoding as a whole."""
 
 from __future__ import annotations
 
 import functools
 from typing import Any
 
+import keras
 import tensorflow as tf
 from tensorflow import Tensor
 
 from mistral_core.errors import InputError, MissingExtraError
-from mistral_core.native import library
+from mistral_core.native import library, whole_step
+
+from .arrays import memory
 
 _OWN = (tf.float32, tf.bfloat16)
 """The dtypes of x that kernels take as they are."""
@@ -87,6 +90,25 @@ def dequantised(
     zeros = [] if zero is None else [zero]
     result = _registered()[0].mistral_dequantised(codes, scale, zeros, numbers=numbers, T=dtype)
     return tf.ensure_shape(result, shape)
+
+
+def whole_step_of(model: Any) -> whole_step.WholeStep | None:
+    """The step in C of a language model on a CPU; None where it has parts that compute something else, or other dtypes.
+
+    It reads the weights where they are: it is for as long as these stay.
+    """
+    on_cpu = all(device.device_type == "CPU" for device in tf.config.list_logical_devices())
+    plain = all(map(is_plain, model._flatten_layers())) and model.compute_dtype == model.variable_dtype
+    if not on_cpu or not plain or tf.distribute.has_strategy() or not available():
+        return None
+    return whole_step.of_model(
+        model, dtype=model.compute_dtype, array=lambda name: memory(model._parameter(name)), memory=memory
+    )
+
+
+def is_plain(layer: keras.layers.Layer) -> bool:
+    """Whether calling a layer does what its class here says."""
+    return type(layer).__module__.partition(".")[0] == __package__ and "call" not in vars(layer)
 
 
 def _checked(

@@ -67,6 +67,13 @@ def to_numpy(array: Tensor) -> np.ndarray:
     return array.numpy()
 
 
+def memory(array: Tensor) -> np.ndarray:
+    """The memory of a tensor on the CPU as NumPy, strides kept: who writes into one writes into the other."""
+    if array.dtype == torch.bfloat16:
+        return array.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return array.detach().numpy()
+
+
 def from_numpy(array: np.ndarray) -> Tensor:
     """A NumPy array as a tensor over the same memory, bits kept; a read-only or strided one is copied."""
     array = np.require(array, requirements=["C", "W"])

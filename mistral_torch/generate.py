@@ -14,18 +14,16 @@ from mistral_core.errors import UnsupportedFeatureError
 from mistral_core.generation import driver
 from mistral_core.generation.sampling import Rule, Values
 
-from .arrays import from_numpy, to_numpy
+from . import native
+from .arrays import from_numpy, memory, to_numpy
 from .cache import KVCache
 from .compiled import compiled
-from .native import decoding, is_plain
 from .products import converted, product
 from .sampling import Choice, choose
 
 if TYPE_CHECKING:
     from .heads import MistralForCausalLM
 
-CACHED = (torch.float32, torch.bfloat16, torch.int8)
-"""The dtypes of caches that C knows."""
 FEW_COLUMNS = 16
 """The most columns of a step that is frozen: a token and guesses, not a prompt."""
 
@@ -53,9 +51,9 @@ class Engine:
         self._frozen = compile == "max" and next(model.packed_parts(), None) is None
         self.fixed_caches = compile in ("on", "max") or (compile == "auto" and not on_cpu)
         self.fixed_prompts = self.fixed_caches and not self._frozen
-        self._head = model.lm_head.weight.detach() if is_plain(model) and _is_plain_head(model.lm_head) else None
-        self._decoder = decoding(model) if on_cpu and compile == "auto" else None
-        if self._head is not None and self._decoder is None and not self.fixed_caches:
+        self._head = model.lm_head.weight.detach() if _is_plain(model) and _is_plain(model.lm_head) else None
+        self._whole = native.whole_step_of(model) if on_cpu and compile == "auto" else None
+        if self._head is not None and self._whole is None and not self.fixed_caches:
             self._head = converted(self._head)
         self._step: Any = None
 
@@ -79,8 +77,11 @@ class Engine:
 
         `ids_BT` may be embeddings [B, T, D] instead.
         """
-        if self._is_in_c(cache, ids_BT):
-            choice, cache = self._run_in_c(ids_BT, mask_BT, cache, rule, values)
+        kept = None if self._whole is None else [[memory(x) for x in xs] for xs in cache._kept()]
+        if self._whole is not None and kept is not None and self._whole.takes(ids_BT, kept, cache.capacity):
+            logits = self._whole.step(ids_BT, mask_BT, to_numpy(cache.length), kept, every=rule.every)
+            cache = cache._with(cache._kept(), cache.length + from_numpy((mask_BT != 0).sum(1)), cache.capacity)
+            choice = choose(from_numpy(logits), rule, self._on_device(values))
         else:
             ids_BT, mask_BT, values = (self._on_device(x) for x in (ids_BT, mask_BT, values))
             with without_dropout(self.model):
@@ -89,28 +90,6 @@ class Engine:
         candidates = None if choice.candidates is None else tuple(map(to_numpy, choice.candidates))
         logits = None if choice.logits is None else to_numpy(choice.logits)
         return driver.Chosen(to_numpy(choice.token), scores, candidates, logits), cache
-
-    def _is_in_c(self, cache: KVCache, ids_BT: np.ndarray) -> bool:
-        """Whether C computes a step: few tokens, into a cache that it knows."""
-        if self._decoder is None or ids_BT.ndim != 2:
-            return False
-        return self._decoder.takes([k.shape[1] for k in cache.keys], *ids_BT.shape, cache.capacity) and all(
-            x.is_cpu and x.is_contiguous() and x.dtype in CACHED for x in (*cache.keys, *cache.values)
-        )
-
-    def _run_in_c(
-        self, ids_BT: np.ndarray, mask_BT: np.ndarray, cache: KVCache, rule: Rule, values: Values
-    ) -> tuple[Choice, KVCache]:
-        assert self._decoder is not None
-        kept = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
-        keys, vals, key_scales, value_scales = ([x.data_ptr() for x in xs] for xs in kept)
-        logits = self._decoder.step(
-            ids_BT, mask_BT, cache.length.numpy(), slots=[k.shape[1] for k in cache.keys],
-            dtype=str(cache.dtype).removeprefix("torch."), keys=keys, values=vals, key_scales=key_scales,
-            value_scales=value_scales, every=rule.every,
-        )  # fmt: skip
-        cache = cache._replace(length=cache.length + from_numpy((mask_BT != 0).sum(1)))
-        return choose(from_numpy(logits), rule, self._on_device(values)), cache
 
     def _run(self, ids_BT: Tensor, mask_BT: Tensor, cache: KVCache, rule: Rule, values: Values) -> Any:
         if not self.fixed_caches:
@@ -204,9 +183,9 @@ def _step(
     return _chosen(x_BTD, head_VD, rule, values), cache
 
 
-def _is_plain_head(head: nn.Module) -> bool:
-    """Whether a head is nothing but the product with its weight."""
-    return type(head).__module__ in (f"{__package__}.heads", f"{__package__}.layers") and is_plain(head)
+def _is_plain(module: nn.Module) -> bool:
+    """Whether calling a module does what its class here says and no more: no hook, no wrapper, no other forward."""
+    return type(module).__module__ in (f"{__package__}.heads", f"{__package__}.layers") and native.is_plain(module)
 
 
 def _hidden(

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mistral_core.errors import InputError
-from mistral_core.native import decoder, library
+from mistral_core.native import library, whole_step
+
+from .arrays import memory
 
 _TYPES = {getattr(torch, name): number for name, number in library.TYPES.items()}
 """Types as C numbers them."""
@@ -146,32 +148,30 @@ def _dequantised(
     return to
 
 
-def decoding(model: Any) -> decoder.Decoder | None:
+def whole_step_of(model: Any) -> whole_step.WholeStep | None:
     """The step in C of a language model on a CPU; None where it has parts that compute something else, or other dtypes.
 
     It reads the weights where they are: it is for as long as these stay.
     """
-    dtype = str(model.dtype).removeprefix("torch.")
-    floats = [p for p in model.parameters() if type(p) is not nn.Parameter or p.dtype != model.dtype or not p.is_cpu]
-    if dtype not in decoder.TYPES or floats or torch.is_autocast_enabled("cpu") or not decoder.available():
+    plain = all(is_plain(module) and _is_own(module) for module in model.modules())
+    here = all(type(parameter) is nn.Parameter and parameter.is_cpu for parameter in model.parameters())
+    if not plain or not here or torch.is_autocast_enabled("cpu") or not available():
         return None
-    if not all(map(is_plain, model.modules())):
-        return None
-    packed = dict(model.packed_parts())
-    names = decoder.wanted(model.config)
-    weights = {name: packed[name].matrix if name in packed else model._array(name) for name in names}
-    activations = {name: part.activations for name, part in packed.items()}
-    return decoder.Decoder(
-        model.config, weights, activations=activations, dtype=dtype, threads=torch.get_num_threads(),
-        parallel=_openmp(),
+    return whole_step.of_model(
+        model, dtype=str(model.dtype).removeprefix("torch."), array=model._array, memory=memory,
+        threads=torch.get_num_threads(), parallel=_openmp(),
     )  # fmt: skip
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling a module does what its class here, or torch's own, says: no hook, no wrapper, no other forward."""
-    own = type(module).__module__.partition(".")[0] == __package__ or type(module) in _PARTS
+    """Whether calling a module does what its class says and no more: no hook, no wrapper, no other forward."""
     hooks = module._forward_hooks or module._forward_pre_hooks or nn.modules.module._has_any_global_hook()
-    return own and "forward" not in vars(module) and not hooks
+    return "forward" not in vars(module) and not hooks
+
+
+def _is_own(module: nn.Module) -> bool:
+    """Whether a module is one of those that models here are made of."""
+    return type(module).__module__.partition(".")[0] == __package__ or type(module) in _PARTS
 
 
 def _whole(codes: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

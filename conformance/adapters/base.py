@@ -98,6 +98,11 @@ class Adapter(abc.ABC):
             yield
         self.forget_compiled()
 
+    def without_whole_steps(self) -> contextlib.AbstractContextManager[Any]:
+        """Steps of `generate` by the framework, where C would compute them in one call."""
+        native = importlib.import_module(self.package.__name__ + ".native")
+        return mock.patch.object(native, "whole_step_of", return_value=None)
+
     def forget_compiled(self) -> None:  # noqa: B027
         """Let the framework compile functions again that it has compiled for arrays of the same shapes, if it has."""
 
