@@ -270,7 +270,7 @@ def test_generate_compiles_once_for_a_shape_whatever_the_weights(model):
     ids = np.concatenate([IDS] * 7)  # as many rows as no other test of this process has
     sizes, tokens = [[jitted._cache_size() for jitted in _compiled(graph)]], []
     for each in (model, model, other):
-        tokens.append(each.generate(ids, max_new_tokens=5))
+        tokens.append(each.generate(ids, max_new_tokens=5, compile="on"))
         sizes.append([jitted._cache_size() for jitted in _compiled(graph)])
     assert np.array_equal(tokens[0], tokens[1])
     assert not np.array_equal(tokens[0], tokens[2])
