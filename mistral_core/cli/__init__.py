@@ -30,6 +30,7 @@ class Command(NamedTuple):
 _OWN = {
     "demo": "the embedded checkpoint in every installed framework, compared with the float64 reference",
     "info": "what a checkpoint, or a published size, is: sizes, memory, window, files",
+    "plan": "what a model needs on devices that are not here: bytes of each, collectives, the smallest mesh",
     "generate": "continue a prompt",
     "chat": "talk with a model; text through a pipe is answered once",
     "tokenize": "the tokens of a text, ids and pieces",
