@@ -24,6 +24,7 @@ ALSO = {
     "mistral_core": {
         "mistral_core.config.view": ("AssignableConfig",),
         "mistral_core.weights.checkpoint": ("Checkpoint", "load", "save"),
+        "mistral_core.plan": ("plan", "suggest", "Plan", "Collective", "fits", "memory_of", "mesh_of"),
         "mistral_core.errors": (),
     },
     "mistral_flax": {"mistral_flax.scan": (), "mistral_flax.compat": ()},
