@@ -104,7 +104,7 @@ def whole_step_of(model: Any) -> whole_step.WholeStep | None:
 
 
 def is_plain(module: nnx.Module) -> bool:
-    """Whether calling a module does what its class here says; layers that are stacked are no module of their own."""
+    """Whether calling a module does what its class says and no more."""
     own = type(module).__module__.partition(".")[0] == __package__ or type(module) is nnx.Dict
     return own and getattr(getattr(module, "run_layers", None), "__name__", "one_by_one") == "one_by_one"
 

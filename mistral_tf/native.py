@@ -106,9 +106,9 @@ def whole_step_of(model: Any) -> whole_step.WholeStep | None:
     )
 
 
-def is_plain(layer: keras.layers.Layer) -> bool:
-    """Whether calling a layer does what its class here says."""
-    return type(layer).__module__.partition(".")[0] == __package__ and "call" not in vars(layer)
+def is_plain(module: keras.layers.Layer) -> bool:
+    """Whether calling a module does what its class says and no more."""
+    return type(module).__module__.partition(".")[0] == __package__ and "call" not in vars(module)
 
 
 def _checked(

@@ -164,7 +164,7 @@ def whole_step_of(model: Any) -> whole_step.WholeStep | None:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling a module does what its class says and no more: no hook, no wrapper, no other forward."""
+    """Whether calling a module does what its class says and no more."""
     hooks = module._forward_hooks or module._forward_pre_hooks or nn.modules.module._has_any_global_hook()
     return "forward" not in vars(module) and not hooks
 

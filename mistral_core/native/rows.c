@@ -802,13 +802,8 @@ static inline __attribute__((always_inline)) void floats_by(
             if (type == FLOAT32) one[h] = _mm512_maskz_loadu_ps(words, at);
             else {
                 __m512i both = _mm512_maskz_loadu_epi16(halves, at);
-                if (type == BFLOAT16) {
-                    one[h] = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-                    two[h] = _mm512_castsi512_ps(_mm512_and_si512(both, upper));
-                } else {
-                    one[h] = _mm512_cvtph_ps(_mm512_castsi512_si256(both));
-                    two[h] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(both, 1));
-                }
+                one[h] = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+                two[h] = _mm512_castsi512_ps(_mm512_and_si512(both, upper));
             }
         }
         for (int k = 0; k < rows; k++) {
@@ -839,7 +834,6 @@ static void rows_of_floats(const void *argument, int64_t part)
     if (rows == n && m->scale_type == type) floats_by(n, type, m, x, job->stride, o, end, y)
             WITH(1, FLOAT32); WITH(2, FLOAT32); WITH(4, FLOAT32);
             WITH(1, BFLOAT16); WITH(2, BFLOAT16); WITH(4, BFLOAT16);
-            WITH(1, FLOAT16); WITH(2, FLOAT16); WITH(4, FLOAT16);
 #undef WITH
             for (int k = 0; k < rows; k++)
                 for (int h = 0; h < BESIDE && o + h < end; h++) put(job, r + k, o + h, y[k * BESIDE + h]);
@@ -1169,6 +1163,7 @@ static int described(
 {
     if (kind < INT8 || kind > FLOATS || scale_type < FLOAT32 || scale_type > FLOAT16) return ERROR_ARGUMENT;
     if (O < 0 || I < 0 || high < 1 || wide < 1) return ERROR_ARGUMENT;
+    if (kind == FLOATS && scale_type == FLOAT16) return ERROR_ARGUMENT; /* no model here keeps these */
     *m = (Matrix){kind, scale_type, codes, scale, zero, O, I, high, wide, (I + wide - 1) / wide, 0};
     m->row_bytes = kind == INT8 || kind == FP8 ? I : (I + 1) / 2;
     if (kind == FLOATS) m->row_bytes = I * (scale_type == FLOAT32 ? 4 : 2);

@@ -24,7 +24,7 @@ SOURCE = "whole_step.c"
 TYPES = {"float32": 0, "bfloat16": 1}
 """The dtypes of models that are computed."""
 CACHE_TYPES = {**TYPES, "int8": 3}
-MOST_TOKENS = 16
+FEW_TOKENS = 16
 """The most new tokens of all rows together that are faster here than in a framework's products of many rows."""
 
 _I32, _I64, _P, _F = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
@@ -124,7 +124,7 @@ class WholeStep:
         """Whether a step of these ids is computed here: few, into rings as C has them, and none that one of them must
         still see is overwritten. `kept` is what `step` takes.
         """
-        if ids_BT.ndim != 2 or ids_BT.size > MOST_TOKENS or capacity is None:
+        if ids_BT.ndim != 2 or ids_BT.size > FEW_TOKENS or capacity is None:
             return False
         arrays = [x for xs in kept for x in xs]
         if not all(x.flags.c_contiguous for x in arrays) or arrays[0].dtype.name not in CACHE_TYPES:

@@ -14,7 +14,7 @@ from ..text.tokenizer import MistralTokenizer
 from .labels import labels
 from .panel import Token
 
-MOST_TOKENS = 2048
+FEW_TOKENS = 2048
 """Larger matrices are not drawn."""
 PADDING = "pad"
 
@@ -47,8 +47,8 @@ def read(tokenizer: MistralTokenizer, source: Source, *, padding_side: str = "le
         documents = np.repeat(np.arange(len(rows), dtype=np.int32), [len(row) for row in rows])[None]
         rows = [[token for row in rows for token in row]]
     longest = max(map(len, rows))
-    if longest > MOST_TOKENS:
-        raise SequenceTooLongError(f"{longest} tokens; a picture holds {MOST_TOKENS}: give a part of the text.")
+    if longest > FEW_TOKENS:
+        raise SequenceTooLongError(f"{longest} tokens; a picture holds {FEW_TOKENS}: give a part of the text.")
     fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     ids, mask = np.full((len(rows), longest), fill, np.int32), np.zeros((len(rows), longest), np.int32)
     for row, found in enumerate(rows):

@@ -19,7 +19,7 @@ from .panel import SELF, STYLES, WEIGHT, Panel, Reason, Token
 if TYPE_CHECKING:
     from .picture import Picture
 
-MOST_TOKENS = 512
+FEW_TOKENS = 512
 MOST_CELLS = 1 << 23
 """Of all matrices together: some 22 MB of page."""
 LABEL_LETTERS = 120
@@ -53,8 +53,8 @@ def _hash(text: str) -> str:
 
 def _check(picture: Picture) -> None:
     longest = max(map(len, picture.texts))
-    if longest > MOST_TOKENS:
-        raise SequenceTooLongError(f"{longest} tokens; a page holds {MOST_TOKENS}: give a part of the text.")
+    if longest > FEW_TOKENS:
+        raise SequenceTooLongError(f"{longest} tokens; a page holds {FEW_TOKENS}: give a part of the text.")
     count = sum(panel.reasons.size for panel in picture.panels)
     if count > MOST_CELLS:
         raise SequenceTooLongError(

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
     from .picture import Picture
 
-MOST_TOKENS = 512
+FEW_TOKENS = 512
 MOST_PIXELS = 1 << 27
-CELLS = ((32, 44), (96, 30), (256, 16), (MOST_TOKENS, 8))
+CELLS = ((32, 44), (96, 30), (256, 16), (FEW_TOKENS, 8))
 """Up to so many tokens, so many pixels a cell."""
 GRID, GRID_PIXELS = 4, 288
 """From so many panels of weights on, they are shown small, without labels, about so wide."""
@@ -42,8 +42,8 @@ class Block(NamedTuple):
 def draw(picture: Picture, *, font: str | None = None) -> Image:
     """The image, RGB. Raises SequenceTooLongError where it would be too large, and what `Fonts` raises."""
     longest = max(map(len, picture.texts))
-    if longest > MOST_TOKENS:
-        raise SequenceTooLongError(f"{longest} tokens; a PNG holds {MOST_TOKENS}: give a part of the text.")
+    if longest > FEW_TOKENS:
+        raise SequenceTooLongError(f"{longest} tokens; a PNG holds {FEW_TOKENS}: give a part of the text.")
     fonts = Fonts(font)
     rows = [[_text(fonts, picture.title, TITLE, bold=True)], *_panels(picture, fonts), [_legend(picture, fonts)]]
     width = max(sum(block.width + MARGIN for block in row) for row in rows) + MARGIN

@@ -127,6 +127,22 @@ def test_activations_are_rounded_in_blocks_of_128(kind, zero):
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["float32", "bfloat16"])
+def test_a_product_with_floats_is_a_sum_in_float32(dtype):
+    rng = np.random.default_rng(0)
+    number = library.TYPES[np.dtype(dtype).name]
+    for (height, width), rows in ((shape, rows) for shape in (*SHAPES, (64, 31), (3, 1)) for rows in ROWS):
+        w, x = rng.normal(size=(height, width)).astype(dtype), rng.normal(size=(rows, width)).astype(np.float32)
+        found = np.full((rows, height), np.nan, np.float32)
+        code = library.kernels().product(
+            library.FLOATS, w.ctypes.data, None, number, None, height, width, 1, width, x.ctypes.data, 0,
+            found.ctypes.data, 0, rows, 0, 2,
+        )  # fmt: skip
+        assert code == 0
+        assert_product(found, x, w.astype(np.float32), height, width, rows)
+
+
+@needs_compiler
 @pytest.mark.parametrize("rows", [1, 3])
 def test_bfloat16_is_rounded_once_at_the_end(rows):
     matrix = random_matrix("int4", (37, 176), (1, 16))
