@@ -62,11 +62,13 @@ class KVCache:
         rolling: bool = True,
         lookback: int = 0,
         dtype: Any = jnp.float32,
+        device: Any = None,
     ) -> KVCache:
         """An empty cache for `capacity` tokens a row; without one it grows with the text, as far as each window.
 
         `rolling=False` keeps every token of windowed layers too; the last `lookback` tokens can always be rolled back.
         `dtype` may be int8: codes, and a scale for each token and key/value head; no gradient flows through them.
+        `device` may be a Sharding of the first three axes.
         Raises ConfigError for a dtype that no cache can have.
         """
         config = MistralConfig.of(config)
@@ -77,12 +79,12 @@ class KVCache:
         kind = jnp.dtype(cache_dtype(dtype))
         scaled = [shape[:-1] for shape in shapes] if kind == jnp.int8 else []
         return cls(
-            tuple(jnp.zeros(shape, kind) for shape in shapes),
-            tuple(jnp.zeros(shape, kind) for shape in shapes),
+            tuple(jnp.zeros(shape, kind, device=device) for shape in shapes),
+            tuple(jnp.zeros(shape, kind, device=device) for shape in shapes),
             jnp.zeros(batch_size, jnp.int32),
             capacity,
-            tuple(jnp.zeros(shape, jnp.float32) for shape in scaled),
-            tuple(jnp.zeros(shape, jnp.float32) for shape in scaled),
+            tuple(jnp.zeros(shape, jnp.float32, device=device) for shape in scaled),
+            tuple(jnp.zeros(shape, jnp.float32, device=device) for shape in scaled),
         )
 
     @property

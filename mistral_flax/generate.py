@@ -43,7 +43,11 @@ class Engine:
     def allocate(self, batch: int, capacity: int, *, rolling: bool, lookback: int, dtype: str) -> KVCache:
         """An empty cache; its dtype "auto" is the model's."""
         dtype = self.model.dtype if dtype == "auto" else dtype
-        return KVCache.allocate(self.config, batch, capacity, rolling=rolling, lookback=lookback, dtype=dtype)
+        placement = getattr(self.model.base_model, "placement", None)
+        device = None if placement is None else placement.activation("BRK", batch)
+        return KVCache.allocate(
+            self.config, batch, capacity, rolling=rolling, lookback=lookback, dtype=dtype, device=device
+        )
 
     def step(
         self, cache: KVCache, ids_BT: np.ndarray, mask_BT: np.ndarray, rule: Rule, values: Values

@@ -29,6 +29,7 @@ from mistral_core.weights.mixin import Saved
 from .arrays import as_device, as_dtype, from_numpy, to_numpy
 from .products import dequantised
 from .quantize import put
+from .sharding import Placement, Rules, shard
 
 # In a graph a view is its value: compiled functions are found by it, and an assignment reaches no graph already made.
 with contextlib.suppress(ValueError):  # another copy of this package has told JAX already
@@ -73,6 +74,8 @@ class PreTrainedModel(Saved, nnx.Module):
         device: Any = None,
         attn_implementation: str | None = None,
         quantization: Any = None,
+        mesh: jax.sharding.Mesh | None = None,
+        rules: Rules | None = None,
         seed: int = 0,
         verify: str = "sizes",
         **options: Any,
@@ -82,10 +85,10 @@ class PreTrainedModel(Saved, nnx.Module):
         `options` are hub arguments (revision, cache_dir, token, local_files_only), fields of the config to replace,
         and transformers' names of these arguments (torch_dtype, device_map). `dtype` is computed in, `param_dtype`
         (None: the same) is what parameters are kept in; `device` may be a Sharding, or a function of a parameter's
-        name; of a sharded one each device reads its part. `quantization` packs each matrix as it comes
-        (`Quantization`, int8, int4, nf4, a config of transformers); a packed checkpoint stays packed, or becomes floats
-        with "dequantize". A head that the file lacks is initialised from `seed` with one warning. Raises
-        CheckpointError, ConfigError or HubError and their kind.
+        name; of a sharded one each device reads its part. `mesh` and `rules` are those of `sharding.shard`.
+        `quantization` packs each matrix as it comes (`Quantization`, int8, int4, nf4, a config of transformers); a
+        packed checkpoint stays packed, or becomes floats with "dequantize". A head that the file lacks is initialised
+        from `seed` with one warning. Raises CheckpointError, ConfigError or HubError and their kind.
         """
         given = from_transformers(
             options, dtype=dtype, device=device, attn_implementation=attn_implementation, quantization=quantization
@@ -107,6 +110,9 @@ class PreTrainedModel(Saved, nnx.Module):
         model = nnx.eval_shape(
             lambda: cls(loaded.config, attn_implementation=attn_implementation, dtype=dtype, param_dtype=kept)
         )
+        if mesh is not None:
+            placement_of = Placement.of(loaded.config, mesh, rules)
+            place = functools.partial(placement_of.parameter, architecture=cls.architecture)
         for weight in loaded.weights:
             matrix = weight.matrix()
             if matrix is None:
@@ -114,6 +120,8 @@ class PreTrainedModel(Saved, nnx.Module):
             else:
                 put(model, weight.name, matrix, device=place(weight.name))
         round_activations(model, loaded.activations)
+        if mesh is not None:
+            shard(model, mesh, rules)
         model.generation_config = loaded.generation_config
         model.config = model.config.noted(name_or_path=str(path))
         return model
@@ -244,7 +252,16 @@ def _placed(weight: loading.Weight, device: Any) -> Array:
     """A tensor where it goes; of a Sharding, each device asks for its own part of it."""
     if not isinstance(device, jax.sharding.Sharding):
         return jax.device_put(from_numpy(weight.read()), device)
-    return jax.make_array_from_callback(weight.shape, device, weight.read)
+    parts: dict[Any, np.ndarray] = {}
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        """A part, read once for all devices that have it."""
+        key = tuple((each.start, each.stop) for each in index)
+        if key not in parts:
+            parts[key] = weight.read(index)
+        return parts[key]
+
+    return jax.make_array_from_callback(weight.shape, device, read)
 
 
 def _name(dtype: Any) -> str:

@@ -69,6 +69,7 @@ OWN_FILES = {
     "compat.py": "each framework has other guests: torch trainers and adapters, Flax and TF old names of classes",
     "foreign_cache.py": "torch: decode loops and adapters bring transformers' caches; its Flax and TF ones are gone",
     "outputs.py": "torch's clients ask for dictionaries; JAX and TensorFlow take core's named tuples as they are",
+    "sharding.py": "JAX cuts arrays over meshes; torch has modules for it, TensorFlow strategies",
     "scan.py": "JAX compiles every layer anew unless it scans",
     "programs.py": "JAX compiles each operation by itself, unless it is told what belongs together",
     "fit.py": "Keras models train themselves",

@@ -1,0 +1,175 @@
+"""A finished model over a mesh of devices: a guest of which layers.py and model.py know nothing.
+
+Parameters are cut by rules over axis letters (`mistral_core.sharding`), and so is what layers give each other: without
+that, the compiler may gather a batch where it should gather weights. Gradients have their parameters' sharding.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mistral_core import MistralConfig
+from mistral_core.errors import MeshError, UnsupportedFeatureError
+from mistral_core.parameters import parameters
+from mistral_core.sharding import Sharding, Spec
+
+from .layers import DecoderLayer, Embedding
+from .quantize import put
+
+Model = TypeVar("Model", bound=nnx.Module)
+Rules = Mapping[str, str | Sequence[str] | None]
+
+LETTERS = {
+    "q_proj": "BTN", "k_proj": "BTK", "v_proj": "BTK", "o_proj": "BTD", "gate_proj": "BTF", "up_proj": "BTF",
+    "down_proj": "BTD", "lm_head": "BTV",
+}  # fmt: skip
+"""The axis letters of what a matrix gives, by the last part of its module's name."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A mesh, and the rules by which a model of a config is cut over it."""
+
+    mesh: Mesh
+    config: MistralConfig
+    rules: tuple[tuple[str, tuple[str, ...]], ...]
+
+    @classmethod
+    def of(cls, config: MistralConfig, mesh: Mesh, rules: Rules | None = None) -> Placement:
+        """The placement, checked; raises MeshError for a mesh that does not fit or whose axes are not automatic."""
+        manual = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Auto]
+        if manual:
+            raise MeshError(
+                f"mesh must have automatic axes, got {', '.join(map(str, manual))} of another type; make it with "
+                "axis_types=(jax.sharding.AxisType.Auto,) * n, and call the model within jax.sharding.auto_axes where "
+                "your own program is explicit."
+            )
+        found = Sharding.of(config, dict(mesh.shape), rules)
+        return cls(mesh, config, tuple(sorted(found.rules.items())))
+
+    @functools.cached_property
+    def sharding(self) -> Sharding:
+        """Which part of each array a device holds."""
+        return Sharding(self.config, dict(self.mesh.shape), dict(self.rules))
+
+    def parameter(self, name: str, architecture: str) -> NamedSharding:
+        """Where a parameter goes, by its canonical name."""
+        return self._named(self.sharding.parameter(_rows(self.config, architecture)[name]))
+
+    def activation(self, letters: str, batch: int) -> NamedSharding:
+        """Where an activation, or a cache, of these axis letters goes."""
+        return self._named(self.sharding.activation(letters, {"B": batch}))
+
+    def constrained(self, x: Array, letters: str) -> Array:
+        """An activation of these axis letters, cut by the rules; axes after the letters are whole."""
+        return jax.lax.with_sharding_constraint(x, self.activation(letters, x.shape[0]))
+
+    def _named(self, spec: Spec) -> NamedSharding:
+        axes = [None if not each else each[0] if len(each) == 1 else each for each in spec]
+        while axes and axes[-1] is None:  # one spelling of each sharding, for jit compares spellings
+            axes.pop()
+        return NamedSharding(self.mesh, PartitionSpec(*axes))
+
+
+@functools.lru_cache(maxsize=8)
+def _rows(config: MistralConfig, architecture: str) -> dict[str, Any]:
+    return dict(parameters(config, architecture))
+
+
+class ShardedParam(nnx.Param[Array]):
+    """A parameter that is cut wherever it is read, and whose gradient therefore is cut alike."""
+
+    def get_value(self, **index: Any) -> Array:
+        """The array, or what an index picks of it."""
+        value = super().get_value(**index)
+        return jax.lax.with_sharding_constraint(value, self.cut) if value.shape == self.raw_value.shape else value
+
+    def set_value(self, value: Array, **index: Any) -> None:
+        """Let it hold an array, cut as the one before."""
+        super().set_value(value if index else jax.lax.with_sharding_constraint(value, self.cut), **index)
+
+
+def shard(model: Model, mesh: Mesh, rules: Rules | None = None) -> Model:
+    """Cut a finished model over a mesh, in place, and return it: its parameters, and what its calls compute.
+
+    `rules` say which mesh axes cut an axis letter, instead of `mistral_core.sharding.RULES`; a mesh whose axes are
+    called data, fsdp and tensor needs none. Raises MeshError, with the sizes that would fit, and
+    UnsupportedFeatureError where layers are stacked.
+    """
+    body = model.base_model
+    if not isinstance(body.layers, nnx.Dict):
+        raise UnsupportedFeatureError("shard: layers must be arrays of their own, got stacked ones; scan_layers after.")
+    placement = Placement.of(model.config.value, mesh, rules)
+    packed = dict(model.packed_parts())
+    for name, _ in parameters(model.config.value, model.architecture):
+        where = placement.parameter(name, model.architecture)
+        if name in packed:
+            put(model, name, packed[name].matrix, device=where)
+        else:
+            _place(model, name, where)
+    _constrain(body.embed_tokens, placement, "BTD")
+    for layer in body.layers.values():
+        for part in (layer.self_attn, layer.mlp):
+            for name, letters in LETTERS.items():
+                if hasattr(part, name):
+                    _constrain(getattr(part, name), placement, letters)
+        _constrain(layer, placement, "BTD")
+    if getattr(model, "lm_head", None) is not None:
+        _constrain(model.lm_head, placement, LETTERS["lm_head"])
+    body.placement = placement
+    return model
+
+
+def _place(model: nnx.Module, name: str, where: NamedSharding) -> None:
+    old, _ = model._parameter(name)
+    part, _ = model._part(name)
+    value = jax.device_put(old.get_value(), where)
+    setattr(part, name.rpartition(".")[2], ShardedParam(value, cut=where))
+
+
+def _constrain(part: nnx.Module, placement: Placement, letters: str) -> None:
+    part.__class__ = _constrained(type(part))
+    part.placement, part.letters = placement, letters
+
+
+@functools.cache
+def _constrained(kind: type[nnx.Module]) -> type[nnx.Module]:
+    """A class of module whose calls give what is cut by the rules."""
+    if hasattr(kind, "unsharded"):
+        return kind
+    calls: dict[str, Any] = {"__call__": _layer_call(kind) if issubclass(kind, DecoderLayer) else _call(kind)}
+    if issubclass(kind, Embedding):
+        calls["as_linear"] = _as_linear(kind)
+    return type(f"Sharded{kind.__name__}", (kind,), {"__module__": __name__, "unsharded": kind, **calls})
+
+
+def _call(kind: type[Any]) -> Any:
+    def call(self: Any, x: Array) -> Array:
+        return self.placement.constrained(kind.__call__(self, x), self.letters)
+
+    return call
+
+
+def _as_linear(kind: type[Any]) -> Any:
+    def as_linear(self: Any, x: Array) -> Array:
+        return self.placement.constrained(kind.as_linear(self, x), LETTERS["lm_head"])
+
+    return as_linear
+
+
+def _layer_call(kind: type[Any]) -> Any:
+    def call(self: Any, x_BTD: Array, *others: Any, **options: Any) -> tuple[Array, Any, Any]:
+        x_BTD, weights, kept = kind.__call__(self, x_BTD, *others, **options)
+        if kept is not None:
+            kept = tuple(self.placement.constrained(x, "BRK") for x in kept)
+        return self.placement.constrained(x_BTD, self.letters), weights, kept
+
+    return call
