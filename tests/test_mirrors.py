@@ -24,6 +24,8 @@ FRAMEWORK_PARAMETERS = {
     "initializer": "Keras' way to say how weights begin",
     "std": "JAX's",
     "bias": "our own Linear; torch has one",
+    "mesh": "JAX: the devices that a model is cut over as it is loaded",
+    "rules": "JAX: see mesh",
     "device": "JAX and TensorFlow place arrays by themselves",
     "sample_weight": "Keras' fit takes them",
 }
