@@ -65,10 +65,7 @@ class Engine:
             choice = _chosen(logits, rule=rule, values=values)
         else:
             choice, cache = self._run(ids_BT, mask_BT, cache, rule, values)
-        scores = None if choice.scores is None else to_numpy(choice.scores)
-        candidates = None if choice.candidates is None else tuple(map(to_numpy, choice.candidates))
-        logits = None if choice.logits is None else to_numpy(choice.logits)
-        return driver.Chosen(to_numpy(choice.token), scores, candidates, logits), cache
+        return driver.Chosen.of(choice, to_numpy), cache
 
     def _run(
         self, ids_BT: np.ndarray, mask_BT: np.ndarray, cache: KVCache, rule: Rule, values: Values

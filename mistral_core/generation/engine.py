@@ -7,7 +7,7 @@ and where shapes are compiled the pieces and the caches come in few sizes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -39,6 +39,16 @@ class Chosen(NamedTuple):
     candidates: tuple[Array, Array, Array] | None = None
     logits: Array | None = None
     """Beside `token`, where the rule asks: the model's own [B, T, V] or [B, 1, V] float32."""
+
+    @classmethod
+    def of(cls, choice: Any, to_numpy: Callable[[Any], Array]) -> Chosen:
+        """A backend's choice on the host."""
+        scores, logits = (None if x is None else to_numpy(x) for x in (choice.scores, choice.logits))
+        candidates = None
+        if choice.candidates is not None:
+            noisy, scored, tokens = map(to_numpy, choice.candidates)
+            candidates = noisy, scored, tokens
+        return cls(to_numpy(choice.token), scores, candidates, logits)
 
 
 class Engine(Protocol):
