@@ -19,7 +19,7 @@ from mistral_core.generation import driver
 from mistral_core.generation.sampling import Rule, Values
 
 from . import native
-from .arrays import memory, to_numpy
+from .arrays import to_numpy
 from .cache import KVCache
 from .sampling import Choice, choose
 from .weights import as_program
@@ -56,12 +56,10 @@ class Engine:
 
         `ids_BT` may be embeddings [B, T, D] instead.
         """
-        kept = None if self._whole is None else [[memory(x) for x in xs] for xs in cache._kept()]
-        if self._whole is not None and kept is not None and self._whole.takes(ids_BT, kept, cache.capacity):
-            length_B = to_numpy(cache.length)
-            logits = self._whole.step(ids_BT, mask_BT, length_B, kept, every=rule.every)
-            length_B = length_B + (mask_BT != 0).sum(1, dtype=length_B.dtype)
-            cache = cache._with(cache._kept(), jnp.asarray(length_B), cache.capacity)
+        logits = None if self._whole is None else self._whole.tried(ids_BT, mask_BT, cache, every=rule.every)
+        if logits is not None:
+            count_B = (mask_BT != 0).sum(1, dtype=np.int32)
+            cache = cache._with(cache._kept(), cache.length + count_B, cache.capacity)
             choice = _chosen(logits, rule=rule, values=values)
         else:
             choice, cache = self._run(ids_BT, mask_BT, cache, rule, values)

@@ -17,7 +17,7 @@ from mistral_core.generation import driver
 from mistral_core.generation.sampling import Rule, Values
 
 from . import native
-from .arrays import memory, to_numpy
+from .arrays import to_numpy
 from .cache import KVCache
 from .sampling import Choice, choose
 from .traces import changed
@@ -54,9 +54,8 @@ class Engine:
 
         `ids_BT` may be embeddings [B, T, D] instead.
         """
-        kept = None if self._whole is None else [[memory(x) for x in xs] for xs in cache._kept()]
-        if self._whole is not None and kept is not None and self._whole.takes(ids_BT, kept, cache.capacity):
-            logits = self._whole.step(ids_BT, mask_BT, to_numpy(cache.length), kept, every=rule.every)
+        logits = None if self._whole is None else self._whole.tried(ids_BT, mask_BT, cache, every=rule.every)
+        if logits is not None:
             count_B = tf.constant((mask_BT != 0).sum(1), cache.length.dtype)
             cache = cache._with(cache._kept(), cache.length + count_B, cache.capacity)
             choice = _chosen(tf.constant(logits), rule, _tensors(values))

@@ -15,7 +15,7 @@ from mistral_core.generation import driver
 from mistral_core.generation.sampling import Rule, Values
 
 from . import native
-from .arrays import from_numpy, memory, to_numpy
+from .arrays import from_numpy, to_numpy
 from .cache import KVCache
 from .compiled import compiled
 from .products import converted, product
@@ -77,9 +77,8 @@ class Engine:
 
         `ids_BT` may be embeddings [B, T, D] instead.
         """
-        kept = None if self._whole is None else [[memory(x) for x in xs] for xs in cache._kept()]
-        if self._whole is not None and kept is not None and self._whole.takes(ids_BT, kept, cache.capacity):
-            logits = self._whole.step(ids_BT, mask_BT, to_numpy(cache.length), kept, every=rule.every)
+        logits = None if self._whole is None else self._whole.tried(ids_BT, mask_BT, cache, every=rule.every)
+        if logits is not None:
             cache = cache._with(cache._kept(), cache.length + from_numpy((mask_BT != 0).sum(1)), cache.capacity)
             choice = choose(from_numpy(logits), rule, self._on_device(values))
         else:

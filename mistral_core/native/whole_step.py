@@ -90,14 +90,15 @@ class WholeStep:
 
     def __init__(
         self, config: MistralConfig, weights: Mapping[str, np.ndarray | PackedMatrix], *,
-        activations: Mapping[str, str | None], dtype: str, threads: int = 0, parallel: int | None = None,
+        activations: Mapping[str, str | None], dtype: str, memory: Callable[[Any], np.ndarray] = np.asarray,
+        threads: int = 0, parallel: int | None = None,
     ) -> None:  # fmt: skip
         """`weights` are a language model's by canonical name, packed or floats of `dtype`; a tied head has none.
 
-        `activations` says of packed ones how what they multiply is rounded. `parallel` is the address of another
-        library's threads, `rows.c`'s own without it.
+        `activations` says of packed ones how what they multiply is rounded. `memory` gives that of a cache's arrays.
+        `parallel` is the address of another library's threads, `rows.c`'s own without it.
         """
-        self.config, self._parallel = config, parallel
+        self.config, self._memory, self._parallel = config, memory, parallel
         self._table, self._scaling = rotary_table(config), query_scaling(config)
         self._frequency = np.array(self._table.inverse_frequency, np.float32)
         self._kept: list[Any] = []
@@ -133,6 +134,13 @@ class WholeStep:
             overwrites_visible(x.shape[1], x.shape[1], ids_BT.shape[1], window, capacity)
             for x, window in zip(kept[0], self.config.layer_windows, strict=True)
         )
+
+    def tried(self, ids_BT: np.ndarray, mask_BT: np.ndarray, cache: Any, *, every: bool) -> np.ndarray | None:
+        """What `step` gives, with the new tokens in the memory of a backend's cache; None where `takes` says no."""
+        kept = [[self._memory(x) for x in xs] for xs in cache._kept()]
+        if not self.takes(ids_BT, kept, cache.capacity):
+            return None
+        return self.step(ids_BT, mask_BT, self._memory(cache.length), kept, every=every)
 
     def step(
         self, ids_BT: np.ndarray, mask_BT: np.ndarray, length_B: np.ndarray, kept: Sequence[Sequence[np.ndarray]],
@@ -217,4 +225,6 @@ def of_model(
         if found.dtype.name != dtype or not found.flags.c_contiguous:
             return None
     rounded = {name: part.activations for name, part in packed.items()}
-    return WholeStep(model.config, weights, activations=rounded, dtype=dtype, threads=threads, parallel=parallel)
+    return WholeStep(
+        model.config, weights, activations=rounded, dtype=dtype, memory=memory, threads=threads, parallel=parallel
+    )
