@@ -14,6 +14,9 @@ from .config import MistralConfig
 from .errors import MeshError
 from .parameters import Parameter, axis_sizes, parameters, shape_of
 
+Rules = Mapping[str, str | Sequence[str] | None]
+"""Letter -> the mesh axes that cut it, one, several or none, as a user says it."""
+
 Spec = tuple[tuple[str, ...], ...]
 """For each axis of an array the mesh axes that cut it, the first one coarsest; none: every device has all of it."""
 
@@ -30,14 +33,13 @@ vocabulary over `tensor` (Megatron, arXiv 1909.08053), what is left of each para
 
 LETTERS = {
     "B": "rows of the batch",
-    "T": "positions",
     "N": "query heads",
     "K": "key/value heads",
     "F": "intermediate size",
     "V": "vocabulary",
     "D": "hidden size",
 }
-"""The letters that a rule may cut, in words. Those of the batch are known in a call alone; T is never cut."""
+"""The letters that a rule may cut, in words; the size of B is known in a call alone."""
 
 ACTIVATIONS = "D"
 """What rules cut in parameters only: an activation's hidden size is whole wherever a norm reads it."""
@@ -56,7 +58,7 @@ class Sharding:
         cls,
         config: MistralConfig,
         mesh: Mapping[str, int],
-        rules: Mapping[str, str | Sequence[str] | None] | None = None,
+        rules: Rules | None = None,
     ) -> Sharding:
         """The sharding of a config on a mesh; `rules` replace `RULES` letter by letter, None or () cuts nothing.
 
@@ -193,9 +195,8 @@ def _divides(letter: str, size: int, parts: int) -> bool:
 
 def _check_rules(rules: Mapping[str, tuple[str, ...]], mesh: Mapping[str, int]) -> None:
     for letter, axes in rules.items():
-        if letter not in LETTERS or letter == "T":
-            known = ", ".join(known for known in LETTERS if known != "T")
-            raise MeshError(f"rules must be of the letters {known}, got {letter!r}.")
+        if letter not in LETTERS:
+            raise MeshError(f"rules must be of the letters {', '.join(LETTERS)}, got {letter!r}.")
         missing = [axis for axis in axes if axis not in mesh]
         if missing:
             raise MeshError(

@@ -7,7 +7,6 @@ that, the compiler may gather a batch where it should gather weights. Gradients 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,13 +18,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mistral_core import MistralConfig
 from mistral_core.errors import MeshError, UnsupportedFeatureError
 from mistral_core.parameters import parameters
+from mistral_core.sharding import Rules as Rules
 from mistral_core.sharding import Sharding, Spec
 
 from .layers import DecoderLayer, Embedding
 from .quantize import put
 
 Model = TypeVar("Model", bound=nnx.Module)
-Rules = Mapping[str, str | Sequence[str] | None]
 
 LETTERS = {
     "q_proj": "BTN", "k_proj": "BTK", "v_proj": "BTK", "o_proj": "BTD", "gate_proj": "BTF", "up_proj": "BTF",
@@ -49,8 +48,7 @@ class Placement:
         if manual:
             raise MeshError(
                 f"mesh must have automatic axes, got {', '.join(map(str, manual))} of another type; make it with "
-                "axis_types=(jax.sharding.AxisType.Auto,) * n, and call the model within jax.sharding.auto_axes where "
-                "your own program is explicit."
+                f"axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)}."
             )
         found = Sharding.of(config, dict(mesh.shape), rules)
         return cls(mesh, config, tuple(sorted(found.rules.items())))
@@ -106,7 +104,10 @@ def shard(model: Model, mesh: Mesh, rules: Rules | None = None) -> Model:
     """
     body = model.base_model
     if not isinstance(body.layers, nnx.Dict):
-        raise UnsupportedFeatureError("shard: layers must be arrays of their own, got stacked ones; scan_layers after.")
+        raise UnsupportedFeatureError(
+            "shard: layers must be arrays of their own, got stacked ones; call mistral_flax.scan.unscan_layers(model) "
+            "first."
+        )
     placement = Placement.of(model.config.value, mesh, rules)
     packed = dict(model.packed_parts())
     for name, _ in parameters(model.config.value, model.architecture):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from ..plain import dtype_name, is_int
 from ..quantization import request
 from ..quantization.matrix import KINDS
 from ..quantization.storage import Arrangement
-from ..sharding import Sharding
+from ..sharding import Rules, Sharding
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """What parameters may be kept in -> bytes of a number."""
@@ -74,7 +74,7 @@ class Workload:
         config: MistralConfig,
         mesh: Mapping[str, int],
         *,
-        rules: Mapping[str, str | Sequence[str] | None] | None = None,
+        rules: Rules | None = None,
         architecture: str = "MistralForCausalLM",
         dtype: Any = "bfloat16",
         batch: int = 1,

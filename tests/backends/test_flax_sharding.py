@@ -228,3 +228,22 @@ def test_a_checkpoint_is_loaded_in_parts_and_saved_whole(found):
     assert back
     assert whole == []
     assert packed < 2e-6
+
+
+def test_meshes_and_models_that_cannot_be_cut_are_refused():
+    import jax
+
+    from mistral_core.config.presets import TINY
+    from mistral_core.errors import MeshError, UnsupportedFeatureError
+    from mistral_flax import MistralForCausalLM
+    from mistral_flax.scan import scan_layers
+    from mistral_flax.sharding import shard
+
+    model = MistralForCausalLM(TINY)
+    one = {"axis_types": (jax.sharding.AxisType.Auto,)}
+    with pytest.raises(MeshError, match=r"automatic axes, got data of another type; .*AxisType\.Auto,\) \* 1\."):
+        shard(model, jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,)))
+    with pytest.raises(MeshError, match="rules must name axes of the mesh, got 'N' over tensor"):
+        shard(model, jax.make_mesh((1,), ("data",), **one), {"N": "tensor"})
+    with pytest.raises(UnsupportedFeatureError, match=r"unscan_layers\(model\) first"):
+        shard(scan_layers(model), jax.make_mesh((1,), ("data",), **one))
