@@ -93,7 +93,7 @@ def looked_at(sizes, K):
     alone = flat(nnx.jit(nnx.grad(loss_of))(cut))
     results = []
     for model in (one, cut):
-        optimizer = nnx.Optimizer(model, optax.adamw(1e-2), wrt=nnx.Param)
+        optimizer = nnx.Optimizer(model, optax.adamw(1e-2, eps=1e-6), wrt=nnx.Param)
         loss, gradients = trained(model, optimizer)
         losses = [float(loss), *(float(trained(model, optimizer)[0]) for _ in range(2))]
         results.append((losses, flat(gradients), flat(nnx.state(model, nnx.Param)), flat(nnx.state(optimizer))))
@@ -183,9 +183,9 @@ def found():
 def test_logits_losses_gradients_and_weights_are_those_of_one_device(found, name):
     of = found["looked at"][name]
     assert of["logits"] < 2e-6
-    assert of["losses"] < 2e-6
-    assert of["gradients"] < 2e-5
-    assert of["weights"] < 1e-3  # AdamW divides by gradients, of which some are rounding alone
+    assert of["losses"] < 5e-7
+    assert of["gradients"] < 2e-6
+    assert of["weights"] < 2e-4  # AdamW divides by gradients, of which some are rounding alone
 
 
 @pytest.mark.parametrize("name", MESHES)
