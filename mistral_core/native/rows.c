@@ -1140,11 +1140,12 @@ static void rows_by_digits(const void *argument, int64_t part)
 static int prepare_digits(Job *job, int rounded, int8_t *codes, int32_t *totals, float *scales)
 {
     const Matrix *m = job->m;
+    if ((m->kind != INT8 && m->kind != INT4) || grouping(m, ROUNDED) < 0) return 0;
+    job->digits = rounded ? 1 : are_bfloat16(job->x, job->R * job->stride) ? 3 : 4;
     int64_t blocks = job->stride / ROUNDED, digits = job->digits, of_row = job->stride * digits;
     int grouped = grouping(m, ROUNDED), halves = is_of_halves(m->kind, grouped);
     int64_t totals_of_row = of_row / (halves ? 4 : 8);
     int factor = m->zero ? 1 : m->kind == INT4 ? -8 : -128;
-    if (!(m->kind == INT8 || m->kind == INT4) || grouped < 0) return 0;
     for (int64_t r = 0; r < job->R; r++) {
         int8_t *of_r = codes + r * of_row;
         if (!rounded && !digits_of_row(job->x + r * job->stride, m->I, (int)digits, of_r, scales + r * blocks)) return 0;
@@ -1218,19 +1219,17 @@ int mistral_product(
     }
     job.x = as_floats, job.x_codes = x_codes, job.x_scales = scales, job.x_totals = totals;
 #ifdef VNNI
-    job.digits = rounded ? 1 : are_bfloat16(as_floats, R * stride) ? 3 : 4;
     if (prepare_digits(&job, rounded, x_codes, totals, scales)) run = rows_by_digits;
 #endif
 #ifdef WIDE
-    if (run != several_rows)
-        ;
-    else if (kind == FLOATS) {
+    int is_plain = run == several_rows;
+    if (is_plain && kind == FLOATS) {
         if (scale_type == BFLOAT16)
             for (int64_t r = 0; r < R; r++) order_for_halves(as_floats + r * stride, stride);
         run = rows_of_floats;
-    } else if (kind == INT8 || kind == FP8) {
+    } else if (is_plain && (kind == INT8 || kind == FP8)) {
         if (m.G == 1 || wide % 16 == 0) run = rows_in_registers;
-    } else if (grouping(&m, 128) >= 0) {
+    } else if (is_plain && grouping(&m, 128) >= 0) {
         for (int64_t r = 0; r < R; r++) order_for_nibbles(as_floats + r * stride, stride);
         run = rows_in_registers;
     }
