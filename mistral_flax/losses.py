@@ -51,4 +51,4 @@ def span_loss(
 def divided(total: Array, count: Array, num_items_in_batch: Any = None) -> Array:
     """A loss: a sum over its count, or over that of the whole step; of two sums [2] the mean. Nothing counted is 0."""
     count = count if num_items_in_batch is None else jnp.asarray(num_items_in_batch)
-    return (total / jnp.maximum(count, 1).astype(jnp.float32)).mean()
+    return (total / jnp.where(count > 0, count, 1).astype(jnp.float32)).mean()

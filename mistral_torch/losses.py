@@ -49,4 +49,4 @@ def span_loss(
 def divided(total: Tensor, count: Tensor, num_items_in_batch: Any = None) -> Tensor:
     """A loss: a sum over its count, or over that of the whole step; of two sums [2] the mean. Nothing counted is 0."""
     count = count if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=total.device)
-    return (total / count.clamp(min=1)).mean()
+    return (total / torch.where(count > 0, count, 1)).mean()

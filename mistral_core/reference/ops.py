@@ -214,4 +214,5 @@ def squared_error(predictions: Array, labels: Array) -> tuple[Array, Array]:
 
 def divided(total: Array, count: Array, num_items_in_batch: Any = None) -> Array:
     """A loss: a sum over its count, or over that of the whole step; of two sums [2] the mean. Nothing counted is 0."""
-    return (total / np.maximum(count if num_items_in_batch is None else num_items_in_batch, 1)).mean()
+    count = np.asarray(count if num_items_in_batch is None else num_items_in_batch)
+    return (total / np.where(count > 0, count, 1)).mean()

@@ -33,6 +33,22 @@ def test_accumulated_gradients_are_those_of_the_step_torch():
             assert torch.allclose(p.grad, wanted[name], atol=1e-6), name
 
 
+@pytest.mark.feature("Gradient accumulation: num_items_in_batch")
+@pytest.mark.parametrize("package", ["mistral_torch", "mistral_flax", "mistral_core.reference"])
+def test_the_mean_over_devices_with_fewer_labels_than_devices(package):
+    """Two labels over four devices whose losses are averaged: each divides by half a label."""
+    total, count = np.float32([0.5, 3.0, 0.0, 0.0]), np.int64([1, 1, 0, 0])
+    if package == "mistral_core.reference":
+        from mistral_core.reference.ops import divided
+    else:
+        divided = pytest.importorskip(f"{package}.losses").divided
+        array = pytest.importorskip(f"{package}.arrays").from_numpy
+        total, count = array(total), array(count)
+    losses = [float(divided(total[rank], count[rank], 2 / 4)) for rank in range(4)]
+    assert np.mean(losses) == 3.5 / 2
+    assert float(divided(total[2], count[2])) == 0, "nothing counted"
+
+
 @pytest.mark.feature("transformers' Trainer")
 @pytest.mark.filterwarnings("ignore")  # theirs
 def test_the_trainer_s_step_is_the_same_however_it_is_split_torch(tmp_path):
