@@ -17,6 +17,7 @@ from ..parameters import BASE_PREFIX, HEADS, parameters, shapes
 from ..quantization.matrix import PackedMatrix
 from ..quantization.storage import Arrangement, arrangement_of
 from . import push, saving
+from .processes import Processes, written_by_first
 from .resizing import VOCABULARY, resized_config, resized_rows
 
 
@@ -67,6 +68,10 @@ class Saved:
 
     def _keep_config(self, config: AssignableConfig) -> None:
         self.base_model._config = config
+
+    def _processes(self) -> Processes | None:
+        """The processes that hold the model together; None where this one holds all of it."""
+        return None
 
     # Matrices of few bits, each in a part that has a `matrix` in the place of a weight
 
@@ -140,16 +145,23 @@ class Saved:
         max_shard_size: str | int,
         overwrite: bool,
     ) -> None:
-        saving.save_pretrained(
-            directory,
-            self.config.value,
-            tensors,
-            packed=self.arrangements(),
-            architecture=self.architecture,
-            generation_config=self.generation_config,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-        )
+        def write(stream: Iterable[tuple[str, np.ndarray[Any, Any] | PackedMatrix]]) -> None:
+            saving.save_pretrained(
+                directory,
+                self.config.value,
+                stream,
+                packed=arrangements,
+                architecture=self.architecture,
+                generation_config=self.generation_config,
+                max_shard_size=max_shard_size,
+                overwrite=overwrite,
+            )
+
+        arrangements, processes = self.arrangements(), self._processes()
+        if processes is None:
+            write(tensors)
+        else:
+            written_by_first(processes, tensors, write)
 
     def push_to_hub(
         self,
@@ -164,8 +176,14 @@ class Saved:
     ) -> str:
         """Upload what save_pretrained writes in one commit, and return its address.
 
-        The repository, and the branch `revision`, are made if they are not there. Raises HubError and its kinds.
+        The repository, and the branch `revision`, are made if they are not there. Raises HubError and its kinds, and
+        UnsupportedFeatureError where several processes hold the model.
         """
+        if self._processes() is not None:
+            raise UnsupportedFeatureError(
+                "push_to_hub: several processes hold this model; call save_pretrained(directory) in all of them, then "
+                "`mistral push` in one."
+            )
         return push.save_and_push(
             lambda directory: self.save_pretrained(directory, max_shard_size=max_shard_size),
             repo_id,
