@@ -90,6 +90,10 @@ class Engine:
     def _compilations(self) -> int:
         return self._step._cache_size() if self.fixed_caches else 0
 
+    def stops(self, here: bool) -> bool:
+        """Whether the decoding ends after a step: because it does here, or in a process that computes the same rows."""
+        return here
+
     def random_seed(self) -> int:
         """A seed where none is given.
 

@@ -87,6 +87,10 @@ class Engine:
         traced = {self._prefill, self._decode} if self.fixed_caches else ()
         return sum(step.experimental_get_tracing_count() for step in traced)
 
+    def stops(self, here: bool) -> bool:
+        """Whether the decoding ends after a step: because it does here, or in a process that computes the same rows."""
+        return here
+
     def random_seed(self) -> int:
         """A seed where none is given.
 

@@ -116,6 +116,10 @@ class Engine:
             "on_device_loop: PyTorch has no compiled loop; leave it out, on a GPU compile='on' replays CUDA graphs."
         )
 
+    def stops(self, here: bool) -> bool:
+        """Whether the decoding ends after a step: because it does here, or in a process that computes the same rows."""
+        return here
+
     def random_seed(self) -> int:
         """A seed where none is given.
 

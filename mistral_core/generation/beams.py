@@ -155,7 +155,7 @@ class _Search:
                 came = self._extend(row, found[row], length)
                 origin[row * beams : (row + 1) * beams] = row * beams + np.array(came)
                 done[row] = _is_done(self.running[row], self.finished[row], generation, length)
-            if all(done) or time.monotonic() > deadline:
+            if engine.stops(all(done) or time.monotonic() > deadline):
                 return
             if (origin != np.arange(len(rows))).any():
                 cache = cache.select_rows(origin)

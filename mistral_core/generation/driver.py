@@ -7,6 +7,7 @@ is computed.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
@@ -105,17 +106,18 @@ def _collected(running: Decode, prompt: Prompt, streamer: Any) -> tuple[Step, An
             stop = streamer.put(column(made.tokens, put, prompt.generation.padding)) or stop
             put += 1
 
-    while True:
-        try:
-            step = running.send(stop)
-        except StopIteration as end:
-            tell(max(map(len, made.tokens)))
-            return made, end.value
-        for row in range(rows):
-            made.tokens[row].extend(step.tokens[row])
-            made.scores[row].extend(step.scores[row])
-            made.logits[row].extend(step.logits[row])
-        tell(min([len(row) for row, new in zip(made.tokens, step.tokens, strict=True) if new], default=0))
+    with contextlib.closing(running):
+        while True:
+            try:
+                step = running.send(stop)
+            except StopIteration as end:
+                tell(max(map(len, made.tokens)))
+                return made, end.value
+            for row in range(rows):
+                made.tokens[row].extend(step.tokens[row])
+                made.scores[row].extend(step.scores[row])
+                made.logits[row].extend(step.logits[row])
+            tell(min([len(row) for row, new in zip(made.tokens, step.tokens, strict=True) if new], default=0))
 
 
 def looked_into(engine: Engine, prompt: Prompt, out: GenerateOutput) -> GenerateOutput:
@@ -202,8 +204,9 @@ def _token_steps(engine: Engine, prompt: Prompt, tokenizer: Any, options: dict[s
         real = np.asarray(out.attention_mask)[0, prompt.ids.shape[1] :] != 0
         yield out.sequences[0, prompt.ids.shape[1] :][real].tolist()
     else:
-        for step in decode(engine, prompt, tokenizer=tokenizer, **options):
-            yield step.tokens[0]
+        with contextlib.closing(decode(engine, prompt, tokenizer=tokenizer, **options)) as steps:
+            for step in steps:
+                yield step.tokens[0]
 
 
 def decode(
@@ -245,9 +248,13 @@ def decode(
             chosen = chosen._replace(logits=None)
         step = _take(chosen, rows, drafts, ended, ending)
         ending.ask(rows, ended, step.scores)
-        stop = yield step
+        try:
+            stop = yield step
+        except BaseException:  # the caller has enough, or a function of theirs failed
+            engine.stops(True)
+            raise
         cache = _forget_rest(engine, cache, drafts, step)
-        if stop or all(ended) or time.monotonic() > deadline:
+        if engine.stops(bool(stop) or all(ended) or time.monotonic() > deadline):
             return cache
         if generation.on_device_loop:
             return (yield from _on_device(engine, cache, rows, ended, rule, values, ending))

@@ -75,6 +75,13 @@ class Engine(Protocol):
     ) -> tuple[Array, Any]:  # fmt: skip
         """The tokens [B, steps] of so many steps in one compiled loop, which ends early when every row has."""
 
+    def stops(self, here: bool) -> bool:
+        """Whether the decoding ends after a step: because it does here, or in a process that computes the same rows.
+
+        Every such process asks after each step, so that what only one of them knows, its clock or that its caller has
+        enough, ends all of them at the same token.
+        """
+
     def random_seed(self) -> int:
         """A seed from the framework's own generator, where it has one."""
 

@@ -58,6 +58,10 @@ class Engine:
             values = values._replace(step=values.step + 1)
         return tokens, cache
 
+    def stops(self, here: bool) -> bool:
+        """Whether the decoding ends after a step: here is the only process."""
+        return here
+
     def random_seed(self) -> int:
         """A seed from the operating system."""
         return int(np.random.default_rng().integers(2**63))

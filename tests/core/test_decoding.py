@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import threading
+from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -454,3 +457,75 @@ def test_a_streamer_is_told_the_end_whatever_happens():  # 113
     with pytest.raises(KeyboardInterrupt):
         driver.generate(engine.Engine(TINY, PARAMETERS), prepared(IDS, None, {}), streamer=streamer)
     assert streamer.ended == 1
+
+
+class Together(engine.Engine):
+    """One of two processes, here threads, that compute the same rows: both end where one does."""
+
+    flags: ClassVar = []
+
+    def __init__(self, rank, barrier):
+        super().__init__(TINY, PARAMETERS)
+        self.rank, self.barrier = rank, barrier
+
+    def stops(self, here):
+        self.flags[self.rank] = here
+        self.barrier.wait(20)
+        found = any(self.flags)
+        self.barrier.wait(20)
+        return found
+
+
+class Enough:
+    """A streamer that has enough after so many columns: it says so, fails, or runs out of time."""
+
+    def __init__(self, columns, how):
+        self.left, self.how = columns + 1, how  # the prompt is told first
+
+    def put(self, column):
+        self.left -= 1
+        if self.left == 0 and self.how == "fails":
+            raise OSError("the pipe is closed")
+        return self.left == 0 and self.how == "says so"
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize(("how", "beams"), [("says so", 1), ("fails", 1), ("time", 1), ("time", 2)])
+def test_processes_that_compute_the_same_rows_end_together(how, beams, monkeypatch):
+    barrier, found = threading.Barrier(2), [None, None]
+    Together.flags = [False, False]
+    clock = threading.local()
+    for module in (driver, driver.beams):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    def run(rank):
+        clock.now, mine = 0.0, rank == 1 and how != "time"
+        subject = Together(rank, barrier)
+
+        class Clocked(type(subject)):
+            def step(self, *given):
+                clock.now += 1.0 + rank  # the second clock runs faster
+                return super().step(*given)
+
+        subject.__class__ = Clocked
+        options = {**ENDLESS, "max_new_tokens": 9, "num_beams": beams, "max_time": 6.5 if how == "time" else None}
+        try:
+            found[rank] = driver.generate(
+                subject, prepared(IDS, None, options), streamer=Enough(3, how) if mine else None
+            ).sequences.shape[1]
+        except OSError as error:
+            found[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ended, other = found
+    if how == "fails":
+        assert isinstance(other, OSError)
+    else:
+        assert ended == other
+    assert IDS.shape[1] < ended < IDS.shape[1] + 9, "the first process has not run on by itself"
