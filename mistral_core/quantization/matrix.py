@@ -7,12 +7,13 @@ This is what every packed format is made into when it is read, what the backends
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from ..errors import CorruptCheckpointError
+from ..errors import CorruptCheckpointError, MeshError
 from .blocks import Block, spread
 
 ROWS = 128
@@ -133,6 +134,37 @@ def in_order(matrix: PackedMatrix, order: np.ndarray) -> PackedMatrix | None:
     if down == 1:
         return moved
     return moved._replace(scale=matrix.scale[order], zero=None if matrix.zero is None else matrix.zero[order])
+
+
+def part_of(matrix: PackedMatrix, index: tuple[slice, slice], where: str = "matrix") -> PackedMatrix:
+    """The part of a matrix at an index of rows and columns, in the same bits.
+
+    Raises MeshError where it begins or ends inside a block of numbers that share a scale, or inside a byte.
+    """
+    sizes, scale, zero, block = [], matrix.scale, matrix.zero, []
+    for axis, (cut, size, length) in enumerate(zip(index, matrix.shape, matrix.block, strict=True)):
+        start, stop, _ = cut.indices(size)
+        in_a_byte = 2 if axis == 1 and KINDS[matrix.kind].bits == 4 else 1
+        is_inside = start // length == (stop - 1) // length
+        step = in_a_byte if is_inside else math.lcm(length, in_a_byte)
+        if start % step or (stop % step and stop < size):
+            raise MeshError(
+                f"{where}: {'columns' if axis else 'rows'} {start} to {stop} of a packed matrix must begin and end at "
+                f"a multiple of {step}, for so many share a scale or a byte; cut it into fewer parts, or pack it in "
+                "smaller groups."
+            )
+        blocks = slice(start // length, math.ceil(stop / length))
+        scale, zero = (x if x is None else x[(slice(None),) * axis + (blocks,)] for x in (scale, zero))
+        sizes.append(stop - start)
+        block.append(min(length, stop - start))
+    rows, columns = index
+    codes = matrix.codes[rows]
+    if KINDS[matrix.kind].bits == 8:
+        codes = codes[:, columns]
+    else:
+        start, stop, _ = columns.indices(matrix.shape[1])
+        codes = codes[:, start // 2 : math.ceil(stop / 2)]
+    return PackedMatrix(matrix.kind, codes, scale, zero, (sizes[0], sizes[1]), (block[0], block[1]))
 
 
 def whole_block(block: Block, shape: tuple[int, int]) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from mistral_core.errors import MeshError
 from mistral_core.quantization import matrix as packed
 from mistral_core.quantization import request, rounding, storage
 from mistral_core.quantization.matrix import KINDS, PackedMatrix
@@ -278,3 +279,33 @@ def test_compressed_tensors_has_the_same_integers(given, group, kind, symmetric)
     elif symmetric:
         assert scale.tobytes() == THEIRS[f"{name}/weight_scale"].tobytes()
         same(quantized.unsigned_codes(found) - 2 ** (bits - 1), THEIRS[f"{name}/codes"])
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("block", [(1, 16), (1, 96), (8, 96), (4, 8), (1, 7)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_part_is_what_the_whole_has_there(kind, block, zero):
+    random, shape = np.random.default_rng(0), (8, 96)
+    grid = -(-shape[0] // block[0]), -(-shape[1] // block[1])
+    numbers = random.integers(0, 100 if kind == "fp8" else 2 ** KINDS[kind].bits, shape).astype(np.uint8)
+    whole = PackedMatrix(
+        kind, packed.packed_codes(kind, numbers), random.uniform(0.5, 2, grid).astype(np.float32),
+        random.integers(-3, 4, grid).astype(np.int8) if zero else None, shape, block,
+    )  # fmt: skip
+    taken = 0
+    for rows in (slice(0, 8), slice(0, 4), slice(4, 8), slice(3, 4)):
+        for columns in (slice(0, 96), slice(48, 96), slice(16, 48), slice(14, 28), slice(84, 96), slice(3, 5)):
+            step = block[1] if columns.start // block[1] != (columns.stop - 1) // block[1] else 1
+            step = np.lcm(step, 1 if KINDS[kind].bits == 8 else 2)
+            high = block[0] if rows.start // block[0] != (rows.stop - 1) // block[0] else 1
+            fits = [x % n == 0 or x == size for n, cut, size in ((step, columns, 96), (high, rows, 8))
+                    for x in (cut.start, cut.stop)]  # fmt: skip
+            if not all(fits):
+                with pytest.raises(MeshError, match="matrix: (rows|columns) .* must begin and end at a multiple of"):
+                    packed.part_of(whole, (rows, columns))
+                continue
+            part, taken = packed.part_of(whole, (rows, columns)), taken + 1
+            assert part.codes.shape[0] == part.shape[0] == rows.stop - rows.start
+            assert part.nbytes <= whole.nbytes
+            assert np.array_equal(packed.dequantised(part), packed.dequantised(whole)[rows, columns])
+    assert taken >= 4
