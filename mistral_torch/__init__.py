@@ -1,6 +1,7 @@
 """Mistral in PyTorch: the mirror of mistral_flax and mistral_tf."""
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from mistral_core.backend import lacking as _lacking
 
@@ -40,6 +41,9 @@ from .heads import (
 )
 from .model import MistralModel
 from .quantize import BitsAndBytesConfig, Quantization, dequantize, quantize
+
+if TYPE_CHECKING:
+    from .sharding import parallelize
 
 # every dense Mistral is one network: its class by the names that transformers has for each model type
 MinistralForCausalLM = Ministral3ForCausalLM = MistralForCausalLM
@@ -86,9 +90,12 @@ __all__ = [
     "TextIteratorStreamer",
     "TextStreamer",
     "dequantize",
+    "parallelize",
     "quantize",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "parallelize":  # with which torch.distributed is loaded, in a second or two
+        return importlib.import_module(f"{__name__}.sharding").parallelize
     return _named(__name__, name)

@@ -16,6 +16,7 @@ from mistral_core.errors import ConfigError, InputError
 from mistral_core.plain import dtype_name
 
 from .cache import KVCache, is_mapped
+from .processes import is_cut, joined
 
 if KVCache not in pytree.SUPPORTED_NODES:  # torch.export writes the types of a program's outputs by name
     pytree._register_namedtuple(KVCache, serialized_type_name=f"{KVCache.__module__}.{KVCache.__qualname__}")
@@ -60,8 +61,8 @@ def _devices() -> dict[str, list[torch.device]]:
 
 
 def to_numpy(array: Tensor) -> np.ndarray:
-    """A tensor as NumPy, bits kept: bfloat16 travels as its 16 bits."""
-    array = array.detach().cpu()
+    """A tensor as NumPy, bits kept: bfloat16 travels as its 16 bits; of one cut over processes, which all ask, all."""
+    array = (joined(array) if is_cut(array) else array).detach().cpu()
     if array.dtype == torch.bfloat16:
         return array.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return array.numpy()

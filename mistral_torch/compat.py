@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from mistral_core.compat.arguments import check_saving
 from mistral_core.compat.clients import SeenAs
 from mistral_core.errors import InputError, MissingTensorsError, UnsupportedFeatureError
-from mistral_core.parameters import parameters
+from mistral_core.parameters import BODY, HEADS, parameters
 from mistral_core.quantization.matrix import PackedMatrix
 
 from .arrays import to_numpy
 from .attention import ALIASES, check_implementation
 from .cache import KVCache
 from .outputs import Dictionary
+from .processes import is_cut
 
 
 class AsTransformers(SeenAs):
@@ -45,7 +46,6 @@ class AsTransformers(SeenAs):
     _no_split_modules = ("DecoderLayer",)
     _skip_keys_device_placement = ("past_key_values",)
     is_parallelizable = model_parallel = False
-    _tp_plan = _tp_size = tp_size = _device_mesh = None
 
     # Which numbers there are
     is_quantized = is_loaded_in_8bit = is_loaded_in_4bit = False
@@ -76,6 +76,32 @@ class AsTransformers(SeenAs):
         return {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
 
     @property
+    def _tp_plan(self) -> dict[str, str]:
+        """How each matrix is cut among processes, in transformers' words, which has none for embeddings."""
+        rows = [row for row in (*BODY, *HEADS[self.architecture]) if row.is_linear and row.axes[0] != "C"]
+        return {
+            self._own_name(row.name).removesuffix(".weight").replace("{}", "*"): "colwise_gather_output"
+            if row.kind == "head"
+            else "rowwise"
+            if row.axes[0] == "D"
+            else "colwise"
+            for row in rows
+        }
+
+    @property
+    def tp_size(self) -> int | None:
+        """Among how many processes each layer is cut; None where it is whole."""
+        placement = self.base_model.placement
+        return None if placement is None or placement.tensor is None else placement.tensor.size()
+
+    _tp_size = tp_size
+
+    @property
+    def _device_mesh(self) -> Any:
+        """The mesh of processes; None where the model is whole."""
+        return None if self.base_model.placement is None else self.base_model.placement.mesh
+
+    @property
     def vocab_size(self) -> int:
         """How many tokens the config has."""
         return self.config.vocab_size
@@ -104,13 +130,18 @@ class AsTransformers(SeenAs):
         """Write config, generation config and safetensors in one atomic step, verified before the swap.
 
         Files of other kinds that are already there stay. The tensors of `state_dict` are written in place of the
-        model's; without `is_main_process` nothing is; `save_function` is taken and ours writes. Further options of
-        transformers that ask for what is not here raise UnsupportedFeatureError. Raises ConversionError and its kind.
+        model's; without `is_main_process` nothing is; `save_function` is taken and ours writes. Of a model that is cut
+        over processes all call this, and the first one writes. Further options of transformers that ask for what is not
+        here raise UnsupportedFeatureError. Raises ConversionError and its kind.
         """
         check_saving(options)
-        if is_main_process:
-            tensors = self.named_tensors() if state_dict is None else self._tensors_of(state_dict)
-            self._write(directory, tensors, max_shard_size, overwrite)
+        if state_dict is None:
+            tensors, processes = self.named_tensors(), self._processes()
+        else:
+            tensors = self._tensors_of(state_dict)
+            processes = self._processes() if any(map(is_cut, state_dict.values())) else None
+        if is_main_process or processes is not None:
+            self._write(directory, tensors, max_shard_size, overwrite, processes)
 
     def _tensors_of(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, np.ndarray | PackedMatrix]]:
         """What `named_tensors` yields, floats from a state dict; raises MissingTensorsError."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mistral_core.errors import InputError
+from mistral_core.errors import InputError, UnsupportedFeatureError
 from mistral_core.generation import driver
 from mistral_core.generation.mixin import Generates
 from mistral_core.outputs import GenerateOutput
@@ -18,6 +18,7 @@ from .arrays import integers
 from .foreign_cache import given_back, is_foreign, own_cache
 from .generate import without_dropout
 from .layers import token_order
+from .processes import in_step, is_fsdp
 
 if TYPE_CHECKING:
     from .heads import MistralForCausalLM
@@ -65,6 +66,11 @@ def _with_prefixes(generate: Any) -> Any:
     return after_prefix
 
 
+def _in_step(model: MistralForCausalLM, pieces: Iterator[str]) -> Iterator[str]:
+    with in_step(model):
+        yield from pieces
+
+
 def _adapted(
     model: MistralForCausalLM, input_ids: Any, attention_mask: Any, options: dict[str, Any]
 ) -> tuple[Any, dict[str, Any] | None, dict[str, Any]]:
@@ -86,7 +92,22 @@ def _adapted(
 class GeneratesForClients(Generates[Tensor]):
     """A model that continues text, also for clients that bring caches and adapters of their own."""
 
-    _generate = _with_prefixes(Generates._generate)
+    @functools.wraps(Generates._generate)
+    def _generate(self, *inputs: Any, **options: Any) -> Any:
+        with in_step(self):
+            return _with_prefixes(Generates._generate)(self, *inputs, **options)
+
+    def _engines(self, assistant: Any, prompt: driver.Prompt) -> tuple[driver.Engine, Any]:
+        if assistant is not None and is_fsdp(assistant):
+            raise UnsupportedFeatureError(
+                "assistant_model: FSDP2 cuts it, and processes may ask it for different numbers of guesses; give a "
+                "whole one, or one that parallelize cuts over an axis tensor alone."
+            )
+        return super()._engines(assistant, prompt)
+
+    def stream(self, *inputs: Any, **options: Any) -> Iterator[str]:
+        pieces = super().stream(*inputs, **options)
+        return _in_step(self, pieces)
 
     def _prompt(
         self, input_ids: Any, attention_mask: Any, generation_config: Any, options: Mapping[str, Any]
@@ -127,7 +148,9 @@ class GeneratesForClients(Generates[Tensor]):
         missing = (order >= cache.length[:, None]).long()  # the end of a row that ended before the others
         if missing.any():
             with without_dropout(self):
-                cache = self.model(ids, attention_mask=missing, past_key_values=cache, return_dict=True).past_key_values
+                cache = self(
+                    ids, attention_mask=missing, past_key_values=cache, logits_to_keep=1, return_dict=True
+                ).past_key_values
         return out._replace(past_key_values=given_back(past, cache, order[:, past.get_seq_length() :]))
 
     def prepare_inputs_for_generation(

@@ -45,11 +45,17 @@ class Engine:
     """A model's step with NumPy at its border, as `mistral_core.generation.driver` runs it."""
 
     def __init__(self, model: MistralForCausalLM, compile: str) -> None:
-        self.model, self.config = model, model.config
+        self.model, self.config = model, model.config_here
+        self._together = model._together()
+        if self._together is not None and compile in ("on", "max"):
+            raise UnsupportedFeatureError(
+                f"compile={compile!r}: a model that is cut over processes decodes as it is; leave it out, or compile "
+                "the layers: `for layer in model.model.layers: layer.compile()`."
+            )
         on_cpu = model.device.type == "cpu"
         # of packed weights, freezing would make floats for good
         self._frozen = compile == "max" and next(model.packed_parts(), None) is None
-        self.fixed_caches = compile in ("on", "max") or (compile == "auto" and not on_cpu)
+        self.fixed_caches = compile in ("on", "max") or (compile == "auto" and not on_cpu and self._together is None)
         self.fixed_prompts = self.fixed_caches and not self._frozen
         self._head = model.lm_head.weight.detach() if _is_plain(model) and _is_plain(model.lm_head) else None
         self._whole = native.whole_step_of(model) if on_cpu and compile == "auto" else None
@@ -118,29 +124,29 @@ class Engine:
 
     def stops(self, here: bool) -> bool:
         """Whether the decoding ends after a step: because it does here, or in a process that computes the same rows."""
-        return here
+        return here if self._together is None else self._together.stops(here)
 
     def random_seed(self) -> int:
         """A seed where none is given.
 
-        From torch's generator, so that torch.manual_seed decides.
+        From torch's generator, so that torch.manual_seed decides; of several processes, the first one's.
         """
-        return int(torch.randint(2**63 - 1, ()))
+        seed = torch.randint(2**63 - 1, ())
+        return int(seed if self._together is None else self._together.of_first(seed))
 
     @torch.no_grad()
     def look(
         self, ids_BT: np.ndarray, mask_BT: np.ndarray, embeds_BED: np.ndarray | None
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Hidden states and attention weights of a text, without a cache; embeddings stand before the ids."""
-        body = self.model.model
         given = {"input_ids": self.array(ids_BT)}
         if embeds_BED is not None:
-            embeds, after = self.array(embeds_BED), body.embed_tokens(self.array(ids_BT))
+            embeds, after = self.array(embeds_BED), self.model.model.embed_tokens(self.array(ids_BT))
             given = {"inputs_embeds": torch.cat([embeds.to(after.dtype), after], 1)}
-        with without_dropout(body):
-            out = body(
+        with without_dropout(self.model):
+            out = self.model(
                 **given, attention_mask=self.array(mask_BT), use_cache=False, output_attentions=True,
-                output_hidden_states=True, return_dict=True,
+                output_hidden_states=True, logits_to_keep=1, return_dict=True,
             )  # fmt: skip
         return out.hidden_states, out.attentions
 

@@ -27,9 +27,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        h = x_BTD.float()
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
-        return h.to(x_BTD.dtype) * self.weight
+        return rms_norm(x_BTD, self.weight, self.eps)
+
+
+def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """The formula of `RMSNorm`, of which a model may hold the weight in another way."""
+    h = x_BTD.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    return h.to(x_BTD.dtype) * weight_D
 
 
 def token_order(attention_mask_BT: Tensor, past_length_B: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class MistralModel(PreTrainedModel):
         here. Raises InputError and its kinds.
         """
         inputs = model_inputs(
-            self.config, self.device, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds,
+            self.config_here, self.device, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds,
             documents_told(others, document_ids),
         )  # fmt: skip
         x_BTD, steps, past = self._start(inputs, past_key_values, use_cache, output_attentions)
@@ -86,7 +86,7 @@ class MistralModel(PreTrainedModel):
         if use_cache is None:
             use_cache = config.use_cache and not self.training and inputs.document_ids is None
         if past is None and use_cache:
-            past = KVCache.allocate(config, x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
+            past = KVCache.allocate(self.config_here, x_BTD.shape[0], dtype=x_BTD.dtype, device=x_BTD.device)
         length_B = torch.zeros_like(mask_BT[:, 0]) if past is None else past.length
         position_BT = inputs.position_ids
         if position_BT is None:

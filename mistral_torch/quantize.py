@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mistral_core.errors import UnsupportedFeatureError
 from mistral_core.parameters import LM_HEAD
 from mistral_core.quantization import models
 from mistral_core.quantization.matrix import PackedMatrix
@@ -44,7 +45,8 @@ class QuantizedLinear(nn.Linear):
         """The matrix as the products take it."""
         held = self._buffers  # an attribute of a module is looked for in several places
         codes, scale, zero = held["weight_packed"], held["weight_scale"], held["weight_zero_point"]
-        return PackedWeight(codes, scale, zero, self.kind, self.shape, self.block, self.activations)
+        shape = self.out_features, self.in_features
+        return PackedWeight(codes, scale, zero, self.kind, shape, self.block, self.activations)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -107,7 +109,14 @@ def quantize(model: M, quantization: Any = "int8", **options: Any) -> M:
 
 
 def dequantize(model: M) -> M:
-    """Make floats of all packed matrices of a model, in its dtype, and return it."""
+    """Make floats of all packed matrices of a model, in its dtype, and return it.
+
+    Raises UnsupportedFeatureError where they are cut over processes.
+    """
+    if model.base_model.placement is not None:
+        raise UnsupportedFeatureError(
+            "dequantize: this model is cut over processes; load it with 'dequantize' instead."
+        )
     for name, part in list(model.packed_parts()):
         plain = Head(1, 1, bias=False) if part.is_head else nn.Linear(1, 1, bias=False)
         plain.out_features, plain.in_features = part.shape
@@ -120,7 +129,11 @@ def put(model: nn.Module, name: str, matrix: PackedMatrix, *, device: torch.devi
     """Let the tensor of this canonical name be a packed matrix; it stays where it was, unless a device is given."""
     old = model._module(name).weight.device
     device = old if device is None and old.type != "meta" else device
-    _replace(model, name, QuantizedLinear(matrix, is_head=name == LM_HEAD, device=device))
+    placement, is_head = model.base_model.placement, name == LM_HEAD
+    if placement is None:
+        _replace(model, name, QuantizedLinear(matrix, is_head=is_head, device=device))
+    else:
+        _replace(model, name, placement.packed(name, matrix, is_head=is_head, device=device))
 
 
 def _replace(model: nn.Module, name: str, part: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -14,17 +14,25 @@ from mistral_core import GenerationConfig, MistralConfig
 from mistral_core.compat.arguments import from_transformers
 from mistral_core.compat.clients import path_by_either_name
 from mistral_core.devices import placement
+from mistral_core.errors import UnsupportedFeatureError
 from mistral_core.quantization.models import round_activations
 from mistral_core.weights import loading
 from mistral_core.weights.mixin import Saved
 
 from .arrays import as_device, as_dtype, from_numpy, to_numpy
 from .compat import AsTransformers, any_parameter, execution_device, kept_parameter
+from .processes import Together, device_of, index_of, is_cut, is_fsdp
 from .quantize import put
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class PreTrainedModel(AsTransformers, Saved, nn.Module):
     """A Mistral class: its config, and its way to and from checkpoints."""
+
+    placement: Any = None  # a sharding.Placement: transformers looks for names in annotations at run time
+    """Which part of a MistralModel this process holds, where `sharding.parallelize` has cut it."""
 
     def __init__(self, config: MistralConfig) -> None:
         super().__init__()
@@ -43,6 +51,7 @@ class PreTrainedModel(AsTransformers, Saved, nn.Module):
         device: torch.device | str | int | Callable[[str], Any] | None = None,
         attn_implementation: str | None = None,
         quantization: Any = None,
+        mesh: DeviceMesh | None = None,
         seed: int = 0,
         verify: str = "sizes",
         **options: Any,
@@ -51,7 +60,8 @@ class PreTrainedModel(AsTransformers, Saved, nn.Module):
 
         `options` are hub arguments (revision, cache_dir, token, local_files_only), fields of the config to replace,
         and transformers' names of these arguments (torch_dtype, device_map, use_flash_attention_2). `device` may be a
-        function of a parameter's name. `quantization` packs each matrix as it comes (`Quantization`, int8, int4, nf4,
+        function of a parameter's name; over a `mesh` of processes, which `sharding.parallelize` takes, each reads its
+        part. `quantization` packs each matrix as it comes (`Quantization`, int8, int4, nf4,
         a config of transformers); a packed checkpoint stays packed, or becomes floats with "dequantize". A head that
         the file lacks is initialised from `seed` with one warning. Raises CheckpointError, ConfigError or HubError
         and their kind.
@@ -72,12 +82,16 @@ class PreTrainedModel(AsTransformers, Saved, nn.Module):
         )
         with torch.device("meta"):
             model = cls(loaded.config, attn_implementation=attn_implementation)
+        if mesh is not None:
+            place = _cut(model.to(as_dtype(loaded.config.dtype)), mesh)
         for weight in loaded.weights:
             matrix = weight.matrix()
-            if matrix is None:
-                model.set_parameter(weight.name, weight.read(), device=place(weight.name))
-            else:
+            if matrix is not None:
                 put(model, weight.name, matrix, device=place(weight.name))
+            elif mesh is not None:
+                model._set_part(weight.name, weight.read)
+            else:
+                model.set_parameter(weight.name, weight.read(), device=place(weight.name))
         round_activations(model, loaded.activations)
         model.tie_weights()
         model.generation_config = loaded.generation_config
@@ -88,27 +102,65 @@ class PreTrainedModel(AsTransformers, Saved, nn.Module):
     def set_parameter(self, name: str, array: np.ndarray, *, device: torch.device | str | None = None) -> None:
         """Let the parameter of this canonical name hold an array.
 
-        It stays where it was, unless a device is given. Raises UnsupportedFeatureError where it is packed.
+        It stays where it was, unless a device is given; of one that is cut over processes, each takes its part. Raises
+        UnsupportedFeatureError where it is packed.
         """
         self._refuse_floats(name)
+        self._reshard(name)
         module, attribute = self._module(name), name.rpartition(".")[2]
         old = getattr(module, attribute)
+        if is_cut(old):
+            self._set_part(name, array.__getitem__)
+            return
         if device is None and not old.is_meta:
             device = old.device
         setattr(module, attribute, nn.Parameter(from_numpy(array).to(device), requires_grad=old.requires_grad))
 
+    @torch.no_grad()
+    def _set_part(self, name: str, read: Callable[[tuple[slice, ...]], np.ndarray]) -> None:
+        """Let this process's part of a parameter hold what is read at its index."""
+        parameter = getattr(self._module(name), name.rpartition(".")[2])
+        here = parameter.to_local()
+        if here.numel():
+            here.copy_(from_numpy(np.ascontiguousarray(read(index_of(parameter)))))
+
     def _module(self, name: str) -> nn.Module:
         return self.get_submodule(self._own_name(name).rpartition(".")[0])
 
+    def _reshard(self, name: str) -> None:
+        """Let FSDP2 drop the copy of a parameter that it may have gathered for a call: what counts is cut again."""
+        module: nn.Module = self
+        for step in ("", *self._own_name(name).split(".")[:-1]):
+            module = getattr(module, step) if step else module
+            if is_fsdp(module):
+                module.reshard()
+
     def _array(self, name: str) -> np.ndarray:
+        self._reshard(name)
         array = kept_parameter(self, self._own_name(name))
         return to_numpy(array.to(self.dtype) if self._is_packed(name) else array)
 
     def _resize(self, name: str, rows: np.ndarray) -> None:
+        if self._together() is not None:
+            raise UnsupportedFeatureError("resize_token_embeddings: resize the model before it is cut over processes.")
         self.set_parameter(name, rows)
         self.get_input_embeddings().num_embeddings = len(rows)
         if self.get_output_embeddings() is not None:
             self.get_output_embeddings().out_features = len(rows)
+
+    def _together(self) -> Together | None:
+        """The processes that hold parts of the model; None where this one holds all of it."""
+        if self.base_model.placement is None and not any(map(is_cut, self.parameters())):
+            return None
+        return Together.of(self)
+
+    _processes = _together
+
+    @property
+    def config_here(self) -> MistralConfig:
+        """The config of the part of the model that this process holds: fewer heads where they are cut."""
+        placement = self.base_model.placement
+        return self.config if placement is None else placement.config_here
 
     def _parameters_of(self, only_trainable: bool) -> Iterator[nn.Parameter]:
         return (parameter for parameter in self.parameters() if parameter.requires_grad or not only_trainable)
@@ -160,3 +212,12 @@ def _tie(module: PreTrainedModel, keys: Any) -> None:
 
 def _name(dtype: Any) -> str:
     return str(as_dtype(dtype)).removeprefix("torch.")
+
+
+def _cut(model: PreTrainedModel, mesh: DeviceMesh) -> Callable[[str], Any]:
+    """A model of shapes cut over a mesh, its parts now in memory, empty; and where what is packed goes."""
+    from .sharding import parallelize  # which loads torch.distributed
+
+    device = device_of(mesh)
+    parallelize(model, mesh).to_empty(device=device)
+    return lambda name: device

@@ -27,6 +27,7 @@ ALSO = {
         "mistral_core.plan": ("plan", "suggest", "Plan", "Collective", "fits", "memory_of", "mesh_of"),
         "mistral_core.errors": (),
     },
+    "mistral_torch": {"mistral_torch.sharding": ("average",)},
     "mistral_flax": {"mistral_flax.scan": (), "mistral_flax.compat": ()},
     "mistral_tf": {"mistral_tf.compat": ()},
 }
@@ -39,7 +40,7 @@ def public(package: str) -> dict[str, str]:
         return {name: _defined(name) for name in mistral_core.__all__ if name != "__version__"}
     origins: dict[str, str] = {}
     names: list[str] = []
-    for node in _tree(package).body:
+    for node in ast.walk(_tree(package)):  # also what is imported for those who read types alone
         if isinstance(node, ast.ImportFrom):
             module = f"{package}.{node.module}" if node.level else str(node.module)
             origins |= {alias.asname or alias.name: f"{module}.{alias.name}" for alias in node.names}

@@ -123,10 +123,10 @@ class _Search:
         rule = Rule.of(generation, candidates=min(max(2, 1 + ends) * beams, size))
         chooser = Chooser(engine, generation, prompt.hooks, rule)
         deadline = time.monotonic() + (generation.max_time or np.inf)
-        cache, fed = engines.begin(engine, prompt, past)
-        cache, fed = engines.repeat_rows(engine, cache, fed, generation, beams)
         seed = engine.random_seed() if generation.seed is None else generation.seed
         key = row_keys(seed, len(prompt.rows), beams)
+        cache, fed = engines.begin(engine, prompt, past)
+        cache, fed = engines.repeat_rows(engine, cache, fed, generation, beams)
         prompts = [row for row in prompt.rows for _ in range(beams)]
         done, without = [False] * len(self.running), [[] for _ in prompts]  # type: list[bool], list[list[int]]
         for length in range(1, generation.max_new_tokens + 1):

@@ -83,7 +83,7 @@ class Engine(Protocol):
         """
 
     def random_seed(self) -> int:
-        """A seed from the framework's own generator, where it has one."""
+        """A seed from the framework's own generator, where it has one; asked before anything is computed."""
 
     def look(self, ids_BT: Array, mask_BT: Array, embeds_BED: Array | None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Hidden states and attention weights of a text, without a cache, as the framework's arrays.

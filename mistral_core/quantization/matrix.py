@@ -8,13 +8,14 @@ This is what every packed format is made into when it is read, what the backends
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from ..errors import CorruptCheckpointError, MeshError
-from .blocks import Block, spread
+from .blocks import Block, blocks, spread
 
 ROWS = 128
 """Rows are dequantised in so many at once, so that their floats stay in the processor's cache."""
@@ -136,35 +137,58 @@ def in_order(matrix: PackedMatrix, order: np.ndarray) -> PackedMatrix | None:
     return moved._replace(scale=matrix.scale[order], zero=None if matrix.zero is None else matrix.zero[order])
 
 
-def part_of(matrix: PackedMatrix, index: tuple[slice, slice], where: str = "matrix") -> PackedMatrix:
-    """The part of a matrix at an index of rows and columns, in the same bits.
+Index = tuple[slice, slice]
+"""Rows and columns of a matrix."""
+
+
+def part_of(matrix: PackedMatrix, index: Index, where: str = "matrix") -> PackedMatrix:
+    """The part of a matrix at an index, in the same bits.
 
     Raises MeshError where it begins or ends inside a block of numbers that share a scale, or inside a byte.
     """
-    sizes, scale, zero, block = [], matrix.scale, matrix.zero, []
-    for axis, (cut, size, length) in enumerate(zip(index, matrix.shape, matrix.block, strict=True)):
-        start, stop, _ = cut.indices(size)
+    cuts = [slice(*cut.indices(size)) for cut, size in zip(index, matrix.shape, strict=True)]
+    for axis, (cut, size, length) in enumerate(zip(cuts, matrix.shape, matrix.block, strict=True)):
         in_a_byte = 2 if axis == 1 and KINDS[matrix.kind].bits == 4 else 1
-        is_inside = start // length == (stop - 1) // length
+        is_inside = cut.start // length == (cut.stop - 1) // length
         step = in_a_byte if is_inside else math.lcm(length, in_a_byte)
-        if start % step or (stop % step and stop < size):
+        if cut.start % step or (cut.stop % step and cut.stop < size):
             raise MeshError(
-                f"{where}: {'columns' if axis else 'rows'} {start} to {stop} of a packed matrix must begin and end at "
-                f"a multiple of {step}, for so many share a scale or a byte; cut it into fewer parts, or pack it in "
-                "smaller groups."
+                f"{where}: {'columns' if axis else 'rows'} {cut.start} to {cut.stop} of a packed matrix must begin and "
+                f"end at a multiple of {step}, for so many share a scale or a byte; cut it into fewer parts, or pack "
+                "it in smaller groups."
             )
-        blocks = slice(start // length, math.ceil(stop / length))
-        scale, zero = (x if x is None else x[(slice(None),) * axis + (blocks,)] for x in (scale, zero))
-        sizes.append(stop - start)
-        block.append(min(length, stop - start))
-    rows, columns = index
-    codes = matrix.codes[rows]
-    if KINDS[matrix.kind].bits == 8:
-        codes = codes[:, columns]
-    else:
-        start, stop, _ = columns.indices(matrix.shape[1])
-        codes = codes[:, start // 2 : math.ceil(stop / 2)]
-    return PackedMatrix(matrix.kind, codes, scale, zero, (sizes[0], sizes[1]), (block[0], block[1]))
+    rows, columns = (cut.stop - cut.start for cut in cuts)
+    of_codes, of_scales = _places(matrix.kind, matrix.block, cuts)
+    zero = None if matrix.zero is None else matrix.zero[of_scales]
+    block = min(matrix.block[0], rows), min(matrix.block[1], columns)
+    return PackedMatrix(matrix.kind, matrix.codes[of_codes], matrix.scale[of_scales], zero, (rows, columns), block)
+
+
+def whole_of(parts: Sequence[tuple[Index, PackedMatrix]], shape: tuple[int, int], block: Block) -> PackedMatrix:
+    """The matrix of this shape and block whose parts these are, by their index; some may be there more than once."""
+    first, whole = parts[0][1], whole_block(block, shape)
+    codes = np.empty(
+        (shape[0], shape[1] if KINDS[first.kind].bits == 8 else math.ceil(shape[1] / 2)), first.codes.dtype
+    )
+    scale = np.empty(blocks(shape, whole), first.scale.dtype)
+    zero = None if first.zero is None else np.empty(scale.shape, first.zero.dtype)
+    for index, part in parts:
+        cuts = [slice(*cut.indices(size)) for cut, size in zip(index, shape, strict=True)]
+        of_codes, of_scales = _places(first.kind, whole, cuts)
+        codes[of_codes], scale[of_scales] = part.codes, part.scale
+        if zero is not None:
+            zero[of_scales] = part.zero
+    return PackedMatrix(first.kind, codes, scale, zero, shape, whole)
+
+
+def _places(kind: str, block: tuple[int, int], cuts: Sequence[slice]) -> tuple[Index, Index]:
+    """Where in its arrays the codes of a part of a matrix are, and where its scales."""
+    in_a_byte = 1 if KINDS[kind].bits == 8 else 2
+    return (cuts[0], _covering(cuts[1], in_a_byte)), (_covering(cuts[0], block[0]), _covering(cuts[1], block[1]))
+
+
+def _covering(cut: slice, length: int) -> slice:
+    return slice(cut.start // length, math.ceil(cut.stop / length))
 
 
 def whole_block(block: Block, shape: tuple[int, int]) -> tuple[int, int]:

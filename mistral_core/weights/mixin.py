@@ -136,7 +136,7 @@ class Saved:
         they ask for and is not here raises UnsupportedFeatureError. Raises ConversionError and its kind.
         """
         check_saving(options)
-        self._write(directory, self.named_tensors(), max_shard_size, overwrite)
+        self._write(directory, self.named_tensors(), max_shard_size, overwrite, self._processes())
 
     def _write(
         self,
@@ -144,6 +144,7 @@ class Saved:
         tensors: Iterable[tuple[str, np.ndarray[Any, Any] | PackedMatrix]],
         max_shard_size: str | int,
         overwrite: bool,
+        processes: Processes | None,
     ) -> None:
         def write(stream: Iterable[tuple[str, np.ndarray[Any, Any] | PackedMatrix]]) -> None:
             saving.save_pretrained(
@@ -157,7 +158,7 @@ class Saved:
                 overwrite=overwrite,
             )
 
-        arrangements, processes = self.arrangements(), self._processes()
+        arrangements = self.arrangements()
         if processes is None:
             write(tensors)
         else:

@@ -309,3 +309,23 @@ def test_a_part_is_what_the_whole_has_there(kind, block, zero):
             assert part.nbytes <= whole.nbytes
             assert np.array_equal(packed.dequantised(part), packed.dequantised(whole)[rows, columns])
     assert taken >= 4
+
+
+@pytest.mark.parametrize("block", [(1, 16), (1, 96), (4, 8), (8, 96)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_make_the_whole(kind, block):
+    random, shape = np.random.default_rng(0), (8, 96)
+    grid = -(-shape[0] // block[0]), -(-shape[1] // block[1])
+    numbers = random.integers(0, 100 if kind == "fp8" else 2 ** KINDS[kind].bits, shape).astype(np.uint8)
+    scale, zero = random.uniform(0.5, 2, grid).astype(np.float32), random.integers(-3, 4, grid).astype(np.int8)
+    whole = PackedMatrix(kind, packed.packed_codes(kind, numbers), scale, zero, shape, block)
+    for rows, columns in ((2, 1), (1, 2), (2, 3), (1, 1)):
+        cuts = [
+            (slice(8 // rows * i, 8 // rows * (i + 1)), slice(96 // columns * j, 96 // columns * (j + 1)))
+            for i in range(rows) for j in range(columns)
+        ]  # fmt: skip
+        parts = [(cut, packed.part_of(whole, cut)) for cut in [*cuts, cuts[0]]]
+        found = packed.whole_of(parts, shape, block)
+        assert (found.kind, found.shape, found.block) == (whole.kind, shape, block)
+        for name in ("codes", "scale", "zero"):
+            assert getattr(found, name).tobytes() == getattr(whole, name).tobytes(), name
