@@ -105,6 +105,7 @@ class GeneratesForClients(Generates[Tensor]):
             )
         return super()._engines(assistant, prompt)
 
+    @functools.wraps(Generates.stream)
     def stream(self, *inputs: Any, **options: Any) -> Iterator[str]:
         pieces = super().stream(*inputs, **options)
         return _in_step(self, pieces)

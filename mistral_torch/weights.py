@@ -21,6 +21,7 @@ from mistral_core.weights.mixin import Saved
 
 from .arrays import as_device, as_dtype, from_numpy, to_numpy
 from .compat import AsTransformers, any_parameter, execution_device, kept_parameter
+from .dispatch import Dispatch
 from .processes import Together, device_of, index_of, is_cut, is_fsdp
 from .quantize import put
 
@@ -61,11 +62,12 @@ class PreTrainedModel(AsTransformers, Saved, nn.Module):
         `options` are hub arguments (revision, cache_dir, token, local_files_only), fields of the config to replace,
         and transformers' names of these arguments (torch_dtype, device_map, use_flash_attention_2). `device` may be a
         function of a parameter's name; over a `mesh` of processes, which `sharding.parallelize` takes, each reads its
-        part. `quantization` packs each matrix as it comes (`Quantization`, int8, int4, nf4,
-        a config of transformers); a packed checkpoint stays packed, or becomes floats with "dequantize". A head that
-        the file lacks is initialised from `seed` with one warning. Raises CheckpointError, ConfigError or HubError
-        and their kind.
+        part; a device_map of several devices, with max_memory and offload_folder, is accelerate's. `quantization` packs
+        each matrix as it comes (`Quantization`, int8, int4, nf4, a config of transformers); a packed checkpoint stays
+        packed, or becomes floats with "dequantize". A head that the file lacks is initialised from `seed` with one
+        warning. Raises CheckpointError, ConfigError or HubError and their kind.
         """
+        dispatch = Dispatch.asked(options)
         given = from_transformers(
             options, dtype=dtype, device=device, attn_implementation=attn_implementation, quantization=quantization
         )
@@ -82,21 +84,29 @@ class PreTrainedModel(AsTransformers, Saved, nn.Module):
         )
         with torch.device("meta"):
             model = cls(loaded.config, attn_implementation=attn_implementation)
+
+        def hold(weight: loading.Weight) -> None:
+            model.set_parameter(weight.name, weight.read(), device=place(weight.name))
+
+        dispatched = None
         if mesh is not None:
-            place = _cut(model.to(as_dtype(loaded.config.dtype)), mesh)
+            place, hold = _cut(model.to(as_dtype(loaded.config.dtype)), mesh)
+        elif dispatch is not None:
+            dispatched = dispatch.of(model, loaded.config.dtype)
+            place, hold = dispatched.place, dispatched.hold
         for weight in loaded.weights:
             matrix = weight.matrix()
-            if matrix is not None:
-                put(model, weight.name, matrix, device=place(weight.name))
-            elif mesh is not None:
-                model._set_part(weight.name, weight.read)
+            if matrix is None:
+                hold(weight)
             else:
-                model.set_parameter(weight.name, weight.read(), device=place(weight.name))
+                put(model, weight.name, matrix, device=place(weight.name))
         round_activations(model, loaded.activations)
         model.tie_weights()
         model.generation_config = loaded.generation_config
         model.name_or_path = str(path)
         model.config = model.config.noted(name_or_path=model.name_or_path)
+        if dispatched is not None:
+            dispatched.finished()
         return model.eval()
 
     def set_parameter(self, name: str, array: np.ndarray, *, device: torch.device | str | None = None) -> None:
@@ -208,6 +218,21 @@ def _tie(module: PreTrainedModel, keys: Any) -> None:
     for tied, source in module._tied_weights_keys.items():
         if tied in keys.missing_keys and source not in keys.missing_keys:
             keys.missing_keys.remove(tied)
+
+
+def _name(dtype: Any) -> str:
+    return str(as_dtype(dtype)).removeprefix("torch.")
+
+
+def _cut(
+    model: PreTrainedModel, mesh: DeviceMesh
+) -> tuple[Callable[[str], torch.device], Callable[[loading.Weight], None]]:
+    """Cut a model over a mesh, and give its parts memory; where what is packed goes, and what reads the others."""
+    from .sharding import parallelize  # which loads torch.distributed
+
+    device = device_of(mesh)
+    parallelize(model, mesh).to_empty(device=device)
+    return lambda name: device, lambda weight: model._set_part(weight.name, weight.read)
 
 
 def _name(dtype: Any) -> str:

@@ -52,7 +52,7 @@ NO_EFFECT: Mapping[str, tuple[Any, ...]] = {
 }
 """Argument -> the values that change nothing here."""
 
-_PLACED = "a model is on one device; say which with device="
+_PLACED = "a model is on one device; say which with device=, or give mistral_torch or mistral_flax a mesh="
 ADVICE: Mapping[str, str] = {
     "use_safetensors": "safetensors are read where there are some, pickled files where there is nothing else",
     "safe_serialization": "weights are written as safetensors only, which every framework reads",
@@ -65,8 +65,8 @@ ADVICE: Mapping[str, str] = {
     "output_loading_info": "missing and unexpected tensors are an error or a warning of their own",
     "force_download": "delete the model from the cache directory, or give another cache_dir",
     "proxies": "set the environment variable HTTPS_PROXY",
-    "max_memory": _PLACED,
-    "offload_folder": _PLACED,
+    "max_memory": "it goes with device_map='auto' in mistral_torch",
+    "offload_folder": "it goes with device_map='auto' in mistral_torch",
     "tp_plan": _PLACED,
     "push_to_hub": "call model.push_to_hub, or write with save_pretrained and then `mistral push`",
     "state_dict": "give the parameters to the model with load_arrays, then save it",
@@ -140,5 +140,5 @@ def one_device(device: Any) -> Any:
     if not isinstance(device, Mapping):
         return "auto" if device in ("balanced", "balanced_low_0", "sequential") else device
     if set(device) != {""}:
-        raise UnsupportedFeatureError(f"device_map: {dict(device)!r}; {_PLACED}, or with device_map={{'': device}}.")
+        raise UnsupportedFeatureError(f"device_map: {dict(device)!r}; {_PLACED}.")
     return device[""]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +16,14 @@ from safetensors.torch import load_file
 import mistral_torch
 from conformance.weights import random_parameters
 from mistral_core.config.presets import TINY
-from mistral_core.errors import InputError, MissingTensorsError, UnknownFieldError, UnsupportedFeatureError
+from mistral_core.errors import (
+    ConfigError,
+    InputError,
+    MissingExtraError,
+    MissingTensorsError,
+    UnknownFieldError,
+    UnsupportedFeatureError,
+)
 
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
@@ -364,6 +374,55 @@ def test_an_offloaded_model_computes_generates_and_is_saved(offload, tied, tmp_p
         assert torch.equal(there.generate(IDS, max_new_tokens=3), model.generate(IDS, max_new_tokens=3))
     there.save_pretrained(tmp_path / "saved")
     assert same(model, mistral_torch.MistralForCausalLM.from_pretrained(tmp_path / "saved"))
+
+
+AUTO = {"device_map": "auto", "max_memory": {"cpu": 200_000}}
+MAP = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
+
+
+@pytest.mark.client("accelerate", "from_pretrained(device_map=, max_memory=, offload_folder=): memory and disk")
+@TIED
+@pytest.mark.parametrize("asked", [AUTO, {**AUTO, "device_map": "sequential"}, {"device_map": MAP}], ids=str)
+def test_parts_of_a_model_go_where_there_is_room(asked, tied, tmp_path, caplog):
+    model = make(tied=tied)
+    model.save_pretrained(tmp_path / "model")
+    with caplog.at_level("INFO", "mistral.torch"):
+        there = mistral_torch.MistralForCausalLM.from_pretrained(
+            tmp_path / "model", offload_folder=tmp_path / "offload", **asked
+        )
+    sizes = r"device_map: cpu \d+\.\d\d MB, disk \d+\.\d\d MB"
+    assert [r.levelname for r in caplog.records if re.fullmatch(sizes, r.getMessage())] == ["WARNING"]
+    assert set(map(str, there.hf_device_map.values())) == {"cpu", "disk"}
+    on_disk = {name for name, parameter in there.named_parameters() if parameter.is_meta}
+    assert {path.stem for path in (tmp_path / "offload").glob("*.dat")} == on_disk
+    assert on_disk
+    with torch.no_grad():
+        assert torch.equal(there(IDS).logits, model(IDS).logits)
+        assert torch.equal(there.generate(IDS, max_new_tokens=3), model.generate(IDS, max_new_tokens=3))
+    there.save_pretrained(tmp_path / "saved")
+    assert same(model, mistral_torch.MistralForCausalLM.from_pretrained(tmp_path / "saved"))
+
+
+def test_parts_that_go_nowhere(tmp_path, monkeypatch):
+    make().save_pretrained(tmp_path / "model")
+    load = functools.partial(mistral_torch.MistralForCausalLM.from_pretrained, tmp_path / "model")
+    with pytest.raises(ConfigError, match="device_map must say where 'lm_head.weight' goes, got 'model'"):
+        load(device_map={"model": "cpu"})
+    with pytest.raises(ConfigError, match="offload_folder: parts of the model go to disk; say in which directory"):
+        load(device_map=MAP)
+    with pytest.raises(UnsupportedFeatureError, match="proj.weight is packed, and packed matrices stay in memory"):
+        load(device_map=MAP, offload_folder=tmp_path / "offload", quantization="int8")
+    with pytest.raises(UnsupportedFeatureError, match="max_memory"):
+        load(max_memory={"cpu": 1})
+    packed = load(device_map={"model": "cpu", "lm_head": "cpu"}, quantization="int8")
+    assert packed(IDS).logits.shape == (*IDS.shape, CONFIG.vocab_size)
+    assert load(device_map="auto", offload_folder=tmp_path / "none").device.type == "cpu"
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(
+        MissingExtraError, match=r"device_map='auto' needs accelerate; pip install 'mistral-frameworks\[o"
+    ):
+        load(**AUTO, offload_folder=tmp_path / "offload")
+    assert not (tmp_path / "none").exists()
 
 
 # Generation
