@@ -207,8 +207,12 @@ def _summed(x: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def _joined(x: Tensor, mesh: DeviceMesh, *, axis: int = -1) -> Tensor:
-    """The parts that all processes have, beside each other."""
-    return _redistributed(x, mesh, Shard(axis % x.ndim))
+    """The parts that all processes have, beside each other along an axis."""
+    if mesh.size() == 1:
+        return x
+    axis %= x.ndim
+    # copied once, where they are put beside each other: FSDP2 warns of outputs that are views
+    return _redistributed(x[None], mesh, Shard(0)).movedim(0, axis).flatten(axis, axis + 1)
 
 
 def _redistributed(x: Tensor, mesh: DeviceMesh, was: Partial | Shard) -> Tensor:

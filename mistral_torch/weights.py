@@ -220,10 +220,6 @@ def _tie(module: PreTrainedModel, keys: Any) -> None:
             keys.missing_keys.remove(tied)
 
 
-def _name(dtype: Any) -> str:
-    return str(as_dtype(dtype)).removeprefix("torch.")
-
-
 def _cut(
     model: PreTrainedModel, mesh: DeviceMesh
 ) -> tuple[Callable[[str], torch.device], Callable[[loading.Weight], None]]:
@@ -237,12 +233,3 @@ def _cut(
 
 def _name(dtype: Any) -> str:
     return str(as_dtype(dtype)).removeprefix("torch.")
-
-
-def _cut(model: PreTrainedModel, mesh: DeviceMesh) -> Callable[[str], Any]:
-    """A model of shapes cut over a mesh, its parts now in memory, empty; and where what is packed goes."""
-    from .sharding import parallelize  # which loads torch.distributed
-
-    device = device_of(mesh)
-    parallelize(model, mesh).to_empty(device=device)
-    return lambda name: device

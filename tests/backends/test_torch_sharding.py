@@ -10,10 +10,16 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from mistral_core.config.presets import TINY
+from mistral_core.plan import plan
+
 pytest.importorskip("torch")
+
+ROOT = Path(__file__).parents[2]
 
 CASES = {
     "tensor 4": {"sizes": {"tensor": 4}, "K": 4},
@@ -106,6 +112,7 @@ def looked_at(name, sizes, K, tied=False, all_ways=False):
     rows = slice(place * 4 // copies, (place + 1) * 4 // copies)
 
     held = {name: math.prod(p.to_local().shape) for name, p in cut.named_parameters()}
+    found["bytes"] = sum(4 * count for count in held.values())
     found["kinds"] = sorted({type(p).__name__ for p in cut.parameters()})
     found["numbers"] = sum(held.values()) / cut.num_parameters()
     sharding = Sharding.of(config, {"tensor": sizes.get("tensor", 1)})
@@ -407,6 +414,16 @@ def test_parameters_are_cut_and_nothing_large_is_whole(each):
         assert found["cache"] == [max(1, case["K"] // case["sizes"].get("tensor", 1))] * 2
 
 
+def test_a_process_holds_what_the_plan_says(each):
+    case, of_ranks = each
+    config = TINY.replace(
+        vocab_size=96, hidden_size=64, intermediate_size=128, num_attention_heads=8, num_key_value_heads=case["K"],
+        head_dim=16, num_hidden_layers=2, tie_word_embeddings=case.get("tied", False),
+    )  # fmt: skip
+    planned = plan(config, case["sizes"], dtype="float32").parameters
+    assert [found["bytes"] for found in of_ranks] == [planned] * 4
+
+
 def test_a_call_is_that_of_one_process(each):
     for found in each[1]:
         assert found["logits"] < 2e-6, "9e-7 seen"
@@ -591,3 +608,35 @@ def test_where_a_process_dies_the_other_ends_with_an_error_and_files_are_whole(t
     assert seconds < 60
     assert whole
     assert [name for name in names if not name.endswith(".lock")] == ["checkpoint"]
+
+
+def launched(tmp_path, *command):
+    """What a launcher's processes print together."""
+    result = subprocess.run(
+        [sys.executable, "-m", *command], cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("processes", [2, 4])
+def test_torchrun_of_the_example(tmp_path, processes):
+    example = ROOT / "examples" / "torchrun_fsdp.py"
+    port = ["--master-port", str(free_port())]
+    printed = launched(tmp_path, "torch.distributed.run", "--nproc-per-node", str(processes), *port, str(example))
+    assert "after: Emma was reading about attention masks." in printed
+    assert sum(line.startswith("after:") for line in printed.splitlines()) == 1
+    assert (tmp_path / "tuned" / "model.safetensors").exists()
+
+
+@pytest.mark.sweep
+def test_accelerate_launch_of_its_page(tmp_path):
+    pytest.importorskip("accelerate")
+    page = (ROOT / "docs" / "launchers" / "accelerate.md").read_text()
+    (tmp_path / "train.py").write_text(page.partition("```python\n")[2].partition("```")[0])
+    port = ["--main_process_port", str(free_port())]
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", *port, "train.py"]
+    assert launched(tmp_path, *launch).strip() == "Emma was reading about attention masks"
+    assert (tmp_path / "tuned" / "model.safetensors").exists()
