@@ -33,7 +33,8 @@ CASES = {
 
 PROGRAM = r"""
 import contextlib, datetime, json, logging, math, os, sys, tempfile, time
-import numpy as np, torch, torch.distributed as dist
+import numpy as np, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 import mistral_torch
@@ -43,7 +44,8 @@ from mistral_core.errors import MistralError
 from mistral_core.parameters import parameters
 from mistral_core.sharding import Sharding
 from mistral_core.weights.checkpoint import load
-from mistral_torch import MistralForCausalLM, parallelize, quantize
+from mistral_core.data import TINY_CHECKPOINT
+from mistral_torch import MistralForCausalLM, MistralTokenizer, parallelize, quantize
 from mistral_torch.processes import Together
 from mistral_torch.sharding import average
 
@@ -250,6 +252,30 @@ def others():
     found["own fsdp saved"] = all(x.tobytes() == state[n].numpy().tobytes() for n, x in saved.items())
     cut.load_arrays({n: x.numpy() * 2 for n, x in one.state_dict().items()})
     found["set"] = furthest(cut.named_parameters(), [(n, 2 * p) for n, p in one.named_parameters()])
+
+    text = MistralTokenizer.from_pretrained(TINY_CHECKPOINT)
+    streamed = [
+        "".join(model.stream(IDS[:1, : 4 + rank], tokenizer=text, max_new_tokens=3 + rank))
+        for model in (model_of(CONFIG, dist.init_device_mesh("cpu", (4,), mesh_dim_names=("fsdp",))), model_of(CONFIG))
+    ]
+    found["streamed"] = streamed[0] == streamed[1] != ""
+
+    # what torch.distributed.checkpoint writes of a run, for whoever goes on with it over another mesh
+    run = model_of(CONFIG, two)
+    optimizer = torch.optim.AdamW(run.parameters(), lr=1e-3)
+    run(IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    states = get_state_dict(run, optimizer)
+    dcp.save({"model": states[0], "optimizer": states[1]}, checkpoint_id=folder + "-run")
+    on = model_of(CONFIG.replace(num_hidden_layers=2), four)
+    other = torch.optim.AdamW(on.parameters(), lr=1e-3)
+    states = get_state_dict(on, other)
+    dcp.load(both := {"model": states[0], "optimizer": states[1]}, checkpoint_id=folder + "-run")
+    set_state_dict(on, other, model_state_dict=both["model"], optim_state_dict=both["optimizer"])
+    found["gone on"] = furthest(on.named_parameters(), run.named_parameters())
+    moments = [[whole(x) for p in m.parameters() for x in (o.state[p]["exp_avg"], o.state[p]["exp_avg_sq"])]
+               for m, o in ((on, other), (run, optimizer))]
+    found["moments"] = all(map(torch.equal, *moments))
 
     compiled = model_of(CONFIG, two)
     for layer in compiled.model.layers:
@@ -487,8 +513,15 @@ def test_a_model_that_torch_s_own_functions_cut(others):
     for found in others:
         assert found["own fsdp"], "texts of other lengths in each process"
         assert found["own fsdp saved"]
+        assert found["streamed"], "a text of another length in each process"
         assert found["set"] == 0
         assert found["compiled"] < 5e-6
+
+
+def test_a_run_goes_on_over_another_mesh(others):
+    for found in others:
+        assert found["gone on"] == 0
+        assert found["moments"]
 
 
 def test_processes_that_compute_the_same_rows_end_together(others):
