@@ -133,14 +133,30 @@ def _placed(array: np.ndarray, device: Any, *, is_scale: bool = False) -> Array:
     """An array where it goes; of a Sharding, each device gets its own part of it."""
     if not isinstance(device, jax.sharding.Sharding):
         return jax.device_put(from_numpy(array), device)
+    return jax.make_array_from_callback(
+        array.shape, _cut(array.shape, device, is_scale=is_scale), lambda index: array[index]
+    )
+
+
+def move(part: QuantizedLinear, device: jax.sharding.Sharding) -> None:
+    """Let a packed matrix be where a Sharding says, as `put` places one; raises ConfigError."""
+    for name in ("weight_packed", "weight_scale", "weight_zero_point"):
+        if (variable := getattr(part, name)) is not None:
+            array = variable.get_value()
+            where = _cut(array.shape, device, is_scale=name != "weight_packed")
+            variable.set_value(jax.device_put(array, where))
+
+
+def _cut(shape: tuple[int, ...], device: jax.sharding.Sharding, *, is_scale: bool) -> jax.sharding.Sharding:
+    """How a Sharding of a matrix cuts an array of it: scales as the matrix, else by rows, else not at all."""
     ways = [device]
     if is_scale and isinstance(device, jax.sharding.NamedSharding):
-        ways += [jax.sharding.NamedSharding(device.mesh, jax.P(*axes)) for axes in (device.spec[:1], ())]
+        ways += [jax.sharding.NamedSharding(device.mesh, jax.P(*axes)) for axes in (device.spec[: len(shape) - 1], ())]
     for way in ways:
         with contextlib.suppress(ValueError):
-            way.shard_shape(array.shape)
-            return jax.make_array_from_callback(array.shape, way, lambda index: array[index])
+            way.shard_shape(shape)
+            return way
     raise ConfigError(
-        f"device must be a Sharding that cuts packed arrays evenly, got {device} for {array.shape}; shard rows alone, "
+        f"device must be a Sharding that cuts packed arrays evenly, got {device} for {shape}; shard rows alone, "
         "or name a device."
     )

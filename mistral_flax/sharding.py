@@ -16,15 +16,16 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mistral_core import MistralConfig
-from mistral_core.errors import MeshError, UnsupportedFeatureError
+from mistral_core.errors import MeshError
 from mistral_core.parameters import parameters
 from mistral_core.sharding import Rules as Rules
 from mistral_core.sharding import Sharding, Spec
 
 from .layers import DecoderLayer, Embedding
-from .quantize import put
+from .quantize import move
 
 Model = TypeVar("Model", bound=nnx.Module)
+T = TypeVar("T")
 
 LETTERS = {
     "q_proj": "BTN", "k_proj": "BTK", "v_proj": "BTK", "o_proj": "BTD", "gate_proj": "BTF", "up_proj": "BTF",
@@ -70,6 +71,10 @@ class Placement:
         """An activation of these axis letters, cut by the rules; axes after the letters are whole."""
         return jax.lax.with_sharding_constraint(x, self.activation(letters, x.shape[0]))
 
+    def everywhere(self, tree: T) -> T:
+        """Arrays that every device has whole, and so every process can read."""
+        return jax.lax.with_sharding_constraint(tree, self._named(()))
+
     def _named(self, spec: Spec) -> NamedSharding:
         axes = [None if not each else each[0] if len(each) == 1 else each for each in spec]
         while axes and axes[-1] is None:  # one spelling of each sharding, for jit compares spellings
@@ -83,41 +88,41 @@ def _rows(config: MistralConfig, architecture: str) -> dict[str, Any]:
 
 
 class ShardedParam(nnx.Param[Array]):
-    """A parameter that is cut wherever it is read, and whose gradient therefore is cut alike."""
+    """A parameter that is cut wherever it is read, and whose gradient therefore is cut alike.
+
+    `cut` is the sharding of one layer's array, `ndim_cut` that array's number of axes; of stacked layers none is cut.
+    """
 
     def get_value(self, **index: Any) -> Array:
         """The array, or what an index picks of it."""
         value = super().get_value(**index)
-        return jax.lax.with_sharding_constraint(value, self.cut) if value.shape == self.raw_value.shape else value
+        return self._cut(value) if value.shape == self.raw_value.shape else value
 
     def set_value(self, value: Array, **index: Any) -> None:
         """Let it hold an array, cut as the one before."""
-        super().set_value(value if index else jax.lax.with_sharding_constraint(value, self.cut), **index)
+        super().set_value(value if index else self._cut(value), **index)
+
+    def _cut(self, value: Array) -> Array:
+        return jax.lax.with_sharding_constraint(value, _stacked(self.cut, value.ndim - self.ndim_cut))
+
+
+def _stacked(where: NamedSharding, axes: int) -> NamedSharding:
+    """The sharding of arrays that so many whole axes stack."""
+    return NamedSharding(where.mesh, PartitionSpec(*(None,) * axes, *where.spec)) if axes and where.spec else where
 
 
 def shard(model: Model, mesh: Mesh, rules: Rules | None = None) -> Model:
     """Cut a finished model over a mesh, in place, and return it: its parameters, and what its calls compute.
 
     `rules` say which mesh axes cut an axis letter, instead of `mistral_core.sharding.RULES`; a mesh whose axes are
-    called data, fsdp and tensor needs none. Raises MeshError, with the sizes that would fit, and
-    UnsupportedFeatureError where layers are stacked.
+    called data, fsdp and tensor needs none. Raises MeshError, with the sizes that would fit.
     """
     body = model.base_model
-    if not isinstance(body.layers, nnx.Dict):
-        raise UnsupportedFeatureError(
-            "shard: layers must be arrays of their own, got stacked ones; call mistral_flax.scan.unscan_layers(model) "
-            "first."
-        )
     placement = Placement.of(model.config.value, mesh, rules)
-    packed = dict(model.packed_parts())
-    for name, _ in parameters(model.config.value, model.architecture):
-        where = placement.parameter(name, model.architecture)
-        if name in packed:
-            put(model, name, packed[name].matrix, device=where)
-        else:
-            _place(model, name, where)
+    for name, row in parameters(model.config.value, model.architecture):
+        _place(model, name, len(row.axes), placement.parameter(name, model.architecture))
     _constrain(body.embed_tokens, placement, "BTD")
-    for layer in body.layers.values():
+    for layer in body.layers.values() if isinstance(body.layers, nnx.Dict) else [body.layers]:
         for part in (layer.self_attn, layer.mlp):
             for name, letters in LETTERS.items():
                 if hasattr(part, name):
@@ -129,11 +134,17 @@ def shard(model: Model, mesh: Mesh, rules: Rules | None = None) -> Model:
     return model
 
 
-def _place(model: nnx.Module, name: str, where: NamedSharding) -> None:
-    old, _ = model._parameter(name)
-    part, _ = model._part(name)
-    value = jax.device_put(old.get_value(), where)
-    setattr(part, name.rpartition(".")[2], ShardedParam(value, cut=where))
+def _place(model: nnx.Module, name: str, ndim: int, where: NamedSharding) -> None:
+    """Put a parameter where it goes; of stacked layers all with the first."""
+    part, layer = model._part(name)
+    if layer:
+        return
+    if model._is_packed(name):
+        move(part, _stacked(where, 0 if layer is None else 1))
+        return
+    value = getattr(part, name.rpartition(".")[2]).get_value()
+    value = jax.device_put(value, _stacked(where, value.ndim - ndim))
+    setattr(part, name.rpartition(".")[2], ShardedParam(value, cut=where, ndim_cut=ndim))
 
 
 def _constrain(part: nnx.Module, placement: Placement, letters: str) -> None:

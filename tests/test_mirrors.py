@@ -54,6 +54,7 @@ OWN_NAMES = {
     "rms_norm": "torch: a model that is cut over processes holds the weight in another way",
     "config_here": "torch: each process computes with heads of its own; JAX computes with all, wherever they are",
     "default": "JAX: the kernel of a device",
+    "move": "JAX: packed matrices over a mesh; torch modules move by themselves",
     "prepare_inputs_for_generation": "torch: peft asks for it",
     "name_or_path": "torch: an attribute of its own, as peft reads it from the instance",
     "param_dtype": "JAX: see the parameter",
@@ -85,7 +86,7 @@ OWN_FILES = {
     "traces.py": "TensorFlow: what it traced stays as it was; torch guards it, JAX finds it by its graph",
 }
 
-OWN_EXPORTS = {"parallelize": "torch: a mesh of processes"}
+OWN_EXPORTS = {"parallelize": "torch: a mesh of processes", "shard": "JAX: a mesh of devices"}
 
 
 def files(package: str) -> set[str]:

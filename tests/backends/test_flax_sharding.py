@@ -23,8 +23,7 @@ from conformance.weights import random_parameters
 from mistral_core.config.presets import TINY
 from mistral_core.parameters import parameters
 from mistral_core.sharding import Sharding
-from mistral_flax import MistralForCausalLM, quantize
-from mistral_flax.sharding import shard
+from mistral_flax import MistralForCausalLM, quantize, shard
 
 CONFIG = TINY.replace(
     vocab_size=96, hidden_size=48, intermediate_size=80, num_attention_heads=8, num_key_value_heads=4, head_dim=6,
@@ -118,22 +117,101 @@ def text_of(sizes, K):
 
     config, mesh = CONFIG.replace(num_key_value_heads=K), mesh_of(sizes)
     one, cut = model_of(config), model_of(config, mesh)
-    found = {}
+    found, programs = {}, {}
+    compiled = _compiled(nnx.graphdef(as_program(cut)))
     ways = {
-        "rolling": ({"input_ids": IDS, "attention_mask": MASK}, {}), "one row": ({"input_ids": IDS[:1]}, {}),
-        "sampled": ({"input_ids": IDS}, {"do_sample": True, "seed": 5, "top_k": 20}),
-        "guessed": ({"input_ids": IDS}, {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}),
+        "rolling": (IDS, {"attention_mask": MASK}), "one row": (IDS[:1], {}),
+        "sampled": (IDS, {"do_sample": True, "seed": 5, "top_k": 20}),
+        "guessed": (IDS, {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}),
+        "pieces": (IDS[:, :8], {"prefill_chunk_size": 4}),
+        "loop": (IDS, {"on_device_loop": True}),
     }
-    for name, (given, options) in ways.items():
-        outs = [m.generate(**given, max_new_tokens=12, **options) for m in (one, cut)]
+    for name, (ids, options) in ways.items():
+        before = [each._cache_size() for each in compiled]
+        outs = [m.generate(ids, max_new_tokens=12, **options) for m in (one, cut)]
         found[name] = bool(np.array_equal(*outs))
-    step, _ = _compiled(nnx.graphdef(as_program(cut)))
-    before = step._cache_size()
-    out = cut.generate(IDS, max_new_tokens=30, return_dict_in_generate=True)
-    found["programs"] = step._cache_size() - before
+        programs[name] = [each._cache_size() - old for each, old in zip(compiled, before)]
+    out = cut.generate(IDS[:, ::-1], max_new_tokens=30, return_dict_in_generate=True)
+    programs["again"] = sum(each._cache_size() for each in compiled) - sum(map(sum, programs.values()))
     empty = Engine(cut, "on").allocate(8, 20, rolling=True, lookback=0, dtype="auto")
     found["cache"] = [spelled(cache.keys[0]) for cache in (empty, out.past_key_values)]
+    found["programs"] = programs
     return found
+
+
+def deep(sizes):
+    "Two layers, stacked or computed again for their gradients, and both."
+    from mistral_flax.scan import scan_layers, unscan_layers
+
+    config, mesh = CONFIG.replace(num_hidden_layers=2), mesh_of(sizes)
+
+    def again(model):
+        model.gradient_checkpointing_enable()
+        return model
+
+    ways = {
+        "again": lambda: again(model_of(config, mesh)),
+        "stacked, cut": lambda: shard(scan_layers(model_of(config)), mesh),
+        "cut, stacked, again": lambda: again(scan_layers(model_of(config, mesh))),
+    }
+    called = nnx.jit(nnx.value_and_grad(lambda m: (lambda out: (out.loss, out.logits))(
+        m(IDS, MASK, labels=LABELS, use_cache=False)
+    ), has_aux=True))
+    one = model_of(config)
+    (loss, logits), gradients = called(one)
+    gradients, found = {name: np.asarray(x) for name, x in flat(gradients).items()}, {}
+    for name, made in ways.items():
+        model = made()
+        (cut_loss, cut_logits), cut_gradients = called(model)
+        placed = {key: spelled(x) for key, x in flat(nnx.state(model, nnx.Param)).items()}
+        cut_gradients = flat(cut_gradients)
+        misplaced = [key for key, x in cut_gradients.items() if spelled(x) != placed[key]]
+        large = {key: x for key, x in cut_gradients.items() if x.ndim > 1 and "layernorm" not in key}
+        whole = [key for key, x in large.items() if x.is_fully_replicated]
+        alike = {
+            key: np.stack([gradients[key.replace("layers.", f"layers.{layer}.")] for layer in range(2)])
+            if key not in gradients else gradients[key]
+            for key in cut_gradients
+        }
+        found[name] = {
+            "loss": apart(cut_loss, loss), "logits": apart(cut_logits, logits),
+            "gradients": max(apart(x, alike[key]) for key, x in cut_gradients.items()),
+            "misplaced": misplaced, "whole": whole, "sharding": spelled(cut_logits),
+            "placed": [placed[key] for key in placed if re.search(r"layers(\.1)?\.mlp\.up_proj", key)],
+        }
+    stacked = ways["stacked, cut"]()
+    found["text"] = bool(np.array_equal(*(m.generate(IDS, max_new_tokens=12) for m in (one, stacked))))
+    arrays = dict(unscan_layers(stacked).params)
+    found["unstacked"] = all(np.array_equal(arrays[name], x) for name, x in one.params.items())
+    placed = [{spelled(x) for x in each.values()} for each in (arrays, model_of(config, mesh).params)]
+    found["unstacked cut"] = placed[0] == placed[1]
+    packed = shard(scan_layers(quantize(model_of(config), "int8")), mesh)
+    found["packed"] = apart(packed(IDS).logits, quantize(model_of(config), "int8")(IDS).logits)
+    return found
+
+
+def explicit(sizes):
+    "On a mesh of explicit axes, through `jax.sharding.auto_axes`."
+    one, cut = model_of(CONFIG), model_of(CONFIG, mesh_of(sizes))
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes))
+    on = lambda array, spec: jax.device_put(array, jax.NamedSharding(mesh, spec))
+    params = {name: on(array, array.sharding.spec) for name, array in cut.params.items()}
+    ids = on(IDS.astype(np.int32), jax.P("data"))
+    with jax.set_mesh(mesh):
+        called = jax.sharding.auto_axes(
+            lambda params, ids: cut(ids, params=params, use_cache=False).logits,
+            out_sharding=jax.P("data", None, "tensor"),
+        )
+        loss = jax.sharding.auto_axes(
+            lambda params, ids: cut(ids, params=params, labels=ids, use_cache=False).loss, out_sharding=jax.P()
+        )
+        logits, gradients = called(params, ids), jax.jit(jax.grad(loss))(params, ids)
+    expected = jax.grad(lambda params: one(IDS, params=params, labels=IDS, use_cache=False).loss)(one.params)
+    return {
+        "logits": apart(logits, one(IDS, use_cache=False).logits), "sharding": spelled(logits),
+        "gradients": max(apart(gradients[name], x) for name, x in expected.items()),
+        "misplaced": [name for name, x in gradients.items() if jax.typeof(x) != jax.typeof(params[name])],
+    }
 
 
 def loaded(sizes):
@@ -155,6 +233,8 @@ print(json.dumps({
     "looked at": {name: looked_at(*given) for name, given in MESHES.items()},
     "text": {name: text_of(*MESHES[name]) for name in ("data, tensor", "few heads")},
     "loaded": loaded(MESHES["fsdp, tensor"][0]),
+    "deep": deep(MESHES["fsdp, tensor"][0]),
+    "explicit": explicit(MESHES["data, tensor"][0]),
 }))
 """
 MESHES = {
@@ -218,8 +298,43 @@ def test_text_is_that_of_one_device_with_one_program_for_each_shape(found, name)
     of = dict(found["text"][name])
     heads = "'tensor'" if name == "data, tensor" else None
     assert of.pop("cache") == ["P('data', None, 'tensor')" if heads else "P('data',)"] * 2
-    assert of.pop("programs") <= 2
-    assert of == {"rolling": True, "one row": True, "sampled": True, "guessed": True}
+    assert of.pop("programs") == {
+        "rolling": [2, 0],  # the prompt, and a token
+        "one row": [2, 0],
+        "sampled": [2, 0],
+        "guessed": [1, 0],  # a token and guesses
+        "pieces": [1, 0],  # of a prompt, each after the other
+        "loop": [0, 1],
+        "again": 0,
+    }
+    assert of == dict.fromkeys(("rolling", "one row", "sampled", "guessed", "pieces", "loop"), True)
+
+
+@pytest.mark.parametrize("way", ["again", "stacked, cut", "cut, stacked, again"])
+def test_layers_that_are_stacked_or_computed_again_are_those_of_one_device(found, way):
+    of = found["deep"][way]
+    assert of["loss"] < 5e-7
+    assert of["logits"] < 2e-6
+    assert of["gradients"] < 2e-6
+    assert of["misplaced"] == of["whole"] == []
+    assert of["placed"] == ["P('tensor', 'fsdp')" if way == "again" else "P(None, 'tensor', 'fsdp')"]
+    assert of["sharding"] == "P('fsdp', None, 'tensor')"
+
+
+def test_stacked_layers_write_text_are_taken_apart_and_packed(found):
+    of = found["deep"]
+    assert of["text"]
+    assert of["unstacked"]
+    assert of["unstacked cut"]
+    assert of["packed"] < 2e-6
+
+
+def test_explicit_meshes_go_through_auto_axes(found):
+    of = found["explicit"]
+    assert of["logits"] < 2e-6
+    assert of["gradients"] < 2e-6
+    assert of["sharding"] == "P('data', None, 'tensor')"
+    assert of["misplaced"] == []
 
 
 def test_a_checkpoint_is_loaded_in_parts_and_saved_whole(found):
@@ -234,9 +349,8 @@ def test_meshes_and_models_that_cannot_be_cut_are_refused():
     import jax
 
     from mistral_core.config.presets import TINY
-    from mistral_core.errors import MeshError, UnsupportedFeatureError
+    from mistral_core.errors import MeshError
     from mistral_flax import MistralForCausalLM
-    from mistral_flax.scan import scan_layers
     from mistral_flax.sharding import shard
 
     model = MistralForCausalLM(TINY)
@@ -245,5 +359,3 @@ def test_meshes_and_models_that_cannot_be_cut_are_refused():
         shard(model, jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,)))
     with pytest.raises(MeshError, match="rules must name axes of the mesh, got 'N' over tensor"):
         shard(model, jax.make_mesh((1,), ("data",), **one), {"N": "tensor"})
-    with pytest.raises(UnsupportedFeatureError, match=r"unscan_layers\(model\) first"):
-        shard(scan_layers(model), jax.make_mesh((1,), ("data",), **one))
