@@ -15,6 +15,7 @@ from mistral_core.errors import ConfigError, InputError
 from mistral_core.plain import dtype_name
 
 from .cache import KVCache
+from .processes import gathered, is_here
 
 DTYPES = {
     "float64": jnp.float64,
@@ -62,8 +63,8 @@ def _devices() -> dict[str, list[Any]]:
 
 
 def to_numpy(array: Array) -> np.ndarray:
-    """An array as NumPy, bits kept; bfloat16 is ml_dtypes' in both."""
-    return np.asarray(array)
+    """An array as NumPy, bits kept; bfloat16 is ml_dtypes' in both. Other processes give the parts that they hold."""
+    return gathered(array)
 
 
 def memory(array: Array) -> np.ndarray:
@@ -77,9 +78,11 @@ def from_numpy(array: np.ndarray) -> Array:
 
 
 def is_traced(*arrays: Any) -> bool:
-    """Whether there are no values to look at: under jit, grad, vmap, eval_shape."""
-    leaves = jax.tree.leaves(arrays)
-    return any(isinstance(a, jax.core.Tracer | jax.ShapeDtypeStruct) for a in leaves)
+    """Whether there are no values to look at: under jit, grad, vmap, eval_shape; or other processes have some."""
+    return any(
+        isinstance(a, jax.core.Tracer | jax.ShapeDtypeStruct) or (isinstance(a, Array) and not is_here(a))
+        for a in jax.tree.leaves(arrays)
+    )
 
 
 class Inputs(NamedTuple):

@@ -25,6 +25,7 @@ from mistral_core.generation.cache_layout import (
     overwrites_visible,
 )
 
+from .processes import is_here
 from .programs import in_one_program
 
 LARGEST_CODE = 127
@@ -113,7 +114,7 @@ class KVCache:
         Raises InputError where a rolling layer no longer has what the window would show.
         """
         count_B = jnp.asarray(count_B, jnp.int32)
-        if not isinstance(self.length, jax.core.Tracer) and not isinstance(count_B, jax.core.Tracer):
+        if all(not isinstance(x, jax.core.Tracer) and is_here(x) for x in (self.length, count_B)):
             check_rollback(config, [k.shape[1] for k in self.keys], self.length.tolist(), count_B.tolist())
         return dataclasses.replace(self, length=self.length - count_B)
 

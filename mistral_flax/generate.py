@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import secrets
@@ -36,6 +37,7 @@ class Engine:
     def __init__(self, model: MistralForCausalLM, compile: str) -> None:
         self.model, self.config = model, model.config
         self.fixed_prompts = self.fixed_caches = compile != "off"
+        self.processes = model._processes()
         graph, self.state = nnx.split(as_program(model))
         self._step, self._loop = _compiled(graph) if self.fixed_caches else _plain(graph)
         self._whole = native.whole_step_of(model) if compile == "auto" else None
@@ -45,9 +47,11 @@ class Engine:
         dtype = self.model.dtype if dtype == "auto" else dtype
         placement = getattr(self.model.base_model, "placement", None)
         device = None if placement is None else placement.activation("BRK", batch)
-        return KVCache.allocate(
+        cache = KVCache.allocate(
             self.config, batch, capacity, rolling=rolling, lookback=lookback, dtype=dtype, device=device
         )
+        # where a step leaves it, so that the first step is the program of those after it
+        return cache if placement is None else dataclasses.replace(cache, length=placement.everywhere(cache.length))
 
     def step(
         self, cache: KVCache, ids_BT: np.ndarray, mask_BT: np.ndarray, rule: Rule, values: Values
@@ -92,14 +96,15 @@ class Engine:
 
     def stops(self, here: bool) -> bool:
         """Whether the decoding ends after a step: because it does here, or in a process that computes the same rows."""
-        return here
+        return here if self.processes is None else self.processes.any(here)
 
     def random_seed(self) -> int:
         """A seed where none is given.
 
-        From the operating system, because JAX has no generator of its own.
+        From the operating system, because JAX has no generator of its own; of several processes the first one's counts.
         """
-        return secrets.randbits(63)
+        seed = secrets.randbits(63)
+        return seed if self.processes is None else self.processes.number(seed)
 
     def look(
         self, ids_BT: np.ndarray, mask_BT: np.ndarray, embeds_BED: np.ndarray | None
@@ -149,7 +154,12 @@ def _step(
     model = nnx.merge(graph, state)
     keep = 0 if rule.every else 1
     out = model(**_given(ids_BT), attention_mask=mask_BT, past_key_values=cache, logits_to_keep=keep, return_dict=True)
-    return choose(out.logits, rule, values), out.past_key_values
+    choice, cache = choose(out.logits, rule, values), out.past_key_values
+    placement = getattr(model.base_model, "placement", None)
+    if placement is not None:  # the driver reads these, in every process
+        choice, length_B = placement.everywhere((choice, cache.length))
+        cache = dataclasses.replace(cache, length=length_B)
+    return choice, cache
 
 
 def _given(ids_BT: Array) -> dict[str, Array]:

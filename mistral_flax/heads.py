@@ -77,7 +77,7 @@ class MistralForCausalLM(PreTrainedModel, Generates[Array]):
         loss = None
         labels = integers("labels", labels)
         logits_to_keep = validate.count_or_indices(logits_to_keep)
-        if not is_traced(x_BTD):
+        if not is_traced(x_BTD, labels):
             validate.check_logits_to_keep(logits_to_keep, x_BTD.shape[1])
             if labels is not None:
                 validate.check_labels("labels", to_numpy(labels), x_BTD.shape[:2], self.config.vocab_size)
@@ -217,7 +217,7 @@ class MistralForTokenClassification(PreTrainedModel):
         loss = None
         labels = integers("labels", labels)
         if labels is not None:
-            if not is_traced(x_BTD):
+            if not is_traced(x_BTD, labels):
                 validate.check_labels("labels", to_numpy(labels), x_BTD.shape[:2], self.config.num_labels)
             loss = divided(*cross_entropy(logits, labels), num_items_in_batch)
         output = TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions)

@@ -27,6 +27,7 @@ from mistral_core.weights import loading
 from mistral_core.weights.mixin import Saved
 
 from .arrays import as_device, as_dtype, from_numpy, to_numpy
+from .processes import Processes
 from .products import dequantised
 from .quantize import put
 from .sharding import Placement, Rules, shard
@@ -143,7 +144,7 @@ class PreTrainedModel(Saved, nnx.Module):
         if layer is None:
             return part
         graph, state = nnx.split(part)  # of stacked layers, a view of one
-        return nnx.merge(graph, jax.tree.map(lambda array: to_numpy(array)[layer], state))
+        return nnx.merge(graph, jax.tree.map(lambda array: array[layer], state))
 
     def _is_packed(self, name: str) -> bool:
         return hasattr(type(self._part(name)[0]), "matrix")
@@ -153,6 +154,9 @@ class PreTrainedModel(Saved, nnx.Module):
             return to_numpy(dequantised(self._module(name).packed, self.param_dtype))
         parameter, layer = self._parameter(name)
         return to_numpy(parameter[...] if layer is None else parameter[layer])
+
+    def _processes(self) -> Processes | None:
+        return Processes.of(self.get_input_embeddings().weight.raw_value)
 
     def _resize(self, name: str, rows: np.ndarray) -> None:
         self.set_parameter(name, rows, device=self.device)
