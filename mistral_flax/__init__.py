@@ -44,6 +44,7 @@ from .heads import (
 )
 from .model import MistralModel
 from .quantize import BitsAndBytesConfig, Quantization, dequantize, quantize
+from .sharding import shard
 
 # every dense Mistral is one network: its class by the names that transformers has for each model type
 MinistralForCausalLM = Ministral3ForCausalLM = MistralForCausalLM
@@ -91,6 +92,7 @@ __all__ = [
     "TextStreamer",
     "dequantize",
     "quantize",
+    "shard",
 ]
 
 
