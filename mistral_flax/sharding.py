@@ -103,7 +103,10 @@ class ShardedParam(nnx.Param[Array]):
         super().set_value(value if index else self._cut(value), **index)
 
     def _cut(self, value: Array) -> Array:
-        return jax.lax.with_sharding_constraint(value, _stacked(self.cut, value.ndim - self.ndim_cut))
+        where = _stacked(self.cut, value.ndim - self.ndim_cut)
+        if not isinstance(value, jax.core.Tracer) and value.sharding == where:
+            return value  # a constraint outside of a program copies
+        return jax.lax.with_sharding_constraint(value, where)
 
 
 def _stacked(where: NamedSharding, axes: int) -> NamedSharding:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Self, TypeVar, cast
 
 import jax
@@ -256,16 +256,27 @@ def _placed(weight: loading.Weight, device: Any) -> Array:
     """A tensor where it goes; of a Sharding, each device asks for its own part of it."""
     if not isinstance(device, jax.sharding.Sharding):
         return jax.device_put(from_numpy(weight.read()), device)
-    parts: dict[Any, np.ndarray] = {}
+    parts = _parts(weight, device.addressable_devices_indices_map(weight.shape).values())
+    return jax.make_array_from_callback(weight.shape, device, lambda index: parts[_bounds(index)])
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        """A part, read once for all devices that have it."""
-        key = tuple((each.start, each.stop) for each in index)
-        if key not in parts:
-            parts[key] = weight.read(index)
-        return parts[key]
 
-    return jax.make_array_from_callback(weight.shape, device, read)
+def _parts(weight: loading.Weight, indices: Iterable[tuple[slice, ...]]) -> dict[Any, np.ndarray]:
+    """What this process' devices have of a tensor, each part once, and rows that several parts share read once."""
+    alike: dict[Any, dict[Any, tuple[slice, ...]]] = {}
+    for index in indices:
+        alike.setdefault(_bounds(index[:1]), {})[_bounds(index)] = index
+    parts = {}
+    for wanted in alike.values():
+        is_shared, (first, *_) = len(wanted) > 1, wanted.values()
+        rows = weight.read(first[:1] if is_shared else first)
+        for key, (_, *others) in wanted.items():
+            part = rows[(slice(None), *others)] if is_shared else rows
+            parts[key] = np.ascontiguousarray(part)  # a view would keep all that was read
+    return parts
+
+
+def _bounds(index: tuple[slice, ...]) -> Any:
+    return tuple((each.start, each.stop) for each in index)
 
 
 def _name(dtype: Any) -> str:

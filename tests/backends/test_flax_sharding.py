@@ -226,7 +226,8 @@ def loaded(sizes):
         large = [name for name, array in cut.params.items() if array.ndim == 2 and array.sharding.is_fully_replicated]
         packed = MistralForCausalLM.from_pretrained(directory + "/one", quantization="int8", mesh=mesh)
         plain = MistralForCausalLM.from_pretrained(directory + "/one", quantization="int8")
-        return [same, back, large, apart(packed(IDS).logits, plain(IDS).logits)]
+        pointers = lambda: [array.addressable_data(0).unsafe_buffer_pointer() for array in cut.params.values()]
+        return [same, back, large, apart(packed(IDS).logits, plain(IDS).logits), pointers() == pointers()]
 
 
 print(json.dumps({
@@ -247,16 +248,21 @@ MESHES = {
 """Name -> mesh, key/value heads."""
 
 
-@pytest.fixture(scope="module")
-def found():
+def on_eight_devices(program, *arguments, given=""):
+    """What a program prints."""
     flags = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], input=json.dumps(MESHES), capture_output=True, text=True, timeout=600,
+        [sys.executable, "-c", program, *arguments], input=given, capture_output=True, text=True, timeout=600,
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_NUMPY_DTYPE_PROMOTION": "standard"},
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def found():
+    return json.loads(on_eight_devices(PROGRAM, given=json.dumps(MESHES)))
 
 
 @pytest.mark.parametrize("name", MESHES)
@@ -338,11 +344,55 @@ def test_explicit_meshes_go_through_auto_axes(found):
 
 
 def test_a_checkpoint_is_loaded_in_parts_and_saved_whole(found):
-    same, back, whole, packed = found["loaded"]
+    same, back, whole, packed, reads_where_it_is = found["loaded"]
     assert same
+    assert reads_where_it_is, "a parameter that is read outside of jit is not copied"
     assert back
     assert whole == []
     assert packed < 2e-6
+
+
+LOADING = r"""
+import json, resource, sys
+import jax, numpy as np
+from jax.sharding import AxisType
+from mistral_core.data import TINY_CHECKPOINT
+from mistral_flax import MistralForCausalLM
+
+sizes = json.loads(sys.argv[1])
+mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+MistralForCausalLM.from_pretrained(TINY_CHECKPOINT)
+before = peak()
+model = jax.block_until_ready(MistralForCausalLM.from_pretrained(sys.argv[2], mesh=mesh))
+parts = [sum(part.data.nbytes for part in array.addressable_shards) for array in model.params.values()]
+print(json.dumps([peak() - before, sum(parts), max(parts)]))
+"""
+
+
+@pytest.mark.sweep
+def test_loading_takes_the_memory_of_what_devices_hold(tmp_path):
+    """1.2 GB over eight devices: at most 1.15 times what they hold and the parts of one tensor (1.04 were seen)."""
+    import ml_dtypes
+    import numpy as np
+
+    from mistral_core.config.presets import TINY
+    from mistral_core.parameters import shapes
+    from mistral_core.weights import saving
+
+    config = TINY.replace(
+        vocab_size=32000, hidden_size=2048, intermediate_size=7168, num_attention_heads=32, num_key_value_heads=8,
+        head_dim=64, num_hidden_layers=9,
+    )  # fmt: skip
+    numbers = np.random.default_rng(0).standard_normal(1 << 20, np.float32).astype(ml_dtypes.bfloat16)
+    tensors = ((name, np.resize(numbers, shape)) for name, shape in shapes(config, "MistralForCausalLM").items())
+    saving.save(tmp_path / "large", config, tensors)
+    for sizes in ({"fsdp": 2, "tensor": 4}, {"fsdp": 8}, {"tensor": 8}):
+        done = on_eight_devices(LOADING, json.dumps(sizes), str(tmp_path / "large"))
+        used, held, largest = json.loads(done)
+        assert held > 1.2e9
+        assert used <= 1.15 * held + largest, sizes
+        assert used > 0.9 * held, "what is measured is there"
 
 
 def test_meshes_and_models_that_cannot_be_cut_are_refused():
