@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mistral_core import MistralConfig
 from mistral_core.errors import MeshError
-from mistral_core.parameters import parameters
+from mistral_core.parameters import BODY, parameters
 from mistral_core.sharding import Rules as Rules
 from mistral_core.sharding import Sharding, Spec
 
@@ -70,6 +70,16 @@ class Placement:
     def constrained(self, x: Array, letters: str) -> Array:
         """An activation of these axis letters, cut by the rules; axes after the letters are whole."""
         return jax.lax.with_sharding_constraint(x, self.activation(letters, x.shape[0]))
+
+    def looked_up(self, x_BTD: Array) -> Array:
+        """Embeddings as the parts of a table give them: its columns cut, and rows of the batch by what is left.
+
+        From there to whole columns and all rows cut is one exchange; the compiler would gather the whole batch.
+        """
+        _, columns = self.sharding.parameter(BODY[0])
+        rows, whole = self.sharding.activation("BT", {"B": x_BTD.shape[0]})
+        rows = tuple(axis for axis in rows if axis not in columns)
+        return jax.lax.with_sharding_constraint(x_BTD, self._named((rows, whole, columns)))
 
     def everywhere(self, tree: T) -> T:
         """Arrays that every device has whole, and so every process can read."""
@@ -162,13 +172,21 @@ def _constrained(kind: type[nnx.Module]) -> type[nnx.Module]:
         return kind
     calls: dict[str, Any] = {"__call__": _layer_call(kind) if issubclass(kind, DecoderLayer) else _call(kind)}
     if issubclass(kind, Embedding):
-        calls["as_linear"] = _as_linear(kind)
+        calls = {"__call__": _embedding_call(kind), "as_linear": _as_linear(kind)}
     return type(f"Sharded{kind.__name__}", (kind,), {"__module__": __name__, "unsharded": kind, **calls})
 
 
 def _call(kind: type[Any]) -> Any:
     def call(self: Any, x: Array) -> Array:
         return self.placement.constrained(kind.__call__(self, x), self.letters)
+
+    return call
+
+
+def _embedding_call(kind: type[Any]) -> Any:
+    def call(self: Any, ids_BT: Array) -> Array:
+        x_BTD = self.placement.looked_up(kind.__call__(self, ids_BT))
+        return self.placement.constrained(x_BTD, self.letters)
 
     return call
 

@@ -240,7 +240,7 @@ print(json.dumps({
 """
 MESHES = {
     "data, tensor": ({"data": 2, "tensor": 4}, 4),
-    "fsdp": ({"fsdp": 4}, 4),
+    "data, fsdp": ({"data": 2, "fsdp": 4}, 4),
     "fsdp, tensor": ({"fsdp": 2, "tensor": 2}, 2),
     "few heads": ({"data": 2, "tensor": 4}, 2),
     "one head": ({"tensor": 4}, 1),
@@ -277,7 +277,8 @@ def test_logits_losses_gradients_and_weights_are_those_of_one_device(found, name
 @pytest.mark.parametrize("name", MESHES)
 def test_the_batch_stays_cut_and_weights_are_what_is_gathered(found, name):
     sizes, of = MESHES[name][0], found["looked at"][name]
-    rows = next((f"'{axis}'" for axis in ("data", "fsdp") if axis in sizes), None)
+    rows = [f"'{axis}'" for axis in ("data", "fsdp") if axis in sizes]
+    rows = f"({', '.join(rows)})" if len(rows) > 1 else rows[0] if rows else None
     wanted = [rows, None, "'tensor'"] if "tensor" in sizes else [f"{rows},"]
     assert of["logits sharding"] == f"P({', '.join(map(str, wanted))})"
     assert bool(of["gathered"]) == ("fsdp" in sizes)
