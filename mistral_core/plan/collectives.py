@@ -5,7 +5,9 @@ one in backward, for which Megatron adds up the partial sums of the block's matr
 sends them side by side in one operation, and so they are counted here: two of the MLP (gate, up), three of attention
 (q, k, v). A compiler that adds them first sends a half and a third of these.
 Fully sharded data: ZeRO stage 3 (arXiv 1910.02054, section 7.2.2): parameters are gathered for forward and again for
-backward, gradients are reduced and scattered. Scalars (the loss, counts, the norm of gradients) are left out.
+backward, gradients are reduced and scattered. Only the embedding stays where it is: each device looks up its columns
+for the rows of others, and columns are exchanged for rows. Scalars (the loss, counts, the norm of gradients) and ids
+are left out.
 """
 
 from __future__ import annotations
@@ -13,10 +15,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from ..parameters import BODY
 from .workload import DTYPES, FLOAT, Held, Workload
 
 LOSS = 3
 """All-reduces of a cross entropy over a cut vocabulary: the largest logit, the sum of exponentials, the label's."""
+EMBEDDING = BODY[0].name
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Collective:
     """Equal collectives of a step."""
 
     kind: str
-    """all-reduce | all-gather | reduce-scatter"""
+    """all-reduce | all-gather | reduce-scatter | all-to-all"""
     what: str
     phase: str
     """forward | backward, or prefill | decode, whose step is one token of each row"""
@@ -35,7 +39,7 @@ class Collective:
     count: int
     """How many there are in a step."""
     nbytes: int
-    """Bytes of one on a device: of what is reduced, or of all that is gathered or is to be scattered."""
+    """Bytes of one on a device: of what is reduced or exchanged, or of all that is gathered or is to be scattered."""
 
     @property
     def sent(self) -> int:
@@ -57,14 +61,22 @@ def collectives(work: Workload) -> tuple[Collective, ...]:
     phases: dict[str, Iterable[_Row]]
     if work.trains:
         phases = {
-            "forward": [*_weights(work), *_blocks(work, length), *_loss(work)],
-            "backward": [*_weights(work), *_again(work), *_inputs(work), *_keys_values(work), *_gradients(work)],
+            "forward": [*_weights(work), *_columns(work, length), *_blocks(work, length), *_loss(work)],
+            "backward": [
+                *_weights(work),
+                *_again(work),
+                *_of_loss(work),
+                *_inputs(work),
+                *_keys_values(work),
+                *_of_columns(work),
+                *_gradients(work),
+            ],
         }
     else:
         phases = {
-            "prefill": [*_weights(work), *_blocks(work, length), *_logits(work)],
-            "decode": [*_weights(work), *_blocks(work, 1), *_logits(work)],
-        }
+            "prefill": [*_weights(work), *_columns(work, length), *_blocks(work, length), *_logits(work)],
+            "decode": [*_weights(work), *_columns(work, 1), *_blocks(work, 1), *_logits(work)],
+        }  # fmt: skip
     return tuple(
         Collective(kind, what, phase, axes, work.devices(axes), count, nbytes)
         for phase, rows in phases.items()
@@ -102,9 +114,15 @@ def _adapters(work: Workload, tokens: int) -> Iterator[_Row]:
 
 
 def _loss(work: Workload) -> Iterator[_Row]:
-    """Of log softmax over a cut vocabulary, [B, T] in float32 (Megatron, section 3)."""
+    """Of log softmax over a cut vocabulary, [B, T - 1] in float32 (Megatron, section 3)."""
     if work.has_logits:
-        yield "all-reduce", "parts of the loss", work.axes("V"), LOSS, work.rows * work.sequence * FLOAT
+        yield "all-reduce", "parts of the loss", work.axes("V"), LOSS, work.rows * (work.sequence - 1) * FLOAT
+
+
+def _of_loss(work: Workload) -> Iterator[_Row]:
+    """The gradient of log softmax: the sum of its logits' gradients."""
+    if work.has_logits:
+        yield "all-reduce", "gradients of the loss", work.axes("V"), 1, work.rows * (work.sequence - 1) * FLOAT
 
 
 def _logits(work: Workload) -> Iterator[_Row]:
@@ -138,17 +156,15 @@ def _inputs(work: Workload) -> Iterator[_Row]:
 
 
 def _keys_values(work: Workload) -> Iterator[_Row]:
-    """Where devices repeat key/value heads: their gradients, computed head by head, and those of their matrices.
+    """Where devices repeat key/value heads: their gradients, computed head by head.
 
     The first go over as many devices as repeat a head, and so somewhat less is sent than over all.
     """
     if work.sharding.repeats > 1:
         config, axes, layers = work.config, work.axes("K"), work.config.num_hidden_layers
         head = work.rows * work.sequence * config.head_dim * DTYPES[work.dtype]
-        matrices = [work.nbytes(held) for held in work.tensors if held.trains and held.row.axes[0] == "KH"]
         yield "all-reduce", "gradients of a key and a value head", axes, layers, 2 * head
         yield "all-gather", "gradients of keys, of values", axes, 2 * layers, config.num_key_value_heads * head
-        yield "all-gather", "gradients of k_proj, of v_proj", axes, 2 * layers, matrices[0]
 
 
 # Over the axes that cut the batch and what is left of the parameters
@@ -158,6 +174,8 @@ def _weights(work: Workload) -> Iterator[_Row]:
     """Parameters of which devices hold parts of the hidden size, a layer at a time."""
     found: dict[tuple[bool, tuple[str, ...]], int] = {}
     for held in work.tensors:
+        if _is_looked_up(work, held):
+            continue
         key = held.is_of_layer, work.gathered_over(held)
         found[key] = found.get(key, 0) + work.nbytes(held, gathered=True)
     for (is_of_layer, axes), size in found.items():
@@ -180,8 +198,34 @@ def _sums(work: Workload, held: Held) -> Iterator[tuple[str, tuple[str, ...], in
     """The collectives of one gradient over the devices that compute other rows of the batch."""
     cut = work.gathered_over(held)
     scattered = tuple(axis for axis in cut if axis in work.batch_axes)
-    yield "reduce-scatter", scattered, work.nbytes(held, gathered=True)
+    if not _is_looked_up(work, held):
+        yield "reduce-scatter", scattered, work.nbytes(held, gathered=True)
     yield "all-reduce", tuple(axis for axis in work.batch_axes if axis not in cut), work.nbytes(held)
+
+
+def _is_looked_up(work: Workload, held: Held) -> bool:
+    """Whether rows of it are picked and nothing else is done with it: an embedding that is no head too."""
+    is_head = work.has_logits and work.config.tie_word_embeddings
+    return held.row.name == EMBEDDING and not is_head
+
+
+def _columns(work: Workload, tokens: int) -> Iterator[_Row]:
+    """The embeddings of other devices' rows in the columns that are here, for those of its own rows that are there.
+
+    A device that computes all rows needs all columns of them.
+    """
+    (embedding,) = (held for held in work.tensors if held.row.name == EMBEDDING)
+    axes, size = work.gathered_over(embedding), _hidden(work, tokens)
+    yield "all-to-all", "embeddings, columns for rows", tuple(x for x in axes if x in work.batch_axes), 1, size
+    yield "all-gather", "columns of embeddings", tuple(x for x in axes if x not in work.batch_axes), 1, size
+
+
+def _of_columns(work: Workload) -> Iterator[_Row]:
+    """The gradients of the embeddings on their way back."""
+    if any(held.trains for held in work.tensors if held.row.name == EMBEDDING):
+        for kind, what, axes, count, size in _columns(work, work.sequence):
+            if kind == "all-to-all":
+                yield kind, f"gradients of {what}", axes, count, size
 
 
 _WHERE = {True: "a layer", False: "the rest"}

@@ -65,32 +65,47 @@ def test_a_training_step_counted_by_hand():
     hidden = 3 * 10 * D * 2
     assert of(planned, "forward", "") == [
         ("all-reduce", ("tensor",), 1, hidden), ("all-reduce", ("tensor",), L, hidden),
-        ("all-reduce", ("tensor",), L, hidden), ("all-reduce", ("tensor",), 3, 3 * 10 * 4),
+        ("all-reduce", ("tensor",), L, hidden), ("all-reduce", ("tensor",), 3, 3 * 9 * 4),
     ]  # fmt: skip
     assert of(planned, "backward", "input") == [
         ("all-reduce", ("tensor",), 1, hidden), ("all-reduce", ("tensor",), L, 2 * hidden),
         ("all-reduce", ("tensor",), L, 3 * hidden),
     ]  # fmt: skip
+    assert of(planned, "backward", "of the loss") == [("all-reduce", ("tensor",), 1, 3 * 9 * 4)]
     assert of(planned, "backward", "of a layer") == [("all-reduce", ("data",), L, 2 * (LAYER // 4 + 2 * D))]
     assert of(planned, "backward", "of the rest") == [("all-reduce", ("data",), 1, 2 * (2 * V * D // 4 + D))]
 
 
 def test_fully_sharded_data_gathers_twice_and_scatters_once():
-    """ZeRO stage 3: three times the parameters go over the network."""
+    """ZeRO stage 3: three times the parameters go over the network, but for the embedding, which is looked up."""
     planned = plan(SMALL, {"data": 3, "fsdp": 2}, optimizer="adamw", dtype="fp32", batch=6, sequence=10)
-    layer, rest = 4 * (LAYER + 2 * D), 4 * (2 * V * D + D)
-    assert planned.parameters == (L * layer + rest) // 2
-    gathered = [("all-gather", ("fsdp",), 1, rest), ("all-gather", ("fsdp",), L, layer)]
-    assert of(planned, "forward", "") == of(planned, "backward", "weights") == gathered
-    assert of(planned, "backward", "gradients") == [
-        ("reduce-scatter", ("fsdp",), 1, rest), ("all-reduce", ("data",), 1, rest // 2),
-        ("reduce-scatter", ("fsdp",), L, layer), ("all-reduce", ("data",), L, layer // 2),
+    layer, rest, embedding = 4 * (LAYER + 2 * D), 4 * (V * D + D), 4 * V * D
+    assert planned.parameters == (L * layer + rest + embedding) // 2
+    gathered = [("all-gather", ("fsdp",), L, layer), ("all-gather", ("fsdp",), 1, rest)]
+    exchanged = [("all-to-all", ("fsdp",), 1, 10 * D * 4)]
+    assert of(planned, "forward", "weights") == of(planned, "backward", "weights") == gathered
+    assert of(planned, "forward", "embeddings") == of(planned, "backward", "embeddings") == exchanged
+    assert of(planned, "backward", "gradients of")[1:] == [
+        ("all-reduce", ("data",), 1, (rest + embedding) // 2), ("reduce-scatter", ("fsdp",), L, layer),
+        ("all-reduce", ("data",), L, layer // 2), ("reduce-scatter", ("fsdp",), 1, rest),
     ]  # fmt: skip
     over_fsdp = sum(c.sent for c in planned.collectives if c.axes == ("fsdp",))
-    assert over_fsdp == 3 * (L * layer + rest) // 2
+    assert over_fsdp == 3 * (L * layer + rest) // 2 + 2 * 10 * D * 4 // 2
     over_data = sum(c.sent for c in planned.collectives if c.axes == ("data",))
-    assert over_data == 2 * 2 * (L * layer + rest) // 2 // 3
+    assert over_data == 2 * 2 * (L * layer + rest + embedding) // 2 // 3
     assert planned.copies == layer + max(layer, 4 * V * D) * 2
+
+
+def test_an_embedding_that_is_the_head_too_is_gathered_for_it():
+    tied = plan(SMALL.replace(tie_word_embeddings=True), {"fsdp": 2}, batch=2, sequence=10, dtype="fp32")
+    assert of(tied, "prefill", "of the rest") == [("all-gather", ("fsdp",), 1, 4 * (V * D + D))]
+    assert of(tied, "decode", "embeddings") == [("all-to-all", ("fsdp",), 1, D * 4)]
+
+
+def test_a_device_that_computes_all_rows_gathers_all_columns_of_their_embeddings():
+    whole = plan(SMALL, {"fsdp": 2}, batch=1, sequence=10, dtype="fp32")
+    assert of(whole, "prefill", "embeddings") == [("all-gather", ("fsdp",), 1, 10 * D * 4)]
+    assert not of(plan(SMALL, {"fsdp": 2}, batch=2, lora=4, optimizer="sgd"), "backward", "embeddings")
 
 
 def test_a_batch_that_is_not_divided_is_computed_by_all_and_needs_no_sums():
@@ -224,7 +239,6 @@ def test_key_value_heads_that_are_repeated_are_whole():
     assert of(planned, "backward", "attention's input") == [("all-reduce", ("tensor",), L, 10 * D * 2)]
     assert of(planned, "backward", "value head") == [("all-reduce", ("tensor",), L, 2 * 10 * H * 2)]
     assert of(planned, "backward", "of values") == [("all-gather", ("tensor",), 2 * L, 10 * K * H * 2)]
-    assert of(planned, "backward", "v_proj") == [("all-gather", ("tensor",), 2 * L, K * H * D * 2)]
 
 
 @pytest.mark.parametrize(
