@@ -86,6 +86,8 @@ CASES = {
 }
 SHALLOW = ("docs/keras.md 2 tf", "examples/fit_keras.py")
 """Examples that Keras traces for training, prediction and export: they get the first layer of the checkpoint only."""
+ALONE = ("examples/shard_jax.py",)
+"""Examples that say how many devices there are, before a framework looks: each has a process of its own."""
 RUN = """
 import contextlib, io, json, os, sys, traceback
 import mistral_core.data
@@ -115,7 +117,7 @@ def test_there_are_examples():
         if name not in ("docs/cli.md", "docs/clients.md", "docs/limits.md", "docs/proof.md"):
             assert any(key.startswith(name) for key in CASES), name
     assert sum(key.startswith("README.md 1 ") for key in CASES) == 3
-    assert set(SHALLOW) <= set(CASES)
+    assert {*SHALLOW, *ALONE} <= set(CASES)
 
 
 @pytest.mark.lenient_jax("an example is what a user runs, and optax's Adam mixes dtypes")
@@ -123,7 +125,7 @@ def test_there_are_examples():
     "name", [pytest.param(name, marks=pytest.mark.xdist_group(case.framework)) for name, case in CASES.items()]
 )
 def test_example(name):
-    assert_printed(name, outputs(CASES[name].framework))
+    assert_printed(name, outputs(CASES[name].framework, alone=name if name in ALONE else ""))
 
 
 @pytest.mark.slow
@@ -146,14 +148,15 @@ def _without_blanks(text: str) -> str:
 
 
 @functools.cache
-def outputs(name: str, *, whole: bool = False) -> dict[str, tuple[str, str]]:
+def outputs(name: str, *, whole: bool = False, alone: str = "") -> dict[str, tuple[str, str]]:
     """What each example of a framework prints, and how it failed; all in one process, as importing takes longest.
 
-    `whole` runs those of SHALLOW alone, with all layers.
+    `whole` runs those of SHALLOW alone, with all layers; `alone` is the only example that runs.
     """
     with tempfile.TemporaryDirectory() as directory:
         first = first_layer(f"{directory}/first") if name == "tf" and not whole else ""
-        cases = [(key, case) for key, case in CASES.items() if case.framework == name and (key in SHALLOW or not whole)]
+        chosen = [alone] if alone else [key for key in CASES if key not in ALONE and (key in SHALLOW or not whole)]
+        cases = [(key, CASES[key]) for key in chosen if CASES[key].framework == name]
         jobs = [
             (key, f"{directory}/{n}", case.source, case.typed, first if key in SHALLOW else "")
             for n, (key, case) in enumerate(cases)

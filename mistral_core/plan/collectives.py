@@ -216,7 +216,7 @@ def _columns(work: Workload, tokens: int) -> Iterator[_Row]:
     """
     (embedding,) = (held for held in work.tensors if held.row.name == EMBEDDING)
     axes, size = work.gathered_over(embedding), _hidden(work, tokens)
-    yield "all-to-all", "embeddings, columns for rows", tuple(x for x in axes if x in work.batch_axes), 1, size
+    yield "all-to-all", "columns of embeddings", tuple(x for x in axes if x in work.batch_axes), 1, size
     yield "all-gather", "columns of embeddings", tuple(x for x in axes if x not in work.batch_axes), 1, size
 
 

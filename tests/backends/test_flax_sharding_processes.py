@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -24,20 +25,30 @@ SECONDS = 600
 """A guard against hanging only."""
 
 
-def started(task, directory):
-    """Both processes of a task."""
-    with socket.socket() as bound:  # a port that was free a moment ago
+def free_port():
+    """A port that was free a moment ago."""
+    with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
-        port = str(bound.getsockname()[1])
+        return str(bound.getsockname()[1])
+
+
+def started(*command, directory):
+    """Two processes, by a command in which RANK stands for the number of each."""
     flags = "--xla_force_host_platform_device_count=2 " + os.environ.get("XLA_FLAGS", "")
     env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_NUMPY_DTYPE_PROMOTION": "standard"}
-    command = [sys.executable, str(Path(__file__).with_name("flax_process.py")), task]
     return [
         subprocess.Popen(
-            [*command, rank, port, str(directory)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+            [sys.executable, *(rank if each == "RANK" else each for each in command)],
+            cwd=directory, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in "01"
-    ]
+    ]  # fmt: skip
+
+
+def at_task(task, directory):
+    """Both processes of a task of `flax_process.py`."""
+    program = str(Path(__file__).with_name("flax_process.py"))
+    return started(program, task, "RANK", free_port(), str(directory), directory=directory)
 
 
 def ended(processes):
@@ -56,7 +67,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(directory):
-    processes = started("everything", directory)
+    processes = at_task("everything", directory)
     outs = ended(processes)
     for process, (_, errors) in zip(processes, outs, strict=True):
         assert process.returncode == 0, errors[-4000:]
@@ -117,7 +128,7 @@ def test_the_first_process_saves_what_all_hold(found):
 )
 def test_where_a_process_is_killed_the_other_ends_and_nothing_is_half_written(tmp_path, task):
     lost = int(task[-1])
-    processes = started(task, tmp_path)
+    processes = at_task(task, tmp_path)
     outs = ended(processes)
     assert processes[lost].returncode == -9, outs[lost][1][-2000:]
     assert processes[1 - lost].returncode not in (0, -9)
@@ -125,3 +136,16 @@ def test_where_a_process_is_killed_the_other_ends_and_nothing_is_half_written(tm
     config, tensors = loading.load(tmp_path / "one", verify="full")
     expected = random_parameters(config, "MistralForCausalLM")
     assert all(np.array_equal(array, expected[name]) for name, array in tensors)
+
+
+@pytest.mark.sweep
+def test_the_program_of_the_page_runs_in_two_processes(tmp_path):
+    page = (Path(__file__).parents[2] / "docs/launchers/jax-distributed.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert "127.0.0.1:12321" in program
+    (tmp_path / "train.py").write_text(program.replace("12321", free_port()))
+    processes = started("train.py", "RANK", directory=tmp_path)
+    outs = ended(processes)
+    assert [process.returncode for process in processes] == [0, 0], [errors[-4000:] for _, errors in outs]
+    assert [out.endswith("True\n") for out, _ in outs] == [True, False]  # gloo writes there too
+    assert loading.load(tmp_path / "trained", verify="full")
