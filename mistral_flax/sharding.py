@@ -106,7 +106,7 @@ class ShardedParam(nnx.Param[Array]):
     def get_value(self, **index: Any) -> Array:
         """The array, or what an index picks of it."""
         value = super().get_value(**index)
-        return self._cut(value) if value.shape == self.raw_value.shape else value
+        return self._cut(value) if value.shape == self.get_raw_value().shape else value
 
     def set_value(self, value: Array, **index: Any) -> None:
         """Let it hold an array, cut as the one before."""

@@ -156,7 +156,7 @@ class PreTrainedModel(Saved, nnx.Module):
         return to_numpy(parameter[...] if layer is None else parameter[layer])
 
     def _processes(self) -> Processes | None:
-        return Processes.of(self.get_input_embeddings().weight.raw_value)
+        return Processes.of(self.get_input_embeddings().weight.get_raw_value())
 
     def _resize(self, name: str, rows: np.ndarray) -> None:
         self.set_parameter(name, rows, device=self.device)
