@@ -40,6 +40,7 @@ NAME_BYTES = 256  # of a tensor's, a key's or a group's name; published ones hav
 PICKLE_BYTES = 1 << 20  # bytes of a pickle without its numbers; 300 a tensor
 PICKLE_DEPTH = 32  # containers within one another in a pickle; a state dict has four
 PICKLE_OPS = 1 << 20  # steps of a pickle; 25 a tensor
+ADAPTER_REPEATS = 4  # repetitions in a regular expression of an adapter's config; steps grow with their power
 
 # A hub
 
