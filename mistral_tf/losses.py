@@ -95,8 +95,8 @@ def span_loss(
 
 def divided(total: Tensor, count: Tensor, num_items_in_batch: Any = None) -> Tensor:
     """A loss: a sum over its count, or over that of the whole step; of two sums [2] the mean. Nothing counted is 0."""
-    count = over_replicas(count) if num_items_in_batch is None else tf.cast(num_items_in_batch, tf.float32)
-    return tf.reduce_mean(total / tf.maximum(count, 1))
+    count = tf.cast(over_replicas(count) if num_items_in_batch is None else num_items_in_batch, tf.float32)
+    return tf.reduce_mean(total / tf.where(count > 0, count, 1))
 
 
 def over_replicas(value: Tensor) -> Tensor:

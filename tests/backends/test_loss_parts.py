@@ -33,7 +33,7 @@ def test_accumulated_gradients_are_those_of_the_step_torch():
             assert torch.allclose(p.grad, wanted[name], atol=1e-6), name
 
 
-@pytest.mark.parametrize("package", ["mistral_torch", "mistral_flax", "mistral_core.reference"])
+@pytest.mark.parametrize("package", ["mistral_torch", "mistral_flax", "mistral_tf", "mistral_core.reference"])
 def test_the_mean_over_devices_with_fewer_labels_than_devices(package):
     """Two labels over four devices whose losses are averaged: each divides by half a label."""
     total, count = np.float32([0.5, 3.0, 0.0, 0.0]), np.int64([1, 1, 0, 0])
