@@ -29,10 +29,10 @@ from .losses import (
     classification_loss,
     cross_entropy,
     divided,
-    over_replicas,
 )
 from .products import portable
 from .saving import SavedModel
+from .strategies import check_strategy, logs_of_replica, refuse_distribution, rows_of_replica, shared, told
 from .traces import changed
 
 OUTPUTS: dict[str, tuple[type[tuple[Any, ...]], tuple[str, ...]]] = {
@@ -59,11 +59,13 @@ class KerasModel(SavedModel):
         keras.saving.register_keras_serializable("mistral_tf")(cls)
 
     def __init__(self, *, dtype: keras.DTypePolicy, name: str | None) -> None:
+        refuse_distribution()
         super().__init__(dtype=dtype, autocast=False, name=name)
         self.built = True
 
     def __call__(self, *arrays: Any, **options: Any) -> Any:
         """Call with lists, NumPy arrays or tensors, or one list or dictionary of them; Keras takes no lists."""
+        refuse_distribution()
         if arrays and _several(arrays[0]):
             arrays = (*arrays[0], *arrays[1:])
         given = dict(**inspect.signature(self.call).bind_partial(*arrays).arguments, **options)
@@ -105,14 +107,16 @@ class KerasModel(SavedModel):
     ) -> None:
         """keras.Model.compile, where `loss=None` is the model's own; XLA, which compiles for every length, is off."""
         self._own_loss = loss is None
-        super().compile(
-            optimizer,
-            None if loss is None else self._by_field(loss, functools.partial(_named, LOSSES)),
-            metrics=self._metrics_of_logits(metrics),
-            weighted_metrics=self._metrics_of_logits(weighted_metrics),
-            jit_compile=jit_compile,
-            **options,
-        )
+        with self.distribute_strategy.scope():
+            super().compile(
+                optimizer,
+                None if loss is None else self._by_field(loss, functools.partial(_named, LOSSES)),
+                metrics=self._metrics_of_logits(metrics),
+                weighted_metrics=self._metrics_of_logits(weighted_metrics),
+                jit_compile=jit_compile,
+                **options,
+            )
+        check_strategy(self)
 
     def get_compile_config(self) -> dict[str, Any] | None:
         """What `compile_from_config` takes; None where the model is not compiled."""
@@ -125,6 +129,7 @@ class KerasModel(SavedModel):
         built = config.pop("optimizer_built", True)
         self._own_loss = config.get("loss") is None
         super().compile(**keras.saving.deserialize_keras_object(config))
+        check_strategy(self)
         if built:
             self.optimizer.build(self.trainable_variables)
 
@@ -180,12 +185,14 @@ class KerasModel(SavedModel):
 
     def make_train_function(self, force: bool = False) -> Any:
         """The traced step of `fit`, of the model as it is."""
+        check_strategy(self)
         if self.optimizer is not None and not self.optimizer.built:  # variables made in a trace have it made twice
             self.optimizer.build(self.trainable_variables)
         return super().make_train_function(changed(self, "train") or force)
 
     def make_test_function(self, force: bool = False) -> Any:
         """The traced step of `evaluate`, of the model as it is."""
+        check_strategy(self)
         return super().make_test_function(changed(self, "test") or force)
 
     def make_predict_function(self, force: bool = False) -> Any:
@@ -195,19 +202,25 @@ class KerasModel(SavedModel):
     def train_step(self, data: Any) -> dict[str, Any]:
         """One step of `fit`."""
         with portable(self.jit_compile):
-            return super().train_step(self._unpacked(data))
+            return logs_of_replica(self, super().train_step(self._unpacked(data)))
 
     def test_step(self, data: Any) -> dict[str, Any]:
         """One step of `evaluate`."""
         with portable(self.jit_compile):
-            return super().test_step(self._unpacked(data))
+            return logs_of_replica(self, super().test_step(self._unpacked(data)))
 
-    def _symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
-        """What Keras does where there are replicas: their integers come averaged, in float64."""
-        batch = tf.nest.map_structure(
-            lambda x: tf.cast(x, tf.int32) if getattr(x, "dtype", None) == tf.float64 else x, data_batch
-        )
-        super()._symbolic_build(data_batch=self._unpacked(batch))
+    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        """What Keras does before the first step under a strategy, of one replica's rows.
+
+        Keras takes the mean of the replicas' rows, which must then be as many on each, and of several workers none.
+        """
+        strategy = self._distribute_strategy
+        if strategy is None:
+            return
+        if iterator is not None:
+            data_batch = rows_of_replica(strategy, next(iter(iterator))[-1])
+        with strategy.scope():
+            self._symbolic_build(data_batch=self._unpacked(data_batch))
 
     def _unpacked(self, data: Any) -> tuple[Any, Any, Any]:
         """x, y and sample weights, y as an array or, where the model answers with several, by their names."""
@@ -236,16 +249,14 @@ class KerasModel(SavedModel):
         """
         y, scores, sample_weight = self._pairs(y, y_pred, sample_weight)
         if not self._own_loss:
-            return super().compute_loss(x, y, scores, sample_weight, training)
+            weights = shared(self.loss, y, sample_weight)
+            return told(tf.reduce_sum(super().compute_loss(x, y, scores, weights, training)))
         if isinstance(y, dict):
             weights = sample_weight if isinstance(sample_weight, dict) else dict.fromkeys(y, sample_weight)
             sums = [self._own_sum(y[name], scores[name], weights[name]) for name in y]
         else:
             sums = [self._own_sum(y, scores, sample_weight)]
-        part = divided(*map(tf.stack, zip(*sums, strict=True)))
-        # Keras takes the mean of what the replicas tell, weighted by their rows
-        told = over_replicas(part) / tf.distribute.get_strategy().num_replicas_in_sync
-        own = part + tf.stop_gradient(told - part)
+        own = told(divided(*map(tf.stack, zip(*sums, strict=True))))
         return tf.add_n([own, *map(self._aggregate_additional_loss, self.losses)])
 
     def _own_sum(self, y: Tensor, scores: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:

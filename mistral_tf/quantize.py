@@ -97,7 +97,7 @@ def dequantize(model: M) -> M:
         rows, columns = part.shape
         floats = dequantised(part.packed, model.variable_dtype)
         kind, options = Head if part.is_head else Linear, {"dtype": part.dtype_policy, "name": part.name}
-        with tf.device(_device(part)):
+        with model.distribute_strategy.scope(), tf.device(_device(part)):
             plain = kind(columns, rows, initializer=lambda shape, dtype, floats=floats: floats, **options)
         _replace(model, name, plain)
     return model
@@ -106,7 +106,7 @@ def dequantize(model: M) -> M:
 def put(model: keras.Model, name: str, matrix: PackedMatrix) -> None:
     """Let the tensor of this canonical name be a packed matrix; it stays where it was, unless a device is given."""
     old = model._module(name)
-    with tf.device(_device(old)):
+    with model.distribute_strategy.scope(), tf.device(_device(old)):
         part = QuantizedLinear(matrix, is_head=name == LM_HEAD, dtype=old.dtype_policy, name=old.name)
     _replace(model, name, part)
 

@@ -8,6 +8,8 @@ from typing import Any
 import tensorflow as tf
 from tensorflow import Tensor
 
+from .strategies import refuse_distribution
+
 _traced: weakref.WeakKeyDictionary[Any, dict[str, tuple[Any, list[Any]]]] = weakref.WeakKeyDictionary()
 
 
@@ -23,7 +25,9 @@ def changed(model: Any, function: str) -> bool:
     """Whether a model has other layers or variables than when last asked for a function's sake, or another config.
 
     Of the config only what a program depends on counts; of layers, how packed ones round what they multiply.
+    Raises UnsupportedFeatureError where a `keras.distribution` is set, of which what is traced would say nothing.
     """
+    refuse_distribution()
     layers = [*model._flatten_layers(include_self=False)]
     settings = model.config.program(model.architecture), [getattr(layer, "activations", None) for layer in layers]
     now = settings, [*model.weights, *layers]

@@ -17,11 +17,13 @@ from mistral_core.errors import ConfigError
 from mistral_core.quantization.models import round_activations
 from mistral_core.weights import loading
 from mistral_core.weights.mixin import Saved
+from mistral_core.weights.processes import Processes
 
 from .arrays import as_device, as_policy, from_numpy, to_numpy
 from .fit import KerasModel
 from .quantize import put
 from .saving import empty
+from .strategies import Workers, refuse_distribution
 
 
 class PreTrainedModel(Saved, KerasModel):
@@ -58,6 +60,7 @@ class PreTrainedModel(Saved, KerasModel):
         file lacks is initialised from `seed` with one warning. Raises CheckpointError, ConfigError or HubError and
         their kind.
         """
+        refuse_distribution()
         given = from_transformers(
             options, dtype=dtype, device=device, attn_implementation=attn_implementation, quantization=quantization
         )
@@ -115,13 +118,17 @@ class PreTrainedModel(Saved, KerasModel):
 
     def _resize(self, name: str, rows: np.ndarray) -> None:
         self._refuse_floats(name)
-        self._module(name).replace_weight(rows)
+        with self.distribute_strategy.scope():
+            self._module(name).replace_weight(rows)
 
     def _parameters_of(self, only_trainable: bool) -> list[keras.Variable]:
         if only_trainable:
             return self.trainable_weights
         packed = {id(weight) for _, part in self.packed_parts() for weight in part.weights}
         return [weight for weight in self.weights if id(weight) not in packed]
+
+    def _processes(self) -> Processes | None:
+        return Workers.of(self)
 
     def _replace_part(self, owner: Any, name: str, part: Any) -> None:
         owner._tracker.untrack(getattr(owner, name))  # which an assignment alone does not

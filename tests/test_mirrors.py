@@ -77,6 +77,7 @@ OWN_FILES = {
     "sharding.py": "JAX cuts arrays over meshes, torch over processes; TensorFlow has strategies",
     "dispatch.py": "torch: accelerate's hooks move what parts of a model on several devices meet",
     "processes.py": "torch and JAX: what several processes hold parts of; TensorFlow has strategies",
+    "strategies.py": "TensorFlow: several devices are a strategy, under which a model is made",
     "scan.py": "JAX compiles every layer anew unless it scans",
     "programs.py": "JAX compiles each operation by itself, unless it is told what belongs together",
     "fit.py": "Keras models train themselves",
