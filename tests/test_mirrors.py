@@ -75,6 +75,7 @@ OWN_FILES = {
     "foreign_cache.py": "torch: decode loops and adapters bring transformers' caches; its Flax and TF ones are gone",
     "outputs.py": "torch's clients ask for dictionaries; JAX and TensorFlow take core's named tuples as they are",
     "sharding.py": "JAX cuts arrays over meshes, torch over processes; TensorFlow has strategies",
+    "lora.py": "torch",
     "dispatch.py": "torch: accelerate's hooks move what parts of a model on several devices meet",
     "processes.py": "torch and JAX: what several processes hold parts of; TensorFlow has strategies",
     "strategies.py": "TensorFlow: several devices are a strategy, under which a model is made",
