@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -150,9 +149,7 @@ def adapter_of(model: nn.Module, name: str = "default") -> Adapter:
     """An adapter's numbers in NumPy; raises ConfigError for a name that is not there."""
     lora, weights, saved = _config(model, name), {}, {}
     for each in lora.targets(model.config.value, model.architecture):
-        low = model._module(each).lora[name]
-        magnitude = None if low.magnitude is None else to_numpy(low.magnitude.float())
-        weights[each] = LoraWeights(to_numpy(low.a.float()), to_numpy(low.b.float()), magnitude)
+        weights[each] = _weights(model._module(each).lora[name])
     for each, _ in lora.saved(model.config.value, model.architecture):
         copy = model._module(each).saved[name]
         saved[each] = to_numpy(getattr(copy, each.rpartition(".")[2]).float())
@@ -212,10 +209,7 @@ def merge(model: Model) -> Model:
                     getattr(part, own).copy_(value)
             if each in part.lora:
                 low = part.lora[each]
-                lengths = None if low.magnitude is None else to_numpy(low.magnitude.double())
-                lora = LoraWeights(to_numpy(low.a.double()), to_numpy(low.b.double()), lengths)
-                changed = files.merged(to_numpy(part.weight.double()), lora, low.scaling)
-                part.weight.copy_(torch.from_numpy(np.ascontiguousarray(changed)))
+                part.weight.copy_(from_numpy(files.folded(to_numpy(part.weight), _weights(low), low.scaling)))
         part.merged = part.active
     model.tie_weights()
     return model
@@ -229,6 +223,11 @@ def unmerge(model: Model) -> Model:
             getattr(part, each).copy_(value)
         part.unmerged, part.merged = {}, ()
     return model
+
+
+def _weights(low: LowRank) -> LoraWeights:
+    magnitude = None if low.magnitude is None else to_numpy(low.magnitude.float())
+    return LoraWeights(to_numpy(low.a.float()), to_numpy(low.b.float()), magnitude)
 
 
 def _targets(model: nn.Module, lora: LoraConfig) -> dict[str, Target]:

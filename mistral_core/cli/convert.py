@@ -33,6 +33,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--revision", help="branch, tag or commit of a hub id")
     command.add_argument("--keep-vision", action="store_true",
                          help="hf to hf, raw to raw: also the towers of a model that sees, as they are")  # fmt: skip
+    command.add_argument("--adapter", metavar="DIR", help="a LoRA adapter of peft's, merged on the way")
     command.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="what one format asks for")
 
 
@@ -55,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
             progress=progress,
             options=dict(option.partition("=")[::2] for option in options.option),
             keep_vision=options.keep_vision,
+            adapter=options.adapter,
             revision=options.revision,
         )
     if options.json:

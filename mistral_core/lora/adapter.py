@@ -32,6 +32,10 @@ PREFIX = "base_model.model."
 """What peft writes before the model's own names; some writers leave it away."""
 
 
+ROWS = 1024
+"""Rows of a matrix that are folded at once, so that little of it is there in float64."""
+
+
 class LoraWeights(NamedTuple):
     """What is added to a matrix [O, I]: its scaling times b a."""
 
@@ -87,6 +91,21 @@ def merged(weight: Array, lora: LoraWeights, scaling: float) -> Array:
     if lora.magnitude is None:
         return changed
     return changed * (lora.magnitude / np.linalg.norm(changed, axis=1))[:, None]
+
+
+def folded(weight: Array, lora: LoraWeights, scaling: float, dtype: np.dtype | None = None) -> Array:
+    """`merged` in float64, some rows after another, and rounded once to a dtype, by default that of the matrix.
+
+    All who fold an adapter into a matrix do it here, so that they have the same bits.
+    """
+    result = np.empty(weight.shape, weight.dtype if dtype is None else dtype)
+    a = lora.a.astype(np.float64)
+    for start in range(0, len(weight), ROWS):
+        rows = slice(start, start + ROWS)
+        lengths = None if lora.magnitude is None else lora.magnitude[rows].astype(np.float64)
+        part = LoraWeights(a, lora.b[rows].astype(np.float64), lengths)
+        result[rows] = merged(weight[rows].astype(np.float64), part, scaling).astype(result.dtype)
+    return result
 
 
 def row_norms(weight: Array) -> Array:

@@ -34,6 +34,9 @@ TASKS = {
 }
 """Class name -> what peft calls its task."""
 
+TASK_OF = {task: name for name, task in TASKS.items()}
+"""The same the other way round."""
+
 INITIAL = (True, False, "gaussian")
 """How A and B may begin: A uniform and B zero; both random; A normal and B zero. As stored they are plain LoRA."""
 _OTHER_BASE = "it was trained on changed base weights; convert it with peft's path_initial_model_for_weight_conversion"

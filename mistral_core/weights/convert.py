@@ -26,7 +26,8 @@ from ..errors import (
     NonFiniteWeightsError,
     OutputExistsError,
 )
-from ..parameters import shapes
+from ..lora.merging import EMBEDDING, Merging
+from ..parameters import LM_HEAD, shapes
 from ..quantization import calibration, request, storage
 from ..quantization.matrix import KINDS, PackedMatrix, dequantised
 from ..quantization.request import Quantization
@@ -69,6 +70,7 @@ def convert(
     quantization: Any = None,
     calibrate: np.ndarray | None = None,
     calibrated: calibration.Progress | None = None,
+    adapter: files.PathLike | None = None,
     **hub_arguments: Any,
 ) -> Report:
     """Write the checkpoint at a path or hub id as another format, bit for bit, into the directory `destination`.
@@ -82,6 +84,7 @@ def convert(
     `quantization`, as `from_pretrained` takes it, packs matrices into few bits on their way to `hf`, where packed ones
     stay packed unless there is a `dtype`; elsewhere they become floats, and the report says whether exactly. With texts
     to `calibrate` on, token ids [N, T], codes are chosen by GPTQ; `calibrated(done, total, seconds left)` is told.
+    The LoRA adapter in a directory `adapter` is merged on the way, into packed matrices as the floats that they mean.
 
     The destination is the old one or the new one, whole, whatever happens. Raises ConversionError, CheckpointError,
     ConfigError, HubError and their kinds.
@@ -108,7 +111,7 @@ def convert(
     manifest.verify(checkpoint.directory, "sizes")
     if keep_vision:
         towers.check_kept(checkpoint, to)
-    plan = _plan(checkpoint, target, to, dtype, options, allow_lossy, keep_vision, asked)
+    plan = _plan(checkpoint, target, to, dtype, options, allow_lossy, keep_vision, asked, adapter)
     if calibrate is not None:
         if plan.quantization is None:
             raise ConversionError("calibrate must be None without quantization; leave it out.")
@@ -142,6 +145,8 @@ class _Plan:
     calibrate: np.ndarray | None = None
     """Token ids [N, T] by which codes are chosen; None: the nearest are."""
     calibrated: calibration.Progress | None = None
+    merging: Merging | None = None
+    """An adapter that is folded in on the way."""
 
 
 def _plan(
@@ -153,12 +158,18 @@ def _plan(
     allow_lossy: bool,
     keep_vision: bool,
     asked: Quantization | None,
+    adapter: files.PathLike | None,
 ) -> _Plan:
     config = checkpoint.config
     names = canonical_names(checkpoint.tensors)
     architecture = own_class(config, names)
     matched = match(checkpoint.tensors, config, architecture, read=checkpoint.read, where=str(checkpoint.path))
     sources = {name: source for name, source in matched.items() if source is not None}
+    merging = None if adapter is None else Merging(files.as_path(adapter), config, architecture)
+    if merging is not None:
+        config = merging.config
+        if merging.unties:
+            sources[LM_HEAD] = sources[EMBEDDING]
     code, chosen = _code_of(dtype, to), {**(options or {}), "allow_lossy": "yes" if allow_lossy else "no"}
     if dtype is not None and dtype.upper() in GGUF_TYPES:
         chosen["gguf_type"] = dtype.upper()
@@ -173,7 +184,8 @@ def _plan(
         checkpoint.check_floats()
         packed = _to_be_packed(asked, config, architecture, dtypes)
     else:
-        packed = _staying_packed(checkpoint, sources) if to == "hf" and dtype is None and not others else {}
+        stays = to == "hf" and dtype is None and not others and merging is None
+        packed = _staying_packed(checkpoint, sources) if stays else {}
     outline = Outline(config, architecture, dtypes, texts, chosen, packed, specs)
     chosen_format = formats.format_named(to)
     chosen_format.check(outline)
@@ -186,9 +198,13 @@ def _plan(
     report.moves = _moves(checkpoint, sources, outline, chosen_format)
     report.moves |= {"dequantised exactly": len(exact)} if exact else {}
     report.losses = dict(losses)
+    if merging is not None:
+        merged = len(merging.changed)
+        base = "the dequantised base" if any(tensor.packed for tensor in floats.values()) else "the base"
+        report.moves |= {f"merged with the adapter into {base}": merged}
     if asked is not None:
         report.losses["quantization"] = f"{len(packed)} matrices become {told(report.packed)}"
-    return _Plan(checkpoint, target, to, outline, sources, report, losses, exact, asked)
+    return _Plan(checkpoint, target, to, outline, sources, report, losses, exact, asked, merging=merging)
 
 
 def _to_be_packed(
@@ -386,6 +402,8 @@ def _cast(
                 f"{checkpoint.path}: NaN or infinity in {name}, first at {first}; pass check_finite=False "
                 "(--allow-nonfinite) to convert it as it is."
             )
+        if plan.merging is not None:
+            array = plan.merging.tensor(name, array, DTYPES[code])
         array, loss = casting.cast(array, DTYPES[code])
         if loss.changed:
             losses[name] = loss
@@ -411,7 +429,10 @@ def _as_written(plan: _Plan) -> lazy.Lazy[np.ndarray]:
     """The tensors of a plan's source in the dtypes that are written, which scales come in."""
 
     def read(name: str, source: str) -> np.ndarray:
-        return casting.cast(plan.checkpoint.read(source), DTYPES[plan.outline.dtypes[name]])[0]
+        array, dtype = plan.checkpoint.read(source), DTYPES[plan.outline.dtypes[name]]
+        if plan.merging is not None:
+            array = plan.merging.tensor(name, array, dtype)
+        return casting.cast(array, dtype)[0]
 
     return lazy.Lazy({name: functools.partial(read, name, source) for name, source in plan.sources.items()})
 
@@ -476,6 +497,8 @@ def _same_logits(plan: _Plan, directory: Path) -> dict[str, Any]:
         formats.format_named(plan.format).open(directory, plan.outline.config), plan.outline.architecture
     )
     difference = fingerprint.difference(before, after)
+    if plan.merging is not None:  # what an adapter changes, which the report does not judge
+        return after
     if difference and not plan.report.losses:
         raise CorruptCheckpointError(
             f"{plan.target}: its logits differ from the source's by {difference:.3g}; report this as a bug."
