@@ -7,6 +7,7 @@ adapter computes in float32 beside a base that is frozen and may be packed (QLoR
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from mistral_core.errors import ConfigError, UnsupportedFeatureError
 from mistral_core.lora import adapter as files
 from mistral_core.lora.adapter import Adapter, LoraWeights
 from mistral_core.lora.config import LoraConfig as LoraConfig
-from mistral_core.lora.config import Target
+from mistral_core.lora.config import LoraTarget
 
 from .arrays import from_numpy, to_numpy
 from .layers import Head
@@ -116,6 +117,8 @@ def add_adapter(model: Model, config: LoraConfig | None = None, *, name: str = "
     Every framework begins with the same numbers for a seed. Raises ConfigError, UnsupportedFeatureError.
     """
     lora = (config or LoraConfig()).for_model(model.config.value, model.architecture)
+    if lora.base_model_name_or_path is None:
+        lora = dataclasses.replace(lora, base_model_name_or_path=model.config.name_or_path or None)
     weights = {}
     for each in _targets(model, lora).values():
         fresh = files.initial_weights(each, model.config.value, lora, seed=seed)
@@ -230,7 +233,7 @@ def _weights(low: LowRank) -> LoraWeights:
     return LoraWeights(to_numpy(low.a.float()), to_numpy(low.b.float()), magnitude)
 
 
-def _targets(model: nn.Module, lora: LoraConfig) -> dict[str, Target]:
+def _targets(model: nn.Module, lora: LoraConfig) -> dict[str, LoraTarget]:
     return lora.targets(model.config.value, model.architecture)
 
 

@@ -15,6 +15,7 @@ from mistral_core.compat.arguments import from_transformers
 from mistral_core.compat.clients import path_by_either_name
 from mistral_core.devices import placement
 from mistral_core.errors import UnsupportedFeatureError
+from mistral_core.lora.loading import with_adapters
 from mistral_core.quantization.models import round_activations
 from mistral_core.weights import loading
 from mistral_core.weights.mixin import Saved
@@ -43,6 +44,7 @@ class PreTrainedModel(AsTransformers, Saved, nn.Module):
 
     @classmethod
     @path_by_either_name
+    @with_adapters
     def from_pretrained(
         cls,
         path: str | os.PathLike[str],
@@ -65,7 +67,8 @@ class PreTrainedModel(AsTransformers, Saved, nn.Module):
         part; a device_map of several devices, with max_memory and offload_folder, is accelerate's. `quantization` packs
         each matrix as it comes (`Quantization`, int8, int4, nf4, a config of transformers); a packed checkpoint stays
         packed, or becomes floats with "dequantize". A head that the file lacks is initialised from `seed` with one
-        warning. Raises CheckpointError, ConfigError or HubError and their kind.
+        warning. The directory of an adapter is taken too: its base, `base` or the directory that it names, with the
+        adapter in it. Raises CheckpointError, ConfigError or HubError and their kind.
         """
         dispatch = Dispatch.asked(options)
         given = from_transformers(
@@ -108,6 +111,11 @@ class PreTrainedModel(AsTransformers, Saved, nn.Module):
         if dispatched is not None:
             dispatched.finished()
         return model.eval()
+
+    def _with_adapter(self, path: str | os.PathLike[str]) -> Self:
+        from .lora import load_adapter
+
+        return load_adapter(self, path)
 
     def set_parameter(self, name: str, array: np.ndarray, *, device: torch.device | str | None = None) -> None:
         """Let the parameter of this canonical name hold an array.

@@ -25,7 +25,7 @@ from ..errors import (
 )
 from ..parameters import shape_of
 from ..weights.containers import safetensors, tensor_file
-from .config import LoraConfig, Target, module_of
+from .config import LoraConfig, LoraTarget, module_of
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -62,7 +62,7 @@ class Adapter(NamedTuple):
 # What they make of a matrix
 
 
-def initial_weights(target: Target, config: MistralConfig, lora: LoraConfig, *, seed: int = 0) -> LoraWeights:
+def initial_weights(target: LoraTarget, config: MistralConfig, lora: LoraConfig, *, seed: int = 0) -> LoraWeights:
     """Fresh a and b, whose product is zero unless init_lora_weights is false; of DoRA the magnitude is the base's.
 
     The numbers depend on `seed` and the name only, so every backend begins with the same ones.
@@ -117,7 +117,7 @@ def row_norms(weight: Array) -> Array:
 # Files
 
 
-def names_of(target: Target, architecture: str, *, dora: bool = False) -> dict[str, str]:
+def names_of(target: LoraTarget, architecture: str, *, dora: bool = False) -> dict[str, str]:
     """Field of `LoraWeights` -> the name of its tensor in a file, without the prefix."""
     module = module_of(target.name, architecture)
     if target.row.kind == "embedding":
@@ -126,7 +126,7 @@ def names_of(target: Target, architecture: str, *, dora: bool = False) -> dict[s
     return {**names, "magnitude": f"{module}.lora_magnitude_vector"} if dora else names
 
 
-def _shape_in_file(field: str, target: Target, config: MistralConfig) -> tuple[int, ...]:
+def _shape_in_file(field: str, target: LoraTarget, config: MistralConfig) -> tuple[int, ...]:
     rows, columns = shape_of(target.row, config)
     shape = {"a": (target.r, columns), "b": (rows, target.r), "magnitude": (rows,)}[field]
     return shape[::-1] if target.row.kind == "embedding" else shape

@@ -171,13 +171,13 @@ class LoraConfig:
         found.targets(config, architecture)
         return found
 
-    def targets(self, config: MistralConfig, architecture: str) -> dict[str, Target]:
+    def targets(self, config: MistralConfig, architecture: str) -> dict[str, LoraTarget]:
         """Canonical name of a matrix -> how it is adapted, in table order; raises ConfigError where none is meant."""
         found = {}
         for name, row in _modules(config, architecture):
             module = module_of(name, architecture)
             if self._means(module):
-                found[name] = Target(name, row, self._number("rank", module), self._scaling(module))
+                found[name] = LoraTarget(name, row, self._number("rank", module), self._scaling(module))
         if not found:
             raise ConfigError(
                 f"target_modules must name matrices of the model, got {shown(self.target_modules)}; the ends of names "
@@ -225,7 +225,7 @@ class LoraConfig:
         return float(self._number("alpha", module) / (math.sqrt(rank) if self.use_rslora else rank))
 
 
-class Target(NamedTuple):
+class LoraTarget(NamedTuple):
     """A matrix that an adapter changes."""
 
     name: str

@@ -12,7 +12,7 @@ from ..config import MistralConfig
 from ..errors import UnsupportedFeatureError
 from ..parameters import LM_HEAD, parameters
 from .adapter import Adapter, folded, load
-from .config import TASK_OF, TASKS, Target
+from .config import TASK_OF, TASKS, LoraTarget
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -29,7 +29,7 @@ class Merging:
                 f"{path}: its task_type is {asked}, and the base is a {architecture}; load the adapter with "
                 f"{TASK_OF.get(asked, 'its own class')}, merge and save the model."
             )
-        self.targets: Mapping[str, Target] = self.adapter.config.targets(config, architecture)
+        self.targets: Mapping[str, LoraTarget] = self.adapter.config.targets(config, architecture)
         self.changed = frozenset({*self.targets, *self.adapter.saved, *self.adapter.base})
         tied = config.tie_word_embeddings and LM_HEAD not in dict(parameters(config, architecture))
         self.unties = tied and architecture == "MistralForCausalLM" and EMBEDDING in self.changed

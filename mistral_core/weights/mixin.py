@@ -47,6 +47,10 @@ class Saved:
         """What the parameter of this canonical name holds."""
         raise NotImplementedError
 
+    def _with_adapter(self, path: PathLike) -> Self:
+        """The model with the adapter of a directory."""
+        raise NotImplementedError
+
     def _resize(self, name: str, rows: np.ndarray[Any, Any]) -> None:
         """Let a parameter hold another number of rows."""
         raise NotImplementedError

@@ -10,7 +10,7 @@ import torch
 
 import mistral_torch
 from mistral_core.config.presets import TINY
-from mistral_core.errors import ConfigError, NonFiniteWeightsError, UnsupportedFeatureError
+from mistral_core.errors import CheckpointNotFoundError, ConfigError, NonFiniteWeightsError, UnsupportedFeatureError
 from mistral_torch import lora
 
 peft = pytest.importorskip("peft")
@@ -232,3 +232,19 @@ def test_what_something_else_wraps_gets_no_adapter(tmp_path):
     with pytest.raises(NonFiniteWeightsError):
         lora.save_adapter(model, tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_model_is_loaded_by_its_adapter(tmp_path):
+    make().save_pretrained(tmp_path / "base")
+    load = mistral_torch.MistralForCausalLM.from_pretrained
+    model = lora.add_adapter(load(tmp_path / "base"), lora.LoraConfig(init_lora_weights=False))
+    lora.save_adapter(model, tmp_path / "adapter")
+    assert torch.equal(logits(load(tmp_path / "adapter")), logits(model))
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(CheckpointNotFoundError, match=r"base is no directory here; say where it is"):
+        load(tmp_path / "adapter")
+    assert torch.equal(logits(load(tmp_path / "adapter", base=tmp_path / "moved")), logits(model))
+    packed = load(tmp_path / "adapter", base=tmp_path / "moved", quantization="int8")
+    assert (logits(packed) - logits(model)).abs().max() < 0.1
+    with pytest.raises(ConfigError, match="base: .* is no directory of an adapter; leave it out"):
+        load(tmp_path / "moved", base=tmp_path / "moved")
