@@ -20,8 +20,7 @@ def texts(path: reading.PathLike, tokenizer: MistralTokenizer, *, length: int, m
 
     A .jsonl has an object a line: {"messages": [...]}, a conversation for the tokenizer, or {"text": "..."}. Any
     other file is text in UTF-8. Raises EmptyInputError where there is not one piece, InputError for a malformed
-    file, TemplateError for a conversation that the tokenizer does not write (one that ends with an answer needs
-    mode="finetuning"), and what reading raises.
+    file, TemplateError for a conversation that the tokenizer does not write, and what reading raises.
     """
     for name, value in (("length", length), ("most", most)):
         if not is_int(value) or value < 1:

@@ -221,7 +221,10 @@ class MistralCommonTokenizer(Tokenizer):
         except Problem as problem:
             raise TemplateError(f"{problem}.") from problem.__cause__
         except (*REFUSALS, MistralCommonException, ValidationError) as cause:
-            raise TemplateError(f"conversation: refused by mistral-common ({cause}); correct the messages.") from cause
+            raise TemplateError(
+                f"conversation: refused by mistral-common ({cause}); correct the messages, or, to train on an answer at "
+                'the end, load the tokenizer with mode="finetuning".'
+            ) from cause
         return FormattedChat(ids, self._decode(ids, False))
 
 

@@ -49,7 +49,9 @@ class MistralTokenizer(Tokenizer):
 
     What a user wrote never becomes a control token: `</s>` in a text is encoded as those four characters unless
     `parse_special=True` is passed. A text is encoded and decoded exactly as the library of the file does it.
-    `mode` is "test", where a conversation waits for an answer, or "finetuning", where it ends with one.
+    `mode` is "test", where a text is gone on with, or "finetuning", where it ends with `eos_token` and a conversation
+    with an answer. In both a conversation that ends with an answer is written for learning, its end with it, unless
+    `add_generation_prompt` or `continue_final_message` asks for more.
     Raises TokenizerError (a ValueError) for a malformed file.
     """
 
@@ -259,10 +261,10 @@ class MistralTokenizer(Tokenizer):
         refuse("Mistral's format", {name: value for name, value in options.items() if name not in known}, known)
         if add_generation_prompt and options.get("continue_final_message"):
             raise TemplateError("add_generation_prompt and continue_final_message contradict each other; pass one.")
+        is_asked = add_generation_prompt or options.get("continue_final_message")
+        mode = "finetuning" if not is_asked and _ends_with_an_answer(conversation) else self.mode
         settings = self._source.settings
-        return chat_prompt.parts(
-            conversation, tools, version=version, mode=self.mode, model_settings=settings, **options
-        )
+        return chat_prompt.parts(conversation, tools, version=version, mode=mode, model_settings=settings, **options)
 
     def _rendered(self, conversation: Any, tools: Any, chat_template: str | None, **options: Any) -> list[Part]:
         tools = without_functions(tools)
@@ -322,6 +324,12 @@ class MistralTokenizer(Tokenizer):
 
     def __repr__(self) -> str:
         return f"MistralTokenizer({self._where!r}, vocab_size={self.vocab_size}, version={self.version!r})"
+
+
+def _ends_with_an_answer(conversation: Any) -> bool:
+    """Whether the last of several messages is the assistant's, so that there is something to learn."""
+    several = isinstance(conversation, list | tuple) and len(conversation) > 1
+    return several and isinstance(conversation[-1], Mapping) and conversation[-1].get("role") == "assistant"
 
 
 def _is_of_mistral(templates: Mapping[str, str]) -> bool:

@@ -176,9 +176,22 @@ def test_what_cannot_be_masked_is_a_typed_error(tiny):
         tiny.apply_chat_template(CHAT, chat_template=twice, **MASK)
 
 
-def test_a_conversation_that_ends_with_an_answer_names_the_mode(made):
-    with pytest.raises(TemplateError, match='mode="finetuning"'):
-        made("v3", "test").apply_chat_template(CHAT)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_conversation_that_ends_with_an_answer_is_written_for_learning(made, version):
+    learning, asking = made(version), made(version, "test")
+    assert asking.apply_chat_template(CHAT) == learning.apply_chat_template(CHAT)
+    assert said(asking, CHAT) == "Emma ü</s>Ben</s>"
+    assert asking.apply_chat_template(tuple(CHAT))[-1] == asking.eos_token_id
+    assert asking.apply_chat_template(CHAT[:3])[-1] != asking.eos_token_id
+    continued = asking.apply_chat_template(CHAT, continue_final_message=True)
+    assert continued == learning.apply_chat_template(CHAT)[:-1]
+
+
+def test_an_answer_at_the_end_where_another_is_asked_for_names_the_ways_out(made):
+    with pytest.raises(TemplateError, match=r'leave add_generation_prompt out or .* mode="finetuning"'):
+        made("v3", "test").apply_chat_template(CHAT, add_generation_prompt=True)
+    with pytest.raises(TemplateError, match="'assistant' alone; begin with a user"):
+        made("v3", "test").apply_chat_template(CHAT[1:2])
 
 
 @pytest.mark.parametrize("version", VERSIONS)
