@@ -186,6 +186,25 @@ class TemplateTimeoutError(TemplateError, TimeoutError):
     """A chat template ran out of its time."""
 
 
+# Examples to learn from
+
+
+class ExampleError(InputError):
+    """A line of a file of examples is not what is learnt from; the message begins with the file and the line."""
+
+
+class ExampleChatError(ExampleError, TemplateError):
+    """The messages of an example are no conversation that the tokenizer writes, or not one to learn from."""
+
+
+class ExampleLabelError(ExampleError, TokenIdError):
+    """A label of an example is none of the classes."""
+
+
+class MissingLabelsError(ExampleError, EmptyInputError):
+    """An example has nothing in it that could be learnt."""
+
+
 # Hub
 
 

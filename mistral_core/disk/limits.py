@@ -42,6 +42,11 @@ PICKLE_DEPTH = 32  # containers within one another in a pickle; a state dict has
 PICKLE_OPS = 1 << 20  # steps of a pickle; 25 a tensor
 ADAPTER_REPEATS = 4  # repetitions in a regular expression of an adapter's config; steps grow with their power
 
+# Examples to learn from
+
+LINE_BYTES = 16 << 20  # bytes of a line of JSON: a conversation or a text; a book has one
+LINE_DEPTH = 64  # objects and lists in each other: tools with their parameters; as in chat templates
+
 # A hub
 
 API_BYTES = 32 << 20  # bytes of an answer in JSON; 200 for each file of a repository

@@ -167,6 +167,16 @@ def read(path: Path, *, limit: int = limits.JSON_BYTES, what: str = "") -> bytes
         return data
 
 
+def part(descriptor: int, path: Path, start: int, count: int) -> bytes:
+    """So many bytes of an opened file from a place on, fewer at its end; raises CheckpointError."""
+    parts: list[bytes] = []
+    with _typed(path):
+        while count and (found := os.pread(descriptor, count, start)):
+            parts.append(found)
+            start, count = start + len(found), count - len(found)
+    return b"".join(parts)
+
+
 def head(path: Path, count: int) -> bytes:
     """At most `count` bytes of the beginning of a file; raises what `opened` raises."""
     with opened(path) as descriptor:

@@ -34,13 +34,13 @@ def read_object(
     return parse_object(data, where=str(path), error=error)
 
 
-def parse_object(data: bytes, *, where: str, error: type[MistralError]) -> dict[str, Any]:
+def parse_object(data: bytes, *, where: str, error: type[MistralError], depth: int = MAX_DEPTH) -> dict[str, Any]:
     """Parse bytes whose top level is a JSON object; `where` names them in errors of type `error`."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as cause:
         raise error(f"{where}: not UTF-8 at byte {cause.start}; save the file as UTF-8.") from cause
-    too_deep = f"{where}: nested deeper than {MAX_DEPTH} levels; this is not a config."
+    too_deep = f"{where}: nested deeper than {depth} levels, as nothing that is read here is; take it apart."
 
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         counts = Counter(key for key, _ in pairs)
@@ -72,10 +72,11 @@ def parse_object(data: bytes, *, where: str, error: type[MistralError]) -> dict[
             parse_int=bounded,
         )
     except json.JSONDecodeError as cause:
-        raise error(f"{where}: not valid JSON at line {cause.lineno}, column {cause.colno}: {cause.msg}.") from cause
+        place = f"line {cause.lineno}, column {cause.colno}" if "\n" in text.strip() else f"column {cause.colno}"
+        raise error(f"{where}: not valid JSON at {place}: {cause.msg}.") from cause
     except RecursionError as cause:
         raise error(too_deep) from cause
-    if _is_deeper([value], MAX_DEPTH):
+    if _is_deeper([value], depth):
         raise error(too_deep)
     if not isinstance(value, dict):
         raise error(f"{where}: the top level must be a JSON object, got {type(value).__name__}.")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 
 from ..arrays import Array
-from ..disk import limits, reading, strict_json
+from ..disk import limits, lines, reading
 from ..errors import EmptyInputError, InputError, TemplateError
 from ..plain import is_int
 from ..telling import shown
@@ -26,19 +30,13 @@ def texts(path: reading.PathLike, tokenizer: MistralTokenizer, *, length: int, m
         if not is_int(value) or value < 1:
             raise InputError(f"{name} must be a positive integer, got {shown(value)}.")
     path = reading.as_path(path)
-    data = reading.read(path, limit=limits.TEXT_BYTES, what=" of text")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as cause:
-        raise InputError(f"{path} must be UTF-8, got another byte at {cause.start}; save it as UTF-8.") from cause
     characters = CHARACTERS_PER_TOKEN * length
     if path.suffix == ".jsonl":
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        many = sum(len(line) for _, line in lines) // (characters * most) or 1
-        rows = [_row(line, tokenizer, f"{path}, line {number}") for number, line in lines[::many]]
-        runs = [[each for row in rows for each in row]]
+        with lines.JsonLines(path, error=InputError) as rows:
+            many = sum(map(rows.size, range(len(rows)))) // (characters * most) or 1
+            runs = [[each for at in range(0, len(rows), many) for each in _row(rows[at], tokenizer, rows.where(at))]]
     else:
-        runs = [tokenizer.encode(part, add_special_tokens=False) for part in _parts(text, characters, most)]
+        runs = [tokenizer.encode(part, add_special_tokens=False) for part in _parts(_text(path), characters, most)]
     pieces = [piece for run in runs for piece in _pieces(run, tokenizer.frame.before, length)]
     if not pieces:
         raise EmptyInputError(
@@ -46,6 +44,14 @@ def texts(path: reading.PathLike, tokenizer: MistralTokenizer, *, length: int, m
             "more text, or a smaller length."
         )
     return np.array(_spread(pieces, most), np.int64)
+
+
+def _text(path: Path) -> str:
+    data = reading.read(path, limit=limits.TEXT_BYTES, what=" of text")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as cause:
+        raise InputError(f"{path} must be UTF-8, got another byte at {cause.start}; save it as UTF-8.") from cause
 
 
 def _parts(text: str, characters: int, most: int) -> list[str]:
@@ -58,9 +64,8 @@ def _parts(text: str, characters: int, most: int) -> list[str]:
     return [text[start : start + characters] for start in starts]
 
 
-def _row(line: str, tokenizer: MistralTokenizer, where: str) -> list[int]:
+def _row(row: Mapping[str, Any], tokenizer: MistralTokenizer, where: str) -> list[int]:
     """The ids of one line of a .jsonl."""
-    row = strict_json.parse_object(line.encode(), where=where, error=InputError)
     if isinstance(row.get("messages"), list):
         try:
             return list(tokenizer.apply_chat_template(row["messages"]))

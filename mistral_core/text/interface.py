@@ -385,8 +385,9 @@ class Tokenizer(AsTokenizer, ABC):
         """The ids of a conversation, or of a list of them: [{"role": "user", "content": "Hello"}, ...].
 
         With `return_dict` an Encoding; without `tokenize` a text to look at, which is not to be encoded again: in it
-        control tokens cannot be told from what a user wrote. `continue_final_message` leaves the last answer open; one
-        that ends the conversation is written for learning, with its end, unless `add_generation_prompt` asks for another.
+        control tokens cannot be told from what a user wrote. `continue_final_message` leaves the last answer open;
+        without it an answer at the end is written for learning, with its end, unless `add_generation_prompt` asks for
+        another.
         `return_assistant_tokens_mask` adds `assistant_masks`: 1 for what the assistant said, which a jinja template
         marks with {% generation %}, and the end of each answer.
         Raises TemplateError, a ValueError, for messages in an order that the model was not made for.

@@ -222,8 +222,8 @@ class MistralCommonTokenizer(Tokenizer):
             raise TemplateError(f"{problem}.") from problem.__cause__
         except (*REFUSALS, MistralCommonException, ValidationError) as cause:
             raise TemplateError(
-                f"conversation: refused by mistral-common ({cause}); correct the messages, or, to train on an answer at "
-                'the end, load the tokenizer with mode="finetuning".'
+                f"conversation: refused by mistral-common ({cause}); correct the messages, or, to train on an answer "
+                'at the end, load the tokenizer with mode="finetuning".'
             ) from cause
         return FormattedChat(ids, self._decode(ids, False))
 

@@ -196,8 +196,8 @@ def _end_problems(messages: Sequence[Message], mode: Mode) -> Iterator[str]:
     elif last.role == "assistant" and not last.continued:
         yield (
             f"{last.where}: role 'assistant' at the end; end with a user or tool message, pass "
-            "continue_final_message=True to have that answer gone on with, or, to train on it, leave add_generation_prompt "
-            'out or load the tokenizer with mode="finetuning"'
+            "continue_final_message=True to have that answer gone on with, or, to train on it, leave "
+            'add_generation_prompt out or load the tokenizer with mode="finetuning"'
         )
 
 
