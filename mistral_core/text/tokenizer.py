@@ -16,6 +16,7 @@ from . import beside, sources
 from .chat import prompt as chat_prompt
 from .chat.tools import without_functions
 from .chat.versions import VERSIONS
+from .coder import NEVER
 from .inputs import refuse
 from .interface import FormattedChat, Tokenizer
 from .rows import Columns, Frame
@@ -283,6 +284,17 @@ class MistralTokenizer(Tokenizer):
         Raises TemplateError for v1, TokenizerError where the vocabulary has no tokens for it.
         """
         return self._coder.prompt(chat_prompt.fim_segments(prompt, suffix, version=self.version or "v1"), apart=True)
+
+    def encode_completion(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+        """The ids of a prompt, as `encode` gives them without special tokens, and of a text that goes on after it.
+
+        Where the two as one text have other tokens at the seam, as with a prompt that ends with a blank, the text's own
+        are given, without the space that SentencePiece puts before a text.
+        """
+        whole, first = self._coder.encode([prompt + completion, prompt], prefix=self._prefix)
+        if whole[: len(first)] != first:
+            return first, self._coder.encode([completion], prefix=NEVER)[0]
+        return first, whole[len(first) :]
 
     # How
 
