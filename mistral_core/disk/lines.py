@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
+import weakref
 from array import array
 from typing import Any
 
@@ -26,18 +26,20 @@ class JsonLines:
     def __init__(self, path: reading.PathLike, *, error: type[MistralError]) -> None:
         self.path, self._error = reading.as_path(path), error
         self._begins, self._sizes, self._numbers = array("q"), array("I"), array("Q")
-        with contextlib.ExitStack() as stack:
-            self._descriptor = stack.enter_context(reading.opened(self.path))
-            self._status = self._now()
-            self.sha256 = self._found()
-            """Of the whole file, in hexadecimal."""
-            self._open = stack.pop_all()
+        with reading.opened(self.path) as descriptor:
+            self._descriptor = os.dup(descriptor)
+        self._open = weakref.finalize(self, os.close, self._descriptor)
+        self._status = self._now()
+        self.sha256 = self._found()
+        """Of the whole file, in hexadecimal."""
 
     def __len__(self) -> int:
         return len(self._begins)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The object of a line, counted from 0 without blank ones."""
+        if not self._open.alive:
+            raise self._error(f"{self.path} must be open to be read, and was closed; open it again.")
         if self._now() != self._status:
             raise self._error(f"{self.path} must stay as it is while it is read, and was changed; start again.")
         data = reading.part(self._descriptor, self.path, self._begins[index], self._sizes[index])
@@ -58,17 +60,13 @@ class JsonLines:
 
     def close(self) -> None:
         """Let go of the file; it is done at the end of its life at the latest."""
-        self._open.close()
+        self._open()
 
     def __enter__(self) -> JsonLines:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        with contextlib.suppress(AttributeError, OSError, TypeError):  # at the end of the interpreter
-            self.close()
 
     def _now(self) -> tuple[int, int]:
         status = os.fstat(self._descriptor)

@@ -46,8 +46,8 @@ class LearningStep(NamedTuple):
     num_items_in_batch: int
     """What the sum of losses over all of the batches is divided by: the labels that count, or of preferences the pairs.
 
-    Where the next token is predicted, the first label of a row counts nowhere, and the first one of each packed
-    example is IGNORE, so that no example predicts the first token of the next one.
+    Where the next token is predicted, the first label of each example is IGNORE: that of a row counts in no loss, and
+    no packed example predicts the first token of the next one.
     """
     epoch: int
     """From 0."""
@@ -73,8 +73,3 @@ def batch_of(rows: Sequence[ExampleRow], *, size: int, length: int, padding_id: 
         labels = np.array(classes + [IGNORE] * (size - len(rows)), np.int64)
     lines = tuple(tuple(example.line for example in examples) for examples in rows)
     return Batch(ids, labels, None if packed else marks, marks if packed else None, lines + ((),) * (size - len(rows)))
-
-
-def counted_labels(labels: Array, *, predicts_next: bool) -> int:
-    """The labels that count in a loss: all but IGNORE, and the first of a row that predicts next tokens."""
-    return int(((labels[:, 1:] if predicts_next else labels) != IGNORE).sum())

@@ -13,8 +13,9 @@ from ..arrays import Array
 from ..errors import InputError, MissingLabelsError
 from ..plain import is_int
 from ..telling import shown
-from .batches import Batch, ExampleRow, LearningStep, batch_of, counted_labels
-from .examples import LABELLED, CutExample, ExampleCounts, Examples
+from ..validate import IGNORE
+from .batches import Batch, ExampleRow, LearningStep, batch_of
+from .examples import CutExample, ExampleCounts, Examples
 from .order import SEEDS, permutation
 from .packing import best_fit, windows
 
@@ -207,6 +208,5 @@ class Feed:
         return Batch(**joined, document_ids=None, lines=chosen.lines + rejected.lines)
 
     def _items(self, batch: Batch) -> int:
-        if self.examples.kind == "preference":
-            return sum(map(len, batch.lines)) // 2
-        return counted_labels(batch.labels, predicts_next=self.examples.kind not in LABELLED)
+        pairs = self.examples.kind == "preference"
+        return sum(map(len, batch.lines)) // 2 if pairs else int((batch.labels != IGNORE).sum())

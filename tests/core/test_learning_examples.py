@@ -119,6 +119,9 @@ def test_a_file_that_is_changed_while_it_is_read_and_a_line_without_end(tmp_path
     with pytest.raises(LimitExceededError, match=r"a\.jsonl, line 3: 15 bytes"):
         path.write_text('{"text": "a"}\n\n{"text": "bcd"}\n')
         lines.JsonLines(path, error=ExampleError)
+    found.close()
+    with pytest.raises(ExampleError, match="was closed; open it again"):
+        found[0]
     with pytest.raises(CheckpointNotFoundError):
         lines.JsonLines(tmp_path / "none.jsonl", error=ExampleError)
     with pytest.raises(UnsafeFileError):

@@ -260,6 +260,15 @@ def test_an_order_is_a_function_of_seed_and_epoch():
     assert sorted(permutation(1000, seed=2**64 - 1, path=(2**32 - 1,))) == list(range(1000))
 
 
+def test_rows_of_a_seed_are_pinned_too(fed):
+    given = fed("packed", seed=5).steps(epochs=1)
+    rows = [row for step in islice(given, 3) for batch in step.batches for row in batch.lines]
+    assert rows == [
+        (56, 11, 43), (24,), (50,), (48,), (38,), (46, 3, 23), (17, 29, 14), (27, 9, 31), (15, 60, 13), (28,),
+        (7, 36, 1), (44, 37),
+    ]  # fmt: skip
+
+
 def test_every_place_comes_everywhere():
     """Over 2000 epochs, a number's mean place is the middle: 2.9 / sqrt(2000) = 0.064 is one standard deviation."""
     places = np.array([permutation(10, seed=3, path=(epoch,)) for epoch in range(2000)])
@@ -292,6 +301,7 @@ def test_what_follows_a_state_is_the_same_to_the_bit(fed, kind):
         steps.append(plain(step))
         states.append(json.dumps(whole.state()))
         counts.append(whole.counts)
+    assert whole.counts == whole.examples.counts(), "of the last epoch alone"
     assert len(steps) > 6
     assert {epoch for *_, epoch in steps} == {0, 1}
     assert max(map(len, states)) < 1000
