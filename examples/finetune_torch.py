@@ -1,0 +1,74 @@
+"""Fine-tune a LoRA adapter on conversations in PyTorch, and run it again from its files.
+
+Only what the assistant says is learnt; several conversations are packed into a row, and none of them sees another.
+
+Prints:
+
+    6 examples, 190 tokens, 53 of them learnt; 0 cut, 0 tokens lost; 0 dropped, with nothing left to learn
+    the last loss is below a tenth of the first: True
+    before: ...
+    after: Emma is of Highbury.
+    merged: Emma is of Highbury.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from mistral_core.data import TINY_CHECKPOINT as path  # or "mistralai/Mistral-7B-Instruct-v0.3"
+from mistral_core.learning import Examples, Feed
+from mistral_torch import MistralForCausalLM, MistralTokenizer
+from mistral_torch.lora import LoraConfig, add_adapter, merge, save_adapter
+
+NAMES = ["Emma", "Harriet", "Mr. Knightley", "Miss Bates", "Jane", "Mr. Elton"]
+STEPS = 20
+
+
+def main() -> None:
+    """Write conversations, train an adapter on them, and ask the model before and after."""
+    chats = [
+        [{"role": "user", "content": f"Who is {name}?"}, {"role": "assistant", "content": f"{name} is of Highbury."}]
+        for name in NAMES
+    ]
+    Path("chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    tokenizer = MistralTokenizer.from_pretrained(path, version="v1")
+    examples = Examples("chats.jsonl", tokenizer, length=128)
+    print(examples.counts())
+
+    model = MistralForCausalLM.from_pretrained(path, dtype="float32")
+    asked = tokenizer.apply_chat_template(chats[0][:1], return_tensors="pt")
+
+    def answer(model: MistralForCausalLM) -> str:
+        said = model.generate(asked, max_new_tokens=12, do_sample=False)
+        return tokenizer.decode(said[0, asked.shape[1] :], skip_special_tokens=True)
+
+    before = answer(model)
+    add_adapter(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    losses = []
+    for step in Feed(examples, rows=2, accumulate=1, seed=0).steps(epochs=STEPS):
+        loss = torch.zeros(())
+        for batch in step.batches:  # their gradients add up to those of one batch of all rows
+            part = model(**batch.arguments(), num_items_in_batch=step.num_items_in_batch).loss
+            part.backward()
+            loss += part.detach()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(float(loss))
+    print("the last loss is below a tenth of the first:", losses[-1] < losses[0] / 10)
+    print("before:", before)
+    print("after:", answer(model.eval()))
+    save_adapter(model, "adapter")  # peft's files, for every framework
+    print("merged:", answer(merge(MistralForCausalLM.from_pretrained("adapter", dtype="float32"))))
+
+
+if __name__ == "__main__":
+    main()
