@@ -81,6 +81,7 @@ OWN_FILES = {
     "strategies.py": "TensorFlow: several devices are a strategy, under which a model is made",
     "scan.py": "JAX compiles every layer anew unless it scans",
     "programs.py": "JAX compiles each operation by itself, unless it is told what belongs together",
+    "optimizers.py": "Keras: AdamW adds its epsilon elsewhere than PyTorch's and optax' do",
     "fit.py": "Keras models train themselves",
     "saving.py": "Keras and TensorFlow have files of their own, and look for what to write in them",
     "foreign_calls.py": "what transformers' and peft's PyTorch clients hand to generate",

@@ -16,3 +16,4 @@ from .examples import Examples as Examples
 from .examples import label_names as label_names
 from .feed import Feed as Feed
 from .formatting import Example as Example
+from .schedule import Schedule as Schedule

@@ -1,0 +1,27 @@
+"""AdamW as PyTorch and optax compute it, for a training that is the same in the three frameworks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import ops
+
+
+@keras.saving.register_keras_serializable("mistral_tf")
+class AdamW(keras.optimizers.AdamW):
+    """Adam whose epsilon is added after the moments are corrected: the formula of `mistral_core.reference.optim`.
+
+    Keras adds it before, which makes it 1 / sqrt(1 - beta_2^t) times as large: 32 times in the first step.
+    """
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        """Move a variable by its gradient."""
+        index, step = self._get_variable_index(variable), ops.cast(self.iterations + 1, variable.dtype)
+        rate, gradient = ops.cast(learning_rate, variable.dtype), ops.cast(gradient, variable.dtype)
+        first, second = self._momentums[index], self._velocities[index]
+        self.assign_add(first, (gradient - first) * (1 - self.beta_1))
+        self.assign_add(second, (ops.square(gradient) - second) * (1 - self.beta_2))
+        mean = first / (1 - ops.power(ops.cast(self.beta_1, variable.dtype), step))
+        spread = ops.sqrt(second / (1 - ops.power(ops.cast(self.beta_2, variable.dtype), step)))
+        self.assign_sub(variable, rate * mean / (spread + self.epsilon))
