@@ -13,7 +13,7 @@ from ..errors import TokenizerError
 from . import decoder, fast, framing
 from .guarded import load, typed
 from .rows import Columns, Frame
-from .segments import Control, Infill, Part, Segment, Spans
+from .segments import Control, Infill, Part, Segment, Spans, whole
 from .sentencepiece import SPACE
 
 if TYPE_CHECKING:
@@ -157,28 +157,25 @@ class Coder:
 
         Raises TokenizerError for a control token that is not in the vocabulary.
         """
-        ids: list[int] = []
-        for place, segment in enumerate(segments):
-            if isinstance(segment, Control):
-                ids.append(self.control(segment.name))
-            elif isinstance(segment, Infill):
-                ids += self.encode([_INFILL + segment.text], prefix=ALWAYS)[0][2:]
-            else:
-                ids += self.encode([segment], prefix=self._prefix_at(place, apart))[0]
-        return ids
+        return [each for place, segment in enumerate(segments) for each in self._of_segment(segment, place, apart)]
 
     def said(self, parts: Sequence[Part], *, apart: bool) -> list[int]:
         """For each id that `prompt` gives for the segments of parts, whether an assistant said any of it: 1, else 0."""
         mask: list[int] = []
         for place, (segment, spans) in enumerate(parts):
-            if isinstance(segment, Control):
-                mask.append(int(bool(spans)))
-            elif isinstance(segment, Infill):
-                mask += [int(bool(spans))] * len(self.prompt([segment], apart=apart))
+            if isinstance(segment, Control | Infill) or spans in ((), whole(segment).said):
+                mask += [int(bool(spans))] * len(self._of_segment(segment, place, apart))
             else:
                 offsets = self._located(segment, self._prefix_at(place, apart))["offset_mapping"]
                 mask += [int(_touches(offset, spans)) for offset in offsets]
         return mask
+
+    def _of_segment(self, segment: Segment, place: int, apart: bool) -> list[int]:
+        if isinstance(segment, Control):
+            return [self.control(segment.name)]
+        if isinstance(segment, Infill):
+            return self.encode([_INFILL + segment.text], prefix=ALWAYS)[0][2:]
+        return self.encode([segment], prefix=self._prefix_at(place, apart))[0]
 
     def _prefix_at(self, place: int, apart: bool) -> str | None:
         """What space a text gets in this place of a prompt; None for the file's own rule."""
