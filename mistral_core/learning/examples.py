@@ -103,7 +103,8 @@ class Examples:
             classes = ()
             if tokenizer.eos_token_id is None:
                 raise TokenizerError("eos_token must end what is learnt, and the tokenizer has none; assign it.")
-        self._formatter, self._has_warned = Formatter(tokenizer, classes), False
+        numbers = {name: number for number, name in enumerate(classes)}
+        self._formatter, self._has_warned = Formatter(tokenizer, numbers), False
 
     def __len__(self) -> int:
         return len(self.lines)

@@ -28,10 +28,10 @@ class Example(NamedTuple):
 
 
 class Formatter(NamedTuple):
-    """How lines are formatted: a tokenizer and, where they have labels, the classes by number."""
+    """How lines are formatted: a tokenizer and, where they have labels, the number of each class."""
 
     tokenizer: MistralTokenizer
-    classes: Sequence[str] = ()
+    classes: Mapping[str, int]
 
     def examples(self, row: Mapping[str, Any], kind: KindName, where: str, line: int) -> tuple[Example, ...]:
         """The example of a line, or the chosen and the rejected one of a preference.
@@ -80,7 +80,7 @@ class Formatter(NamedTuple):
                 messages, tools, return_dict=True, return_assistant_tokens_mask=True
             )
         except TemplateError as cause:
-            raise ExampleChatError(f"{where}: {cause}") from cause
+            raise ExampleChatError(f"{where.removesuffix(': messages')}: {cause}") from cause
         ids, mask = found["input_ids"], found["assistant_masks"]
         if answers is not None:
             mask = _last_runs(mask, answers)
@@ -90,6 +90,8 @@ class Formatter(NamedTuple):
         """The field's text after its prompt, or its messages after those of the prompt."""
         prompt, completion = row["prompt"], row[name]
         if isinstance(prompt, str) and isinstance(completion, str):
+            if row.get("tools"):
+                raise ExampleError(f"{where}: tools must be beside messages, got them beside texts; leave them out.")
             before, after = self.tokenizer.encode_completion(
                 _text(prompt, where, "prompt"), _text(completion, where, name)
             )
@@ -147,7 +149,7 @@ class Formatter(NamedTuple):
     def _class(self, label: Any, where: str) -> int:
         """The number of a class that is given by it or by its name."""
         if isinstance(label, str) and label in self.classes:
-            return list(self.classes).index(label)
+            return self.classes[label]
         if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(self.classes):
             return label
         raise ExampleLabelError(

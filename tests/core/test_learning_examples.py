@@ -7,6 +7,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.disk import lines
@@ -25,6 +27,7 @@ from mistral_core.errors import (
     UnsafeFileError,
 )
 from mistral_core.learning import ExampleCounts, Examples, label_names
+from mistral_core.learning.kinds import KINDS
 from mistral_core.text.tokenizer import MistralTokenizer
 from mistral_core.validate import IGNORE
 
@@ -283,13 +286,15 @@ BAD = {
     "an empty text": ([{"text": "a"}, {"text": ""}], MissingLabelsError, r"line 2 must hold something to learn"),
     "an empty completion": ([{"prompt": "a", "completion": ""}], MissingLabelsError, r"line 1 must hold something"),
     "a text and messages": ([{"prompt": "a", "completion": []}], ExampleError, r"line 1: prompt and comp.* must"),
+    "tools of texts": ([{"prompt": "a", "completion": "b", "tools": [1]}], ExampleError, r"line 1: tools must be be"),
+    "tools that are none": ([{"messages": CHAT, "tools": "look"}], ExampleChatError, r"line 1: tools must be"),
     "no messages": ([{"messages": []}], ExampleChatError, r"line 1: messages must be a list of messages"),
     "no role": ([{"messages": [{"content": "a"}]}], ExampleChatError, r"line 1: messages\[0\]\.role must be a text"),
-    "a king": ([chat("king", "assistant")], ExampleChatError, r"line 1: messages: messages\[0\]: role must be .*king"),
+    "a king": ([chat("king", "assistant")], ExampleChatError, r"line 1: messages\[0\]: role must be .*king"),
     "a question last": ([chat("user", "assistant"), chat("user")], ExampleChatError, r"line 2: messages must"),
     "roles out of order": (
         [{"messages": [CHAT[0], {"role": "tool", "tool_call_id": "a", "content": "b"}, CHAT[1]]}],
-        ExampleChatError, r"line 1: messages: messages\[1\]: role must be .* got 'tool' after 'user'",
+        ExampleChatError, r"line 1: messages\[1\]: role must be .* got 'tool' after 'user'",
     ),
     "an answer alone": ([chat("user", "assistant"), chat("assistant")], ExampleChatError, r"line 2: .* begin with"),
     "a weight": ([{"messages": [CHAT[0], {**CHAT[1], "weight": 0}]}], ExampleChatError, r"weight must be 1"),
@@ -321,6 +326,38 @@ def test_a_bad_line_is_an_error_with_the_file_and_the_line(made, case):
         for at in range(len(examples)):
             _ = examples[at]
     assert isinstance(caught.value, InputError)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-200, 200) | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5) | st.sampled_from(["user", "assistant", "tool", "a b"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["role", "content", "tool_calls", "function", "type", "text", "name"]) | st.text(max_size=3),
+        inner, max_size=4,
+    ),
+    max_leaves=8,
+)  # fmt: skip
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant", "system", "tool"]), "content": JSON | st.just("a")}
+    ),
+    max_size=4,
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from([*KINDS]), st.data())
+def test_any_line_is_an_example_or_an_error_of_ours(made, kind, data):
+    fields = KINDS[kind].needs + KINDS[kind].may
+    row = {name: data.draw(MESSAGES | JSON) for name in fields}
+    options = {"labels": 2} if kind in ("classification", "tokens") else {}
+    examples = made(row, kind=kind, **options)
+    told = ""
+    try:
+        assert examples[0].parts
+    except ExampleError as error:
+        told = str(error)
+    assert not told or "data.jsonl, line 1" in told
 
 
 def test_errors_are_those_that_others_catch():
