@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import tensorflow as tf
 from keras import ops
 
 
@@ -18,7 +19,9 @@ class AdamW(keras.optimizers.AdamW):
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Move a variable by its gradient."""
         index, step = self._get_variable_index(variable), ops.cast(self.iterations + 1, variable.dtype)
-        rate, gradient = ops.cast(learning_rate, variable.dtype), ops.cast(gradient, variable.dtype)
+        rate = ops.cast(learning_rate, variable.dtype)
+        # of an embedding come the rows of its tokens, a token's as often as it is there: their sum is the gradient
+        gradient = tf.cast(tf.convert_to_tensor(gradient), variable.dtype)
         first, second = self._momentums[index], self._velocities[index]
         self.assign_add(first, (gradient - first) * (1 - self.beta_1))
         self.assign_add(second, (ops.square(gradient) - second) * (1 - self.beta_2))
