@@ -44,7 +44,7 @@ class JsonLines:
             raise self._error(f"{self.path} must stay as it is while it is read, and was changed; start again.")
         data = reading.part(self._descriptor, self.path, self._begins[index], self._sizes[index])
         where = self.where(index)
-        return strict_json.parse_object(data, where=where, error=self._error, depth=limits.LINE_DEPTH)
+        return strict_json.parse_object(data, where=where, error=self._error, depth=limits.LINE_DEPTH, is_line=True)
 
     def number(self, index: int) -> int:
         """The number of a line in the file, from 1 and with blank ones."""

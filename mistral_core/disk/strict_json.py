@@ -34,8 +34,10 @@ def read_object(
     return parse_object(data, where=str(path), error=error)
 
 
-def parse_object(data: bytes, *, where: str, error: type[MistralError], depth: int = MAX_DEPTH) -> dict[str, Any]:
-    """Parse bytes whose top level is a JSON object; `where` names them in errors of type `error`."""
+def parse_object(
+    data: bytes, *, where: str, error: type[MistralError], depth: int = MAX_DEPTH, is_line: bool = False
+) -> dict[str, Any]:
+    """Parse bytes whose top level is a JSON object; `where` names them, or their line, in errors of type `error`."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as cause:
@@ -72,7 +74,7 @@ def parse_object(data: bytes, *, where: str, error: type[MistralError], depth: i
             parse_int=bounded,
         )
     except json.JSONDecodeError as cause:
-        place = f"line {cause.lineno}, column {cause.colno}" if "\n" in text.strip() else f"column {cause.colno}"
+        place = f"column {cause.colno}" if is_line else f"line {cause.lineno}, column {cause.colno}"
         raise error(f"{where}: not valid JSON at {place}: {cause.msg}.") from cause
     except RecursionError as cause:
         raise error(too_deep) from cause
