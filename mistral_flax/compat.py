@@ -28,7 +28,7 @@ from .auto import AutoModel
 from .cache import KVCache
 from .heads import MistralForCausalLM
 from .model import MistralModel
-from .weights import PreTrainedModel
+from .weights import OWN, PreTrainedModel
 
 Params = dict[str, Array]
 """Hugging Face name -> array."""
@@ -124,7 +124,7 @@ class FlaxMistralPreTrainedModel:
         if _do_init:
             model.module = module
             return model
-        graph, state, others = nnx.split(module, nnx.Param, ...)  # packed matrices are no parameters, and stay
+        graph, state, others = nnx.split(module, OWN, ...)  # packed matrices are no parameters, and stay
         model.module = nnx.merge(graph, jax.eval_shape(lambda: state), others)
         return model, module.params
 

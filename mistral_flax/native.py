@@ -106,7 +106,8 @@ def whole_step_of(model: Any) -> whole_step.WholeStep | None:
 def is_plain(module: nnx.Module) -> bool:
     """Whether calling a module does what its class says and no more."""
     own = type(module).__module__.partition(".")[0] == __package__ or type(module) is nnx.Dict
-    return own and getattr(getattr(module, "run_layers", None), "__name__", "one_by_one") == "one_by_one"
+    in_turn = getattr(getattr(module, "run_layers", None), "__name__", "one_by_one") == "one_by_one"
+    return own and in_turn and not getattr(module, "adds", ())
 
 
 def _checked(

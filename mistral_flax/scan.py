@@ -30,7 +30,7 @@ def scan_layers(model: Model) -> Model:
     """Stack a model's layers, in place, and return it: [L, ...] arrays such as "model.layers.mlp.up_proj.weight".
 
     Takes one kind of parameter at a time, so memory holds the model and one of them. Raises UnsupportedFeatureError
-    for layers of different windows, or packed in different ways.
+    for layers of different windows, or packed or adapted in different ways.
     """
     body = model.base_model
     if body.run_layers is scanned:
@@ -103,8 +103,8 @@ def _taken_apart(layers: list[DecoderLayer]) -> tuple[Any, list[dict[Any, Any]]]
     kinds = [[leaf.dtype for leaf in jax.tree.leaves(state)] for state in states]
     if any(graph != graphs[0] for graph in graphs) or any(kind != kinds[0] for kind in kinds):
         raise UnsupportedFeatureError(
-            "scan_layers: the layers' matrices are packed in different ways, and one compiled layer has one; "
-            "dequantize(model) first, or leave this model as it is."
+            "scan_layers: the layers' matrices are packed, or adapted, in different ways, and one compiled layer has "
+            "one; dequantize(model) first, or leave this model as it is."
         )
     return graphs[0], [dict(nnx.to_flat_state(state)) for state in states]
 

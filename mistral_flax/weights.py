@@ -53,6 +53,9 @@ def as_program(model: PreTrainedModel) -> PreTrainedModel:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+OWN = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))
+"""The parameters of a model itself: those of adapters beside them are of Flax' own kind."""
+
 
 class PreTrainedModel(Saved, nnx.Module):
     """A Mistral class: its config, and its way to and from checkpoints."""
@@ -162,7 +165,9 @@ class PreTrainedModel(Saved, nnx.Module):
         self.set_parameter(name, rows, device=self.device)
 
     def _parameters_of(self, only_trainable: bool) -> list[nnx.Param]:
-        return [node for _, node in nnx.iter_graph(self) if isinstance(node, nnx.Param)]
+        found = [node for _, node in nnx.iter_graph(self) if isinstance(node, nnx.Param)]
+        adapters = [node for node in found if isinstance(node, nnx.LoRAParam)]
+        return adapters if only_trainable and adapters else found
 
     def _replace_part(self, owner: Any, name: str, part: Any) -> None:
         setattr(owner, name, nnx.data(part))  # also where a tied model had none
@@ -193,15 +198,15 @@ class PreTrainedModel(Saved, nnx.Module):
     @property
     def params(self) -> dict[str, Array]:
         """The parameters as a plain pytree: canonical (Hugging Face) name -> array, for `model(ids, params=params)`."""
-        state = nnx.to_flat_state(nnx.state(self, nnx.Param))
+        state = nnx.to_flat_state(nnx.state(self, OWN))
         return {self._canonical(path): parameter.get_value() for path, parameter in state}
 
     def bind(self, params: dict[str, Array]) -> Self:
         """The same model over other parameters, traced ones too; raises KeyError for a name that is missing.
 
-        Packed matrices stay as they are.
+        Packed matrices and adapters stay as they are.
         """
-        graph, state, others = nnx.split(self, nnx.Param, ...)
+        graph, state, others = nnx.split(self, OWN, ...)
         replaced = [(path, leaf.replace(params[self._canonical(path)])) for path, leaf in nnx.to_flat_state(state)]
         return nnx.merge(graph, nnx.from_flat_state(replaced), others)
 

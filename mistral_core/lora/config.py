@@ -95,6 +95,9 @@ class LoraConfig:
     ensure_weight_tying: bool = False
     fan_in_fan_out: bool = False
 
+    def __hash__(self) -> int:
+        return hash((self.r, self.lora_alpha, self.target_modules))  # the patterns are dictionaries
+
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"):
             value = getattr(self, name)
