@@ -32,7 +32,7 @@ Model = TypeVar("Model", bound=nn.Module)
 class LowRank(nn.Module):
     """What one adapter adds to one matrix: scaling times b a, and of DoRA the lengths of rows."""
 
-    def __init__(self, weights: LoraWeights, scaling: float, dropout: float, device: torch.device) -> None:
+    def __init__(self, weights: LoraWeights, scaling: float, dropout: float, *, device: torch.device) -> None:
         super().__init__()
         self.scaling, self.dropout = scaling, dropout
         self.a = nn.Parameter(from_numpy(weights.a).to(device))
@@ -40,11 +40,11 @@ class LowRank(nn.Module):
         lengths = weights.magnitude
         self.magnitude = None if lengths is None else nn.Parameter(from_numpy(lengths).to(device))
 
-    def added(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, weight: Tensor | None) -> Tensor:
         """What is added to y = x W^T, in float32; the lengths of rows of W + s b a are constants to gradients."""
         dropped = F.dropout(x.to(self.a.dtype), self.dropout, self.training)
         z = F.linear(F.linear(dropped, self.a), self.b) * self.scaling
-        if self.magnitude is None:
+        if self.magnitude is None or weight is None:
             return z
         with torch.no_grad():
             wide = weight.to(self.a.dtype)
@@ -64,14 +64,21 @@ class Adapted(nn.Module):
     merged: tuple[str, ...]
     """The adapters that are folded into the weight."""
 
+    @property
+    def adds(self) -> tuple[str, ...]:
+        """The adapters with which a call computes more than the part's own weights."""
+        return tuple(name for name in self.active if name not in self.merged)
+
     def _own(self, x: Tensor) -> Tensor:
-        for name in reversed(self.active):
+        for name in reversed(self.adds):
             if name in self.saved:
-                return self.saved[name](x)
+                y = self.saved[name](x.to(self.saved[name].weight.dtype) if x.is_floating_point() else x)
+                wide = getattr(self, "is_head", isinstance(self, Head))
+                return y if wide else y.to(x.dtype if x.is_floating_point() else self.weight.dtype)
         return super().forward(x)
 
     def _each(self) -> Iterator[LowRank]:
-        return (self.lora[name] for name in self.active if name in self.lora and name not in self.merged)
+        return (self.lora[name] for name in self.adds if name in self.lora)
 
 
 class AdaptedLinear(Adapted, nn.Linear):
@@ -79,8 +86,9 @@ class AdaptedLinear(Adapted, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = result = self._own(x)
+        bare = y if self.bias is None else y - self.bias
         for low in self._each():
-            result = result + low.added(x, y, self.weight)
+            result = result + low(x, bare, None if low.magnitude is None else self.weight)
         return result.to(y.dtype)
 
 
@@ -138,7 +146,8 @@ def load_adapter(
     """
     found = files.load(path, model.config.value, model.architecture)
     for each, array in found.base.items():
-        model.set_parameter(each, array.astype(to_numpy(model.get_parameter(model._own_name(each))).dtype))
+        if not model._is_packed(each):
+            model.set_parameter(each, array.astype(to_numpy(model.get_parameter(model._own_name(each))).dtype))
     model.tie_weights()
     return _put(model, found, name, trains=is_trainable)
 
@@ -192,19 +201,10 @@ def merge(model: Model) -> Model:
     Weights are rounded once to their dtype. Raises UnsupportedFeatureError for packed matrices, into which a change may
     vanish, and where one tensor is embedding and head.
     """
-    for name, part in _named_parts(model):
-        if part.merged or not part.active:
-            continue
-        if isinstance(part, QuantizedLinear):
-            raise UnsupportedFeatureError(
-                f"merge: {name} is packed, and a change smaller than its steps would vanish; load the base as floats, "
-                "with quantization='dequantize', or load the one that it was made of."
-            )
-        if isinstance(part, nn.Embedding) and model._tied_weights_keys and any(n in part.lora for n in part.active):
-            raise UnsupportedFeatureError(
-                "merge: embed_tokens is the head too, which the adapter leaves alone; load the base with "
-                "tie_word_embeddings=False, or leave the adapter beside the model."
-            )
+    parts = [(name, part) for name, part in _named_parts(model) if part.active and not part.merged]
+    for name, part in parts:
+        _refuse_merging(model, name, part)
+    for _, part in parts:
         part.unmerged = {each: parameter.detach().clone() for each, parameter in part.named_parameters(recurse=False)}
         for each in part.active:
             if each in part.saved:
@@ -258,9 +258,9 @@ def _put(model: Model, adapter: Adapter, name: str, *, trains: bool) -> Model:
     for part in wanted.values():
         _adapt(part)
     for each, target in targets.items():
-        part = wanted[each]
-        dropout = adapter.config.lora_dropout
-        part.lora[name] = LowRank(adapter.weights[each], target.scaling, dropout, _device(part)).train(part.training)
+        part, dropout = wanted[each], adapter.config.lora_dropout
+        low = LowRank(adapter.weights[each], target.scaling, dropout, device=_device(part))
+        part.lora[name] = low.train(part.training)
     for each, array in adapter.saved.items():
         part, attribute = wanted[each], each.rpartition(".")[2]
         if name not in part.saved:
@@ -310,6 +310,20 @@ def _config(model: nn.Module, name: str) -> LoraConfig:
             f"name must be that of an adapter, got {name!r}; the model has {', '.join(configs) or 'none'}."
         )
     return configs[name]
+
+
+def _refuse_merging(model: Any, name: str, part: Any) -> None:
+    if isinstance(part, QuantizedLinear):
+        raise UnsupportedFeatureError(
+            f"merge: {name} is packed, and a change smaller than its steps would vanish; load the base as floats, "
+            "with quantization='dequantize', or load the one that it was made of."
+        )
+    changes = any(each in part.lora or each in part.saved for each in part.active)
+    if isinstance(part, nn.Embedding) and model._tied_weights_keys and changes:
+        raise UnsupportedFeatureError(
+            "merge: embed_tokens is the head too, which the adapter leaves alone; load the base with "
+            "tie_word_embeddings=False, or leave the adapter beside the model."
+        )
 
 
 def _refuse_merged(part: Any) -> None:

@@ -19,7 +19,7 @@ _TYPES = {getattr(torch, name): number for name, number in library.TYPES.items()
 """Types as C numbers them."""
 _OWN = (torch.float32, torch.bfloat16)
 """The dtypes of x that kernels take as they are."""
-_PARTS = (nn.Embedding, nn.Linear, nn.ModuleList)
+_PARTS = (nn.Embedding, nn.Linear, nn.ModuleList, nn.ModuleDict)
 """The classes of torch itself that models are made of."""
 _OPERATIONS = torch.library.Library("mistral_native", "DEF")
 _MATRIX = "Tensor codes, Tensor scale, Tensor? zero, str kind, int rows, int columns, int high, int wide"
@@ -166,7 +166,7 @@ def whole_step_of(model: Any) -> whole_step.WholeStep | None:
 def is_plain(module: nn.Module) -> bool:
     """Whether calling a module does what its class says and no more."""
     hooks = module._forward_hooks or module._forward_pre_hooks or nn.modules.module._has_any_global_hook()
-    return "forward" not in vars(module) and not hooks
+    return "forward" not in vars(module) and not hooks and not getattr(module, "adds", ())
 
 
 def _is_own(module: nn.Module) -> bool:
