@@ -108,7 +108,11 @@ def whole_step_of(model: Any) -> whole_step.WholeStep | None:
 
 def is_plain(module: keras.layers.Layer) -> bool:
     """Whether calling a module does what its class says and no more."""
-    return type(module).__module__.partition(".")[0] == __package__ and "call" not in vars(module)
+    return (
+        type(module).__module__.partition(".")[0] == __package__
+        and "call" not in vars(module)
+        and not getattr(module, "adds", ())
+    )
 
 
 def _checked(

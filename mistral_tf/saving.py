@@ -19,6 +19,7 @@ from mistral_core.quantization.blocks import blocks
 from mistral_core.quantization.matrix import PackedMatrix, packed_codes
 from mistral_core.quantization.storage import Arrangement
 
+from .lora import adapters_config, add_from_config, is_of_adapter
 from .products import portable
 from .quantize import put
 
@@ -71,14 +72,18 @@ class SavedModel(keras.Model):
         return [name for name in super().__dir__() if name != "base_model"]
 
     def get_config(self) -> dict[str, Any]:
-        """What `from_config` makes the same model of, with fresh weights."""
+        """What `from_config` makes the same model of, with fresh weights.
+
+        Raises UnsupportedFeatureError where an adapter is merged.
+        """
         return {
             "config": self.config.to_dict(),
             "generation_config": self.generation_config.to_dict(),
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             "name": self.name,
             "quantization": {name: how._asdict() for name, how in self.arrangements().items()},
-            "trainable": [layer.trainable for layer in self._flatten_layers()],
+            "trainable": [layer.trainable for layer in self._flatten_layers() if not is_of_adapter(layer)],
+            "adapters": adapters_config(self),
         }
 
     @classmethod
@@ -94,6 +99,7 @@ class SavedModel(keras.Model):
         model.generation_config = GenerationConfig.from_dict(config["generation_config"])
         for layer, trainable in zip(model._flatten_layers(), config["trainable"], strict=True):
             layer.trainable = trainable  # of those inside too, which come later
+        add_from_config(model, config.get("adapters") or {})
         return model
 
 

@@ -24,13 +24,18 @@ def sizes(array: Tensor) -> list[Any]:
 def changed(model: Any, function: str) -> bool:
     """Whether a model has other layers or variables than when last asked for a function's sake, or another config.
 
-    Of the config only what a program depends on counts; of layers, how packed ones round what they multiply.
+    Of the config only what a program depends on counts; of layers, how packed ones round what they multiply, and which
+    adapters they add.
     Raises UnsupportedFeatureError where a `keras.distribution` is set, of which what is traced would say nothing.
     """
     refuse_distribution()
     layers = [*model._flatten_layers(include_self=False)]
-    settings = model.config.program(model.architecture), [getattr(layer, "activations", None) for layer in layers]
+    settings = model.config.program(model.architecture), [_settings(layer) for layer in layers]
     now = settings, [*model.weights, *layers]
     before, parts = _traced.setdefault(model, {}).get(function, now)
     _traced[model][function] = now
     return before != settings or [*map(id, parts)] != [*map(id, now[1])]
+
+
+def _settings(layer: Any) -> tuple[Any, ...]:
+    return getattr(layer, "activations", None), getattr(layer, "adds", None), layer.trainable

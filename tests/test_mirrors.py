@@ -67,6 +67,11 @@ OWN_NAMES = {
     "extra_repr": "NNX shows a module's attributes by itself",
     "Packed": "JAX: a kind of Variable that optimizers and filters pass by",
     "portable": "TensorFlow: what is saved, or compiled by XLA, has no operations of ours",
+    "Frozen": "JAX: a kind of Variable that does not train; torch and Keras have flags for it",
+    "adapters_config": "Keras' files say how a model is made",
+    "add_from_config": "Keras' files say how a model is made",
+    "is_of_adapter": "Keras' files say how a model is made",
+    "drawn_seed": "TensorFlow: seeds for dropout, the same when a layer is computed again",
     "__call__": "Keras: lists and NumPy become tensors before Keras looks at them",
 }
 OWN_FILES = {
@@ -75,7 +80,6 @@ OWN_FILES = {
     "foreign_cache.py": "torch: decode loops and adapters bring transformers' caches; its Flax and TF ones are gone",
     "outputs.py": "torch's clients ask for dictionaries; JAX and TensorFlow take core's named tuples as they are",
     "sharding.py": "JAX cuts arrays over meshes, torch over processes; TensorFlow has strategies",
-    "lora.py": "torch",
     "dispatch.py": "torch: accelerate's hooks move what parts of a model on several devices meet",
     "processes.py": "torch and JAX: what several processes hold parts of; TensorFlow has strategies",
     "strategies.py": "TensorFlow: several devices are a strategy, under which a model is made",
