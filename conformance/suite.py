@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from mistral_core.config.presets import TINY
 
-from . import adapters, packed_pieces, pieces, sampling
+from . import adapter_pieces, adapters, packed_pieces, pieces, sampling
 from .cases import CAUSAL, HEADS, PACKED, T
 from .compare import Comparison
 from .pieces import Subject
@@ -105,6 +105,7 @@ def _checks() -> Iterator[Check]:
         yield Check(case.name.replace("packed", "packed-greedy"), greedy, ("float32",), attention=False)
     yield Check("packed-rounded", packed_pieces.rounded_text, ("float32",), attention=False)
     sampled = _partial(sampling.texts, sampling.TEXTS["sampled, guessed"], pieces.by_name("packed int4 32"))
+    yield Check("adapters", adapter_pieces.logits, ("float32",), attention=False)
     yield Check("packed-sampled int4 32", sampled, ("float32",), attention=False)
 
 

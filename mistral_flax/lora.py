@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import os
 import zlib
@@ -25,7 +26,7 @@ from mistral_core.errors import ConfigError, UnsupportedFeatureError
 from mistral_core.lora import adapter as files
 from mistral_core.lora.adapter import Adapter, LoraWeights
 from mistral_core.lora.config import LoraConfig as LoraConfig
-from mistral_core.lora.config import Target
+from mistral_core.lora.config import LoraTarget
 
 from .arrays import from_numpy, to_numpy
 from .layers import Embedding, Head, Linear
@@ -151,6 +152,8 @@ def add_adapter(model: Model, config: LoraConfig | None = None, *, name: str = "
     Every framework begins with the same numbers for a seed. Raises ConfigError, UnsupportedFeatureError.
     """
     lora = (config or LoraConfig()).for_model(model.config.value, model.architecture)
+    if lora.base_model_name_or_path is None:
+        lora = dataclasses.replace(lora, base_model_name_or_path=model.config.name_or_path or None)
     weights = {}
     for each in _targets(model, lora).values():
         fresh = files.initial_weights(each, model.config.value, lora, seed=seed)
@@ -185,9 +188,7 @@ def adapter_of(model: nnx.Module, name: str = "default") -> Adapter:
     """An adapter's numbers in NumPy; raises ConfigError for a name that is not there."""
     lora, weights, saved = _config(model, name), {}, {}
     for each in lora.targets(model.config.value, model.architecture):
-        low = _part(model, each).lora[name]
-        magnitude = None if low.magnitude is None else _numbers(low.magnitude)
-        weights[each] = LoraWeights(_numbers(low.a), _numbers(low.b), magnitude)
+        weights[each] = _weights(_part(model, each).lora[name])
     for each, _ in lora.saved(model.config.value, model.architecture):
         saved[each] = _numbers(getattr(_part(model, each).saved[name], each.rpartition(".")[2]))
     return Adapter(lora, weights, saved)
@@ -240,10 +241,8 @@ def merge(model: Model) -> Model:
                     variable.set_value(saved.astype(variable.get_value().dtype))
             if each in part.lora:
                 low, before = part.lora[each], part.weight.get_value()
-                arrays = (low.a, low.b, low.magnitude)
-                lora = LoraWeights(*(None if x is None else to_numpy(x.get_value()).astype(float) for x in arrays))
-                changed = files.merged(to_numpy(before).astype(float), lora, low.scaling)
-                part.weight.set_value(jax.device_put(from_numpy(changed.astype(before.dtype)), before.device))
+                folded = files.folded(to_numpy(before), _weights(low), low.scaling)
+                part.weight.set_value(jax.device_put(from_numpy(folded), before.device))
         part.merged = part.active
     return model
 
@@ -257,7 +256,12 @@ def unmerge(model: Model) -> Model:
     return model
 
 
-def _targets(model: nnx.Module, lora: LoraConfig) -> dict[str, Target]:
+def _weights(low: LowRank) -> LoraWeights:
+    magnitude = None if low.magnitude is None else _numbers(low.magnitude)
+    return LoraWeights(_numbers(low.a), _numbers(low.b), magnitude)
+
+
+def _targets(model: nnx.Module, lora: LoraConfig) -> dict[str, LoraTarget]:
     return lora.targets(model.config.value, model.architecture)
 
 

@@ -21,6 +21,7 @@ from mistral_core.compat.clients import path_by_either_name
 from mistral_core.config import AssignableConfig
 from mistral_core.devices import placement
 from mistral_core.errors import ConfigError
+from mistral_core.lora.loading import with_adapters
 from mistral_core.parameters import BASE_PREFIX
 from mistral_core.quantization.models import round_activations
 from mistral_core.weights import loading
@@ -68,6 +69,7 @@ class PreTrainedModel(Saved, nnx.Module):
 
     @classmethod
     @path_by_either_name
+    @with_adapters
     def from_pretrained(
         cls,
         path: str | os.PathLike[str],
@@ -92,7 +94,8 @@ class PreTrainedModel(Saved, nnx.Module):
         name; of a sharded one each device reads its part. `mesh` and `rules` are those of `sharding.shard`.
         `quantization` packs each matrix as it comes (`Quantization`, int8, int4, nf4, a config of transformers); a
         packed checkpoint stays packed, or becomes floats with "dequantize". A head that the file lacks is initialised
-        from `seed` with one warning. Raises CheckpointError, ConfigError or HubError and their kind.
+        from `seed` with one warning. The directory of an adapter is taken too: its base, `base` or the directory that
+        it names, with the adapter in it. Raises CheckpointError, ConfigError or HubError and their kind.
         """
         given = from_transformers(
             options, dtype=dtype, device=device, attn_implementation=attn_implementation, quantization=quantization
@@ -129,6 +132,11 @@ class PreTrainedModel(Saved, nnx.Module):
         model.generation_config = loaded.generation_config
         model.config = model.config.noted(name_or_path=str(path))
         return model
+
+    def _with_adapter(self, path: str | os.PathLike[str]) -> Self:
+        from .lora import load_adapter
+
+        return load_adapter(self, path)
 
     def set_parameter(self, name: str, array: np.ndarray, *, device: Any = None) -> None:
         """Let the parameter of this canonical name hold an array.

@@ -8,6 +8,7 @@ they change: `fit` trains them alone, and Keras' files have them beside the base
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from mistral_core.errors import ConfigError, UnsupportedFeatureError
 from mistral_core.lora import adapter as files
 from mistral_core.lora.adapter import Adapter, LoraWeights
 from mistral_core.lora.config import LoraConfig as LoraConfig
-from mistral_core.lora.config import Target
+from mistral_core.lora.config import LoraTarget
 from mistral_core.parameters import parameters, shape_of
 
 from .arrays import to_numpy
@@ -164,6 +165,8 @@ def add_adapter(model: Model, config: LoraConfig | None = None, *, name: str = "
     Every framework begins with the same numbers for a seed. Raises ConfigError, UnsupportedFeatureError.
     """
     lora = (config or LoraConfig()).for_model(model.config.value, model.architecture)
+    if lora.base_model_name_or_path is None:
+        lora = dataclasses.replace(lora, base_model_name_or_path=model.config.name_or_path or None)
     weights = {}
     for each in _targets(model, lora).values():
         fresh = files.initial_weights(each, model.config.value, lora, seed=seed)
@@ -197,9 +200,7 @@ def adapter_of(model: keras.Model, name: str = "default") -> Adapter:
     """An adapter's numbers in NumPy; raises ConfigError for a name that is not there."""
     lora, weights, saved = _config(model, name), {}, {}
     for each in lora.targets(model.config.value, model.architecture):
-        low = model._module(each).lora[name]
-        magnitude = None if low.magnitude is None else _numbers(low.magnitude)
-        weights[each] = LoraWeights(_numbers(low.a), _numbers(low.b), magnitude)
+        weights[each] = _weights(model._module(each).lora[name])
     for each, _ in lora.saved(model.config.value, model.architecture):
         saved[each] = _numbers(getattr(model._module(each).saved[name], each.rpartition(".")[2]))
     return Adapter(lora, weights, saved)
@@ -250,10 +251,8 @@ def merge(model: Model) -> Model:
                 for field, variable in own.items():
                     variable.assign(tf.cast(getattr(part.saved[each], field), variable.dtype))
             if each in part.lora:
-                low, before = part.lora[each], to_numpy(part.weight)
-                arrays = (low.a, low.b, low.magnitude)
-                lora = LoraWeights(*(None if x is None else to_numpy(x).astype(float) for x in arrays))
-                part.weight.assign(files.merged(before.astype(float), lora, low.scaling).astype(before.dtype))
+                low = part.lora[each]
+                part.weight.assign(files.folded(to_numpy(part.weight), _weights(low), low.scaling))
         part.merged = part.active
     return model
 
@@ -308,7 +307,12 @@ def is_of_adapter(layer: keras.layers.Layer) -> bool:
     return ".lora" in layer.name or ".saved" in layer.name
 
 
-def _targets(model: keras.Model, lora: LoraConfig) -> dict[str, Target]:
+def _weights(low: LowRank) -> LoraWeights:
+    magnitude = None if low.magnitude is None else _numbers(low.magnitude)
+    return LoraWeights(_numbers(low.a), _numbers(low.b), magnitude)
+
+
+def _targets(model: keras.Model, lora: LoraConfig) -> dict[str, LoraTarget]:
     return lora.targets(model.config.value, model.architecture)
 
 

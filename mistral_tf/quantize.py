@@ -92,7 +92,11 @@ def quantize(model: M, quantization: Any = "int8", **options: Any) -> M:
 
 
 def dequantize(model: M) -> M:
-    """Make floats of all packed matrices of a model, in its dtype, and return it."""
+    """Make floats of all packed matrices of a model, in its dtype, and return it.
+
+    Raises UnsupportedFeatureError where it has adapters.
+    """
+    model._refuse_adapters("dequantize")
     for name, part in list(model.packed_parts()):
         rows, columns = part.shape
         floats = dequantised(part.packed, model.variable_dtype)

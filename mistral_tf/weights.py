@@ -14,6 +14,7 @@ from mistral_core import GenerationConfig, MistralConfig
 from mistral_core.compat.arguments import from_transformers
 from mistral_core.compat.clients import path_by_either_name
 from mistral_core.errors import ConfigError
+from mistral_core.lora.loading import with_adapters
 from mistral_core.quantization.models import round_activations
 from mistral_core.weights import loading
 from mistral_core.weights.mixin import Saved
@@ -38,6 +39,7 @@ class PreTrainedModel(Saved, KerasModel):
 
     @classmethod
     @path_by_either_name
+    @with_adapters
     def from_pretrained(
         cls,
         path: str | os.PathLike[str],
@@ -57,8 +59,9 @@ class PreTrainedModel(Saved, KerasModel):
         and transformers' names of these arguments (torch_dtype, device_map). `dtype` may be a policy: parameters then
         come in its variable dtype. `quantization` packs each matrix as it comes (`Quantization`, int8, int4, nf4, a
         config of transformers); a packed checkpoint stays packed, or becomes floats with "dequantize". A head that the
-        file lacks is initialised from `seed` with one warning. Raises CheckpointError, ConfigError or HubError and
-        their kind.
+        file lacks is initialised from `seed` with one warning. The directory of an adapter is taken too: its base,
+        `base` or the directory that it names, with the adapter in it. Raises CheckpointError, ConfigError or HubError
+        and their kind.
         """
         refuse_distribution()
         given = from_transformers(
@@ -93,6 +96,11 @@ class PreTrainedModel(Saved, KerasModel):
         model.generation_config = loaded.generation_config
         model.config = model.config.noted(name_or_path=str(path))
         return model
+
+    def _with_adapter(self, path: str | os.PathLike[str]) -> Self:
+        from .lora import load_adapter
+
+        return load_adapter(self, path)
 
     def set_parameter(self, name: str, array: np.ndarray) -> None:
         """Let the parameter of this canonical name hold an array.

@@ -111,8 +111,9 @@ def quantize(model: M, quantization: Any = "int8", **options: Any) -> M:
 def dequantize(model: M) -> M:
     """Make floats of all packed matrices of a model, in its dtype, and return it.
 
-    Raises UnsupportedFeatureError where they are cut over processes.
+    Raises UnsupportedFeatureError where it has adapters, or they are cut over processes.
     """
+    model._refuse_adapters("dequantize")
     if model.base_model.placement is not None:
         raise UnsupportedFeatureError(
             "dequantize: this model is cut over processes; load it with 'dequantize' instead."

@@ -373,6 +373,22 @@ MUTANTS = (
         flax=("dtype=jnp.float32 if self.is_head else None", "dtype=None"),
         tf=("dtype=tf.float32 if self.is_head else None", "dtype=None"),
     ), dtype="bfloat16"),
+    Mutant("scaling of an adapter: alpha for alpha / r", "adapters",
+           everywhere("lora.py", "target.scaling", "target.scaling * target.r")),
+    Mutant("scaling of an embedding's adapter left out", "adapters", everywhere("lora.py", " * low.scaling", "")),
+    Mutant("DoRA by the lengths of the base's rows", "adapters", spelled(
+        "lora.py", torch=("wide + self.scaling * (self.b @ self.a)", "wide"),
+        flax=("wide + self.scaling * product(b, a.T)", "wide"),
+        tf=("wide + self.scaling * product(b, tf.transpose(a))", "wide"),
+    )),
+    Mutant("an adapter's dropout outside of training", "adapters", spelled(
+        "lora.py", torch=("self.dropout, self.training)", "self.dropout, True)"),
+        flax=("_KEY.get() if self.dropout", "jax.random.key(0) if self.dropout"),
+        tf=("drawn_seed(self.number, training)", "drawn_seed(self.number, True)"),
+    )),
+    Mutant("a merged adapter added once more", "adapters", everywhere(
+        "lora.py", "for name in self.active if name not in self.merged", "for name in self.active",
+    )),
 )  # fmt: skip
 
 PACKED = (

@@ -18,6 +18,7 @@ def packed(model: M, put: Callable[[M, str, PackedMatrix], None], quantization: 
     What is packed already stays, and takes its activations as asked for. Raises ConfigError, UnsupportedFeatureError,
     NonFiniteWeightsError.
     """
+    model._refuse_adapters("quantize")
     config, architecture = model.config.value, model.architecture
     asked = request.given(quantization, **options).resolved(config, architecture)
     already = {name for name, _ in model.packed_parts()}

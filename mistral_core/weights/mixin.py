@@ -99,6 +99,15 @@ class Saved:
                 f"{name} must be floats to be set, and is packed; call dequantize(model) first."
             )
 
+    def _refuse_adapters(self, action: str) -> None:
+        """Raise UnsupportedFeatureError where matrices would change under adapters (lora.py)."""
+        names = dict(getattr(self, "peft_configs", None) or {})
+        if names:
+            raise UnsupportedFeatureError(
+                f"{action}: the model has the adapter {', '.join(names)}, made for its matrices as they are; do it to "
+                "a model without adapters, and add them afterwards."
+            )
+
     # Config
 
     @property
@@ -260,6 +269,7 @@ class Saved:
         """
         config = resized_config(self.config.value, new_num_tokens, pad_to_multiple_of)
         if config.vocab_size != self.config.vocab_size:
+            self._refuse_adapters("resize_token_embeddings")
             names = VOCABULARY & shapes(config, self.architecture).keys()
             for name in names:
                 self._refuse_floats(name)

@@ -338,6 +338,31 @@ def test_a_tied_head_is_left_alone_and_not_merged(lora, side, folder):
         assert np.array_equal(side.logits(model), before)
 
 
+def test_a_model_is_loaded_by_its_adapter(side, tmp_path):
+    side.make().save_pretrained(tmp_path / "base")
+    kind = getattr(side.package, CAUSAL)
+    model = kind.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    side.lora.add_adapter(model, side.lora.LoraConfig(init_lora_weights=False))
+    side.lora.save_adapter(model, tmp_path / "adapter")
+    for options in ({}, {"base": tmp_path / "base"}):
+        again = kind.from_pretrained(tmp_path / "adapter", attn_implementation="eager", **options)
+        assert np.array_equal(side.logits(again), side.logits(model))
+
+
+def test_matrices_with_adapters_are_not_replaced(side, folder):
+    """A matrix that is packed, unpacked or given other rows is another: its adapter would be lost, or too small."""
+    model = side.lora.load_adapter(side.package.quantize(side.make(), "int8"), folder / "plain")
+    wanted = side.logits(model)
+    for refused in (
+        lambda: side.package.quantize(model, "int4"),
+        lambda: side.package.dequantize(model),
+        lambda: model.resize_token_embeddings(CONFIG.vocab_size + 1),
+    ):
+        with pytest.raises(UnsupportedFeatureError, match="the model has the adapter default, made for its matrices"):
+            refused()
+    assert np.array_equal(side.logits(model), wanted)
+
+
 def test_what_is_not_finite_is_not_saved(side, folder, tmp_path):
     model = side.lora.load_adapter(side.make(), folder / "plain")
     low = model._module("model.layers.0.self_attn.q_proj.weight").lora["default"]
