@@ -173,7 +173,6 @@ def same(found, wanted):
     assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
 
 
-@pytest.mark.feature("LoRA: one adapter in every framework")
 @pytest.mark.parametrize("way", WAYS)
 def test_one_file_is_the_same_adapter_in_every_framework(way, side, folder, tmp_path):
     lora, model = side.lora, side.make(architecture_of(way))

@@ -42,7 +42,6 @@ def step(model, optimizer, key=None):
     return loss
 
 
-@pytest.mark.feature("LoRA: nnx.LoRAParam for nnx.grad and nnx.Optimizer")
 @pytest.mark.lenient_jax("optax: counts steps in integers")
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_an_optimizer_of_lora_params_trains_the_adapter_alone(checkpointed):

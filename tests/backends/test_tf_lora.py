@@ -42,7 +42,6 @@ def compiled(model):
     return model
 
 
-@pytest.mark.feature("LoRA: Keras' fit trains the adapter alone")
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 def test_fit_trains_the_adapter_alone_and_generate_uses_it(policy):
     model = lora.add_adapter(make(policy), lora.LoraConfig(**FIELDS, lora_dropout=0.25))
