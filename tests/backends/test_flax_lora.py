@@ -43,10 +43,11 @@ def step(model, optimizer, key=None):
 
 
 @pytest.mark.lenient_jax("optax: counts steps in integers")
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_an_optimizer_of_lora_params_trains_the_adapter_alone(checkpointed):
-    model = lora.add_adapter(make(), lora.LoraConfig(**LINEAR, lora_dropout=0.25))
-    if checkpointed:
+@pytest.mark.parametrize("how", ["floats", "checkpointed", "nf4"])
+def test_an_optimizer_of_lora_params_trains_the_adapter_alone(how):
+    base = mistral_flax.quantize(make(), "nf4") if how == "nf4" else make()
+    model = lora.add_adapter(base, lora.LoraConfig(**LINEAR, lora_dropout=0.25))
+    if how == "checkpointed":
         model.gradient_checkpointing_enable()
     base = dict(model.named_arrays())
     optimizer = nnx.Optimizer(model, optax.adamw(1e-2), wrt=nnx.LoRAParam)

@@ -147,8 +147,10 @@ def test_keras_files_have_the_adapters_beside_the_base(tmp_path):
     assert np.array_equal(logits(model), wanted)
 
 
-def test_a_packed_base_is_saved_with_its_adapter(tmp_path):
+def test_an_adapter_of_a_packed_base_is_trained_and_saved_with_it(tmp_path):
     model = lora.add_adapter(mistral_tf.quantize(make(), "nf4"), lora.LoraConfig(init_lora_weights=False))
+    losses = compiled(model).fit(IDS, IDS, epochs=3, batch_size=2, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
     model.save(tmp_path / "model.keras")
     assert np.array_equal(logits(keras.saving.load_model(tmp_path / "model.keras")), logits(model))
 
