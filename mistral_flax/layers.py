@@ -51,6 +51,11 @@ class Embedding(nnx.Module):
         """What a Head of the same weight gives: a tied head is the embedding itself."""
         return product(x, self.weight[...], dtype=jnp.float32)
 
+    @property
+    def factor(self) -> Array | None:
+        """The W of x W^T, where `as_linear` is nothing else; None where it is."""
+        return self.weight[...] if type(self) is Embedding else None
+
 
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) in float32, cast to the dtype of x, then times the weight [D]."""
@@ -222,6 +227,11 @@ class Head(Linear):
 
     def __call__(self, x: Array) -> Array:
         return product(x, self.weight[...], None if self.bias is None else self.bias[...], dtype=jnp.float32)
+
+    @property
+    def factor(self) -> Array | None:
+        """The W of x W^T, where a call is nothing else; None where it is."""
+        return self.weight[...] if type(self) is Head and self.bias is None else None
 
 
 @in_one_program

@@ -8,6 +8,7 @@ add up losses and gradients.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -16,6 +17,9 @@ from jax import Array
 
 from mistral_core import MistralConfig
 
+from .products import PackedWeight, packed_product, product
+from .programs import in_one_program
+
 
 def cross_entropy(logits: Array, labels: Array, *, ignore: int = -100) -> tuple[Array, Array]:
     """Sum of -log softmax(logits)[label] over labels other than `ignore`, and count; logits [..., V], labels [...]."""
@@ -23,6 +27,50 @@ def cross_entropy(logits: Array, labels: Array, *, ignore: int = -100) -> tuple[
     log_probability = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     picked = jnp.take_along_axis(log_probability, jnp.where(counted, labels, 0)[..., None], axis=-1)[..., 0]
     return -jnp.where(counted, picked, 0).sum(), counted.sum()
+
+
+def chunked_cross_entropy(
+    x: Array, weight: Array | PackedWeight, labels: Array, *, rows: int, ignore: int = -100
+) -> tuple[Array, Array]:
+    """`cross_entropy` of the logits x W^T, of so many rows at a time; x [B, T, D], W [V, D], labels [B, T].
+
+    Gradients make the logits again, as gradient checkpointing does: what is kept is x, and W as it is. Sums are in
+    float32 in every dtype, the gradient of W that of each chunk rounded as the product's is; a packed W has none. A
+    chunk has some columns of all rows of the batch, which devices may have parts of.
+    """
+    packed = isinstance(weight, PackedWeight)
+    arrays, layout = (tuple(weight[:3]), tuple(weight[3:])) if packed else ((weight,), None)
+    return _chunked_sum(x, arrays, layout, labels, rows, ignore), (labels != ignore).sum()
+
+
+@functools.partial(in_one_program, static_argnums=(2, 4, 5))
+def _chunked_sum(
+    x_BTD: Array,
+    arrays: tuple[Array | None, ...],
+    layout: tuple[Any, ...] | None,
+    labels_BT: Array,
+    rows: int,
+    ignore: int,
+) -> Array:
+    B, T = labels_BT.shape
+    columns = max(1, min(rows // B, T))
+    after = -T % columns
+    x_BTD = jnp.pad(x_BTD, ((0, 0), (0, after), (0, 0)))
+    labels_BT = jnp.pad(labels_BT, ((0, 0), (0, after)), constant_values=ignore)
+    chunks = [jnp.moveaxis(a.reshape(B, -1, columns, *a.shape[2:]), 1, 0) for a in (x_BTD, labels_BT)]
+    if layout is None:
+        arrays = (arrays[0].astype(jnp.float32),)  # so that its gradient is summed in float32
+
+    @jax.checkpoint
+    def one(total: Array, chunk: list[Array]) -> tuple[Array, None]:
+        x, labels = chunk
+        if layout is None:
+            logits = product(x, arrays[0], dtype=jnp.float32)
+        else:
+            logits = packed_product(x, PackedWeight(*arrays, *layout), dtype=jnp.float32)
+        return total + cross_entropy(logits, labels, ignore=ignore)[0], None
+
+    return jax.lax.scan(one, jnp.float32(0), chunks)[0]
 
 
 def classification_loss(config: MistralConfig, logits: Array, labels: Array) -> tuple[Array, Array]:

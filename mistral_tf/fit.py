@@ -26,14 +26,16 @@ from .losses import (
     IGNORED,
     LOSSES,
     METRICS,
+    Factors,
+    chunked_cross_entropy,
     classification_loss,
     cross_entropy,
     divided,
 )
 from .products import portable
 from .saving import SavedModel
-from .strategies import check_strategy, logs_of_replica, refuse_distribution, rows_of_replica, shared, told
-from .traces import changed
+from .strategies import check_strategy, logs_of_replica, rows_of_replica, shared, told
+from .traces import changed, refuse_distribution
 
 OUTPUTS: dict[str, tuple[type[tuple[Any, ...]], tuple[str, ...]]] = {
     "MistralModel": (outputs.ModelOutput, ("last_hidden_state",)),
@@ -254,6 +256,8 @@ class KerasModel(SavedModel):
         if isinstance(y, dict):
             weights = sample_weight if isinstance(sample_weight, dict) else dict.fromkeys(y, sample_weight)
             sums = [self._own_sum(y[name], scores[name], weights[name]) for name in y]
+        elif (factors := getattr(y_pred["logits"], "_factors", None)) is not None:
+            sums = [_sum_of_chunks(y, factors, sample_weight)]
         else:
             sums = [self._own_sum(y, scores, sample_weight)]
         own = told(divided(*map(tf.stack, zip(*sums, strict=True))))
@@ -323,6 +327,16 @@ class KerasModel(SavedModel):
     def predict_on_batch(self, x: Any) -> Any:
         """The model's output, as NumPy arrays, for one batch."""
         return self._outputs[0](**super().predict_on_batch(_plain(x)))
+
+
+def _sum_of_chunks(y: Tensor, factors: Factors, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The own loss of a language model from labels [B, T - 1] of the next tokens, without logits."""
+    after = [[0, 0], [0, 1]]
+    y = tf.cast(y, tf.int32)
+    if weight is not None:
+        weight = tf.pad(tf.broadcast_to(weight, tf.shape(y)), after)
+    y = tf.pad(y, after, constant_values=IGNORED)
+    return chunked_cross_entropy(factors.x_BTD, factors.weight, y, rows=factors.rows, sample_weight=weight)
 
 
 def _counted(y: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from tensorflow import Tensor
 
 from mistral_core import MistralConfig, validate
 from mistral_core.generation.mixin import Generates
+from mistral_core.loss_chunks import chunk_rows
 from mistral_core.outputs import (
     CausalLMOutput,
     QuestionAnsweringOutput,
@@ -19,8 +20,9 @@ from mistral_core.outputs import (
 from .arrays import as_policy, integers, is_traced, labels_array, to_numpy
 from .generate import Engine
 from .layers import Head, last_token
-from .losses import classification_loss, cross_entropy, divided, span_loss
+from .losses import Factors, chunked_cross_entropy, classification_loss, cross_entropy, divided, span_loss
 from .model import MistralModel
+from .products import PackedWeight
 from .weights import PreTrainedModel, default_initializer
 
 
@@ -55,6 +57,7 @@ class MistralForCausalLM(PreTrainedModel, Generates[Tensor]):
         *,
         logits_to_keep: Any = 0,
         num_items_in_batch: Any = None,
+        loss_chunk: int | None = None,
         document_ids: Any = None,
         return_dict: bool | None = None,
         training: bool = False,
@@ -63,8 +66,10 @@ class MistralForCausalLM(PreTrainedModel, Generates[Tensor]):
         """Logits [B, T, V]; with labels [B, T], the loss of predicting each next label that is not -100.
 
         `logits_to_keep` is how many last columns to compute (0: all) or their indices. `num_items_in_batch` is how many
-        labels the whole step has, of which this call is a part: the parts' losses then add up. Options are those of
-        MistralModel.
+        labels the whole step has, of which this call is a part: the parts' losses then add up. `loss_chunk` is of how
+        many tokens the loss holds the logits at a time (0: of all), by default chosen in training, `fit` too: logits of
+        256 MiB and more are never whole, unless the output's are used, for a graph leaves out what is not. Options are
+        those of MistralModel.
         """
         out = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, document_ids=document_ids,
@@ -78,11 +83,20 @@ class MistralForCausalLM(PreTrainedModel, Generates[Tensor]):
             validate.check_logits_to_keep(logits_to_keep, x_BTD.shape[1])
             if labels is not None:
                 validate.check_labels("labels", to_numpy(labels), x_BTD.shape[:2], self.config.vocab_size)
+        rows = chunk_rows(loss_chunk, x_BTD[..., 0].shape.num_elements(), self.config.vocab_size, training=training)
+        factor = _factor(self.model.embed_tokens if self.lm_head is None else self.lm_head) if rows else None
         head = self.model.embed_tokens.as_linear if self.lm_head is None else self.lm_head
-        logits = head(_kept(x_BTD, 0 if labels is not None else logits_to_keep))
-        if labels is not None:
-            loss = divided(*cross_entropy(logits[:, :-1], labels[:, 1:]), num_items_in_batch)
-            logits = _kept(logits, logits_to_keep)
+        if labels is not None and factor is not None:
+            following = tf.pad(labels[:, 1:], [[0, 0], [0, 1]], constant_values=-100)
+            loss = divided(*chunked_cross_entropy(x_BTD, factor, following, rows=rows), num_items_in_batch)
+            logits = head(_kept(x_BTD, logits_to_keep))
+        else:
+            logits = head(_kept(x_BTD, 0 if labels is not None else logits_to_keep))
+            if labels is not None:
+                loss = divided(*cross_entropy(logits[:, :-1], labels[:, 1:]), num_items_in_batch)
+                logits = _kept(logits, logits_to_keep)
+            elif factor is not None:
+                logits._factors = Factors(x_BTD, factor, rows)
         output = CausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
         return self.as_tuple_if_asked(output, return_dict)
 
@@ -103,6 +117,11 @@ def _kept(x: Tensor, logits_to_keep: Any) -> Tensor:
     if isinstance(logits_to_keep, int):
         return x[:, -logits_to_keep:] if logits_to_keep else x
     return tf.gather(x, tf.math.floormod(tf.cast(logits_to_keep, tf.int32), tf.shape(x)[1]), axis=1)
+
+
+def _factor(head: tf.Module) -> Tensor | PackedWeight | None:
+    """The matrix of a head that is this matrix and nothing else: not wrapped or cut."""
+    return head.factor if hasattr(type(head), "factor") else None
 
 
 class MistralForSequenceClassification(PreTrainedModel):

@@ -65,6 +65,11 @@ class Embedding(Layer):
         """What a Head of the same weight gives: a tied head is the embedding itself."""
         return product(x, self.weight, dtype=tf.float32)
 
+    @property
+    def factor(self) -> Any:
+        """The W of x W^T, where `as_linear` is nothing else; None where it is."""
+        return self.weight if type(self) is Embedding else None
+
 
 class RMSNorm(Layer):
     """x / sqrt(mean(x^2) + eps) in float32, cast to the dtype of x, then times the weight [D]."""
@@ -249,6 +254,11 @@ class Head(Linear):
 
     def call(self, x: Tensor) -> Tensor:
         return product(x, self.weight, self.bias, dtype=tf.float32)
+
+    @property
+    def factor(self) -> Any:
+        """The W of x W^T, where a call is nothing else; None where it is."""
+        return self.weight if type(self) is Head and self.bias is None else None
 
 
 def last_token(attention_mask_BT: Tensor) -> Tensor:

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 from tensorflow import Tensor
 
 from mistral_core import MistralConfig
+
+from .products import PackedWeight, as_floats, product
+from .traces import sizes
 
 IGNORED = -100
 
@@ -58,6 +61,96 @@ def cross_entropy(
     picked = tf.gather(log_probability, tf.where(counted, labels, 0), batch_dims=len(labels.shape))
     losses = _weighted(-tf.where(counted, picked, 0), sample_weight)
     return tf.reduce_sum(losses), tf.reduce_sum(tf.cast(counted, tf.float32))
+
+
+def chunked_cross_entropy(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    labels: Tensor,
+    *,
+    rows: int,
+    ignore: int = -100,
+    sample_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`cross_entropy` of the logits x W^T, of so many rows at a time; x [B, T, D], W [V, D], labels [B, T].
+
+    Gradients make the logits again, as gradient checkpointing does: what is kept is x, W as it is, and a number for
+    each row. Sums are in float32 and rounded once, in every dtype; a packed W has no gradient.
+    """
+    counted = labels != ignore
+    x_RD, label_R = tf.reshape(x, [-1, x.shape[-1]]), tf.reshape(tf.where(counted, labels, 0), [-1])
+    packed, count = isinstance(weight, PackedWeight), x_RD.shape[0]
+    rows = rows if count is None else min(rows, max(count, 1))
+
+    @tf.custom_gradient
+    def row_losses(x_RD: Tensor, *plain: Tensor) -> Any:
+        chunks = _cut(rows, x_RD, label_R)
+        w_VD = as_floats(weight if packed else plain[0], x_RD)
+        loss_CR, log_sum_CR = tf.map_fn(
+            lambda chunk: _loss_and_log_sum(*chunk, w_VD),
+            chunks,
+            parallel_iterations=1,
+            fn_output_signature=(tf.float32, tf.float32),
+        )
+
+        def gradient(upstream_R: Tensor) -> Any:
+            w_VD = as_floats(weight if packed else plain[0], upstream_R)
+            x_CRD, label_CR = chunks
+            (upstream_CR,) = _cut(rows, upstream_R)
+
+            def one(index: Tensor, dx: tf.TensorArray, dw_VD: Tensor) -> tuple[Any, ...]:
+                x = tf.cast(x_CRD[index], tf.float32)
+                d_logits = _logits_gradient(x, label_CR[index], log_sum_CR[index], upstream_CR[index], w_VD)
+                dx = dx.write(index, tf.cast(_matmul(d_logits, w_VD), x_RD.dtype))
+                return index + 1, dx, dw_VD if packed else dw_VD + _matmul(d_logits, x, transpose_a=True)
+
+            count = sizes(label_CR)[0]
+            dx = tf.TensorArray(x_RD.dtype, count, element_shape=x_CRD.shape[1:])
+            begin = tf.constant(0), dx, tf.zeros([] if packed else w_VD.shape)
+            _, dx, dw_VD = tf.while_loop(lambda index, *_: index < count, one, begin, parallel_iterations=1)
+            dx_RD = tf.reshape(dx.stack(), [-1, x_RD.shape[1]])[: tf.shape(x_RD)[0]]
+            return [dx_RD, *(tf.cast(dw_VD, w.dtype) for w in plain)]
+
+        return tf.reshape(loss_CR, [-1])[: tf.shape(x_RD)[0]], gradient
+
+    loss_R = row_losses(x_RD) if packed else row_losses(x_RD, tf.convert_to_tensor(weight))
+    losses = _weighted(tf.where(counted, tf.reshape(loss_R, tf.shape(labels)), 0), sample_weight)
+    return tf.reduce_sum(losses), tf.math.count_nonzero(counted, dtype=tf.float32)
+
+
+class Factors(NamedTuple):
+    """What logits are made of, beside them as an attribute: from these `fit` takes the loss without them."""
+
+    x_BTD: Tensor
+    weight: Any
+    rows: int
+
+
+def _cut(rows: int, *arrays: Tensor) -> tuple[Tensor, ...]:
+    """Arrays [R, ...] as chunks [C, rows, ...], the last one filled up with zeros."""
+    after = -sizes(arrays[0])[0] % rows
+    return tuple(
+        tf.reshape(tf.pad(x, [[0, after], *[[0, 0]] * (len(x.shape) - 1)]), [-1, rows, *x.shape[1:]]) for x in arrays
+    )
+
+
+def _loss_and_log_sum(x_RD: Tensor, label_R: Tensor, w_VD: Tensor) -> tuple[Tensor, Tensor]:
+    """The cross entropy of each row of x W^T, and log(sum(exp))."""
+    logits = product(tf.cast(x_RD, tf.float32), w_VD)
+    log_sum_R = tf.reduce_logsumexp(logits, -1)
+    return log_sum_R - tf.gather(logits, label_R, batch_dims=1), log_sum_R
+
+
+def _logits_gradient(x_RD: Tensor, label_R: Tensor, log_sum_R: Tensor, upstream_R: Tensor, w_VD: Tensor) -> Tensor:
+    """The gradient of the logits x W^T of some rows: softmax, less 1 at the label."""
+    softmax = tf.exp(product(x_RD, w_VD) - tf.expand_dims(log_sum_R, 1))
+    place = tf.stack([tf.range(tf.shape(label_R)[0]), tf.cast(label_R, tf.int32)], axis=1)
+    return tf.tensor_scatter_nd_sub(softmax, place, tf.ones_like(log_sum_R)) * tf.expand_dims(upstream_R, 1)
+
+
+def _matmul(a: Tensor, b: Tensor, **options: Any) -> Tensor:
+    """A product as a batch of one, which TensorFlow computes faster on a CPU."""
+    return tf.squeeze(tf.matmul(tf.expand_dims(a, 0), tf.expand_dims(b, 0), **options), 0)
 
 
 def classification_loss(

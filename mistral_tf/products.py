@@ -72,6 +72,11 @@ def packed_product(x: Tensor, weight: PackedWeight, *, dtype: Any = None) -> Ten
     return tf.reshape(y_RO, [*sizes(x)[:-1], weight.shape[0]])
 
 
+def as_floats(weight: Tensor | PackedWeight, x_RI: Tensor) -> Tensor:
+    """A matrix [O, I] in float32 for a moment, packed or not, made when x is there."""
+    return _made_floats(x_RI, weight, tf.float32) if isinstance(weight, PackedWeight) else tf.cast(weight, tf.float32)
+
+
 def dequantised(weight: PackedWeight, dtype: Any) -> Tensor:
     """The matrix [O, I] in TensorFlow's own operations, computed in float32 and rounded once."""
     dtype = tf.as_dtype(dtype)

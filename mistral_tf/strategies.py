@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-import keras
 import tensorflow as tf
 from tensorflow import Tensor
 
@@ -15,17 +14,6 @@ from .losses import IGNORED, over_replicas
 MIRRORED = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)
 MEANS = ("sum_over_batch_size", "mean")
 """Reductions of Keras' losses that divide by how many losses there are."""
-
-
-def refuse_distribution() -> None:
-    """Raise UnsupportedFeatureError where a `keras.distribution` is set, which does nothing on TensorFlow."""
-    found = keras.distribution.distribution()
-    if found is not None:
-        raise UnsupportedFeatureError(
-            f"keras.distribution.{type(found).__name__} is set, and does not work on TensorFlow; for data over devices "
-            "make the model under tf.distribute.MirroredStrategy().scope(), for a model over devices load the same "
-            "checkpoint in mistral_flax or mistral_torch. keras.distribution.set_distribution(None) takes it back."
-        )
 
 
 def check_strategy(model: Any) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import keras
 import tensorflow as tf
 from tensorflow import Tensor
 
-from .strategies import refuse_distribution
+from mistral_core.errors import UnsupportedFeatureError
 
 _traced: weakref.WeakKeyDictionary[Any, dict[str, tuple[Any, list[Any]]]] = weakref.WeakKeyDictionary()
 
@@ -19,6 +20,17 @@ def sizes(array: Tensor) -> list[Any]:
     if None not in known:
         return known
     return [found if size is None else size for size, found in zip(known, tf.unstack(tf.shape(array)), strict=True)]
+
+
+def refuse_distribution() -> None:
+    """Raise UnsupportedFeatureError where a `keras.distribution` is set, which does nothing on TensorFlow."""
+    found = keras.distribution.distribution()
+    if found is not None:
+        raise UnsupportedFeatureError(
+            f"keras.distribution.{type(found).__name__} is set, and does not work on TensorFlow; for data over devices "
+            "make the model under tf.distribute.MirroredStrategy().scope(), for a model over devices load the same "
+            "checkpoint in mistral_flax or mistral_torch. keras.distribution.set_distribution(None) takes it back."
+        )
 
 
 def changed(model: Any, function: str) -> bool:

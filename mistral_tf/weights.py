@@ -24,7 +24,8 @@ from .arrays import as_device, as_policy, from_numpy, to_numpy
 from .fit import KerasModel
 from .quantize import put
 from .saving import empty
-from .strategies import Workers, refuse_distribution
+from .strategies import Workers
+from .traces import refuse_distribution
 
 
 class PreTrainedModel(Saved, KerasModel):

@@ -6,17 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mistral_core import MistralConfig, validate
+from mistral_core.errors import InputError
+from mistral_core.loss_chunks import chunk_rows
 
 from .arrays import integers, is_traced, labels_array, to_numpy
 from .foreign_calls import GeneratesForClients
 from .generate import Engine
 from .layers import Head, last_token
-from .losses import classification_loss, cross_entropy, divided, span_loss
+from .losses import chunked_cross_entropy, classification_loss, cross_entropy, divided, span_loss
 from .model import MistralModel
-from .outputs import CausalLMOutput, QuestionAnsweringOutput, SequenceClassifierOutput, TokenClassifierOutput
+from .outputs import CausalLMOutput, Later, QuestionAnsweringOutput, SequenceClassifierOutput, TokenClassifierOutput
+from .products import PackedWeight
 from .weights import PreTrainedModel
 
 
@@ -51,6 +54,7 @@ class MistralForCausalLM(PreTrainedModel, GeneratesForClients):
         *,
         logits_to_keep: Any = 0,
         num_items_in_batch: Any = None,
+        loss_chunk: int | None = None,
         document_ids: Any = None,
         return_dict: bool | None = None,
         **options: Any,
@@ -58,8 +62,9 @@ class MistralForCausalLM(PreTrainedModel, GeneratesForClients):
         """Logits [B, T, V]; with labels [B, T], the loss of predicting each next label that is not -100.
 
         `logits_to_keep` is how many last columns to compute (0: all) or their indices. `num_items_in_batch` is how many
-        labels the whole step has, of which this call is a part: the parts' losses then add up. Options are those of
-        MistralModel.
+        labels the whole step has, of which this call is a part: the parts' losses then add up. `loss_chunk` is of how
+        many tokens the loss holds the logits at a time (0: of all), by default chosen in training: logits of 256 MiB
+        and more are never whole, and the output's are computed when they are read. Options are those of MistralModel.
         """
         out = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, document_ids=document_ids,
@@ -73,10 +78,20 @@ class MistralForCausalLM(PreTrainedModel, GeneratesForClients):
             validate.check_logits_to_keep(logits_to_keep, x_BTD.shape[1])
             if labels is not None:
                 validate.check_labels("labels", to_numpy(labels), x_BTD.shape[:2], self.config.vocab_size)
-        logits = self.lm_head(_kept(x_BTD, 0 if labels is not None else logits_to_keep))
-        if labels is not None:
-            loss = divided(*cross_entropy(logits[:, :-1], labels[:, 1:]), num_items_in_batch)
-            logits = _kept(logits, logits_to_keep)
+        rows = 0
+        if labels is not None and not is_traced(x_BTD):
+            training = self.training and torch.is_grad_enabled()
+            rows = chunk_rows(loss_chunk, labels.numel(), self.config.vocab_size, training=training)
+        factor = _factor(self.lm_head) if rows else None
+        if factor is not None:
+            following = F.pad(labels[:, 1:], (0, 1), value=-100)
+            loss = divided(*chunked_cross_entropy(x_BTD, factor, following, rows=rows), num_items_in_batch)
+            logits = _logits_when_read(self.lm_head, _kept(x_BTD, logits_to_keep))
+        else:
+            logits = self.lm_head(_kept(x_BTD, 0 if labels is not None else logits_to_keep))
+            if labels is not None:
+                loss = divided(*cross_entropy(logits[:, :-1], labels[:, 1:]), num_items_in_batch)
+                logits = _kept(logits, logits_to_keep)
         output = CausalLMOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
         return self.as_tuple_if_asked(output, return_dict)
 
@@ -97,6 +112,33 @@ def _kept(x: Tensor, logits_to_keep: Any) -> Tensor:
     if isinstance(logits_to_keep, int):
         return x[:, -logits_to_keep:] if logits_to_keep else x
     return x[:, torch.as_tensor(logits_to_keep, device=x.device)]
+
+
+def _factor(head: nn.Module) -> Tensor | PackedWeight | None:
+    """The matrix of a head that is this matrix and nothing else: not wrapped, hooked, compiled or cut."""
+    hooks = head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks
+    if not hasattr(type(head), "factor") or "forward" in vars(head) or head._compiled_call_impl or any(hooks):
+        return None
+    return None if isinstance(head.factor, Tensor) and is_traced(head.factor) else head.factor
+
+
+def _logits_when_read(head: nn.Module, x_BTD: Tensor) -> Later:
+    """What a head gives, computed when it is read; raises InputError where the head is no longer what it was."""
+
+    def state() -> list[tuple[int, int]]:
+        return [(id(x), x._version) for x in (*head.parameters(), *head.buffers())]
+
+    was = state()
+
+    def logits() -> Tensor:
+        if state() != was:
+            raise InputError(
+                "logits: they are computed when they are read, and the head has changed since the call; read them "
+                "before the optimizer's step, or call with loss_chunk=0."
+            )
+        return head(x_BTD)
+
+    return Later(logits)
 
 
 class MistralForSequenceClassification(PreTrainedModel):

@@ -156,6 +156,11 @@ class Head(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return product(x, self.weight, self.bias, dtype=torch.float32)
 
+    @property
+    def factor(self) -> Tensor | None:
+        """The W of x W^T, where a call is nothing else; None where it is."""
+        return self.weight if type(self) is Head and self.bias is None else None
+
 
 def last_token(attention_mask_BT: Tensor) -> Tensor:
     """[B]: the column of each row's last real token, 0 where a row has none."""

@@ -1,19 +1,31 @@
 """What a model returns in PyTorch: the outputs of `mistral_core.outputs` as dictionaries of the fields that are there.
 
 Trainers, pipelines and wrappers written for transformers ask `isinstance(outputs, dict)` and take an output apart by
-its `items()`, leaving out the cache. Index, slice, iteration and `len` are those of a tuple all the same.
+its `items()`, leaving out the cache. Index, slice, iteration and `len` are those of a tuple all the same. A field may
+be one that is computed when it is read: by name, by place, or in a tuple; `items()` and `values()` hand it on unread,
+so that what wraps a model and makes its outputs anew does not read what nobody asks for.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Self
 
 from torch.utils import _pytree as pytree
 
 from mistral_core import outputs
 from mistral_core.outputs import fields_given
+
+
+class Later:
+    """A field that is computed when it is read, and kept from then on."""
+
+    def __init__(self, compute: Callable[[], Any]) -> None:
+        self.compute = compute
+
+    def __repr__(self) -> str:
+        return "computed when read"
 
 
 class Dictionary(OrderedDict[str, Any]):
@@ -56,7 +68,7 @@ class Dictionary(OrderedDict[str, Any]):
 
     def __getattr__(self, name: str) -> Any:
         if name in type(self)._fields:
-            return OrderedDict.get(self, name)
+            return self.get(name)
         raise AttributeError(f"{type(self).__name__} has no field {name!r}; it has {', '.join(self._fields)}.")
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -71,7 +83,7 @@ class Dictionary(OrderedDict[str, Any]):
         if not isinstance(key, str):
             return self.to_tuple()[key]
         if key in self._fields:
-            return OrderedDict.get(self, key)
+            return self.get(key)
         raise KeyError(f"{type(self).__name__} has no field {key!r}; it has {', '.join(self._fields)}.")
 
     def __iter__(self) -> Iterator[Any]:
@@ -80,9 +92,16 @@ class Dictionary(OrderedDict[str, Any]):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.items())})"
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field, or a default where it is not there."""
+        value = super().get(name, default)
+        if isinstance(value, Later):
+            value = self[name] = value.compute()
+        return value
+
     def to_tuple(self) -> tuple[Any, ...]:
         """The fields that are there."""
-        return tuple(self.values())
+        return tuple(self.get(name) for name in self.keys())
 
     def _asdict(self) -> dict[str, Any]:
         """Name -> field, of those that are there."""

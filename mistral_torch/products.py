@@ -61,6 +61,11 @@ def packed_product(x: Tensor, weight: PackedWeight, *, dtype: torch.dtype | None
         return _packed_product(x, weight, dtype)
 
 
+def as_floats(weight: Tensor | PackedWeight) -> Tensor:
+    """A matrix [O, I] in float32 for a moment, packed or not."""
+    return _floats(weight, torch.float32) if isinstance(weight, PackedWeight) else weight.float()
+
+
 _NF4 = KINDS["nf4"].values.tolist()
 
 

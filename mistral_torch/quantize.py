@@ -49,6 +49,11 @@ class QuantizedLinear(nn.Linear):
         return PackedWeight(codes, scale, zero, self.kind, shape, self.block, self.activations)
 
     @property
+    def factor(self) -> PackedWeight | None:
+        """The W of x W^T, where a call is nothing else; None where it is."""
+        return self.packed if type(self) is QuantizedLinear and self.activations is None else None
+
+    @property
     def shape(self) -> tuple[int, int]:
         """[O, I]."""
         return self.out_features, self.in_features

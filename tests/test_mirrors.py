@@ -34,6 +34,8 @@ OWN_NAMES = {
     "Linear": "torch has it, in our layout",
     "Embedding": "torch has it",
     "converted": "torch: one head for many steps; what JAX and TensorFlow compile reads 16-bit weights as they are",
+    "as_floats": "the loss from chunks of logits, with gradients of its own; JAX differentiates what a chunk computes",
+    "Factors": "Keras' fit takes the loss from what a call made",
     "silu": "torch rounds once by itself",
     "cummax": "TensorFlow lacks it",
     "tie_weights": "torch modules share a tensor; the others look it up (Embedding.as_linear)",
