@@ -412,9 +412,12 @@ def ended(tokens: Array, eos: int | None) -> Array:
     return np.where(column < stops[:, None], tokens, 0)[:, : stops.max()]
 
 
-def gradients(subject: Subject, case: Case) -> Iterator[Comparison]:
-    """Every parameter's gradient along a random direction, against a central difference of the specification."""
-    loss, by_name_ = subject.adapter.loss_and_gradients(subject.model(case), subject.inputs(case))
+def gradients(subject: Subject, case: Case, **options: Any) -> Iterator[Comparison]:
+    """Every parameter's gradient along a random direction, against a central difference of the specification.
+
+    With the options of a call, such as `loss_chunk`, that change no number.
+    """
+    loss, by_name_ = subject.adapter.loss_and_gradients(subject.model(case), {**subject.inputs(case), **options})
     wanted = expected(case.name, subject.dtype, True)
     yield subject.compare(case.name, "loss in training", loss, wanted.loss, wanted.loss)
     slopes = difference_slopes(case.name)

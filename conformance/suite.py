@@ -19,6 +19,7 @@ from .pieces import Subject
 DTYPES = ("float32", "bfloat16")
 WINDOW = TINY.sliding_window or 0
 PROMPTS = (1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 3 * WINDOW + 1)
+LOSS_CHUNK = 7  # which divides neither all tokens of a batch nor its columns
 CACHED = tuple(case for case in CAUSAL if case.name not in ("documents", "begin-again"))
 
 
@@ -87,6 +88,9 @@ def _checks() -> Iterator[Check]:
     for case in (*CAUSAL, *HEADS):
         if "labels" in case.inputs or "start_positions" in case.inputs:
             yield Check(f"gradients {case.name}", _partial(pieces.gradients, case), ("float32",))
+    for name in ("window", "tied", "left-padding"):
+        run = _partial(pieces.gradients, pieces.by_name(name), loss_chunk=LOSS_CHUNK)
+        yield Check(f"chunked {name}", run, ("float32",), attention=False)
     for activations in (None, "int8"):
         for kernels in (True, False):
             name = (
