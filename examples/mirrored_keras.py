@@ -21,8 +21,6 @@ import tensorflow as tf
 from mistral_core.data import TINY_CHECKPOINT as path  # or "mistralai/Mistral-7B-v0.1"
 from mistral_tf import MistralForCausalLM, MistralTokenizer
 
-TEXTS = ["Emma was reading about attention masks.", "It rained."]
-
 
 def main() -> None:
     """Train, ask and save."""
@@ -36,7 +34,8 @@ def main() -> None:
         model = MistralForCausalLM.from_pretrained(path, dtype="float32")
         model.compile(keras.optimizers.Adam(1e-3))
     tokenizer = MistralTokenizer.from_pretrained(path)
-    batch = dict(tokenizer(TEXTS * 2, padding=True, return_tensors="np"))
+    texts = ["Emma was reading about attention masks.", "It rained."] * 2
+    batch = dict(tokenizer(texts, padding=True, return_tensors="np"))
     batch["labels"] = np.where(batch["attention_mask"] == 1, batch["input_ids"], -100)  # padding is not learnt
     data = tf.data.Dataset.from_tensor_slices(batch).batch(4)  # 4 rows a step, of all replicas together
     losses = model.fit(data, epochs=20, verbose=0).history["loss"]

@@ -34,7 +34,6 @@ def main() -> None:
     mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("fsdp", "tensor"))  # or "cuda"
     tokenizer = MistralTokenizer.from_pretrained(path)
     model = MistralForCausalLM.from_pretrained(path, dtype="float32", mesh=mesh)
-
     prompt = tokenizer(["Emma was"], return_tensors="pt")
     new = len(tokenizer(SENTENCE).input_ids) - 3
     before = model.generate(**prompt, max_new_tokens=new)

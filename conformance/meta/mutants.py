@@ -165,7 +165,7 @@ MUTANTS = (
     Mutant("eps 1e-6", "whole eps", everywhere("layers.py", "self.eps = eps", "self.eps = 1e-6")),
     Mutant("norm times weight before the cast", "blocks", spelled(
         "layers.py",
-        torch=("h.to(x_BTD.dtype) * self.weight", "(h * self.weight.float()).to(x_BTD.dtype)"),
+        torch=("h.to(x_BTD.dtype) * weight_D", "(h * weight_D.float()).to(x_BTD.dtype)"),
         flax=("h.astype(x_BTD.dtype) * weight.astype(x_BTD.dtype)", "(h * weight.astype(jnp.float32)).astype(x_BTD.dtype)"),
         tf=("tf.cast(h, x_BTD.dtype) * tf.cast(self.weight, x_BTD.dtype)",
             "tf.cast(h * tf.cast(self.weight, tf.float32), x_BTD.dtype)"),
