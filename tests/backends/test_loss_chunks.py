@@ -271,7 +271,6 @@ def test_a_head_that_is_cut_or_of_another_class_is_called_flax():
 
 
 @pytest.mark.xdist_group("tf")
-@pytest.mark.feature("Keras fit")
 @pytest.mark.filterwarnings("ignore")  # Keras'
 def test_fit_holds_no_logits_tf(monkeypatch):
     """Weights of rows and of tokens; the same with a metric of logits; without one no step has them whole."""
