@@ -121,9 +121,8 @@ def test_the_first_process_saves_what_all_hold(found):
 @pytest.mark.parametrize(
     "task",
     [
-        "steps 1",
         "saving 1",
-        *(pytest.param(task, marks=pytest.mark.sweep) for task in ("steps 0", "loading 1", "saving 0")),
+        *(pytest.param(task, marks=pytest.mark.sweep) for task in ("steps 0", "steps 1", "loading 1", "saving 0")),
     ],
 )
 def test_where_a_process_is_killed_the_other_ends_and_nothing_is_half_written(tmp_path, task):

@@ -135,7 +135,7 @@ def test_two_workers_train_generate_and_save_as_one_device_does(tmp_path):
 @pytest.mark.parametrize(
     ("task", "error"),
     [
-        ("steps 1", "UnavailableError"),
+        pytest.param("steps 1", "UnavailableError", marks=pytest.mark.sweep),
         pytest.param("saving 0", "ConversionError: save: another worker is gone", marks=pytest.mark.sweep),
     ],
 )
