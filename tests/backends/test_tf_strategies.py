@@ -146,8 +146,11 @@ def test_a_worker_ends_with_an_error_when_the_other_is_killed(task, error, tmp_p
     assert [output.splitlines()[0] for _, output, _ in found] == ["alive"] * 2, found
     assert found[killed][0] == -9
     assert said(found[1 - killed][1])["ended"].startswith(error)
-    assert [each.name for each in tmp_path.iterdir()] == ["saved"]
-    assert mistral_tf.MistralForCausalLM.from_pretrained(tmp_path / "saved", verify="full")
+    model = mistral_tf.MistralForCausalLM.from_pretrained(tmp_path / "saved", verify="full")
+    if task == "saving 0":  # what the writer had begun is there, beside it and by another name, until the next save
+        assert [each.name for each in tmp_path.iterdir() if each.name.startswith(".saved.tmp-")]
+        model.save_pretrained(tmp_path / "saved")
+    assert [each.name for each in tmp_path.iterdir() if each.suffix != ".lock"] == ["saved"]
 
 
 @pytest.fixture
