@@ -64,13 +64,16 @@ class Together:
     mesh: DeviceMesh
 
     @classmethod
-    def of(cls, model: nn.Module) -> Together:
-        """Those of a model that `parallelize` or torch's own functions have cut."""
+    def of(cls, model: nn.Module) -> Together | None:
+        """Those of a model that `parallelize` or torch's own functions have cut; None of one that is whole here."""
         placement = model.base_model.placement
         if placement is not None:
             return cls(placement.mesh)
+        for module in model.modules():
+            if is_fsdp(module):  # what it has gathered for a call does not say of which processes
+                module.reshard()
         meshes = [p.device_mesh for p in model.parameters() if is_cut(p)]
-        return cls(max(meshes, key=lambda mesh: mesh.ndim))
+        return cls(max(meshes, key=lambda mesh: mesh.ndim)) if meshes else None
 
     @property
     def is_first(self) -> bool:
@@ -107,10 +110,10 @@ def in_step(model: nn.Module) -> Iterator[None]:
     A call gathers what each layer needs, and waits for all processes to do so. So each tells the others before a call
     that it makes one, and whoever has no more of its own joins in the calls of the others, with a token of no meaning.
     """
-    if not is_fsdp(model):
+    together = Together.of(model) if is_fsdp(model) else None
+    if together is None:
         yield
         return
-    together = Together.of(model)
     telling = model.register_forward_pre_hook(lambda *_: together.any(True) and None)
     try:
         yield

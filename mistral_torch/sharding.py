@@ -45,6 +45,8 @@ class Placement:
 
     mesh: DeviceMesh
     config: MistralConfig
+    sharding: Sharding
+    """How layers are cut over the axis `tensor`."""
 
     @classmethod
     def of(cls, config: MistralConfig, mesh: DeviceMesh) -> Placement:
@@ -61,8 +63,7 @@ class Placement:
                 f"mesh: beside an axis data there must be one fsdp, got {', '.join(names)}; call it fsdp, or add fsdp "
                 "of size 1 where every process is to hold a whole copy."
             )
-        Sharding.of(config, {"tensor": mesh["tensor"].size() if "tensor" in names else 1})
-        return cls(mesh, config)
+        return cls(mesh, config, Sharding.of(config, {"tensor": mesh["tensor"].size() if "tensor" in names else 1}))
 
     @functools.cached_property
     def tensor(self) -> DeviceMesh | None:
@@ -74,11 +75,6 @@ class Placement:
         """The processes that compute other rows of a batch, as FSDP2 takes them."""
         names = tuple(name for name in self.mesh.mesh_dim_names or () if name != "tensor")
         return self.mesh[names] if names else None
-
-    @functools.cached_property
-    def sharding(self) -> Sharding:
-        """How layers are cut over the axis `tensor`."""
-        return Sharding.of(self.config, {"tensor": 1 if self.tensor is None else self.tensor.size()})
 
     @functools.cached_property
     def config_here(self) -> MistralConfig:
@@ -104,18 +100,22 @@ class Placement:
             return self.sharding.part(row, {})
         return self.sharding.part(row, {"tensor": self.tensor.get_local_rank() if rank is None else rank})
 
-    def packed(self, name: str, matrix: PackedMatrix, *, is_head: bool, device: Any) -> QuantizedLinear:
-        """The part of a packed matrix that is computed with here, as a part of the model."""
+    def check_packed(self, name: str) -> None:
+        """Raise UnsupportedFeatureError where a packed matrix would be whole in every process."""
         if self.copies is not None and self.copies.size() > 1:
             raise UnsupportedFeatureError(
                 f"{name}: FSDP2 cuts floats alone, and packed matrices would be whole in every process; cut them over "
                 "the axis tensor alone, or load the floats."
             )
+
+    def packed(self, name: str, matrix: PackedMatrix, *, is_head: bool, device: Any) -> QuantizedLinear:
+        """The part of a packed matrix that is computed with here, as a part of the model."""
+        self.check_packed(name)
         row = dict(parameters(self.config))[name]
-        for rank in range(1 if self.tensor is None else self.tensor.size()):
-            part_of(matrix, self.part(row, rank), name)  # where one process could not, none goes on alone
-        part = part_of(matrix, self.part(row), name)
-        found = ShardedQuantizedLinear(part, is_head=is_head, device=device)
+        here, size = (0, 1) if self.tensor is None else (self.tensor.get_local_rank(), self.tensor.size())
+        # of all processes: where one could not, none goes on alone
+        parts = [part_of(matrix, self.part(row, rank), name) for rank in range(size)]
+        found = ShardedQuantizedLinear(parts[here], is_head=is_head, device=device)
         found.placement, found.row, found.whole = self, row, (matrix.shape, matrix.block)
         found.cut = self.placements(row)[0]
         return found
@@ -129,31 +129,37 @@ def parallelize(model: Model, mesh: DeviceMesh, **options: Any) -> Model:
     reshard_after_forward), which is applied to each layer and to the model where there is an axis fsdp.
     Raises MeshError, with the sizes that would fit, and UnsupportedFeatureError for a model with parts of other kinds.
     """
-    placement = model.base_model.placement = Placement.of(model.config.value, mesh)
+    placement = Placement.of(model.config.value, mesh)
+    _check(model, placement)
+    model.base_model.placement = placement
     if placement.tensor is not None:
         _cut(model, placement)
     if placement.copies is not None:
-        if next(model.packed_parts(), None) is not None and placement.copies.size() > 1:
-            name, part = next(model.packed_parts())
-            placement.packed(name, part.matrix, is_head=False, device=None)  # which says why not
         for layer in model.base_model.layers:
             fully_shard(layer, mesh=placement.copies, **options)
         fully_shard(model, mesh=placement.copies, **options)
     return model
 
 
-def _cut(model: nn.Module, placement: Placement) -> None:
-    mesh = placement.tensor
-    assert mesh is not None
-    for name, module in model.named_modules():
-        kind = _KINDS.get(type(module))
-        if kind is None and any(True for _ in module.parameters(recurse=False)):
+def _check(model: nn.Module, placement: Placement) -> None:
+    """Raise what `parallelize` raises of a model's parts, before any of them is changed."""
+    for name, _ in model.packed_parts():
+        placement.check_packed(name)
+    for name, module in model.named_modules() if placement.tensor is not None else ():
+        if type(module) not in _KINDS and any(True for _ in module.parameters(recurse=False)):
             raise UnsupportedFeatureError(
                 f"parallelize: {name} must be a module that models here are made of, got {type(module).__name__}; "
                 "parallelize the model before anything wraps its parts."
             )
-        if kind is not None and not isinstance(module, QuantizedLinear):
-            module.__class__, module.tensor = kind, mesh
+
+
+def _cut(model: nn.Module, placement: Placement) -> None:
+    mesh = placement.tensor
+    assert mesh is not None
+    for module in model.modules():
+        if type(module) in _KINDS and not isinstance(module, QuantizedLinear):
+            module.__class__ = _KINDS[type(module)]
+            module.tensor = mesh
     packed = dict(model.packed_parts())
     for name, row in parameters(model.config.value, model.architecture):
         module, attribute = model._module(name), name.rpartition(".")[2]

@@ -168,8 +168,6 @@ class PreTrainedModel(AsTransformers, Saved, nn.Module):
 
     def _together(self) -> Together | None:
         """The processes that hold parts of the model; None where this one holds all of it."""
-        if self.base_model.placement is None and not any(map(is_cut, self.parameters())):
-            return None
         return Together.of(self)
 
     _processes = _together

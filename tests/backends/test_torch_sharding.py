@@ -247,6 +247,10 @@ def others():
     fully_shard(cut, mesh=mesh)
     texts = [model.generate(IDS[:, : 4 + rank], max_new_tokens=3 + rank) for model in (cut, one)]
     found["own fsdp"] = torch.equal(*texts)
+    alone = fully_shard(model_of(CONFIG), mesh=mesh)  # as a whole: it stays gathered between calls
+    again = [model.generate(IDS[:, : 4 + rank], max_new_tokens=3 + rank) for model in (alone, alone, one)]
+    alone.save_pretrained(folder + "-whole")
+    found["own fsdp, whole"] = torch.equal(again[0], again[2]) and torch.equal(again[1], again[2])
     cut.save_pretrained(folder + "-fsdp")
     saved, state = dict(load(folder + "-fsdp")[1]), one.state_dict()
     found["own fsdp saved"] = all(x.tobytes() == state[n].numpy().tobytes() for n, x in saved.items())
@@ -329,6 +333,10 @@ def others():
         "push": raised(cut.push_to_hub, "a/b"),
         "assistant": raised(model_of(CONFIG).generate, IDS, max_new_tokens=2, assistant_model=model_of(CONFIG, two)),
     }
+    untouched = wrapped(model_of(CONFIG))
+    raised(parallelize, untouched, four)
+    found["untouched"] = {type(module).__name__ for module in untouched.modules() if "Sharded" in type(module).__name__}
+    found["untouched"] = sorted(found["untouched"]), untouched.placement is None
     blocked = os.path.join(FOLDER, "blocked")
     if rank == 0:
         open(blocked, "w").close()  # a file where the directory is to be
@@ -512,6 +520,7 @@ def test_every_class_is_cut(others):
 def test_a_model_that_torch_s_own_functions_cut(others):
     for found in others:
         assert found["own fsdp"], "texts of other lengths in each process"
+        assert found["own fsdp, whole"], "also where nothing is cut between calls"
         assert found["own fsdp saved"]
         assert found["streamed"], "a text of another length in each process"
         assert found["set"] == 0
@@ -551,6 +560,10 @@ def test_processes_that_compute_the_same_rows_end_together(others):
 def test_what_cannot_be_cut_is_refused(others, name, told):
     for found in others:
         assert found["errors"][name].startswith(told)
+
+
+def test_a_refused_model_is_as_it_was(others):
+    assert all(found["untouched"] == [[], True] for found in others)
 
 
 def test_where_the_first_process_cannot_write_all_end_with_an_error(others):
