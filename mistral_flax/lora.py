@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import dataclasses
 import functools
 import os
 import zlib
@@ -22,8 +21,9 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from mistral_core.errors import ConfigError, UnsupportedFeatureError
+from mistral_core.errors import UnsupportedFeatureError
 from mistral_core.lora import adapter as files
+from mistral_core.lora import models
 from mistral_core.lora.adapter import Adapter, LoraWeights
 from mistral_core.lora.config import LoraConfig as LoraConfig
 from mistral_core.lora.config import LoraTarget
@@ -151,17 +151,7 @@ def add_adapter(model: Model, config: LoraConfig | None = None, *, name: str = "
 
     Every framework begins with the same numbers for a seed. Raises ConfigError, UnsupportedFeatureError.
     """
-    lora = (config or LoraConfig()).for_model(model.config.value, model.architecture)
-    if lora.base_model_name_or_path is None:
-        lora = dataclasses.replace(lora, base_model_name_or_path=model.config.name_or_path or None)
-    weights = {}
-    for each in _targets(model, lora).values():
-        fresh = files.initial_weights(each, model.config.value, lora, seed=seed)
-        if lora.use_dora:
-            fresh = fresh._replace(magnitude=files.row_norms(model._array(each.name)))
-        weights[each.name] = fresh
-    saved = {each: model._array(each) for each, _ in lora.saved(model.config.value, model.architecture)}
-    return _put(model, Adapter(lora, weights, saved), name, trains=True)
+    return _put(model, models.fresh(model, config, seed=seed), name, trains=True)
 
 
 def load_adapter(
@@ -199,8 +189,7 @@ def set_adapter(model: nnx.Module, names: str | Sequence[str]) -> None:
     names = (names,) if isinstance(names, str) else tuple(names)
     for name in names:
         _refuse_dropout(_config(model, name), model)
-    for part in _parts(model):
-        _refuse_merged(part)
+    models.refuse_merged(list(_parts(model)))
     for part in _parts(model):
         part.active = names
         for name, low in (*part.lora.items(), *part.saved.items()):
@@ -210,16 +199,8 @@ def set_adapter(model: nnx.Module, names: str | Sequence[str]) -> None:
 @contextlib.contextmanager
 def disable_adapter(model: nnx.Module) -> Iterator[None]:
     """A context in which a model computes without its adapters."""
-    parts = [(part, part.active) for part in _parts(model)]
-    for part, _ in parts:
-        _refuse_merged(part)
-    for part, _ in parts:
-        part.active = ()
-    try:
+    with models.disabled(list(_parts(model))):
         yield
-    finally:
-        for part, active in parts:
-            part.active = active
 
 
 def merge(model: Model) -> Model:
@@ -266,23 +247,16 @@ def _targets(model: nnx.Module, lora: LoraConfig) -> dict[str, LoraTarget]:
 
 
 def _put(model: Model, adapter: Adapter, name: str, *, trains: bool) -> Model:
-    if not name.isidentifier():
-        raise ConfigError(f"name must be a word, letters and digits and _, got {name!r}.")
     configs = _configs(model)
-    if name in configs:
-        raise ConfigError(f"name must be new, got {name!r}; the model has an adapter of that name.")
+    models.check_new(name, configs)
     if trains:
         _refuse_dropout(adapter.config, model)
     targets = _targets(model, adapter.config)
     wanted = {each: _part(model, each) for each in (*targets, *adapter.saved)}
     for each, part in wanted.items():
         if not isinstance(part, Adapted) and _adapted(type(part)) is None:
-            raise UnsupportedFeatureError(
-                f"{each}: adapters go to the modules that models here are made of, got {type(part).__name__}; add them "
-                "before anything wraps it."
-            )
-    for part in _parts(model):
-        _refuse_merged(part)
+            models.refuse_part(each, part)
+    models.refuse_merged(list(_parts(model)))
     for part in wanted.values():
         _adapt(part)
     for each, target in targets.items():
@@ -395,12 +369,7 @@ def _configs(model: Any) -> dict[str, LoraConfig]:
 
 
 def _config(model: nnx.Module, name: str) -> LoraConfig:
-    configs = _configs(model)
-    if name not in configs:
-        raise ConfigError(
-            f"name must be that of an adapter, got {name!r}; the model has {', '.join(configs) or 'none'}."
-        )
-    return configs[name]
+    return models.named(name, _configs(model))
 
 
 def _refuse_dropout(lora: LoraConfig, model: Any) -> None:
@@ -415,21 +384,7 @@ def _refuse_dropout(lora: LoraConfig, model: Any) -> None:
 
 
 def _refuse_merging(model: Any, name: str, part: Any) -> None:
-    if isinstance(part, QuantizedLinear):
-        raise UnsupportedFeatureError(
-            f"merge: {name} is packed, and a change smaller than its steps would vanish; load the base as floats, "
-            "with quantization='dequantize', or load the one that it was made of."
-        )
     if not isinstance(model.base_model.layers, nnx.Dict):
         raise UnsupportedFeatureError("merge: the layers are stacked; call unscan_layers(model) first.")
-    changes = any(each in part.lora or each in part.saved for each in part.active)
-    if isinstance(part, Embedding) and model.config.tie_word_embeddings and changes:
-        raise UnsupportedFeatureError(
-            "merge: embed_tokens is the head too, which the adapter leaves alone; load the base with "
-            "tie_word_embeddings=False, or leave the adapter beside the model."
-        )
-
-
-def _refuse_merged(part: Any) -> None:
-    if part.merged:
-        raise ConfigError(f"the adapter {', '.join(part.merged)} is merged; call unmerge(model) first.")
+    is_packed, is_embedding = isinstance(part, QuantizedLinear), isinstance(part, Embedding)
+    models.refuse_merging(model, name, part, is_packed=is_packed, is_embedding=is_embedding)

@@ -8,7 +8,6 @@ they change: `fit` trains them alone, and Keras' files have them beside the base
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,8 +18,9 @@ import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
 
-from mistral_core.errors import ConfigError, UnsupportedFeatureError
+from mistral_core.errors import UnsupportedFeatureError
 from mistral_core.lora import adapter as files
+from mistral_core.lora import models
 from mistral_core.lora.adapter import Adapter, LoraWeights
 from mistral_core.lora.config import LoraConfig as LoraConfig
 from mistral_core.lora.config import LoraTarget
@@ -164,17 +164,7 @@ def add_adapter(model: Model, config: LoraConfig | None = None, *, name: str = "
 
     Every framework begins with the same numbers for a seed. Raises ConfigError, UnsupportedFeatureError.
     """
-    lora = (config or LoraConfig()).for_model(model.config.value, model.architecture)
-    if lora.base_model_name_or_path is None:
-        lora = dataclasses.replace(lora, base_model_name_or_path=model.config.name_or_path or None)
-    weights = {}
-    for each in _targets(model, lora).values():
-        fresh = files.initial_weights(each, model.config.value, lora, seed=seed)
-        if lora.use_dora:
-            fresh = fresh._replace(magnitude=files.row_norms(model._array(each.name)))
-        weights[each.name] = fresh
-    saved = {each: model._array(each) for each, _ in lora.saved(model.config.value, model.architecture)}
-    return _put(model, Adapter(lora, weights, saved), name, trains=True)
+    return _put(model, models.fresh(model, config, seed=seed), name, trains=True)
 
 
 def load_adapter(
@@ -211,8 +201,7 @@ def set_adapter(model: keras.Model, names: str | Sequence[str]) -> None:
     names = (names,) if isinstance(names, str) else tuple(names)
     for name in names:
         _config(model, name)
-    for part in _parts(model):
-        _refuse_merged(part)
+    models.refuse_merged(list(_parts(model)))
     for part in _parts(model):
         part.active = names
         for name, low in (*part.lora.items(), *part.saved.items()):
@@ -222,16 +211,8 @@ def set_adapter(model: keras.Model, names: str | Sequence[str]) -> None:
 @contextlib.contextmanager
 def disable_adapter(model: keras.Model) -> Iterator[None]:
     """A context in which a model computes without its adapters."""
-    parts = [(part, part.active) for part in _parts(model)]
-    for part, _ in parts:
-        _refuse_merged(part)
-    for part, _ in parts:
-        part.active = ()
-    try:
+    with models.disabled(list(_parts(model))):
         yield
-    finally:
-        for part, active in parts:
-            part.active = active
 
 
 def merge(model: Model) -> Model:
@@ -317,21 +298,14 @@ def _targets(model: keras.Model, lora: LoraConfig) -> dict[str, LoraTarget]:
 
 
 def _put(model: Model, adapter: Adapter, name: str, *, trains: bool) -> Model:
-    if not name.isidentifier():
-        raise ConfigError(f"name must be a word, letters and digits and _, got {name!r}.")
     configs = _configs(model)
-    if name in configs:
-        raise ConfigError(f"name must be new, got {name!r}; the model has an adapter of that name.")
+    models.check_new(name, configs)
     targets = _targets(model, adapter.config)
     wanted = {each: model._module(each) for each in (*targets, *adapter.saved)}
     for each, part in wanted.items():
         if type(part) not in _KINDS and not isinstance(part, Adapted):
-            raise UnsupportedFeatureError(
-                f"{each}: adapters go to the modules that models here are made of, got {type(part).__name__}; add them "
-                "before anything wraps it."
-            )
-    for part in _parts(model):
-        _refuse_merged(part)
+            models.refuse_part(each, part)
+    models.refuse_merged(list(_parts(model)))
     if not configs:
         _freeze(model)
     with model.distribute_strategy.scope():
@@ -416,28 +390,9 @@ def _configs(model: Any) -> dict[str, LoraConfig]:
 
 
 def _config(model: keras.Model, name: str) -> LoraConfig:
-    configs = _configs(model)
-    if name not in configs:
-        raise ConfigError(
-            f"name must be that of an adapter, got {name!r}; the model has {', '.join(configs) or 'none'}."
-        )
-    return configs[name]
+    return models.named(name, _configs(model))
 
 
 def _refuse_merging(model: Any, name: str, part: Any) -> None:
-    if isinstance(part, QuantizedLinear):
-        raise UnsupportedFeatureError(
-            f"merge: {name} is packed, and a change smaller than its steps would vanish; load the base as floats, "
-            "with quantization='dequantize', or load the one that it was made of."
-        )
-    changes = any(each in part.lora or each in part.saved for each in part.active)
-    if isinstance(part, Embedding) and model.config.tie_word_embeddings and changes:
-        raise UnsupportedFeatureError(
-            "merge: embed_tokens is the head too, which the adapter leaves alone; load the base with "
-            "tie_word_embeddings=False, or leave the adapter beside the model."
-        )
-
-
-def _refuse_merged(part: Any) -> None:
-    if part.merged:
-        raise ConfigError(f"the adapter {', '.join(part.merged)} is merged; call unmerge(model) first.")
+    is_packed, is_embedding = isinstance(part, QuantizedLinear), isinstance(part, Embedding)
+    models.refuse_merging(model, name, part, is_packed=is_packed, is_embedding=is_embedding)

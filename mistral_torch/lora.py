@@ -7,7 +7,6 @@ adapter computes in float32 beside a base that is frozen and may be packed (QLoR
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -16,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mistral_core.errors import ConfigError, UnsupportedFeatureError
 from mistral_core.lora import adapter as files
+from mistral_core.lora import models
 from mistral_core.lora.adapter import Adapter, LoraWeights
 from mistral_core.lora.config import LoraConfig as LoraConfig
 from mistral_core.lora.config import LoraTarget
@@ -124,17 +123,7 @@ def add_adapter(model: Model, config: LoraConfig | None = None, *, name: str = "
 
     Every framework begins with the same numbers for a seed. Raises ConfigError, UnsupportedFeatureError.
     """
-    lora = (config or LoraConfig()).for_model(model.config.value, model.architecture)
-    if lora.base_model_name_or_path is None:
-        lora = dataclasses.replace(lora, base_model_name_or_path=model.config.name_or_path or None)
-    weights = {}
-    for each in _targets(model, lora).values():
-        fresh = files.initial_weights(each, model.config.value, lora, seed=seed)
-        if lora.use_dora:
-            fresh = fresh._replace(magnitude=files.row_norms(model._array(each.name)))
-        weights[each.name] = fresh
-    saved = {each: model._array(each) for each, _ in lora.saved(model.config.value, model.architecture)}
-    return _put(model, Adapter(lora, weights, saved), name, trains=True)
+    return _put(model, models.fresh(model, config, seed=seed), name, trains=True)
 
 
 def load_adapter(
@@ -173,8 +162,8 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
     names = (names,) if isinstance(names, str) else tuple(names)
     for name in names:
         _config(model, name)
+    models.refuse_merged(list(_parts(model)))
     for part in _parts(model):
-        _refuse_merged(part)
         part.active = names
         for name, low in (*part.lora.items(), *part.saved.items()):
             low.requires_grad_(name in names)
@@ -183,15 +172,8 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
 @contextlib.contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """A context in which a model computes without its adapters."""
-    parts = [(part, part.active) for part in _parts(model)]
-    for part, _ in parts:
-        _refuse_merged(part)
-        part.active = ()
-    try:
+    with models.disabled(list(_parts(model))):
         yield
-    finally:
-        for part, active in parts:
-            part.active = active
 
 
 @torch.no_grad()
@@ -238,21 +220,14 @@ def _targets(model: nn.Module, lora: LoraConfig) -> dict[str, LoraTarget]:
 
 
 def _put(model: Model, adapter: Adapter, name: str, *, trains: bool) -> Model:
-    if not name.isidentifier():
-        raise ConfigError(f"name must be a word, letters and digits and _, got {name!r}.")
     configs = model.__dict__.setdefault("peft_configs", {})
-    if name in configs:
-        raise ConfigError(f"name must be new, got {name!r}; the model has an adapter of that name.")
+    models.check_new(name, configs)
     targets = _targets(model, adapter.config)
     wanted = {each: model._module(each) for each in (*targets, *adapter.saved)}
     for each, part in wanted.items():
         if type(part) not in _KINDS and not isinstance(part, Adapted):
-            raise UnsupportedFeatureError(
-                f"{each}: adapters go to the modules that models here are made of, got {type(part).__name__}; add them "
-                "before anything wraps it."
-            )
-        if isinstance(part, Adapted):
-            _refuse_merged(part)
+            models.refuse_part(each, part)
+    models.refuse_merged(list(_parts(model)))
     if not any(isinstance(part, Adapted) for part in model.modules()):
         model.requires_grad_(False)
     for part in wanted.values():
@@ -304,28 +279,9 @@ def _named_parts(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _config(model: nn.Module, name: str) -> LoraConfig:
-    configs = model.__dict__.get("peft_configs", {})
-    if name not in configs:
-        raise ConfigError(
-            f"name must be that of an adapter, got {name!r}; the model has {', '.join(configs) or 'none'}."
-        )
-    return configs[name]
+    return models.named(name, model.__dict__.get("peft_configs", {}))
 
 
 def _refuse_merging(model: Any, name: str, part: Any) -> None:
-    if isinstance(part, QuantizedLinear):
-        raise UnsupportedFeatureError(
-            f"merge: {name} is packed, and a change smaller than its steps would vanish; load the base as floats, "
-            "with quantization='dequantize', or load the one that it was made of."
-        )
-    changes = any(each in part.lora or each in part.saved for each in part.active)
-    if isinstance(part, nn.Embedding) and model._tied_weights_keys and changes:
-        raise UnsupportedFeatureError(
-            "merge: embed_tokens is the head too, which the adapter leaves alone; load the base with "
-            "tie_word_embeddings=False, or leave the adapter beside the model."
-        )
-
-
-def _refuse_merged(part: Any) -> None:
-    if part.merged:
-        raise ConfigError(f"the adapter {', '.join(part.merged)} is merged; call unmerge(model) first.")
+    is_packed, is_embedding = isinstance(part, QuantizedLinear), isinstance(part, nn.Embedding)
+    models.refuse_merging(model, name, part, is_packed=is_packed, is_embedding=is_embedding)
