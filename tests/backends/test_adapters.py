@@ -337,6 +337,16 @@ def test_a_tied_head_is_left_alone_and_not_merged(lora, side, folder):
         assert np.array_equal(side.logits(model), before)
 
 
+def test_the_embedding_of_a_tied_config_without_a_head_is_merged(side):
+    model = side.make("MistralForSequenceClassification", tie_word_embeddings=True)
+    lora = side.lora.LoraConfig(r=2, init_lora_weights=False, target_modules=["embed_tokens"])
+    before = np.array(side.adapter.numpy(model.get_input_embeddings().weight))
+    side.lora.merge(side.lora.add_adapter(model, lora))
+    assert np.abs(side.adapter.numpy(model.get_input_embeddings().weight) - before).max() > 1e-3
+    side.lora.unmerge(model)
+    assert np.array_equal(side.adapter.numpy(model.get_input_embeddings().weight), before)
+
+
 def test_a_model_is_loaded_by_its_adapter(side, tmp_path):
     side.make().save_pretrained(tmp_path / "base")
     kind = getattr(side.package, CAUSAL)
