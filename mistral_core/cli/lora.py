@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import UnknownArgumentError
-from ..lora.adapter import WEIGHTS_FILE, read_config
+from ..lora.adapter import PREFIX, WEIGHTS_FILE, read_config
 from ..weights.containers.safetensors import SafetensorsFile
 from ..weights.convert import convert
+from ..weights.difference import compared
 from . import put
 from .convert import bar
 
@@ -81,22 +82,20 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    one, other = (SafetensorsFile(Path(path) / WEIGHTS_FILE) for path in options.path)
+    files = [SafetensorsFile(Path(path) / WEIGHTS_FILE) for path in options.path]
+    one, other = ({name.removeprefix(PREFIX): name for name in file.tensors} for file in files)
     configs = [read_config(Path(path)).to_dict() for path in options.path]
     fields = sorted(name for name in configs[0] if configs[0][name] != configs[1][name])
     lines = [f"{name}: {configs[0][name]} and {configs[1][name]}" for name in fields]
     furthest = 0.0
-    for name in sorted({*one.tensors, *other.tensors}):
-        if name not in one.tensors or name not in other.tensors:
-            lines.append(f"{name}: only in the {'second' if name in other.tensors else 'first'}")
-        elif one.tensors[name].shape != other.tensors[name].shape:
-            lines.append(f"{name}: {list(one.tensors[name].shape)} and {list(other.tensors[name].shape)}")
-        else:
-            pair = (file.read(name).astype(np.float64) for file in (one, other))
-            apart = float(np.abs(np.subtract(*pair)).max(initial=0.0))
-            furthest = max(furthest, apart)
-            if apart:
-                lines.append(f"{name}: {apart:.3g} apart")
+    for name in sorted({*one, *other}):
+        if name not in one or name not in other:
+            lines.append(f"{name}: only in the {'second' if name in other else 'first'}")
+            continue
+        found = compared(name, files[0].read(one[name]), files[1].read(other[name]))
+        furthest = max(furthest, found.max_abs)
+        if found.what or found.changed:
+            lines.append(f"{name}: {found.what or f'{found.max_abs:.3g} apart'}")
     if options.json:
         put(json.dumps({"differences": lines, "furthest": furthest}, indent=1))
     else:

@@ -47,7 +47,7 @@ def tensors(first: Contents, second: Contents) -> Iterator[TensorDifference]:
         if name not in b:
             yield TensorDifference(name, False, f"only in {first.path}", (first.tensors[a[name]].dtype, ""))
         else:
-            yield _compared(name, _numbers(first, a[name]), _numbers(second, b[name]))
+            yield compared(name, _numbers(first, a[name]), _numbers(second, b[name]))
     for name in sorted(set(b) - set(a)):
         yield TensorDifference(name, False, f"only in {second.path}", ("", second.tensors[b[name]].dtype))
 
@@ -59,7 +59,8 @@ def _numbers(checkpoint: Contents, name: str) -> np.ndarray:
     return checkpoint.read(name) if matrix is None else dequantised(matrix)
 
 
-def _compared(name: str, a: np.ndarray, b: np.ndarray) -> TensorDifference:
+def compared(name: str, a: np.ndarray, b: np.ndarray) -> TensorDifference:
+    """How far two arrays of one name are apart."""
     dtypes = (a.dtype.name, b.dtype.name)
     if a.shape != b.shape:
         return TensorDifference(name, False, f"shapes {a.shape} and {b.shape}", dtypes)

@@ -18,6 +18,7 @@ from mistral_core.errors import (
 from mistral_core.lora import adapter as files
 from mistral_core.lora.config import LoraConfig
 from mistral_core.weights.checkpoint import load, save
+from mistral_core.weights.containers import safetensors, tensor_file
 from mistral_core.weights.convert import convert
 
 CONFIG = TINY.replace(num_hidden_layers=2, layer_types=None, sliding_window=None)
@@ -179,6 +180,14 @@ def test_the_command_tells_merges_and_compares(tmp_path, capsys):
     assert capsys.readouterr().out == "the same\n"
     assert main(["lora", "diff", paths["a"], paths["b"]]) == 1
     assert "q_proj.lora_A.weight: " in capsys.readouterr().out
+    path = tmp_path / "b" / files.WEIGHTS_FILE
+    stored = safetensors.SafetensorsFile(tmp_path / "a" / files.WEIGHTS_FILE)
+    arrays_of_a = {name.removeprefix(files.PREFIX): stored.read(name) for name in stored.tensors}
+    path.unlink()
+    for name, info in safetensors.create(path, {name: ("F32", x.shape) for name, x in arrays_of_a.items()}).items():
+        tensor_file.write(info, arrays_of_a[name])
+    assert main(["lora", "diff", paths["a"], paths["b"]]) == 0, "peft's prefix is no difference"
+    capsys.readouterr()
     assert main(["convert", paths["base"], paths["out"], "--to", "hf", "--adapter", paths["a"], "--overwrite"]) == 0
     capsys.readouterr()
     assert main(["lora", "merge", paths["base"], paths["a"]]) == 2
