@@ -11,6 +11,7 @@ import torch
 import mistral_torch
 from mistral_core.config.presets import TINY
 from mistral_core.errors import CheckpointNotFoundError, ConfigError, NonFiniteWeightsError, UnsupportedFeatureError
+from mistral_core.lora import adapter as files
 from mistral_torch import lora
 
 peft = pytest.importorskip("peft")
@@ -105,6 +106,15 @@ def test_an_adapter_beside_a_packed_base(scheme, tmp_path):
         lora.merge(model)
 
 
+def of_peft(written):
+    """The name in a model of peft of a tensor that it writes by another."""
+    for kind in ("lora_A", "lora_B"):
+        written = written.replace(f".{kind}.weight", f".{kind}.default.weight")
+    for kind in ("lora_embedding_A", "lora_embedding_B"):
+        written = written.replace(f".{kind}", f".{kind}.default")
+    return files.PREFIX + written.replace(".lora_magnitude_vector", ".lora_magnitude_vector.default.weight")
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_gradients_are_those_of_peft(way, tmp_path):
     adapted = theirs(way)
@@ -112,15 +122,21 @@ def test_gradients_are_those_of_peft(way, tmp_path):
     adapted.train()(input_ids=IDS, labels=IDS).loss.backward()
     model = lora.load_adapter(make(), tmp_path, is_trainable=True).train()
     model(IDS, labels=IDS).loss.backward()
-    mine = sorted((p.grad.shape, p.grad.abs().sum().item()) for p in model.parameters() if p.grad is not None)
-    others = sorted((p.grad.shape, p.grad.abs().sum().item()) for p in adapted.parameters() if p.grad is not None)
-    transposed = sorted((torch.Size(sorted(shape)), total) for shape, total in mine)
-    assert len(mine) == len(others)
-    for (shape, total), (other_shape, other) in zip(
-        transposed, sorted((torch.Size(sorted(shape)), total) for shape, total in others), strict=True
-    ):
-        assert shape == other_shape
-        assert abs(total - other) <= 1e-4 * max(other, 1e-3)
+    config, compared = files.read_config(tmp_path), 0
+    for name, target in config.targets(CONFIG, "MistralForCausalLM").items():
+        low = model._module(name).lora["default"]
+        for field, written in files.names_of(target, "MistralForCausalLM", dora=config.use_dora).items():
+            wanted = adapted.get_parameter(of_peft(written)).grad
+            wanted = wanted.T if target.row.kind == "embedding" else wanted
+            torch.testing.assert_close(getattr(low, field).grad, wanted, rtol=1e-5, atol=1e-6)
+            compared += 1
+    for name, _ in config.saved(CONFIG, "MistralForCausalLM"):
+        wanted = adapted.get_parameter(f"{files.PREFIX}lm_head.modules_to_save.default.weight").grad
+        found = model._module(name).saved["default"].weight.grad
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        compared += 1
+    assert compared == sum(p.grad is not None for p in adapted.parameters())
+    assert compared == sum(p.grad is not None for p in model.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
