@@ -150,11 +150,11 @@ def test_twenty_steps_are_the_same(steps):
     assert losses[-1] < 0.8 * losses[0]
     assert np.isclose(losses[0], reference(WEIGHTS, steps[0]), rtol=1e-6)
     for needs, (others, found) in runs.items():
-        assert np.abs(np.subtract(others, losses) / losses).max() < 1e-5, needs
+        assert np.abs(np.subtract(others, losses) / losses).max() < 4e-6, needs  # 1.6e-6 seen
         for name, array in weights.items():
             moved = np.sqrt(np.mean((array - WEIGHTS[name]) ** 2))
             apart = np.sqrt(np.mean((found[name] - array) ** 2))
-            assert apart <= 1e-3 * moved, f"{needs} {name}"
+            assert apart <= 5e-4 * moved, f"{needs} {name}: 1.7e-4 seen"
     again = [batch.arguments()["input_ids"] for step in steps for batch in step.batches]
     untouched = np.setdiff1d(np.arange(CONFIG.vocab_size), np.concatenate([ids.ravel() for ids in again]))
     decayed = WEIGHTS["model.embed_tokens.weight"][untouched].astype(np.float64)
