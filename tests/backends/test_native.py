@@ -81,6 +81,8 @@ def test_a_product_is_that_of_the_dequantised_matrix(kind, zero):
         for rows in ROWS:
             x = rng.normal(size=(rows, shape[1])).astype(np.float32)
             assert_product(library.product(x, matrix), x, weight, shape, block, rows)
+            short = x.astype(ml_dtypes.bfloat16).astype(np.float32)  # there are kernels for such numbers alone
+            assert_product(library.product(short, matrix), short, weight, shape, block, rows)
 
 
 @needs_compiler
