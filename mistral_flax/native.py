@@ -78,8 +78,9 @@ def dequantised(
     shape: tuple[int, int],
     block: tuple[int, int],
     dtype: Any = None,
+    after: Array | None = None,
 ) -> Array:
-    """The matrix [O, I] as float32, the default, or bfloat16.
+    """The matrix [O, I] as float32, the default, or bfloat16; not before `after` is there, where it is given.
 
     Raises InputError, and MissingExtraError where there are no kernels.
     """
@@ -88,7 +89,7 @@ def dequantised(
     if dtype not in _OWN:
         raise InputError(f"dtype must be float32 or bfloat16, got {dtype}.")
     call = jax.ffi.ffi_call("mistral_dequantised", jax.ShapeDtypeStruct(shape, dtype), vmap_method="sequential")
-    return call(codes, scale, *([] if zero is None else [zero]), numbers=numbers)
+    return call(scale if after is None else after, codes, scale, *([] if zero is None else [zero]), numbers=numbers)
 
 
 def whole_step_of(model: Any) -> whole_step.WholeStep | None:

@@ -27,7 +27,9 @@ FEW = 2
 PACKED_ROWS = 16
 """The most rows that are multiplied from packed bytes in C; for more, floats are made of the matrix first."""
 ROWS = 256
-"""So many rows of W are made floats at once on a CPU: XLA would first make floats of all the matrices of a program."""
+"""So many rows of W XLA makes floats at once on a CPU: it would first make floats of all the matrices of a program."""
+FLOATS_BYTES = 128 << 20
+"""The most that is made floats at once in C: a product with all of a matrix is faster than several with parts of it."""
 
 
 @functools.partial(in_one_program, static_argnames="dtype")
@@ -159,7 +161,7 @@ def _backward(
     layout: tuple[Any, ...], of: Any, dtype: Any, arrays: tuple[Array | None, ...], gradient: Array
 ) -> tuple[Array, None]:
     weight = _weight(arrays, layout)
-    size, count, rest = _blocks(weight)
+    size, count, rest = _blocks(weight, ROWS)
 
     def of_rows(start: Any, size: int) -> list[Array]:
         cut = jax.lax.dynamic_slice_in_dim(gradient, start, size, axis=gradient.ndim - 1)
@@ -230,13 +232,16 @@ def _one_packed_row(x: Array, weight: PackedWeight) -> Array:
 
 
 def _many_packed_rows(x: Array, weight: PackedWeight, *, in_c: bool) -> Array:
-    """x W^T, some rows of W after others made floats in the dtype of x."""
-    size, count, rest = _blocks(weight)
+    """x W^T, all of W or some rows of it after others made floats in the dtype of x."""
+    pieces = max(-(-weight.shape[0] * weight.shape[1] * x.dtype.itemsize // FLOATS_BYTES), 1)
+    size, count, rest = _blocks(weight, -(-weight.shape[0] // pieces) if in_c else ROWS)
 
     def of_rows(start: Any, size: int) -> Array:
         codes, scale, zero, kind, shape, block, _ = some = _rows(weight, start, size)
         if in_c:
-            floats = native.dequantised(codes, scale, zero, kind=kind, shape=shape, block=block, dtype=x.dtype)
+            layout = {"kind": kind, "shape": shape, "block": block}
+            # when x is there, or XLA would first make floats of all the matrices of a program
+            floats = native.dequantised(codes, scale, zero, **layout, dtype=x.dtype, after=x.ravel()[:1])
             return _dot("...i,oi->...o", x, floats)
         parts = zip(_beside(x, kind), _rounded(some, x.dtype), strict=True)
         return functools.reduce(jnp.add, [_dot("...i,oi->...o", of_x, part) for of_x, part in parts])
@@ -249,10 +254,10 @@ def _many_packed_rows(x: Array, weight: PackedWeight, *, in_c: bool) -> Array:
     return jnp.concatenate(products + ([of_rows(count * size, rest)] if rest else []), axis=-1)
 
 
-def _blocks(weight: PackedWeight) -> tuple[int, int, int]:
+def _blocks(weight: PackedWeight, most: int) -> tuple[int, int, int]:
     """How many rows are made floats at once, how often, and how many are left."""
     rows = weight.shape[0]
-    size = min(rows, ROWS) if jax.default_backend() == "cpu" else rows
+    size = min(rows, most) if jax.default_backend() == "cpu" else rows
     return size, *divmod(rows, size)
 
 

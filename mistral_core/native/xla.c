@@ -88,7 +88,8 @@ XLA_FFI_Error *mistral_xla_dequantised(XLA_FFI_CallFrame *frame)
     if (is_question(frame)) return NULL;
     Numbers n;
     XLA_FFI_Buffer *part[3];
-    if (!described(frame, 0, &n, part)) return error(frame, "arrays must be those of a packed matrix, got others");
+    /* the first argument is what must be there before, and not read */
+    if (!described(frame, 1, &n, part)) return error(frame, "arrays must be those of a packed matrix, got others");
     XLA_FFI_Buffer *to = frame->rets.rets[0];
     if (size_of(to) != n.O * n.I) return error(frame, "the result must be [O, I]");
     if (dequantised((int)n.kind, part[0]->data, part[1]->data, type_of(part[1]), part[2] ? part[2]->data : NULL, n.O,
