@@ -1,4 +1,4 @@
-"""`mistral lora info|merge|diff ...`: LoRA adapters in peft's files."""
+"""`mistral lora info|merge|gguf|diff ...`: LoRA adapters in peft's files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UnknownArgumentError
+from ..lora import gguf
 from ..lora.adapter import PREFIX, WEIGHTS_FILE, read_config
 from ..weights.containers.safetensors import SafetensorsFile
 from ..weights.convert import convert
@@ -20,6 +21,7 @@ from .convert import bar
 ACTIONS = {
     "info": ("ADAPTER", "what it adapts, of which rank, and how many numbers that are"),
     "merge": ("BASE ADAPTER DST", "write the base with the adapter folded in"),
+    "gguf": ("BASE ADAPTER DST", f"write the adapter for llama.cpp, as {gguf.FILE} in a directory"),
     "diff": ("ADAPTER ADAPTER", "how far the tensors of one are from those of another; status 1 where any is"),
 }
 
@@ -31,8 +33,8 @@ def arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("path", nargs="+", help="as the action has them; the base may be a hub id")
     command.add_argument("--dtype", help="merge: of what is written; default: as stored")
     command.add_argument("--allow-lossy", action="store_true", help="merge: into a packed base, as floats")
-    command.add_argument("--overwrite", action="store_true", help="merge: replace the destination")
-    command.add_argument("--revision", help="merge: branch, tag or commit of a hub id")
+    command.add_argument("--overwrite", action="store_true", help="merge, gguf: replace the destination")
+    command.add_argument("--revision", help="merge, gguf: branch, tag or commit of a hub id")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -40,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     expected = ACTIONS[options.action][0]
     if len(options.path) != len(expected.split()):
         raise UnknownArgumentError(f"lora {options.action}: give {expected}, got {len(options.path)} paths.")
-    return int({"info": _info, "merge": _merge, "diff": _diff}[options.action](options))
+    return int({"info": _info, "merge": _merge, "gguf": _gguf, "diff": _diff}[options.action](options))
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -78,6 +80,13 @@ def _merge(options: argparse.Namespace) -> int:
             allow_lossy=options.allow_lossy, progress=progress, revision=options.revision,
         )  # fmt: skip
     put(json.dumps({"destination": report.destination, "moves": report.moves}) if options.json else report)
+    return 0
+
+
+def _gguf(options: argparse.Namespace) -> int:
+    base, adapter, destination = options.path
+    path = gguf.write(base, adapter, destination, overwrite=options.overwrite, revision=options.revision)
+    put(json.dumps({"path": str(path)}) if options.json else f"written: {path}, to be loaded beside the base's GGUF")
     return 0
 
 
