@@ -41,19 +41,26 @@ def sequence_classification(
 ) -> SequenceClassifierOutput:  # fmt: skip
     """Scores [B, C] at the last real token: by the mask if given, else by pad_token_id, else the last column."""
     out = forward(config, parameters, input_ids, attention_mask, **inputs)
-    if attention_mask is not None:
-        real = np.asarray(attention_mask)
-    elif config.pad_token_id is not None and input_ids is not None:
-        real = np.asarray(input_ids) != config.pad_token_id
-    else:
-        real = np.ones(out.last_hidden_state.shape[:2], int)
-    column = ops.last_token(np.where(real, 0, -1))
+    column = last_column(config, out.last_hidden_state.shape[:2], input_ids, attention_mask)
     pooled = out.last_hidden_state[np.arange(len(column)), column]
     logits = ops.linear(pooled, np.asarray(parameters["score.weight"]).astype(np.float64))
     loss = None
     if labels is not None:
         loss = ops.divided(*classification_loss(config, logits, np.asarray(labels)), num_items_in_batch)
     return SequenceClassifierOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
+
+
+def last_column(
+    config: MistralConfig, shape: tuple[int, ...], input_ids: Array | None = None, attention_mask: Array | None = None
+) -> Array:
+    """[B]: the column of each row's last real token, by the mask if given, else by pad_token_id, else the last one."""
+    if attention_mask is not None:
+        real = np.asarray(attention_mask)
+    elif config.pad_token_id is not None and input_ids is not None:
+        real = np.asarray(input_ids) != config.pad_token_id
+    else:
+        real = np.ones(shape, int)
+    return ops.last_token(np.where(real, 0, -1))
 
 
 def classification_loss(config: MistralConfig, logits: Array, labels: Array) -> tuple[Array, Array]:

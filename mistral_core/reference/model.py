@@ -47,18 +47,10 @@ def forward(
     """Hidden states [B, T, D] of ids [B, T]; every layer's states and weights; the cache that follows if asked for."""
     parameters = _Exact(parameters)
     x_BTD = parameters["model.embed_tokens.weight"][np.asarray(input_ids)] if inputs_embeds is None else inputs_embeds
-    mask_BT = np.ones(x_BTD.shape[:2], int) if attention_mask is None else np.asarray(attention_mask, int)
     past = past_key_values
     if past is None and use_cache:
         past = KVCache.allocate(config, len(x_BTD))
-    length_B = np.zeros(len(x_BTD), int) if past is None else past.length
-    order_BT = ops.token_order(mask_BT, length_B)
-    if document_ids is None and position_ids is not None and attention_mask is None and past is None:
-        document_ids = ops.documents_of(np.broadcast_to(position_ids, mask_BT.shape))
-    if position_ids is None:
-        position_ids = ops.token_positions(mask_BT, length_B, document_ids)
-    position_BT = np.asarray(position_ids)
-    step = Step(ops.rotary(position_BT, config), order_BT, ops.query_scale(position_BT, config), document_ids)
+    step = step_of(config, x_BTD.shape[:2], attention_mask, position_ids, past, document_ids=document_ids)
 
     hidden_states, attentions, kept = [x_BTD], [], []
     for layer in range(config.num_hidden_layers):
@@ -71,8 +63,29 @@ def forward(
     cache = None
     if past is not None:
         keys, values = zip(*kept, strict=True)
-        cache = past._replace(keys=keys, values=values, length=length_B + mask_BT.sum(axis=1))
+        cache = past._replace(keys=keys, values=values, length=past.length + (step.order_BT >= 0).sum(axis=1))
     return ModelOutput(hidden_states[-1], cache, tuple(hidden_states), tuple(attentions))
+
+
+def step_of(
+    config: MistralConfig,
+    shape: tuple[int, ...],
+    attention_mask: Array | None = None,
+    position_ids: Array | None = None,
+    past: KVCache | None = None,
+    *,
+    document_ids: Array | None = None,
+) -> Step:
+    """What the layers share in a call of tokens of a shape [B, T]; positions that begin again are documents."""
+    mask_BT = np.ones(shape, int) if attention_mask is None else np.asarray(attention_mask, int)
+    length_B = np.zeros(shape[0], int) if past is None else past.length
+    order_BT = ops.token_order(mask_BT, length_B)
+    if document_ids is None and position_ids is not None and attention_mask is None and past is None:
+        document_ids = ops.documents_of(np.broadcast_to(position_ids, mask_BT.shape))
+    if position_ids is None:
+        position_ids = ops.token_positions(mask_BT, length_B, document_ids)
+    position_BT = np.asarray(position_ids)
+    return Step(ops.rotary(position_BT, config), order_BT, ops.query_scale(position_BT, config), document_ids)
 
 
 def decoder_layer(
@@ -111,15 +124,7 @@ def attention(
     """Project, rotate, remember, attend over the past and the new tokens, project back."""
     B, T, _ = x_BTD.shape
     window = config.layer_windows[layer]
-
-    def project(name: str, x: Array) -> Array:
-        return ops.linear(x, parameters[f"model.layers.{layer}.self_attn.{name}.weight"], round=round)
-
-    q_BTNH = project("q_proj", x_BTD).reshape(B, T, config.num_attention_heads, config.head_dim)
-    k_BTKH = project("k_proj", x_BTD).reshape(B, T, config.num_key_value_heads, config.head_dim)
-    v_BTKH = project("v_proj", x_BTD).reshape(B, T, config.num_key_value_heads, config.head_dim)
-    q_BTNH = ops.scale_queries(ops.rotate(q_BTNH, *step.cos_sin, round=round), step.query_scale_BT, round=round)
-    k_BTKH = ops.rotate(k_BTKH, *step.cos_sin, round=round)
+    q_BTNH, k_BTKH, v_BTKH = queries_keys_values(config, parameters, layer, x_BTD, step, round=round)
 
     order_BT, document_ids_BT = step.order_BT, step.document_ids_BT
     k_BSKH, v_BSKH, key_order_BS, kept = k_BTKH, v_BTKH, order_BT, None
@@ -134,7 +139,23 @@ def attention(
 
     visible_BTS = ops.attention_mask(order_BT, key_order_BS, window, document_ids_BT=document_ids_BT)
     o_BTNH, weights = ops.attend(q_BTNH, k_BSKH, v_BSKH, visible_BTS, round=round)
-    return project("o_proj", o_BTNH.reshape(B, T, -1)), weights, kept
+    output = parameters[f"model.layers.{layer}.self_attn.o_proj.weight"]
+    return ops.linear(o_BTNH.reshape(B, T, -1), output, round=round), weights, kept
+
+
+def queries_keys_values(
+    config: MistralConfig, parameters: Parameters, layer: int, x_BTD: Array, step: Step, *, round: Round = exact
+) -> tuple[Array, Array, Array]:
+    """q [B, T, N, H], rotated and scaled, k [B, T, K, H], rotated, and v [B, T, K, H] of the new tokens."""
+
+    def project(name: str, heads: int) -> Array:
+        y = ops.linear(x_BTD, parameters[f"model.layers.{layer}.self_attn.{name}.weight"], round=round)
+        return y.reshape(*x_BTD.shape[:2], heads, config.head_dim)
+
+    q_BTNH = ops.rotate(project("q_proj", config.num_attention_heads), *step.cos_sin, round=round)
+    k_BTKH = ops.rotate(project("k_proj", config.num_key_value_heads), *step.cos_sin, round=round)
+    v_BTKH = project("v_proj", config.num_key_value_heads)
+    return ops.scale_queries(q_BTNH, step.query_scale_BT, round=round), k_BTKH, v_BTKH
 
 
 class _Exact(dict[str, Array]):
