@@ -55,7 +55,7 @@ def exchanged(python: str, name: str, folder: Path) -> tuple[str, bool]:
     save(folder / "ours", CONFIG, stream, packed={name: arrangement_of(matrix) for name, matrix in packed.items()})
     ids = token_ids(CONFIG, shape=(len(LENGTHS), T))
     np.save(folder / "ids.npy", ids)
-    called = run(python, "vllm", dtype, folder / "ours", folder / "ids.npy", str(TOKENS), folder / "out.npz")
+    called = run(python, "vllm", "read", dtype, folder / "ours", folder / "ids.npy", str(TOKENS), folder / "out.npz")
     return called or compared(folder / "out.npz", floats, packed, ids, dtype)
 
 

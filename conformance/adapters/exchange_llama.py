@@ -3,11 +3,12 @@
     PYTHON exchange_llama.py read gguf PATH IDS.npy OUT.npz
     PYTHON exchange_llama.py write gguf WEIGHTS.npz CONFIG.json OUT_DIR
     PYTHON exchange_llama.py tokenize gguf PATH TEXTS.json OUT.json
+    PYTHON exchange_llama.py adapt gguf PATH ADAPTER.gguf IDS.npy TOKENS OUT.npz
 
 `read` saves llama.cpp's logits [B, T, V] and, as `tensor:NAME` under Hugging Face names and in their layout, what gguf
 reads; bfloat16 as uint16 bits. `write` does what llama.cpp's converter does with a Llama and with a ministral3: names,
-rows of q and k in pairs, vectors as float32. `tokenize` gives the ids of texts. This file runs without any package of
-ours.
+rows of q and k in pairs, vectors as float32. `tokenize` gives the ids of texts. `adapt` saves the logits [B, T, V] of a
+model beside an adapter, and so many likeliest tokens after each prompt. This file runs without any package of ours.
 """
 
 import json
@@ -44,7 +45,7 @@ def file_of(path):
     return path / "model.gguf" if path.is_dir() else path
 
 
-def llama(path, length):
+def llama(path, length, **options):
     import llama_cpp
 
     plain = llama_cpp.GGML_TYPE_F32  # keys and values, which llama.cpp rounds to float16 unless told otherwise
@@ -58,6 +59,7 @@ def llama(path, length):
         type_v=plain,
         flash_attn=False,
         **sizes,
+        **options,
         **of_file,  # without it the Python package says numbers of its own
     )
 
@@ -94,6 +96,20 @@ def read(path, ids, out):
         logits.append(np.array(model.scores[: len(row)], np.float32))
     given = {f"tensor:{name}": array for name, array in tensors(path).items()}
     np.savez(out, logits=np.stack(logits), **given)
+
+
+def adapt(path, adapter, ids, tokens, out):
+    ids, tokens, logits, said = np.load(ids), int(tokens), [], []
+    length = ids.shape[1]
+    model = llama(path, length + tokens, lora_path=adapter)
+    for row in ids:
+        model.reset()
+        model.eval(row.tolist())
+        logits.append(np.array(model.scores[:length], np.float32))
+        for at in range(length - 1, length + tokens - 1):
+            said.append(int(model.scores[at].argmax()))
+            model.eval(said[-1:])
+    np.savez(out, logits=np.stack(logits), tokens=np.reshape(said, (len(ids), tokens)))
 
 
 def tokenize(path, texts, out):
@@ -166,5 +182,8 @@ def write(weights, config, out, name="model.gguf"):
 
 
 if __name__ == "__main__":
-    command, _, first, second, third = sys.argv[1:]
-    {"read": read, "write": write, "tokenize": tokenize}[command](Path(first), second, third)
+    command, _, first, *others = sys.argv[1:]
+    if command == "adapt":
+        adapt(Path(first), *others)
+    else:
+        {"read": read, "write": write, "tokenize": tokenize}[command](Path(first), *others)

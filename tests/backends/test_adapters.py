@@ -17,6 +17,7 @@ from mistral_core.lora.adapter import Adapter, LoraWeights
 from mistral_core.lora.config import LoraConfig
 from mistral_core.parameters import parameters, shape_of
 from mistral_core.reference import heads
+from mistral_core.weights.checkpoint import save
 
 CONFIG = TINY.replace(num_hidden_layers=2, layer_types=None)
 CAUSAL, TOKENS = "MistralForCausalLM", "MistralForTokenClassification"
@@ -31,6 +32,12 @@ WAYS = {
     "saved whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens", "1.mlp.up_proj"]},
     "a head with a bias, dora": {"target_modules": ["score", "o_proj"], "use_dora": True},
 }  # fmt: skip
+READ = [
+    *((way, "peft") for way in WAYS if "score" not in WAYS[way]["target_modules"]),  # which it saves whole
+    # transformers 5.23 leaves DoRA's magnitudes behind, of files of peft too
+    *((way, "transformers") for way, fields in WAYS.items() if not fields.get("use_dora")),
+]
+"""(way, who reads it)"""
 EPS = float(np.finfo(np.float32).eps)
 
 
@@ -231,6 +238,32 @@ def test_generate_says_what_the_adapter_says_and_no_program_is_taken_for_another
         side.lora.merge(model)
         assert (native.whole_step_of(model) is not None) == has_step
         assert np.array_equal(side.text(model), one)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The base, as transformers loads it."""
+    path = tmp_path_factory.mktemp("base")
+    save(path, CONFIG, random_parameters(CONFIG, CAUSAL).items())
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers' model
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")  # of tied embeddings, and of embeddings that it writes
+@pytest.mark.parametrize(("way", "reader"), READ)
+def test_others_read_beside_their_own_model_what_each_framework_writes(way, reader, side, folder, checkpoint, tmp_path):
+    torch, transformers, peft = map(pytest.importorskip, ("torch", "transformers", "peft"))
+    side.lora.save_adapter(side.lora.load_adapter(side.make(), folder / way), tmp_path)
+    theirs = transformers.MistralForCausalLM.from_pretrained(checkpoint, attn_implementation="eager").eval()
+    with torch.no_grad():
+        plain = theirs(torch.from_numpy(IDS)).logits.numpy()
+        if reader == "peft":
+            theirs = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
+        else:
+            theirs.load_adapter(str(tmp_path))
+        found = theirs(input_ids=torch.from_numpy(IDS)).logits.numpy()
+    close(found, expected(way), 32)
+    assert np.abs(found - plain).max() > 0.05
 
 
 def test_a_fresh_adapter_changes_nothing_and_begins_alike(side):
