@@ -16,7 +16,9 @@ from mistral_core.arrays import Array
 from mistral_core.config import MistralConfig
 from mistral_core.config.presets import TINY
 from mistral_core.reference import engine, heads, model, ops, quantized
+from mistral_core.reference import gradients as reference_gradients
 from mistral_core.reference.cache import KVCache, int8_codes, slot_order
+from mistral_core.reference.gradients import Gradients
 
 from . import packed
 from .adapters import Adapter
@@ -34,7 +36,6 @@ REFERENCE: dict[str, Any] = {
 ALWAYS_FLOAT32 = ("logits", "start_logits", "end_logits", "loss")
 BODY_LAYER = 1
 GREEDY_TOKENS = 24
-SLOPE_STEP = 1e-6
 CHUNKINGS = ((1,) * T, (T,), (7, 1, 3, T - 11))  # 7 is the window and two more
 
 
@@ -75,6 +76,18 @@ def expected(case_name: str, dtype: str, exact: bool) -> Any:
     exact = exact or dtype == "float32"
     rounds = ops.exact if exact else ops.rounding(dtype)
     return REFERENCE[case.architecture](case.config, parameters_of(case, dtype, exact), **inputs, round=rounds)
+
+
+@functools.cache
+def expected_gradients(case_name: str) -> Gradients:
+    """The loss of a case and its gradient by canonical parameter name, as the specification has them."""
+    case = by_name(case_name)
+    inputs = {name: array.astype(np.float64) if _is_float(array) else array for name, array in case.inputs.items()}
+    return reference_gradients.OF[case.architecture](case.config, parameters_of(case, "float32"), **inputs)
+
+
+def _is_float(array: Any) -> bool:
+    return array is not None and array.dtype.kind == "f"
 
 
 @functools.cache
@@ -413,22 +426,37 @@ def ended(tokens: Array, eos: int | None) -> Array:
 
 
 def gradients(subject: Subject, case: Case, **options: Any) -> Iterator[Comparison]:
-    """Every parameter's gradient along a random direction, against a central difference of the specification.
+    """The loss and each entry of every parameter's gradient, against those of the specification.
 
     With the options of a call, such as `loss_chunk`, that change no number.
     """
-    loss, by_name_ = subject.adapter.loss_and_gradients(subject.model(case), {**subject.inputs(case), **options})
-    wanted = expected(case.name, subject.dtype, True)
-    yield subject.compare(case.name, "loss in training", loss, wanted.loss, wanted.loss)
-    slopes = difference_slopes(case.name)
-    actual = np.array([float((by_name_[name] * direction(name, by_name_[name].shape)).sum()) for name in slopes])
-    largest = max(float(np.abs(g).max()) * np.sqrt(g.size) for g in by_name_.values())
-    target = np.array(list(slopes.values()))
-    finite = all(np.isfinite(g).all() for g in by_name_.values())
-    bound = Tolerance(
-        tolerance("gradients", subject.dtype, subject.implementation).ulp * largest / np.abs(target).max()
-    )
-    yield compare(subject.key, case.name, "gradients", actual if finite else actual * np.nan, target, bound)
+    found = subject.adapter.loss_and_gradients(subject.model(case), {**subject.inputs(case), **options})
+    yield from learned(subject, case.name, found, expected_gradients(case.name))
+
+
+def learned(
+    subject: Subject, case: str, found: tuple[Array, Mapping[str, Array]], wanted: Gradients
+) -> Iterator[Comparison]:
+    """A loss and gradients by name, each of its own largest entry; one that is missing, or too much, has no shape."""
+    loss, by_name_ = found
+    yield subject.compare(case, "loss in training", loss, wanted.loss, wanted.loss)
+    bound = tolerance("gradients", subject.dtype, subject.implementation)
+    actual, target = with_biases(by_name_), with_biases(wanted.by_name)
+    for name in {**target, **actual}:
+        arrays = actual.get(name, np.zeros(0, np.float32)), target.get(name, np.zeros(0))
+        yield compare(subject.key, case, f"gradients {name}", *arrays, bound, dtype_is=subject.dtype)
+
+
+def with_biases(gradients: Mapping[str, Array]) -> dict[str, Array]:
+    """Gradients, each bias as one more column of its matrix, whose input is 1.
+
+    The sum over all places of scores before a softmax is 0: a bias may have no scale of its own.
+    """
+    found = dict(gradients)
+    for name in [name for name in gradients if name.endswith(".bias")]:
+        matrix = name.removesuffix("bias") + "weight"
+        found[matrix] = np.concatenate([found[matrix], found.pop(name)[:, None]], axis=1)
+    return found
 
 
 def parts(subject: Subject, case: Case) -> Iterator[Comparison]:
@@ -459,27 +487,3 @@ def modules(subject: Subject, case: Case) -> Iterator[Comparison]:
         function()
         counted = np.array([len(calls)], np.float32)
         yield compare(subject.key, case.name, f"modules of {run}", counted, np.array([len(names)]), Tolerance(0.0, 1.0))
-
-
-def direction(name: str, shape: tuple[int, ...]) -> Array:
-    """A fixed random direction of length about sqrt(size) in the space of one parameter."""
-    return np.random.default_rng([len(name), *name.encode()]).normal(size=shape)
-
-
-@functools.cache
-def difference_slopes(case_name: str) -> dict[str, float]:
-    """Name -> slope of the specification's loss along `direction`, by a central difference."""
-    case = by_name(case_name)
-    parameters = {n: a.astype(np.float64) for n, a in weights(case.config, case.architecture, "float32").items()}
-    slopes = {}
-    for name, array in parameters.items():
-        ahead, behind = (
-            REFERENCE[case.architecture](
-                case.config,
-                {**parameters, name: array + sign * SLOPE_STEP * direction(name, array.shape)},
-                **case.inputs,
-            ).loss
-            for sign in (1, -1)
-        )
-        slopes[name] = float((ahead - behind) / (2 * SLOPE_STEP))
-    return slopes

@@ -110,6 +110,7 @@ def _checks() -> Iterator[Check]:
     yield Check("packed-rounded", packed_pieces.rounded_text, ("float32",), attention=False)
     sampled = _partial(sampling.texts, sampling.TEXTS["sampled, guessed"], pieces.by_name("packed int4 32"))
     yield Check("adapters", adapter_pieces.logits, ("float32",), attention=False)
+    yield Check("gradients of adapters", adapter_pieces.gradients, ("float32",), attention=False)
     yield Check("packed-sampled int4 32", sampled, ("float32",), attention=False)
 
 

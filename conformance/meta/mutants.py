@@ -213,6 +213,26 @@ MUTANTS = (
         flax=("return total + cross_entropy(", "return cross_entropy("),
         tf=("else dw_VD + _matmul(", "else _matmul("),
     )),
+    # Gradients, of numbers that are right
+    Mutant("length of the norm a constant to gradients", "gradients window", spelled(
+        "layers.py", torch=("torch.rsqrt(h.pow(2)", "torch.rsqrt(h.detach().pow(2)"),
+        flax=("jax.lax.rsqrt(jnp.square(h)", "jax.lax.rsqrt(jnp.square(jax.lax.stop_gradient(h))"),
+        tf=("tf.math.rsqrt(tf.reduce_mean(tf.square(h)", "tf.math.rsqrt(tf.reduce_mean(tf.square(tf.stop_gradient(h))"),
+    )),
+    Mutant("gradient of the values in bfloat16", "gradients window", spelled(
+        "layers.py", torch=(
+            "        where, visibility =",
+            "        _ = v_BTKH.requires_grad and v_BTKH.register_hook(lambda d: d.bfloat16().float())\n        where, visibility =",
+        ),
+    )),
+    Mutant("lengths of DoRA's rows learn", "gradients of adapters", spelled(
+        "lora.py", torch=("        with torch.no_grad():", "        with torch.enable_grad():"),
+        flax=("jax.lax.stop_gradient(jnp.linalg.norm(changed, axis=1))", "jnp.linalg.norm(changed, axis=1)"),
+        tf=("tf.stop_gradient(tf.norm(changed, axis=1))", "tf.norm(changed, axis=1)"),
+    )),
+    Mutant("the base of an adapter learns too", "gradients of adapters", spelled(
+        "lora.py", torch=("model.requires_grad_(False)", "model.requires_grad_(True)"),
+    )),
     Mutant("classifier reads one token early", "whole sequence-right",
            everywhere("heads.py", "column_B = last_token(", "column_B = -1 + last_token(")),
     Mutant("classifier ignores the mask", "whole sequence-right",
