@@ -65,7 +65,7 @@ MUTANTS = (
                       "visible = visible & (query - key <= (window - 1 if window else 0))")),
     Mutant("no window", "whole window", everywhere("attention.py", "if window is not None:", "if False:")),
     Mutant("window 1 taken as none", "whole window-1",
-           everywhere("attention.py", "if window is not None:", "if window is not None and window > 1:")),
+           everywhere("attention.py", _WINDOW, "(query - key < window) | (window == 1)")),
     Mutant("layer_types shifted by one", "whole layer-types",
            everywhere("model.py", "(step, config.layer_windows,", "(step, config.layer_windows[1:] + config.layer_windows[:1],")),
     Mutant("documents see each other", "whole documents",
