@@ -44,7 +44,7 @@ class Way(NamedTuple):
 
 
 WAYS = {
-    "full": Way(None, Schedule(1e-3, STEPS, "cosine", warmup=3), 4.0, 5e-4),  # 1.4e-4 seen
+    "full": Way(None, Schedule(1e-3, STEPS, "cosine", warmup=3), 4.0, 5e-4),  # 1.3e-4 seen
     "LoRA": Way(LORA, Schedule(1e-2, STEPS, "cosine", warmup=3), 1.6, 2e-5),  # 7.9e-6 seen, and of DoRA 9.3e-6
     "DoRA": Way(dataclasses.replace(LORA, use_dora=True), Schedule(1e-2, STEPS, "cosine", warmup=3), 1.6, 2e-5),
 }
