@@ -80,9 +80,10 @@ def dequantised(
     dtype: Any = None,
     after: Array | None = None,
 ) -> Array:
-    """The matrix [O, I] as float32, the default, or bfloat16; not before `after` is there, where it is given.
+    """The matrix [O, I] as float32, the default, or bfloat16.
 
-    Raises InputError, and MissingExtraError where there are no kernels.
+    It is made when `after` is there, where that is given: XLA runs what waits for nothing as early as it likes. Raises
+    InputError, and MissingExtraError where there are no kernels.
     """
     numbers = _checked(codes, scale, zero, kind, shape, block, None)
     dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
