@@ -205,6 +205,10 @@ class MissingLabelsError(ExampleError, EmptyInputError):
     """An example has nothing in it that could be learnt."""
 
 
+class NonFiniteLossError(MistralError, ArithmeticError):
+    """A loss or the gradients of a step in training are no finite numbers; nothing was learnt from them."""
+
+
 # Hub
 
 

@@ -46,6 +46,7 @@ ADAPTER_REPEATS = 4  # repetitions in a regular expression of an adapter's confi
 
 LINE_BYTES = 16 << 20  # bytes of a line of JSON: a conversation or a text; a book has one
 LINE_DEPTH = 64  # objects and lists in each other: tools with their parameters; as in chat templates
+METRICS_BYTES = 1 << 30  # bytes of a run's metrics; 200 a step
 
 # A hub
 

@@ -13,6 +13,7 @@ from .batches import LearningStep as LearningStep
 from .examples import CutExample as CutExample
 from .examples import ExampleCounts as ExampleCounts
 from .examples import Examples as Examples
+from .examples import kind_of_file as kind_of_file
 from .examples import label_names as label_names
 from .feed import Feed as Feed
 from .formatting import Example as Example

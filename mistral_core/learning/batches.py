@@ -33,6 +33,15 @@ class Batch(NamedTuple):
     lines: tuple[tuple[int, ...], ...]
     """The numbers of the lines in each row, to tell which examples a bad loss is of."""
 
+    @property
+    def tokens(self) -> int:
+        """Those that are no padding."""
+        if self.attention_mask is not None:
+            return int(self.attention_mask[[row for row, lines in enumerate(self.lines) if lines]].sum())
+        assert self.document_ids is not None
+        examples = np.array([len(lines) for lines in self.lines])
+        return int((self.document_ids < examples[:, None]).sum())
+
     def arguments(self) -> dict[str, Array]:
         """The arrays that are there, for `model(**batch.arguments())`."""
         names = ("input_ids", "labels", "attention_mask", "document_ids")

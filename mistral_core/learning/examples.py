@@ -125,17 +125,27 @@ class Examples:
             )
         return CutExample((), sum(len(example.input_ids) for example in whole))
 
-    @cached_property
+    @property
     def sizes(self) -> Array:
         """The tokens that are left of each example [N], 0 of a dropped one: all are formatted once, and let go."""
-        return np.fromiter((self[index].size for index in range(len(self))), np.int64, len(self))
+        return self._read_once[0]
 
     def counts(self, indices: Iterable[int] | None = None) -> ExampleCounts:
         """What all examples, or some, are made of and what the length takes of them; they are formatted for it."""
+        if indices is None:
+            return self._read_once[1]
         found = ExampleCounts()
-        for index in range(len(self)) if indices is None else indices:
+        for index in indices:
             found = found.and_of(self[index])
         return found
+
+    @cached_property
+    def _read_once(self) -> tuple[Array, ExampleCounts]:
+        sizes, counts = np.zeros(len(self), np.int64), ExampleCounts()
+        for index in range(len(self)):
+            example = self[index]
+            sizes[index], counts = example.size, counts.and_of(example)
+        return sizes, counts
 
     def _cut(self, example: Example) -> Example:
         """An example of at most the length, its end cut off; a classified one keeps the special tokens of its end."""
@@ -148,6 +158,14 @@ class Examples:
         if self.kind != "classification":
             labels = np.concatenate([labels[:keep], np.full(len(after), IGNORE)])
         return Example(np.concatenate([example.input_ids[:keep], np.array(after, np.int64)]), labels, example.line)
+
+
+def kind_of_file(path: reading.PathLike) -> KindName:
+    """The kind of a .jsonl, by its first line. Raises MissingLabelsError for a file without one, ExampleError."""
+    with lines.JsonLines(path, error=ExampleError) as rows:
+        if not len(rows):
+            raise MissingLabelsError(f"{rows.path} must have an example a line, got none.")
+        return kind_of(rows[0], rows.where(0))
 
 
 def label_names(path: reading.PathLike) -> list[str]:

@@ -103,15 +103,18 @@ class Feed:
 
     def count_steps(self, *, epochs: int = 1) -> int:
         """The steps of so many epochs from the beginning; all examples are formatted once, to know their sizes."""
-        counted = 0
-        for epoch in range(epochs):
-            sizes = self.examples.sizes[self._order(epoch)]
-            rows = 0
-            for window in windows(((int(size), int(size)) for size in sizes), self._room):
-                kept = [size for size in window if size]
-                rows += len(best_fit(kept, self.examples.length)) if self.pack else len(kept)
-            counted += -(-rows // (self.rows * self.accumulate))
-        return counted
+        return sum(self.steps_by_epoch(epochs))
+
+    def steps_by_epoch(self, epochs: int) -> list[int]:
+        """The steps of each of so many epochs; where examples are packed, one may have more than another."""
+        return [-(-self._count_rows(epoch) // (self.rows * self.accumulate)) for epoch in range(epochs)]
+
+    def _count_rows(self, epoch: int) -> int:
+        sizes, rows = self.examples.sizes[self._order(epoch)], 0
+        for window in windows(((int(size), int(size)) for size in sizes), self._room):
+            kept = [size for size in window if size]
+            rows += len(best_fit(kept, self.examples.length)) if self.pack else len(kept)
+        return rows
 
     def state(self) -> dict[str, Any]:
         """Where the feed stands and of what, as a JSON value."""

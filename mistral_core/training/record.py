@@ -1,0 +1,152 @@
+"""The directory of a run: what it is of, its numbers step by step, the state to go on from, and the weights.
+
+run.json       what is trained how, which a resumed run must agree with, and the versions that began it
+metrics.jsonl  an object for each step, and for each measure of the validation loss
+curves.html    the loss, the learning rate and the tokens a second as a page, and, with Pillow, curves.png
+last/          weights, moments and the place in the data: after a kill, what a run goes on from to the bit
+best/          the weights of the lowest validation loss, as an adapter or a model that `from_pretrained` takes
+final/         those of the last step
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..arrays import Array
+from ..disk import files, limits, reading, strict_json
+from ..errors import ConfigError, CorruptCheckpointError, MissingExtraError, OutputBusyError, OutputExistsError
+from ..plain import is_int
+from ..telling import shown, warn
+from ..weights.containers import safetensors, tensor_file
+from . import curves
+
+RUN, METRICS, LAST, BEST, FINAL = "run.json", "metrics.jsonl", "last", "best", "final"
+STATE, PROGRESS = "learner.safetensors", "progress.json"
+
+
+class Progress(NamedTuple):
+    """How far a run is."""
+
+    steps: int = 0
+    best_loss: float | None = None
+    """The lowest validation loss so far."""
+    best_step: int = 0
+    since_best: int = 0
+    """Measures since then."""
+
+
+class RunRecord:
+    """A run's directory while this process alone writes it; made by `opened`."""
+
+    def __init__(self, directory: Path, descriptor: int) -> None:
+        self.directory, self._descriptor, self._end = directory, descriptor, os.fstat(descriptor).st_size
+        self.metrics = _lines(directory / METRICS)
+        """The objects of metrics.jsonl."""
+
+    def add(self, **numbers: Any) -> None:
+        """Write a line of metrics."""
+        line = json.dumps(numbers).encode() + b"\n"
+        with files.os_errors(self.directory / METRICS):
+            files.write_at(self._descriptor, line, self._end)
+        self._end += len(line)
+        self.metrics.append(numbers)
+
+    def keep(self, progress: Progress, feed: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
+        """Write the state to go on from, in one atomic step, and the curves so far."""
+        with files.atomic_directory(self.directory / LAST, replaces=("*",)) as temporary:
+            header = {name: ("F32", tuple(array.shape)) for name, array in arrays.items()}
+            for name, info in safetensors.create(temporary / STATE, header).items():
+                tensor_file.write(info, np.ascontiguousarray(arrays[name], np.float32))
+            state = {**progress._asdict(), "feed": dict(feed)}
+            files.write_file(temporary / PROGRESS, json.dumps(state, indent=1).encode())
+        self.draw()
+
+    def kept(self) -> tuple[Progress, dict[str, Any], dict[str, Array]] | None:
+        """The state to go on from; None where there is none. Raises CorruptCheckpointError and its kinds."""
+        folder = self.directory / LAST
+        if not (folder / PROGRESS).exists():
+            return None
+        state = strict_json.read_object(folder / PROGRESS, error=CorruptCheckpointError)
+        feed = state.pop("feed", None)
+        numbers = [state.get(name) for name in ("steps", "best_step", "since_best")]
+        if set(state) != set(Progress._fields) or not isinstance(feed, dict) or not all(map(is_int, numbers)):
+            raise CorruptCheckpointError(f"{folder / PROGRESS} must be written by a run, got {shown(state)}.")
+        file = safetensors.SafetensorsFile(folder / STATE)
+        return Progress(**state), feed, {name: np.array(file.read(name)) for name in file.tensors}
+
+    def begin_at(self, progress: Progress) -> None:
+        """Let the metrics end where a run goes on."""
+        kept = [line for line in self.metrics if line["step"] <= progress.steps]
+        data = b"".join(json.dumps(line).encode() + b"\n" for line in kept)
+        with files.os_errors(self.directory / METRICS):
+            os.ftruncate(self._descriptor, 0)
+            files.write_at(self._descriptor, data, 0)
+        self.metrics, self._end = kept, len(data)
+
+    def draw(self) -> None:
+        """Write the curves as a page and, where Pillow is, as an image."""
+        charts = curves.charts(self.metrics)
+        files.write_file(self.directory / "curves.html", curves.page(charts, self.directory.name).encode())
+        with contextlib.suppress(MissingExtraError):
+            files.write_file(self.directory / "curves.png", curves.png(charts))
+
+
+@contextlib.contextmanager
+def opened(
+    directory: str | os.PathLike[str], what: Mapping[str, Any], *, made_with: Mapping[str, Any], resume: bool
+) -> Iterator[RunRecord]:
+    """The record of a run in a new directory, or, with `resume`, in that of the same run.
+
+    Raises OutputExistsError, OutputBusyError, ConfigError where `what` is of another run, and what writing raises.
+    """
+    folder = reading.as_path(directory)
+    with files.os_errors(folder):
+        if not resume and folder.exists() and any(name != ".lock" for name in os.listdir(folder)):
+            raise OutputExistsError(
+                f"{folder} must be new, and has something in it; take another name, or resume (--resume) the run in it."
+            )
+        try:
+            with files.locked_file(folder / ".lock", wait=False):
+                _check_or_write(folder, what, made_with)
+                path = folder / METRICS
+                with files.opened_to_write(path, new=not path.exists()) as descriptor:
+                    yield RunRecord(folder, descriptor)
+        except BlockingIOError as cause:
+            raise OutputBusyError(f"{folder}: another process trains into it; wait for it, or stop it.") from cause
+
+
+def _check_or_write(folder: Path, what: Mapping[str, Any], made_with: Mapping[str, Any]) -> None:
+    """Write run.json, or raise ConfigError where the one that is there says something else."""
+    asked = json.loads(json.dumps(what))
+    if not (folder / RUN).exists():
+        text = json.dumps({**asked, "made_with": dict(made_with)}, indent=1)
+        files.write_file(folder / RUN, text.encode())
+        return
+    there = strict_json.read_object(folder / RUN, error=ConfigError)
+    there.pop("made_with", None)
+    others = sorted(name for name in asked.keys() | there.keys() if asked.get(name) != there.get(name))
+    if others:
+        told = "; ".join(f"{name} {shown(there.get(name))} then, {shown(asked.get(name))} now" for name in others)
+        raise ConfigError(f"{folder / RUN}: the run to resume is of something else: {told}; begin another run.")
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of metrics; what a kill left of the last one is no line."""
+    found = []
+    for number, line in enumerate(reading.read(path, limit=limits.METRICS_BYTES).splitlines(), 1):
+        try:
+            row = strict_json.parse_object(line, where=f"{path}, line {number}", error=CorruptCheckpointError)
+        except CorruptCheckpointError as error:
+            warn(f"{error} It is dropped, with all that follows.")
+            break
+        if not is_int(row.get("step")):
+            break
+        found.append(row)
+    return found
