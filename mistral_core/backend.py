@@ -11,11 +11,15 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from . import extras
 from .errors import InputError, MissingExtraError
 from .telling import nearest, shown
+
+if TYPE_CHECKING:
+    from .lora.config import LoraConfig
+    from .training import Learner, TrainingSettings
 
 GROUP = "mistral.backends"
 ORDER = ("torch", "flax", "tf")
@@ -68,6 +72,12 @@ class Backend(Protocol):
 
     def forward(self, model: Any, **arrays: Any) -> Any:
         """What such a call with NumPy arrays that are right returns, compiled where the framework would for each op."""
+
+    def learner(self, model: Any, settings: TrainingSettings, *, objective: str = "labels") -> Learner:
+        """The model as one that learns, by labels or by preferences."""
+
+    def add_adapter(self, model: Any, config: LoraConfig, *, seed: int = 0) -> Any:
+        """The model with a fresh adapter, which alone learns."""
 
 
 def be_polite() -> None:

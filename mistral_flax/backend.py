@@ -10,11 +10,15 @@ import jax
 from flax import nnx
 
 import mistral_flax
+from mistral_core.lora.config import LoraConfig
 from mistral_core.parameters import HEADS
+from mistral_core.training import TrainingSettings
 
 from .arrays import from_numpy, to_numpy
 from .attention import Visibility, attention_mask, available
 from .layers import token_order
+from .lora import add_adapter
+from .train import Learner
 
 
 class _Backend:
@@ -48,6 +52,14 @@ class _Backend:
         """What such a call returns, compiled once for all models of a kind and arrays of a shape."""
         graph, state = nnx.split(model)
         return _forward(graph, state, arrays)
+
+    def learner(self, model: Any, settings: TrainingSettings, *, objective: str = "labels") -> Learner:
+        """The model as one that learns."""
+        return Learner(model, settings, objective=objective)
+
+    def add_adapter(self, model: Any, config: LoraConfig, *, seed: int = 0) -> Any:
+        """The model with a fresh adapter, which alone learns."""
+        return add_adapter(model, config, seed=seed)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -196,6 +196,13 @@ def set_adapter(model: nnx.Module, names: str | Sequence[str]) -> None:
             _let_train(low, name in names)
 
 
+def trained_adapters(model: nnx.Module) -> tuple[str, ...]:
+    """The names of the adapters that train."""
+    lows = [(name, low) for part in _parts(model) for each in (part.lora, part.saved) for name, low in each.items()]
+    trains = {name for name, low in lows if any(isinstance(each, nnx.LoRAParam) for each in vars(low).values())}
+    return tuple(name for name in _configs(model) if name in trains)
+
+
 @contextlib.contextmanager
 def disable_adapter(model: nnx.Module) -> Iterator[None]:
     """A context in which a model computes without its adapters."""

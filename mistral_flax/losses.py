@@ -96,6 +96,26 @@ def span_loss(
     return jnp.stack([start, end]), jnp.stack([count, end_count])
 
 
+def label_log_probability(logits: Array, labels: Array, *, ignore: int = -100) -> Array:
+    """Sums [B] of log softmax(logits)[label] over labels [B, T] of each row, each predicted by the column before."""
+    counted = labels[:, 1:] != ignore
+    log_probability = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32), axis=-1)
+    picked = jnp.take_along_axis(log_probability, jnp.where(counted, labels[:, 1:], 0)[..., None], axis=-1)[..., 0]
+    return jnp.where(counted, picked, 0).sum(-1)
+
+
+def preference_loss(
+    policy_B: Array, reference_B: Array, counted_B: Array, *, beta: float
+) -> tuple[Array, Array, Array]:
+    """Sum of -log sigmoid(beta * margin) over pairs, their number, and of how many the margin is above 0.
+
+    Formula: `mistral_core.reference.ops.preference_loss`.
+    """
+    chosen, rejected = jnp.split(policy_B - reference_B, 2)
+    margin, pairs = beta * (chosen - rejected), jnp.split(counted_B, 2)[0]
+    return jnp.where(pairs, jax.nn.softplus(-margin), 0).sum(), pairs.sum(), (pairs & (margin > 0)).sum()
+
+
 def divided(total: Array, count: Array, num_items_in_batch: Any = None) -> Array:
     """A loss: a sum over its count, or over that of the whole step; of two sums [2] the mean. Nothing counted is 0."""
     count = count if num_items_in_batch is None else jnp.asarray(num_items_in_batch)

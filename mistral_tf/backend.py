@@ -6,11 +6,15 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import mistral_tf
+from mistral_core.lora.config import LoraConfig
 from mistral_core.parameters import HEADS
+from mistral_core.training import TrainingSettings
 
 from .arrays import from_numpy, to_numpy
 from .attention import Visibility, attention_mask, available
 from .layers import token_order
+from .lora import add_adapter
+from .train import Learner
 
 
 class _Backend:
@@ -39,6 +43,14 @@ class _Backend:
     def forward(self, model: Any, **arrays: Any) -> Any:
         """What such a call returns."""
         return model(**arrays, use_cache=False, return_dict=True)
+
+    def learner(self, model: Any, settings: TrainingSettings, *, objective: str = "labels") -> Learner:
+        """The model as one that learns."""
+        return Learner(model, settings, objective=objective)
+
+    def add_adapter(self, model: Any, config: LoraConfig, *, seed: int = 0) -> Any:
+        """The model with a fresh adapter, which alone learns."""
+        return add_adapter(model, config, seed=seed)
 
 
 BACKEND = _Backend()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -12,6 +14,19 @@ from tensorflow import Tensor
 _SEED: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("seed", default=None)
 """The seed [2] of the layer that is computing, for the second time the same; None: it is computed once."""
 
+_DRAWN: contextvars.ContextVar[tuple[Tensor, Iterator[int]] | None] = contextvars.ContextVar("drawn", default=None)
+"""The seed [2] that all others are drawn from, and their numbers; None: TensorFlow's own generator gives them."""
+
+
+@contextlib.contextmanager
+def drawn_from(seed: Tensor) -> Iterator[None]:
+    """A context in which a seed [2], int32, decides all that is dropped in training."""
+    token = _DRAWN.set((seed, itertools.count(1)))
+    try:
+        yield
+    finally:
+        _DRAWN.reset(token)
+
 
 def checkpointed(layer: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
     """The layer, called as before; `options` are those of `gradient_checkpointing_enable`."""
@@ -19,7 +34,7 @@ def checkpointed(layer: Callable[..., Any], options: Mapping[str, Any]) -> Calla
     def run(x_BTD: Tensor, step: Any, past: Any, **seeds: Any) -> Any:
         if past is not None or step.output_attentions:
             return layer(x_BTD, step=step, past=past, **seeds)  # recompute_grad gives back tensors of gradients alone
-        seed = _drawn()
+        seed = fresh_seed()
 
         def seeded(x_BTD: Tensor) -> Tensor:
             token = _SEED.set(seed)
@@ -41,8 +56,12 @@ def drawn_seed(number: int, training: bool) -> Tensor | None:
     seed = _SEED.get()
     if seed is not None:
         return tf.bitwise.bitwise_xor(seed, tf.constant([number, 0], seed.dtype))
-    return _drawn() if training else None
+    return fresh_seed() if training else None
 
 
-def _drawn() -> Tensor:
+def fresh_seed() -> Tensor:
+    """A seed [2] that no other part of this call has, of TensorFlow's generator or of `drawn_from`."""
+    drawn = _DRAWN.get()
+    if drawn is not None:
+        return tf.bitwise.bitwise_xor(drawn[0], tf.constant([0, next(drawn[1])], tf.int32))
     return tf.random.uniform([2], maxval=2**31 - 1, dtype=tf.int32)

@@ -18,6 +18,7 @@ from mistral_core.outputs import (
 )
 
 from .arrays import as_policy, integers, is_traced, labels_array, to_numpy
+from .checkpointing import fresh_seed
 from .generate import Engine
 from .layers import Head, last_token
 from .losses import Factors, chunked_cross_entropy, classification_loss, cross_entropy, divided, span_loss
@@ -231,8 +232,8 @@ class MistralForTokenClassification(PreTrainedModel):
             **options, training=training, return_dict=True,
         )  # fmt: skip
         x_BTD = out.last_hidden_state
-        if training:
-            x_BTD = tf.nn.dropout(x_BTD, self.config.classifier_dropout)
+        if training and self.config.classifier_dropout:
+            x_BTD = tf.nn.experimental.stateless_dropout(x_BTD, self.config.classifier_dropout, fresh_seed())
         logits = self.score(x_BTD)
         loss = None
         labels = integers("labels", labels)

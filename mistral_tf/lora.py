@@ -208,6 +208,13 @@ def set_adapter(model: keras.Model, names: str | Sequence[str]) -> None:
             low.trainable = name in names
 
 
+def trained_adapters(model: keras.Model) -> tuple[str, ...]:
+    """The names of the adapters that train."""
+    lows = [(name, low) for part in _parts(model) for each in (part.lora, part.saved) for name, low in each.items()]
+    trains = {name for name, low in lows if low.trainable}
+    return tuple(name for name in _configs(model) if name in trains)
+
+
 @contextlib.contextmanager
 def disable_adapter(model: keras.Model) -> Iterator[None]:
     """A context in which a model computes without its adapters."""

@@ -186,6 +186,28 @@ def span_loss(
     return tf.stack([start, end]), tf.stack([count, end_count])
 
 
+def label_log_probability(logits: Tensor, labels: Tensor, *, ignore: int = -100) -> Tensor:
+    """Sums [B] of log softmax(logits)[label] over labels [B, T] of each row, each predicted by the column before."""
+    counted = labels[:, 1:] != ignore
+    log_probability = tf.nn.log_softmax(tf.cast(logits[:, :-1], tf.float32))
+    picked = tf.gather(log_probability, tf.where(counted, labels[:, 1:], 0), axis=-1, batch_dims=2)
+    return tf.reduce_sum(tf.where(counted, picked, 0.0), -1)
+
+
+def preference_loss(
+    policy_B: Tensor, reference_B: Tensor, counted_B: Tensor, *, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of -log sigmoid(beta * margin) over pairs, their number, and of how many the margin is above 0.
+
+    Formula: `mistral_core.reference.ops.preference_loss`.
+    """
+    chosen, rejected = tf.split(policy_B - reference_B, 2)
+    margin, pairs = beta * (chosen - rejected), tf.split(counted_B, 2)[0]
+    right = tf.reduce_sum(tf.cast(tf.logical_and(pairs, margin > 0), tf.int32))
+    total = tf.reduce_sum(tf.where(pairs, tf.nn.softplus(-margin), 0.0))
+    return total, tf.reduce_sum(tf.cast(pairs, tf.int32)), right
+
+
 def divided(total: Tensor, count: Tensor, num_items_in_batch: Any = None) -> Tensor:
     """A loss: a sum over its count, or over that of the whole step; of two sums [2] the mean. Nothing counted is 0."""
     count = tf.cast(over_replicas(count) if num_items_in_batch is None else num_items_in_batch, tf.float32)

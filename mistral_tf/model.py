@@ -14,7 +14,7 @@ from mistral_core.outputs import ModelOutput
 from .arrays import Inputs, as_policy, model_inputs
 from .attention import check_implementation
 from .cache import KVCache
-from .checkpointing import checkpointed
+from .checkpointing import checkpointed, fresh_seed
 from .layers import DecoderLayer, Embedding, RMSNorm, query_scale, rotary, token_order, token_positions
 from .step import Step, steps_of_layers
 from .weights import PreTrainedModel, default_initializer
@@ -142,10 +142,10 @@ class MistralModel(PreTrainedModel):
 
 
 def dropout_seeds(config: MistralConfig, training: bool) -> list[Any]:
-    """A seed [2] for each layer from TensorFlow's generator; Nones where nothing is dropped.
+    """A seed [2] for each layer; Nones where nothing is dropped.
 
     Drawn outside of the layers: one that is computed again for its gradients must drop the same weights.
     """
     if not training or not config.attention_dropout:
         return [None] * config.num_hidden_layers
-    return tf.unstack(tf.random.uniform([config.num_hidden_layers, 2], maxval=2**31 - 1, dtype=tf.int32))
+    return [fresh_seed() for _ in range(config.num_hidden_layers)]

@@ -9,11 +9,15 @@ from typing import Any
 import torch
 
 import mistral_torch
+from mistral_core.lora.config import LoraConfig
 from mistral_core.parameters import HEADS
+from mistral_core.training import TrainingSettings
 
 from .arrays import from_numpy, to_numpy
 from .attention import Visibility, attention_mask, available
 from .layers import token_order
+from .lora import add_adapter
+from .train import Learner
 
 
 class _Backend:
@@ -50,6 +54,14 @@ class _Backend:
         """What such a call returns."""
         with self.inference(model):
             return model(**arrays, use_cache=False, return_dict=True)
+
+    def learner(self, model: Any, settings: TrainingSettings, *, objective: str = "labels") -> Learner:
+        """The model as one that learns."""
+        return Learner(model, settings, objective=objective)
+
+    def add_adapter(self, model: Any, config: LoraConfig, *, seed: int = 0) -> Any:
+        """The model with a fresh adapter, which alone learns."""
+        return add_adapter(model, config, seed=seed)
 
 
 BACKEND = _Backend()

@@ -169,6 +169,13 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
             low.requires_grad_(name in names)
 
 
+def trained_adapters(model: nn.Module) -> tuple[str, ...]:
+    """The names of the adapters that train."""
+    lows = [(name, low) for part in _parts(model) for each in (part.lora, part.saved) for name, low in each.items()]
+    trains = {name for name, low in lows if any(each.requires_grad for each in low.parameters())}
+    return tuple(name for name in model.__dict__.get("peft_configs", {}) if name in trains)
+
+
 @contextlib.contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """A context in which a model computes without its adapters."""

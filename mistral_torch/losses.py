@@ -116,6 +116,26 @@ def span_loss(
     return torch.stack([start, end]), torch.stack([count, end_count])
 
 
+def label_log_probability(logits: Tensor, labels: Tensor, *, ignore: int = -100) -> Tensor:
+    """Sums [B] of log softmax(logits)[label] over labels [B, T] of each row, each predicted by the column before."""
+    counted = labels[:, 1:] != ignore
+    log_probability = F.log_softmax(logits[:, :-1].float(), dim=-1)
+    picked = log_probability.gather(-1, torch.where(counted, labels[:, 1:], 0)[..., None])[..., 0]
+    return torch.where(counted, picked, 0).sum(-1)
+
+
+def preference_loss(
+    policy_B: Tensor, reference_B: Tensor, counted_B: Tensor, *, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of -log sigmoid(beta * margin) over pairs, their number, and of how many the margin is above 0.
+
+    Formula: `mistral_core.reference.ops.preference_loss`.
+    """
+    chosen, rejected = (policy_B - reference_B).chunk(2)
+    margin, pairs = beta * (chosen - rejected), counted_B.chunk(2)[0]
+    return torch.where(pairs, F.softplus(-margin), 0).sum(), pairs.sum(), (pairs & (margin > 0)).sum()
+
+
 def divided(total: Tensor, count: Tensor, num_items_in_batch: Any = None) -> Tensor:
     """A loss: a sum over its count, or over that of the whole step; of two sums [2] the mean. Nothing counted is 0."""
     count = count if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=total.device)

@@ -28,6 +28,7 @@ FRAMEWORK_PARAMETERS = {
     "rules": "JAX: which axes of a mesh cut what",
     "device": "JAX and TensorFlow place arrays by themselves",
     "sample_weight": "Keras' fit takes them",
+    "after": "JAX: what an operation waits for; torch runs one after another, TensorFlow has control dependencies",
 }
 OWN_NAMES = {
     "Layer": "Keras: what our layers share (dtypes left alone)",
@@ -74,6 +75,8 @@ OWN_NAMES = {
     "add_from_config": "Keras' files say how a model is made",
     "is_of_adapter": "Keras' files say how a model is made",
     "drawn_seed": "TensorFlow: seeds for dropout, the same when a layer is computed again",
+    "drawn_from": "TensorFlow: seeds for dropout, of one that a step of training has; torch and JAX take it",
+    "fresh_seed": "TensorFlow: seeds for dropout",
     "__call__": "Keras: lists and NumPy become tensors before Keras looks at them",
 }
 OWN_FILES = {

@@ -212,6 +212,31 @@ def squared_error(predictions: Array, labels: Array) -> tuple[Array, Array]:
     return ((predictions - labels) ** 2).sum(), np.array(predictions.size)
 
 
+def label_log_probability(logits: Array, labels: Array, *, ignore: int = -100) -> Array:
+    """Sums [B] of log softmax(logits)[label] over labels [B, T] of each row, each predicted by the column before."""
+    counted = labels[:, 1:] != ignore
+    x = logits[:, :-1] - logits[:, :-1].max(-1, keepdims=True)
+    log_probability = x - np.log(np.exp(x).sum(-1, keepdims=True))
+    picked = np.take_along_axis(log_probability, np.where(counted, labels[:, 1:], 0)[..., None], -1)[..., 0]
+    return np.where(counted, picked, 0).sum(-1)
+
+
+def preference_loss(
+    policy_B: Array, reference_B: Array, counted_B: Array, *, beta: float
+) -> tuple[Array, Array, Array]:
+    """Sum of -log sigmoid(beta * margin) over pairs, their number, and of how many the margin is above 0.
+
+    The first half of the rows are chosen answers, the second half rejected ones; margin = (policy - reference) of a
+    chosen answer less that of the rejected one (DPO, arXiv 2305.18290, equation 7). A pair of rows that are not counted
+    is none.
+    """
+    change = policy_B - reference_B
+    chosen, rejected = np.split(change, 2)
+    margin, pairs = beta * (chosen - rejected), np.split(counted_B, 2)[0]
+    losses = np.logaddexp(0, -margin)
+    return np.where(pairs, losses, 0).sum(), pairs.sum(), (pairs & (margin > 0)).sum()
+
+
 def divided(total: Array, count: Array, num_items_in_batch: Any = None) -> Array:
     """A loss: a sum over its count, or over that of the whole step; of two sums [2] the mean. Nothing counted is 0."""
     count = np.asarray(count if num_items_in_batch is None else num_items_in_batch)
