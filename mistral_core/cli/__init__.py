@@ -38,6 +38,7 @@ _OWN = {
     "attention": "the attention weights of a text, from any backend, as a picture",
     "convert": "write a checkpoint as another format, bit for bit",
     "quantize": "write a checkpoint whose matrices take 8 or 4 bits a number",
+    "train": "fine-tune a model, or a LoRA adapter beside it, on a .jsonl of examples",
     "lora": "what a LoRA adapter is, how far two are apart, and a base with one folded in",
     "verify": "compare a checkpoint with the SHA-256 sums of its manifest",
     "push": "upload a checkpoint to the hub in one commit",
