@@ -230,6 +230,14 @@ MUTANTS = (
         flax=("jax.lax.stop_gradient(jnp.linalg.norm(changed, axis=1))", "jnp.linalg.norm(changed, axis=1)"),
         tf=("tf.stop_gradient(tf.norm(changed, axis=1))", "tf.norm(changed, axis=1)"),
     )),
+    Mutant("gradient through a packed matrix rounded to bfloat16", "gradients of adapters", spelled(
+        "products.py", torch=("gradient @ _floats(ctx.weight, gradient.dtype)",
+                              "gradient @ _floats(ctx.weight, torch.bfloat16).to(gradient.dtype)"),
+        flax=("_rounded(_rows(weight, start, size), gradient.dtype)]",
+              "(each.astype(gradient.dtype) for each in _rounded(_rows(weight, start, size), jnp.bfloat16))]"),
+        tf=("tf.matmul(upstream_RO, _made_floats(upstream_RO, weight, upstream_RO.dtype))",
+            "tf.matmul(upstream_RO, tf.cast(_made_floats(upstream_RO, weight, tf.bfloat16), upstream_RO.dtype))"),
+    )),
     Mutant("the base of an adapter learns too", "gradients of adapters", spelled(
         "lora.py", torch=("model.requires_grad_(False)", "model.requires_grad_(True)"),
     )),
