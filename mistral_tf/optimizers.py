@@ -16,6 +16,13 @@ class AdamW(keras.optimizers.AdamW):
     Keras adds it before, which makes it 1 / sqrt(1 - beta_2^t) times as large: 32 times in the first step.
     """
 
+    def _clip_gradients(self, grads: list[Any]) -> list[Any]:
+        """Gradients as they are clipped; of an embedding, whose rows come one by one, first as what they add up to.
+
+        The norm of the rows by themselves is not that of the gradient where a token is there twice.
+        """
+        return super()._clip_gradients([each if each is None else tf.convert_to_tensor(each) for each in grads])
+
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Move a variable by its gradient."""
         index, step = self._get_variable_index(variable), ops.cast(self.iterations + 1, variable.dtype)

@@ -106,3 +106,24 @@ def test_steps_are_clipped_and_are_not():
     assert min(norms) < MOST < max(norms)
     for gradients, norm in zip(GRADIENTS, norms, strict=True):
         assert np.isclose(global_norm(clipped(gradients, MOST)), min(norm, MOST))
+
+
+@pytest.mark.parametrize("clip", ["clipnorm", "global_clipnorm"])
+def test_an_embedding_s_gradient_is_clipped_as_the_sum_of_its_rows(clip):
+    """A token that is there twice has two rows, [3, 0] and [4, 0]: together they are 7 long, by themselves 5."""
+    tensorflow = pytest.importorskip("tensorflow")
+    import keras
+
+    from mistral_tf.optimizers import AdamW as Optimizer
+
+    moments = []
+    for sparse in (True, False):
+        table = keras.Variable(np.zeros((3, 2), np.float32))
+        optimizer = Optimizer(1e-3, weight_decay=0.0, **{clip: 1.4})
+        optimizer.build([table])
+        rows = tensorflow.constant([[3.0, 0.0], [4.0, 0.0]])
+        gradient = tensorflow.IndexedSlices(rows, tensorflow.constant([1, 1]), tensorflow.constant([3, 2]))
+        optimizer.apply([gradient if sparse else tensorflow.convert_to_tensor(gradient)], [table])
+        moments.append(np.asarray(optimizer._momentums[0]))
+    assert np.allclose(moments[0], moments[1])
+    assert np.isclose(moments[0][1, 0], 0.1 * 1.4)
