@@ -20,6 +20,7 @@ CHAPTERS = {
     "conversation": "text-and-chat",
     "pipelines": "text-and-chat",
     "mask_is_used": "pictures",
+    "test_training": "learning",
 }
 """A word in a test file's name -> the page of its features; those of other files are on the framework's own page."""
 

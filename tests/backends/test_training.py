@@ -91,6 +91,7 @@ SEEN: dict[tuple[str, str], tuple[list, dict]] = {}
 """Kind and whether an adapter learns -> what the first framework gave, with which the others are compared."""
 
 
+@pytest.mark.feature("Training: all weights, LoRA, QLoRA, DPO")
 @pytest.mark.parametrize("adapted", [True, False], ids=["adapter", "all"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_frameworks_learn_the_same(backend, data, tmp_path, kind, adapted):

@@ -57,7 +57,6 @@ CASES = {
 
 
 @pytest.mark.filterwarnings("ignore:.* are initialised")
-@pytest.mark.feature("fine-tuning from the command line")
 @pytest.mark.parametrize("kind", CASES)
 def test_a_kind_of_examples_is_learnt(backend, files, tmp_path, capsys, kind):
     name = backend.__name__.removeprefix("mistral_")
