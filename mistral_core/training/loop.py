@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 from ..errors import ConfigError, NonFiniteLossError
 from ..learning import Examples, Feed, LearningStep
 from .learner import Learner, StepOutcome
-from .record import BEST, FINAL, Progress, RunRecord, opened
+from .record import BEST, FINAL, LAST, Progress, RunRecord, opened
 from .settings import TrainingSettings
 
 Told = Callable[[dict[str, Any]], None]
@@ -140,24 +141,32 @@ class _Run:
         self.progress = self.progress._replace(steps=number + 1)
         tokens = sum(batch.tokens for batch in step.batches)
         seconds = time.perf_counter() - begun
+        right = {} if outcome.right is None else {"right": outcome.right / step.num_items_in_batch}
         self._note(
             step=number + 1, epoch=step.epoch, loss=outcome.loss, rate=rate, norm=outcome.norm,
-            labels=step.num_items_in_batch, tokens=tokens, seconds=round(seconds, 4),
+            labels=step.num_items_in_batch, tokens=tokens, seconds=round(seconds, 4), **right,
         )  # fmt: skip
 
     def _what_is_wrong(self, step: LearningStep, outcome: StepOutcome) -> str:
-        bad = [batch for batch, loss in zip(step.batches, outcome.losses, strict=True) if loss - loss != 0]
+        bad = [batch for batch, loss in zip(step.batches, outcome.losses, strict=True) if not math.isfinite(loss)]
         lines = sorted({line for batch in bad or step.batches for row in batch.lines for line in row})
         what = f"the loss is {outcome.loss}" if bad else f"the norm of the gradients is {outcome.norm}"
-        kept = f"{self.record.directory / 'last'} holds step {self.kept}" if self.kept else "nothing was kept before"
         return (
             f"{self.feed.examples.lines.path}: in step {self.progress.steps + 1} {what}, of the examples in lines "
-            f"{', '.join(map(str, lines))}; nothing was learnt from them, and {kept}. Take out what is wrong, "
-            "or begin another run with a lower rate."
+            f"{', '.join(map(str, lines))}; nothing was learnt from them; {self._what_is_kept()}. Take out what is "
+            "wrong, or begin another run with a lower rate."
         )
+
+    def _what_is_kept(self) -> str:
+        return f"{self.record.directory / LAST} holds step {self.kept}" if self.kept else "nothing was kept before"
 
     def _measure(self, examples: Examples) -> None:
         found = validation_loss(self.learner, examples, self.feed)
+        if not math.isfinite(found.loss):
+            raise NonFiniteLossError(
+                f"{examples.lines.path}: after step {self.progress.steps} the validation loss is {found.loss}; "
+                f"{self._what_is_kept()}. Begin another run with a lower rate."
+            )
         lower = self.progress.best_loss is None or found.loss < self.progress.best_loss
         if lower:
             self.progress = self.progress._replace(best_loss=found.loss, best_step=self.progress.steps, since_best=0)

@@ -110,6 +110,9 @@ def test_frameworks_learn_the_same(backend, data, tmp_path, kind, adapted):
         assert array.dtype == np.float32
         scale = np.abs(others[name]).max() or 1
         assert np.abs(array - others[name]).max() <= 1e-3 * scale, name
+    shares = [json.loads(line).get("right") for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= share <= 1 for share in shares if share is not None)
+    assert any(share is not None for share in shares) == (kind == "preference")
     step = next(feed(data, kind).steps())
     if kind == "text" and not adapted:
         parameters = random_parameters(CONFIG, KINDS[kind])
@@ -159,6 +162,17 @@ def test_a_killed_run_is_resumed_to_the_bit(backend, data, tmp_path, case):
         for name, array in resumed.arrays().items():
             if name.startswith("weights.") and name.endswith(".b"):
                 assert np.abs(array).max() > 0, f"{name} has learnt nothing"
+
+
+def test_rows_of_one_batch_are_those_of_several(backend, data, tmp_path):
+    found = []
+    for rows, accumulate in ((4, 1), (1, 4)):
+        learner, settings = made(backend), TrainingSettings(rate=1e-3, epochs=2, eps=1e-6)
+        steps = Feed(data["text"], rows=rows, accumulate=accumulate, seed=0)
+        train(learner, steps, tmp_path / str(rows), settings=settings)
+        found.append(losses(tmp_path / str(rows)))
+    for one, other in zip(*found, strict=True):
+        assert np.allclose(one[:2], other[:2], rtol=1e-5)
 
 
 def test_weights_of_bfloat16_learn_in_float32(backend, data):

@@ -223,6 +223,13 @@ def test_a_loss_that_is_no_number_ends_the_run_and_names_the_lines(examples, tmp
     assert f"lines {', '.join(map(str, wanted))};" in str(raised.value)
 
 
+def test_a_validation_loss_that_is_no_number_ends_the_run(examples, tmp_path):
+    learner = Bigrams(SETTINGS)
+    learner.measure = lambda batch: Measure(math.nan, None)
+    with pytest.raises(NonFiniteLossError, match=r"after step \d+ the validation loss is nan; nothing was kept before"):
+        run(examples, tmp_path / "run", learner=learner)
+
+
 def test_gradients_that_are_no_number_name_all_lines(examples, tmp_path):
     learner = Bigrams(SETTINGS)
     learner.step = lambda batches, **_: StepOutcome((1.0,) * len(batches), math.inf)
