@@ -15,6 +15,7 @@ from mistral_core.data import TINY_CHECKPOINT
 from mistral_core.errors import ConfigError, MissingTensorsError, NonFiniteLossError, UnsupportedFeatureError
 from mistral_core.learning import Examples, Feed
 from mistral_core.lora.config import LoraConfig
+from mistral_core.quantization.request import Quantization
 from mistral_core.reference import heads, ops
 from mistral_core.text.tokenizer import MistralTokenizer
 from mistral_core.training import TrainingSettings, train
@@ -68,10 +69,12 @@ def built(backend, config=CONFIG, architecture="MistralForCausalLM", dtype="floa
     return adapter.model(architecture, config, parameters, dtype, adapter.implementations[0])
 
 
-def made(backend, kind="text", *, lora=LORA, dtype="float32", config=CONFIG, settings=SETTINGS):
+def made(backend, kind="text", *, lora=LORA, dtype="float32", config=CONFIG, settings=SETTINGS, packed=None):
     """A learner of a small random model."""
     architecture = KINDS[kind]
     model = built(backend, config, architecture, dtype)
+    if packed is not None:
+        model = importlib.import_module(f"{backend.__name__}.quantize").quantize(model, Quantization(packed, 16))
     train = importlib.import_module(f"{backend.__name__}.train")
     if lora is not None:
         model = importlib.import_module(f"{backend.__name__}.lora").add_adapter(model, lora)
@@ -88,19 +91,23 @@ def losses(directory):
 
 
 SEEN: dict[tuple[str, str], tuple[list, dict]] = {}
-"""Kind and whether an adapter learns -> what the first framework gave, with which the others are compared."""
+"""Kind and what learns -> what the first framework gave, with which the others are compared."""
 
 
 @pytest.mark.feature("Training: all weights, LoRA, QLoRA, DPO")
-@pytest.mark.parametrize("adapted", [True, False], ids=["adapter", "all"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_frameworks_learn_the_same(backend, data, tmp_path, kind, adapted):
-    if kind == "preference" and not adapted:
-        pytest.skip("what is compared with is the model without its adapter")
-    learner = made(backend, kind, lora=LORA if adapted else None)
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        ("text", "all"), ("text", "adapter"), ("text", "nf4"), ("preference", "adapter"), ("preference", "int4"),
+        ("classification", "all"), ("classification", "adapter"), ("tokens", "all"), ("tokens", "adapter"),
+    ],
+)  # fmt: skip
+def test_frameworks_learn_the_same(backend, data, tmp_path, kind, what):
+    packed = what if what in ("nf4", "int4") else None
+    learner = made(backend, kind, lora=None if what == "all" else LORA, packed=packed)
     train(learner, feed(data, kind), tmp_path / "run", settings=SETTINGS, validation=data[kind])
     found, arrays = losses(tmp_path / "run"), learner.arrays()
-    first, others = SEEN.setdefault((kind, adapted), (found, arrays))
+    first, others = SEEN.setdefault((kind, what), (found, arrays))
     assert len(found) == len(first)
     for one, other in zip(found, first, strict=True):
         for mine, theirs in zip(one, other, strict=True):
@@ -114,7 +121,7 @@ def test_frameworks_learn_the_same(backend, data, tmp_path, kind, adapted):
     assert all(0 <= share <= 1 for share in shares if share is not None)
     assert any(share is not None for share in shares) == (kind == "preference")
     step = next(feed(data, kind).steps())
-    if kind == "text" and not adapted:
+    if (kind, what) == ("text", "all"):
         parameters = random_parameters(CONFIG, KINDS[kind])
         parts = [
             heads.causal_lm(CONFIG, parameters, **each.arguments(), num_items_in_batch=step.num_items_in_batch).loss
