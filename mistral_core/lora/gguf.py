@@ -53,7 +53,7 @@ def write(
     """
     folder, checkpoint = files.as_path(adapter), Checkpoint.open(base, **hub_arguments)
     names = canonical_names(checkpoint.tensors)
-    architecture = CAUSAL if checkpoint.format == "gguf" else own_class(checkpoint.config, names)
+    architecture = own_class(checkpoint.config, names)
     if architecture != CAUSAL:
         raise UnsupportedFeatureError(
             f"{checkpoint.path} must be a language model, for a GGUF file holds no other, got a {architecture}; load "

@@ -73,6 +73,9 @@ def own_class(config: MistralConfig, names: Mapping[str, str]) -> str:
     if config.architectures and config.architectures[0] in HEADS:
         return config.architectures[0]
     present = _ALL_HEADS & set(names)
+    has_prefix = any(source.startswith(BASE_PREFIX) for source in names.values())  # which a bare model's names have not
+    if not present and has_prefix and config.tie_word_embeddings:
+        return "MistralForCausalLM"
     fitting = [architecture for architecture, head in _HEAD_NAMES.items() if head and head <= present]
     return max(fitting, key=lambda architecture: len(_HEAD_NAMES[architecture]), default="MistralModel")
 

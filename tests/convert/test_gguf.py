@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 from crossed import crossed
-from samples import CONFIGS, any_bits, assert_same, bits, read, write
+from samples import CONFIGS, any_bits, assert_same, bits, ordinary, read, write
 
 from mistral_core import TINY, convert
 from mistral_core.config import rope
@@ -133,6 +133,18 @@ def test_what_gguf_wrote_is_converted(tmp_path):
     assert "dequantised from Q8_0" in report.losses["source"]
     convert(FOREIGN / "half.gguf", tmp_path / "raw", to="raw")
     assert_same(read(tmp_path / "raw"), read(FOREIGN / "half.gguf"))
+
+
+def test_a_tied_file_of_others_is_a_language_model(tmp_path):
+    """What llama.cpp writes of tied embeddings has no head and no manifest that says what it is of."""
+    config = PLAIN.replace(tie_word_embeddings=True, architectures=("MistralForCausalLM",))
+    write(tmp_path / "hf", "hf", ordinary(config), config)
+    convert(tmp_path / "hf", tmp_path / "gguf", to="gguf")
+    (tmp_path / "gguf" / "mistral_manifest.json").unlink()
+    convert(tmp_path / "gguf", tmp_path / "again", to="hf")
+    found = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert found["architectures"] == ["MistralForCausalLM"]
+    assert_same(read(tmp_path / "hf"), read(tmp_path / "again"))
 
 
 @pytest.mark.parametrize("code", sorted(QUANTISED - {"Q8_1", "Q8_K", "Q1_0"}))
