@@ -21,7 +21,7 @@ from ..learning.examples import LABELLED
 from ..lora.adapter import is_adapter
 from ..lora.config import ALL_LINEAR, LoraConfig
 from ..text.tokenizer import MistralTokenizer
-from ..training import TrainingResult, TrainingSettings, train
+from ..training import TrainingResult, TrainingSettings, check_new, train
 from . import backend_argument, loading, loading_arguments, progress, put, quantization_argument
 
 ARCHITECTURES = {"classification": "MistralForSequenceClassification", "tokens": "MistralForTokenClassification"}
@@ -85,6 +85,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Train, tell how it goes on stderr, and print where the weights are."""
     settings, lora = settings_of(options), lora_of(options)
+    check_new(options.out, resume=options.resume)
     backend = backends.get(backends.chosen(options.backend))
     path = download.held(options.model)
     if is_adapter(path):

@@ -13,4 +13,5 @@ from .learner import Measure as Measure
 from .learner import StepOutcome as StepOutcome
 from .loop import TrainingResult as TrainingResult
 from .loop import train as train
+from .record import check_new as check_new
 from .settings import TrainingSettings as TrainingSettings

@@ -29,6 +29,8 @@ from . import curves
 
 RUN, METRICS, LAST, BEST, FINAL = "run.json", "metrics.jsonl", "last", "best", "final"
 STATE, PROGRESS = "learner.safetensors", "progress.json"
+TOLD = 6
+"""Differences between two runs that an error tells."""
 
 
 class Progress(NamedTuple):
@@ -98,6 +100,16 @@ class RunRecord:
             files.write_file(self.directory / "curves.png", curves.png(charts))
 
 
+def check_new(directory: str | os.PathLike[str], *, resume: bool) -> None:
+    """Raise OutputExistsError where a directory has something in it, and no run in it is resumed."""
+    folder = reading.as_path(directory)
+    with files.os_errors(folder):
+        if not resume and folder.exists() and any(name != ".lock" for name in os.listdir(folder)):
+            raise OutputExistsError(
+                f"{folder} must be new, and has something in it; take another name, or resume (--resume) the run in it."
+            )
+
+
 @contextlib.contextmanager
 def opened(
     directory: str | os.PathLike[str], what: Mapping[str, Any], *, made_with: Mapping[str, Any], resume: bool
@@ -107,11 +119,8 @@ def opened(
     Raises OutputExistsError, OutputBusyError, ConfigError where `what` is of another run, and what writing raises.
     """
     folder = reading.as_path(directory)
+    check_new(folder, resume=resume)
     with files.os_errors(folder):
-        if not resume and folder.exists() and any(name != ".lock" for name in os.listdir(folder)):
-            raise OutputExistsError(
-                f"{folder} must be new, and has something in it; take another name, or resume (--resume) the run in it."
-            )
         try:
             with files.locked_file(folder / ".lock", wait=False):
                 _check_or_write(folder, what, made_with)
@@ -131,10 +140,22 @@ def _check_or_write(folder: Path, what: Mapping[str, Any], made_with: Mapping[st
         return
     there = strict_json.read_object(folder / RUN, error=ConfigError)
     there.pop("made_with", None)
-    others = sorted(name for name in asked.keys() | there.keys() if asked.get(name) != there.get(name))
-    if others:
-        told = "; ".join(f"{name} {shown(there.get(name))} then, {shown(asked.get(name))} now" for name in others)
-        raise ConfigError(f"{folder / RUN}: the run to resume is of something else: {told}; begin another run.")
+    told = list(_differences(there, asked))
+    if told:
+        more = f", and {len(told) - TOLD} more" if len(told) > TOLD else ""
+        raise ConfigError(
+            f"{folder / RUN}: the run to resume is of something else: {'; '.join(told[:TOLD])}{more}; give "
+            "what it began with, or begin another run."
+        )
+
+
+def _differences(then: Any, now: Any, name: str = "") -> Iterator[str]:
+    """Each value of nested objects that was another."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in sorted(then.keys() | now.keys()):
+            yield from _differences(then.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif then != now:
+        yield f"{name} {shown(then)} then, {shown(now)} now"
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

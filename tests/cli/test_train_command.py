@@ -120,7 +120,12 @@ def test_a_line_that_is_wrong_is_told_before_anything_is_written(files, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_an_adapter_is_no_base(files, tmp_path, capsys):
+def test_directories_are_looked_at_first(files, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes").write_text("")
+    said = trained(capsys, files["text"], "--out", str(tmp_path / "full"), "--backend", "torch", status=2)
+    assert "must be new" in said.err
+    assert "loading" not in said.err, "before the model is read"
     trained(capsys, files["text"], "--out", str(tmp_path / "run"), "--backend", "torch", "--lora", "2", *FEW)
     status = main(["train", str(tmp_path / "run/final"), files["text"], "--out", str(tmp_path / "more")])
     assert status == 2
