@@ -23,11 +23,9 @@ import tempfile
 import time
 import venv
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mistral_core import backend as backends
 from mistral_core.data import TINY_CHECKPOINT
 
 from .common import ROOT, MeasurementError, keep, listed, machine, measure, report, shown, table_row
@@ -165,8 +163,7 @@ def measured(task: str, names: list[str]) -> tuple[list[str], list[list[str]]]:
         with tempfile.TemporaryDirectory() as scratch:
             metrics, seconds = trained(task, name, learnt, others, Path(scratch) / "run")
             last = [line for line in metrics if "validation_loss" in line][-1]
-            framework = backends.get(name).framework
-            told = [f"{framework} {version(framework)}"]
+            told = [json.loads((Path(scratch) / "run" / "run.json").read_text())["made_with"]["backend"]]
             if task == "classes":
                 told.append(f"{last['validation_right']:.1%}")
             else:
