@@ -921,7 +921,7 @@ static void rounded_rows_plain(const void *argument, int64_t part)
    smaller ones at most 2^-22, or 2^-30, of the largest is lost, as by a sum in float32 that the largest is part of.
    Sums of digits times codes are exact. */
 
-enum { MOST_DIGITS = 4 };
+enum { NO_DIGITS, MOST_DIGITS = 4 }; /* none: x is bfloat16 as it is */
 
 /* Digits [blocks, digits, 128] and scales [blocks] of a row; 0 where a number is not finite: it has no digits. */
 static int digits_of_row(const float *x, int64_t I, int digits, int8_t *codes, float *scales)
@@ -1097,8 +1097,97 @@ KINDS(1) KINDS(3) KINDS(4)
 #undef GROUPINGS
 #undef DOTS
 
+#ifdef __AVX512BF16__
+#define HALVES 1
+
+/* ---- the product of codes of four bits with numbers that are all bfloat16 ----
+
+   The processor adds products of pairs of bfloat16, which are exact, to sums in float32; it takes numbers below the
+   smallest normal one for 0. The codes' values are bfloat16 too, so w is met as it is, before its scale. */
+
+enum { NEAR_BYTES = 20480 }; /* of x and of rows of w, these and the next: so many stay in the first cache */
+
+/* Columns of x as words of codes meet them: of 128, [s][k] is column 4k + s, as bfloat16. */
+static void order_for_words(const float *x, int64_t stride, uint16_t *to)
+{
+    for (int64_t b = 0; b < stride; b += 128)
+        for (int s = 0; s < 4; s++)
+            for (int k = 0; k < 32; k++) to[b + s * 32 + k] = (uint16_t)(bits_of(x[b + 4 * k + s]) >> 16);
+}
+
+/* The values of a code as bfloat16: twice, as the fifth bit of an index is another code's. */
+static const uint16_t INT4_WORDS[32] = {
+    0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000,
+    0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
+    0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
+
+/* y[rows][BESIDE] as of `dots_by`, of codes without zero points. */
+static inline __attribute__((always_inline)) void words_by(
+    const Job *job, int rows, int grouped, int64_t r, int64_t o, int64_t end, const float *scale, int64_t scales,
+    __m512i index, float *y)
+{
+    const Matrix *m = job->m;
+    const __m512i table = _mm512_loadu_si512(INT4_WORDS);
+    const int near = 2 * rows * job->stride + 2 * BESIDE * m->row_bytes <= NEAR_BYTES;
+    int64_t chunks = job->stride / ROUNDED, of_group = m->G == 1 ? INT64_MAX : m->wide / ROUNDED, left = of_group;
+    const uint8_t *codes[BESIDE];
+    __m512 total[4][BESIDE];
+    for (int h = 0; h < BESIDE; h++) {
+        codes[h] = m->codes + (o + h < end ? o + h : end - 1) * m->row_bytes;
+        for (int k = 0; k < rows; k++) total[k][h] = _mm512_setzero_ps();
+    }
+    for (int64_t c = 0; c < chunks; c++) {
+        int64_t at = c * 64;
+        __mmask64 here = of_bytes(m->row_bytes - at);
+        const char *next = (const char *)codes[0] + BESIDE * m->row_bytes + at * BESIDE;
+        const uint16_t *x = job->x_words + r * job->stride + c * ROUNDED;
+        for (int h = 0; h < BESIDE; h++) {
+            if (near) _mm_prefetch(next + h * 64, _MM_HINT_T0);
+            else _mm_prefetch(next + h * 64, _MM_HINT_T1);
+            __m512i all = _mm512_maskz_loadu_epi8(here, codes[h] + at);
+            __m512bh w[4];
+            for (int s = 0; s < 4; s++)
+                w[s] = (__m512bh)_mm512_permutexvar_epi16(s ? _mm512_srli_epi16(all, 4 * s) : all, table);
+            __m512 by = grouped == GROUPS_IN_A_BLOCK ? _mm512_permutexvar_ps(index, _mm512_loadu_ps(scale + h * scales))
+                                                     : _mm512_set1_ps(scale[h * scales]);
+            for (int k = 0; k < rows; k++) {
+                __m512 dot = _mm512_setzero_ps();
+                for (int s = 0; s < 4; s++)
+                    dot = _mm512_dpbf16_ps(dot, w[s], (__m512bh)_mm512_load_si512(x + k * job->stride + 32 * s));
+                total[k][h] = _mm512_fmadd_ps(dot, by, total[k][h]);
+            }
+        }
+        int64_t done = grouped == GROUPS_IN_A_BLOCK ? ROUNDED / m->wide : --left == 0;
+        if (grouped == GROUPS_OF_BLOCKS && done) left = of_group;
+        scale += done;
+    }
+    for (int k = 0; k < rows; k++)
+        for (int h = 0; h < BESIDE; h++) y[k * BESIDE + h] = _mm512_reduce_add_ps(total[k][h]);
+}
+
+#define WORDS(rows, grouped) \
+    static __attribute__((noinline)) void words_##rows##grouped( \
+        const Job *job, int64_t r, int64_t o, int64_t end, const float *scale, const float *zero, int64_t scales, \
+        __m512i index, float *y) \
+    { \
+        (void)zero; \
+        words_by(job, rows, grouped, r, o, end, scale, scales, index, y); \
+    }
+#define BOTH(rows) WORDS(rows, GROUPS_OF_BLOCKS) WORDS(rows, GROUPS_IN_A_BLOCK)
+BOTH(1) BOTH(2) BOTH(4)
+#undef BOTH
+#undef WORDS
+#endif
+
 static Dots dots_of(int kind, int digits, int rows, int grouped)
 {
+#ifdef HALVES
+#define FOUND(n) \
+    if (digits == NO_DIGITS && rows == n) \
+        return grouped == GROUPS_OF_BLOCKS ? words_##n##GROUPS_OF_BLOCKS : words_##n##GROUPS_IN_A_BLOCK;
+    FOUND(1) FOUND(2) FOUND(4)
+#undef FOUND
+#endif
 #define FOUND(k, d, n) \
     if (kind == k && digits == d && rows == n) \
         return grouped == GROUPS_OF_BLOCKS ? dots_##k##d##n##GROUPS_OF_BLOCKS : dots_##k##d##n##GROUPS_IN_A_BLOCK;
@@ -1154,99 +1243,6 @@ static int prepare_digits(Job *job, int rounded, int8_t *codes, int32_t *totals,
     }
     return 1;
 }
-
-#ifdef __AVX512BF16__
-#define HALVES 1
-
-/* ---- the product of codes of four bits with numbers that are all bfloat16 ----
-
-   The processor adds products of pairs of bfloat16, which are exact, to sums in float32; it takes numbers below the
-   smallest normal one for 0. The codes' values are bfloat16 too, so w is met as it is, before its scale. */
-
-enum { NEAR_BYTES = 20480 }; /* of x and of rows of w, these and the next: so many stay in the first cache */
-
-/* Columns of x as words of codes meet them: of 128, [s][k] is column 4k + s, as bfloat16. */
-static void order_for_words(const float *x, int64_t stride, uint16_t *to)
-{
-    for (int64_t b = 0; b < stride; b += 128)
-        for (int s = 0; s < 4; s++)
-            for (int k = 0; k < 32; k++) to[b + s * 32 + k] = (uint16_t)(bits_of(x[b + 4 * k + s]) >> 16);
-}
-
-/* y[rows][BESIDE] as of `dots_by`; `table` has the values of a code, twice, as the fifth bit of an index is another's. */
-static inline __attribute__((always_inline)) void words_by(
-    const Job *job, int rows, int grouped, int64_t r, int64_t o, int64_t end, const float *scale, int64_t scales,
-    __m512i index, __m512i table, float *y)
-{
-    const Matrix *m = job->m;
-    const int near = 2 * rows * job->stride + 2 * BESIDE * m->row_bytes <= NEAR_BYTES;
-    int64_t chunks = job->stride / ROUNDED, of_group = m->G == 1 ? INT64_MAX : m->wide / ROUNDED, left = of_group;
-    const uint8_t *codes[BESIDE];
-    __m512 total[4][BESIDE];
-    for (int h = 0; h < BESIDE; h++) {
-        codes[h] = m->codes + (o + h < end ? o + h : end - 1) * m->row_bytes;
-        for (int k = 0; k < rows; k++) total[k][h] = _mm512_setzero_ps();
-    }
-    for (int64_t c = 0; c < chunks; c++) {
-        int64_t at = c * 64;
-        __mmask64 here = of_bytes(m->row_bytes - at);
-        const char *next = (const char *)codes[0] + BESIDE * m->row_bytes + at * BESIDE;
-        const uint16_t *x = job->x_words + r * job->stride + c * ROUNDED;
-        for (int h = 0; h < BESIDE; h++) {
-            if (near) _mm_prefetch(next + h * 64, _MM_HINT_T0);
-            else _mm_prefetch(next + h * 64, _MM_HINT_T1);
-            __m512i all = _mm512_maskz_loadu_epi8(here, codes[h] + at);
-            __m512bh w[4];
-            for (int s = 0; s < 4; s++)
-                w[s] = (__m512bh)_mm512_permutexvar_epi16(s ? _mm512_srli_epi16(all, 4 * s) : all, table);
-            __m512 by = grouped == GROUPS_IN_A_BLOCK ? _mm512_permutexvar_ps(index, _mm512_loadu_ps(scale + h * scales))
-                                                     : _mm512_set1_ps(scale[h * scales]);
-            for (int k = 0; k < rows; k++) {
-                __m512 dot = _mm512_setzero_ps();
-                for (int s = 0; s < 4; s++)
-                    dot = _mm512_dpbf16_ps(dot, w[s], (__m512bh)_mm512_load_si512(x + k * job->stride + 32 * s));
-                total[k][h] = _mm512_fmadd_ps(dot, by, total[k][h]);
-            }
-        }
-        int64_t done = grouped == GROUPS_IN_A_BLOCK ? ROUNDED / m->wide : --left == 0;
-        if (grouped == GROUPS_OF_BLOCKS && done) left = of_group;
-        scale += done;
-    }
-    for (int k = 0; k < rows; k++)
-        for (int h = 0; h < BESIDE; h++) y[k * BESIDE + h] = _mm512_reduce_add_ps(total[k][h]);
-}
-
-static void rows_by_words(const void *argument, int64_t part)
-{
-    const Job *job = argument;
-    const Matrix *m = job->m;
-    int64_t size = up_to(m->G + 16, 16);
-    float *zero, *scale, y[4 * BESIDE];
-    if (!(scale = scratch_for_scales(job, BESIDE, 0, &zero))) return;
-    int grouped = grouping(m, ROUNDED);
-    __m512i index = grouped == GROUPS_IN_A_BLOCK ? lane_groups(m->wide, 8) : _mm512_setzero_si512();
-    uint16_t values[32];
-    for (int k = 0; k < 32; k++) values[k] = (uint16_t)(bits_of(INT4_VALUES[k % 16]) >> 16);
-    __m512i table = _mm512_loadu_si512(values);
-    int64_t end = (part + 1) * job->rows_of_part < m->O ? (part + 1) * job->rows_of_part : m->O;
-    for (int64_t o = part * job->rows_of_part; o < end; o += BESIDE) {
-        int high = (int)(end - o < BESIDE ? end - o : BESIDE);
-        for (int h = 0; h < high; h++) row_scales(m, o + h, scale + 2 * size * h, NULL);
-        for (int64_t r = 0; r < job->R;) {
-            int64_t left = job->R - r;
-            int rows = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-#define WITH(n, g) \
-    if (rows == n && grouped == g) words_by(job, n, g, r, o, end, scale, 2 * size, index, table, y)
-            WITH(1, GROUPS_OF_BLOCKS); WITH(2, GROUPS_OF_BLOCKS); WITH(4, GROUPS_OF_BLOCKS);
-            WITH(1, GROUPS_IN_A_BLOCK); WITH(2, GROUPS_IN_A_BLOCK); WITH(4, GROUPS_IN_A_BLOCK);
-#undef WITH
-            for (int k = 0; k < rows; k++)
-                for (int h = 0; h < high; h++) put(job, r + k, o + h, y[k * BESIDE + h]);
-            r += rows;
-        }
-    }
-}
-#endif
 
 #endif
 
@@ -1316,7 +1312,8 @@ int mistral_product(
     if (kind == INT4 && !zero && !rounded && grouping(&m, ROUNDED) >= 0 && are_bfloat16(as_floats, R * stride)) {
         order_for_words(as_floats, stride * R, (uint16_t *)x_codes);
         job.x_words = (uint16_t *)x_codes;
-        run = rows_by_words;
+        job.digits = NO_DIGITS;
+        run = rows_by_digits;
     } else
 #endif
 #ifdef VNNI
