@@ -69,8 +69,7 @@ class Learner:
         won = None if self.objective == "labels" else sum(int(wins) for wins in right)
         outcome = StepOutcome(tuple(map(float, losses)), float(self._norm(gradients)), won)
         if outcome.is_finite:
-            most = self.settings.clip
-            factor = most / outcome.norm if most is not None and outcome.norm > most else 1.0
+            factor = self.settings.factor(outcome.norm)
             self._wide, self._moments = self._moved(
                 self._wide, self._moments, gradients, jnp.float32(rate), jnp.float32(factor)
             )

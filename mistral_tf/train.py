@@ -66,8 +66,7 @@ class Learner:
         won = None if self.objective == "labels" else sum(int(wins) for wins in right)
         outcome = StepOutcome(tuple(map(float, losses)), float(tf.linalg.global_norm(gradients)), won)
         if outcome.is_finite:
-            most = self.settings.clip
-            factor = most / outcome.norm if most is not None and outcome.norm > most else 1.0
+            factor = self.settings.factor(outcome.norm)
             self._optimizer.learning_rate = rate
             self._moved(gradients, tf.constant(factor, tf.float32))
         return outcome

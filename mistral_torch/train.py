@@ -142,10 +142,9 @@ class Learner:
 
     @torch.no_grad()
     def _move(self, gradients: Sequence[Tensor], norm: float, rate: float) -> None:
-        most = self.settings.clip
-        if most is not None and norm > most:
+        if (factor := self.settings.factor(norm)) < 1:
             for gradient in gradients:
-                gradient *= most / norm
+                gradient *= factor
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()

@@ -81,7 +81,10 @@ def check_arrays(arrays: Mapping[str, Array], weights: Mapping[str, tuple[int, .
         )
     for name, shape in wanted.items():
         if arrays[name].shape != shape:
-            raise ShapeMismatchError(f"state: {name} must be {list(shape)}, got {list(arrays[name].shape)}.")
+            raise ShapeMismatchError(
+                f"state: {name} must be {list(shape)}, got {list(arrays[name].shape)}; go on with "
+                "the model and adapter that it is of."
+            )
 
 
 def check_learns(

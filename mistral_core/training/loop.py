@@ -124,6 +124,7 @@ class _Run:
                 break
         if ended != "stopped":
             self._save(FINAL)
+        self.record.draw()
         return TrainingResult(self.progress.steps, self.progress.best_loss, self.progress.best_step, ended)
 
     def _steps(self) -> Iterator[LearningStep]:
@@ -209,5 +210,5 @@ def validation_loss(learner: Learner, examples: Examples, like: Feed | None = No
             tells = tells and measured.right is not None
         count += step.num_items_in_batch
     if not count:
-        raise ConfigError(f"{examples.lines.path} must have something with a label, got nothing.")
+        raise ConfigError(f"{examples.lines.path} must have something with a label, got nothing; give other examples.")
     return ValidationLoss(total / count, right / count if tells else None)

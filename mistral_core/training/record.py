@@ -48,27 +48,31 @@ class RunRecord:
     """A run's directory while this process alone writes it; made by `opened`."""
 
     def __init__(self, directory: Path, descriptor: int) -> None:
-        self.directory, self._descriptor, self._end = directory, descriptor, os.fstat(descriptor).st_size
-        self.metrics = _lines(directory / METRICS)
-        """The objects of metrics.jsonl."""
+        self.directory, self._descriptor = directory, descriptor
+        self.metrics, self._ends = _lines(directory / METRICS)
+        """The objects of metrics.jsonl, and where each one's line ends."""
+        self._drawn = 0
 
     def add(self, **numbers: Any) -> None:
         """Write a line of metrics."""
-        line = json.dumps(numbers).encode() + b"\n"
+        line, begin = json.dumps(numbers).encode() + b"\n", self._ends[-1] if self._ends else 0
         with files.os_errors(self.directory / METRICS):
-            files.write_at(self._descriptor, line, self._end)
-        self._end += len(line)
+            files.write_at(self._descriptor, line, begin)
+        self._ends.append(begin + len(line))
         self.metrics.append(numbers)
 
     def keep(self, progress: Progress, feed: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
-        """Write the state to go on from, in one atomic step, and the curves so far."""
+        """Write the state to go on from, in one atomic step; the curves too, where there is a tenth more of them."""
+        with files.os_errors(self.directory / METRICS):
+            os.fsync(self._descriptor)
         with files.atomic_directory(self.directory / LAST, replaces=("*",)) as temporary:
             header = {name: ("F32", tuple(array.shape)) for name, array in arrays.items()}
             for name, info in safetensors.create(temporary / STATE, header).items():
                 tensor_file.write(info, np.ascontiguousarray(arrays[name], np.float32))
             state = {**progress._asdict(), "feed": dict(feed)}
             files.write_file(temporary / PROGRESS, json.dumps(state, indent=1).encode())
-        self.draw()
+        if len(self.metrics) >= 1.1 * self._drawn:
+            self.draw()
 
     def kept(self) -> tuple[Progress, dict[str, Any], dict[str, Array]] | None:
         """The state to go on from; None where there is none. Raises CorruptCheckpointError and its kinds."""
@@ -79,22 +83,22 @@ class RunRecord:
         feed = state.pop("feed", None)
         numbers = [state.get(name) for name in ("steps", "best_step", "since_best")]
         if set(state) != set(Progress._fields) or not isinstance(feed, dict) or not all(map(is_int, numbers)):
-            raise CorruptCheckpointError(f"{folder / PROGRESS} must be written by a run, got {shown(state)}.")
+            raise CorruptCheckpointError(
+                f"{folder / PROGRESS} must be what a run wrote, got {shown(state)}; without {folder} it begins again."
+            )
         file = safetensors.SafetensorsFile(folder / STATE)
         return Progress(**state), feed, {name: np.array(file.read(name)) for name in file.tensors}
 
     def begin_at(self, progress: Progress) -> None:
-        """Let the metrics end where a run goes on."""
-        kept = [line for line in self.metrics if line["step"] <= progress.steps]
-        data = b"".join(json.dumps(line).encode() + b"\n" for line in kept)
+        """Let the metrics end where a run goes on: what is cut off is the end of the file, in one step."""
+        kept = sum(line["step"] <= progress.steps for line in self.metrics)
+        del self.metrics[kept:], self._ends[kept:]
         with files.os_errors(self.directory / METRICS):
-            os.ftruncate(self._descriptor, 0)
-            files.write_at(self._descriptor, data, 0)
-        self.metrics, self._end = kept, len(data)
+            os.ftruncate(self._descriptor, self._ends[-1] if self._ends else 0)
 
     def draw(self) -> None:
         """Write the curves as a page and, where Pillow is, as an image."""
-        charts = curves.charts(self.metrics)
+        charts, self._drawn = curves.charts(self.metrics), len(self.metrics)
         files.write_file(self.directory / "curves.html", curves.page(charts, self.directory.name).encode())
         with contextlib.suppress(MissingExtraError):
             files.write_file(self.directory / "curves.png", curves.png(charts))
@@ -158,16 +162,18 @@ def _differences(then: Any, now: Any, name: str = "") -> Iterator[str]:
         yield f"{name} {shown(then)} then, {shown(now)} now"
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of metrics; what a kill left of the last one is no line."""
-    found = []
-    for number, line in enumerate(reading.read(path, limit=limits.METRICS_BYTES).splitlines(), 1):
+def _lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The lines of a file of metrics and where each ends; what a kill left of the last one is no line."""
+    found: list[dict[str, Any]] = []
+    ends: list[int] = []
+    for number, line in enumerate(reading.read(path, limit=limits.METRICS_BYTES).splitlines(keepends=True), 1):
         try:
             row = strict_json.parse_object(line, where=f"{path}, line {number}", error=CorruptCheckpointError)
         except CorruptCheckpointError as error:
             warn(f"{error} It is dropped, with all that follows.")
             break
-        if not is_int(row.get("step")):
+        if not is_int(row.get("step")) or not line.endswith(b"\n"):
             break
         found.append(row)
-    return found
+        ends.append(len(line) + (ends[-1] if ends else 0))
+    return found, ends

@@ -74,6 +74,10 @@ class TrainingSettings:
         rising = min(round(self.warmup * steps), steps)
         return Schedule(self.rate, steps, self.schedule, warmup=rising, floor=self.floor)
 
+    def factor(self, norm: float) -> float:
+        """What gradients of this common norm are multiplied by, so that it is at most `clip`."""
+        return 1.0 if self.clip is None or norm <= self.clip else self.clip / norm
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON value."""
         return {field.name: getattr(self, field.name) for field in fields(self)}

@@ -185,6 +185,30 @@ def test_a_run_that_is_killed_goes_on_from_what_was_kept(examples, tmp_path, at)
     _same(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_kill_while_a_run_is_resumed_loses_no_line(examples, tmp_path, monkeypatch):
+    settings = TrainingSettings(rate=0.05, epochs=3, evaluate_every=2)
+
+    def kill(*_):
+        raise Killed
+
+    with pytest.raises(Killed):
+        run(examples, tmp_path / "run", settings, told=lambda line: kill() if line["step"] == 3 else None)
+    kept = (tmp_path / "run/metrics.jsonl").read_bytes().splitlines(keepends=True)[:3]  # of two steps and a measure
+    monkeypatch.setattr("mistral_core.training.record.files.write_at", kill)
+    with pytest.raises(Killed):
+        run(examples, tmp_path / "run", settings, resume=True)
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == b"".join(kept)
+
+
+def test_curves_are_drawn_now_and_then(examples, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("mistral_core.training.record.curves.png", lambda charts: drawn.append(charts) or b"")
+    settings = TrainingSettings(rate=0.3, epochs=20, save_every=1)
+    steps = train(Bigrams(settings), feed(examples), tmp_path / "run", settings=settings).steps
+    assert len(drawn) < steps / 2
+    assert len(drawn[-1][0].curves[0].steps) == steps
+
+
 def test_a_run_that_is_done_is_not_done_again(examples, tmp_path):
     run(examples, tmp_path / "run")
     before = lines(tmp_path / "run")
