@@ -23,10 +23,15 @@ from .programs import in_one_program
 
 def cross_entropy(logits: Array, labels: Array, *, ignore: int = -100) -> tuple[Array, Array]:
     """Sum of -log softmax(logits)[label] over labels other than `ignore`, and count; logits [..., V], labels [...]."""
+    return -_log_probabilities(logits, labels, ignore).sum(), (labels != ignore).sum()
+
+
+def _log_probabilities(logits: Array, labels: Array, ignore: int) -> Array:
+    """log softmax(logits)[label] of each label, 0 of those that are ignored."""
     counted = labels != ignore
     log_probability = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     picked = jnp.take_along_axis(log_probability, jnp.where(counted, labels, 0)[..., None], axis=-1)[..., 0]
-    return -jnp.where(counted, picked, 0).sum(), counted.sum()
+    return jnp.where(counted, picked, 0)
 
 
 def chunked_cross_entropy(
@@ -98,10 +103,7 @@ def span_loss(
 
 def label_log_probability(logits: Array, labels: Array, *, ignore: int = -100) -> Array:
     """Sums [B] of log softmax(logits)[label] over labels [B, T] of each row, each predicted by the column before."""
-    counted = labels[:, 1:] != ignore
-    log_probability = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32), axis=-1)
-    picked = jnp.take_along_axis(log_probability, jnp.where(counted, labels[:, 1:], 0)[..., None], axis=-1)[..., 0]
-    return jnp.where(counted, picked, 0).sum(-1)
+    return _log_probabilities(logits[:, :-1], labels[:, 1:], ignore).sum(-1)
 
 
 def preference_loss(

@@ -56,11 +56,16 @@ def cross_entropy(
     logits: Tensor, labels: Tensor, *, ignore: int = -100, sample_weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Sum of -log softmax(logits)[label] over labels other than `ignore`, and count; logits [..., V], labels [...]."""
+    losses = _weighted(-_log_probabilities(logits, labels, ignore), sample_weight)
+    return tf.reduce_sum(losses), tf.reduce_sum(tf.cast(labels != ignore, tf.float32))
+
+
+def _log_probabilities(logits: Tensor, labels: Tensor, ignore: int) -> Tensor:
+    """log softmax(logits)[label] of each label, 0 of those that are ignored."""
     counted = labels != ignore
     log_probability = tf.nn.log_softmax(tf.cast(logits, tf.float32), axis=-1)
     picked = tf.gather(log_probability, tf.where(counted, labels, 0), batch_dims=len(labels.shape))
-    losses = _weighted(-tf.where(counted, picked, 0), sample_weight)
-    return tf.reduce_sum(losses), tf.reduce_sum(tf.cast(counted, tf.float32))
+    return tf.where(counted, picked, 0)
 
 
 def chunked_cross_entropy(
@@ -188,10 +193,7 @@ def span_loss(
 
 def label_log_probability(logits: Tensor, labels: Tensor, *, ignore: int = -100) -> Tensor:
     """Sums [B] of log softmax(logits)[label] over labels [B, T] of each row, each predicted by the column before."""
-    counted = labels[:, 1:] != ignore
-    log_probability = tf.nn.log_softmax(tf.cast(logits[:, :-1], tf.float32))
-    picked = tf.gather(log_probability, tf.where(counted, labels[:, 1:], 0), axis=-1, batch_dims=2)
-    return tf.reduce_sum(tf.where(counted, picked, 0.0), -1)
+    return tf.reduce_sum(_log_probabilities(logits[:, :-1], labels[:, 1:], ignore), -1)
 
 
 def preference_loss(

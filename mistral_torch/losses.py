@@ -22,10 +22,15 @@ from .products import PackedWeight, as_floats, product
 
 def cross_entropy(logits: Tensor, labels: Tensor, *, ignore: int = -100) -> tuple[Tensor, Tensor]:
     """Sum of -log softmax(logits)[label] over labels other than `ignore`, and count; logits [..., V], labels [...]."""
+    return -_log_probabilities(logits, labels, ignore).sum(), (labels != ignore).sum()
+
+
+def _log_probabilities(logits: Tensor, labels: Tensor, ignore: int) -> Tensor:
+    """log softmax(logits)[label] of each label, 0 of those that are ignored."""
     counted = labels != ignore
     log_probability = F.log_softmax(logits.float(), dim=-1)
     picked = log_probability.gather(-1, torch.where(counted, labels, 0)[..., None])[..., 0]
-    return -torch.where(counted, picked, 0).sum(), counted.sum()
+    return torch.where(counted, picked, 0)
 
 
 def chunked_cross_entropy(
@@ -118,10 +123,7 @@ def span_loss(
 
 def label_log_probability(logits: Tensor, labels: Tensor, *, ignore: int = -100) -> Tensor:
     """Sums [B] of log softmax(logits)[label] over labels [B, T] of each row, each predicted by the column before."""
-    counted = labels[:, 1:] != ignore
-    log_probability = F.log_softmax(logits[:, :-1].float(), dim=-1)
-    picked = log_probability.gather(-1, torch.where(counted, labels[:, 1:], 0)[..., None])[..., 0]
-    return torch.where(counted, picked, 0).sum(-1)
+    return _log_probabilities(logits[:, :-1], labels[:, 1:], ignore).sum(-1)
 
 
 def preference_loss(

@@ -194,11 +194,16 @@ def last_token(order_BT: Array) -> Array:
 
 def cross_entropy(logits: Array, labels: Array, *, ignore: int = -100) -> tuple[Array, Array]:
     """Sum of -log softmax(logits)[label] over the labels that are not `ignore`; logits [..., V], labels [...]."""
+    return -_log_probabilities(logits, labels, ignore).sum(), (labels != ignore).sum()
+
+
+def _log_probabilities(logits: Array, labels: Array, ignore: int) -> Array:
+    """log softmax(logits)[label] of each label, 0 of those that are ignored."""
     top = logits.max(axis=-1, keepdims=True)
     log_probability = logits - top - np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))
     counted = labels != ignore
     picked = np.take_along_axis(log_probability, np.where(counted, labels, 0)[..., None], axis=-1)[..., 0]
-    return -np.where(counted, picked, 0).sum(), counted.sum()
+    return np.where(counted, picked, 0)
 
 
 def binary_cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
@@ -214,11 +219,7 @@ def squared_error(predictions: Array, labels: Array) -> tuple[Array, Array]:
 
 def label_log_probability(logits: Array, labels: Array, *, ignore: int = -100) -> Array:
     """Sums [B] of log softmax(logits)[label] over labels [B, T] of each row, each predicted by the column before."""
-    counted = labels[:, 1:] != ignore
-    x = logits[:, :-1] - logits[:, :-1].max(-1, keepdims=True)
-    log_probability = x - np.log(np.exp(x).sum(-1, keepdims=True))
-    picked = np.take_along_axis(log_probability, np.where(counted, labels[:, 1:], 0)[..., None], -1)[..., 0]
-    return np.where(counted, picked, 0).sum(-1)
+    return _log_probabilities(logits[:, :-1], labels[:, 1:], ignore).sum(-1)
 
 
 def preference_loss(
