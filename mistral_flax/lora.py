@@ -192,14 +192,13 @@ def set_adapter(model: nnx.Module, names: str | Sequence[str]) -> None:
     models.refuse_merged(list(_parts(model)))
     for part in _parts(model):
         part.active = names
-        for name, low in (*part.lora.items(), *part.saved.items()):
-            _let_train(low, name in names)
+    for name, low in _lows(model):
+        _let_train(low, name in names)
 
 
 def trained_adapters(model: nnx.Module) -> tuple[str, ...]:
     """The names of the adapters that train."""
-    lows = [(name, low) for part in _parts(model) for each in (part.lora, part.saved) for name, low in each.items()]
-    trains = {name for name, low in lows if any(isinstance(each, nnx.LoRAParam) for each in vars(low).values())}
+    trains = {name for name, low in _lows(model) if any(isinstance(each, nnx.LoRAParam) for each in vars(low).values())}
     return tuple(name for name in _configs(model) if name in trains)
 
 
@@ -280,8 +279,8 @@ def _put(model: Model, adapter: Adapter, name: str, *, trains: bool) -> Model:
     model.peft_configs = (*configs.items(), (name, adapter.config))
     for part in _parts(model):
         part.active = (name,)
-        for other, low in (*part.lora.items(), *part.saved.items()):
-            _let_train(low, other == name and trains)
+    for other, low in _lows(model):
+        _let_train(low, other == name and trains)
     return model
 
 
@@ -360,6 +359,11 @@ def _part(model: Any, name: str) -> Any:
             "unscan_layers(model) first, and scan_layers(model) again."
         )
     return part
+
+
+def _lows(model: nnx.Module) -> Iterator[tuple[str, Any]]:
+    """(name of an adapter, what it has of one part) of all parts."""
+    return (pair for part in _parts(model) for pair in (*part.lora.items(), *part.saved.items()))
 
 
 def _parts(model: nnx.Module) -> Iterator[Any]:

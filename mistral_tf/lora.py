@@ -204,14 +204,13 @@ def set_adapter(model: keras.Model, names: str | Sequence[str]) -> None:
     models.refuse_merged(list(_parts(model)))
     for part in _parts(model):
         part.active = names
-        for name, low in (*part.lora.items(), *part.saved.items()):
-            low.trainable = name in names
+    for name, low in _lows(model):
+        low.trainable = name in names
 
 
 def trained_adapters(model: keras.Model) -> tuple[str, ...]:
     """The names of the adapters that train."""
-    lows = [(name, low) for part in _parts(model) for each in (part.lora, part.saved) for name, low in each.items()]
-    trains = {name for name, low in lows if low.trainable}
+    trains = {name for name, low in _lows(model) if low.trainable}
     return tuple(name for name in _configs(model) if name in trains)
 
 
@@ -285,8 +284,8 @@ def add_from_config(model: Model, config: Mapping[str, Any]) -> Model:
         _put(model, Adapter(lora, weights, saved), name, trains=told["trains"])
     for part in _parts(model):
         part.active = tuple(name for name, told in config.items() if told["active"])
-        for name, low in (*part.lora.items(), *part.saved.items()):
-            low.trainable = config[name]["trains"]
+    for name, low in _lows(model):
+        low.trainable = config[name]["trains"]
     return model
 
 
@@ -333,8 +332,8 @@ def _put(model: Model, adapter: Adapter, name: str, *, trains: bool) -> Model:
     model.peft_configs = (*configs.items(), (name, adapter.config))
     for part in _parts(model):
         part.active = (name,)
-        for other, low in (*part.lora.items(), *part.saved.items()):
-            low.trainable = other == name and trains
+    for other, low in _lows(model):
+        low.trainable = other == name and trains
     return model
 
 
@@ -377,6 +376,11 @@ def _numbers(variable: keras.Variable) -> np.ndarray:
 
 def _device(part: Layer) -> str:
     return tf.convert_to_tensor(part.weights[0]).device
+
+
+def _lows(model: keras.Model) -> Iterator[tuple[str, Any]]:
+    """(name of an adapter, what it has of one part) of all parts."""
+    return (pair for part in _parts(model) for pair in (*part.lora.items(), *part.saved.items()))
 
 
 def _parts(model: keras.Model) -> Iterator[Any]:

@@ -165,14 +165,13 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
     models.refuse_merged(list(_parts(model)))
     for part in _parts(model):
         part.active = names
-        for name, low in (*part.lora.items(), *part.saved.items()):
-            low.requires_grad_(name in names)
+    for name, low in _lows(model):
+        low.requires_grad_(name in names)
 
 
 def trained_adapters(model: nn.Module) -> tuple[str, ...]:
     """The names of the adapters that train."""
-    lows = [(name, low) for part in _parts(model) for each in (part.lora, part.saved) for name, low in each.items()]
-    trains = {name for name, low in lows if any(each.requires_grad for each in low.parameters())}
+    trains = {name for name, low in _lows(model) if any(each.requires_grad for each in low.parameters())}
     return tuple(name for name in model.__dict__.get("peft_configs", {}) if name in trains)
 
 
@@ -251,8 +250,8 @@ def _put(model: Model, adapter: Adapter, name: str, *, trains: bool) -> Model:
     configs[name] = adapter.config
     for part in _parts(model):
         part.active = (name,)
-        for other, low in (*part.lora.items(), *part.saved.items()):
-            low.requires_grad_(other == name and trains)
+    for other, low in _lows(model):
+        low.requires_grad_(other == name and trains)
     return model
 
 
@@ -275,6 +274,11 @@ def _copy(part: nn.Module) -> nn.Module:
 
 def _device(part: nn.Module) -> torch.device:
     return next(x.device for x in (*part.parameters(recurse=False), *part.buffers(recurse=False)))
+
+
+def _lows(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name of an adapter, what it has of one part) of all parts."""
+    return (pair for part in _parts(model) for pair in (*part.lora.items(), *part.saved.items()))
 
 
 def _parts(model: nn.Module) -> Iterator[Any]:
