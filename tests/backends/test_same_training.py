@@ -216,8 +216,7 @@ def keras(way, steps, folder):
     def gradients(batches, count):
         with tf.GradientTape() as tape:
             loss = tf.add_n([model(**batch, num_items_in_batch=count, training=True).loss for batch in batches])
-        # the rows of an embedding's gradient, a token's as often as it is there, Keras takes one by one for its length
-        return loss, [tf.convert_to_tensor(each) for each in tape.gradient(loss, model.trainable_variables)]
+        return loss, tape.gradient(loss, model.trainable_variables)
 
     losses = []
     for number, step in enumerate(steps):
