@@ -30,6 +30,7 @@ from mistral_core.lora.adapter import Adapter, LoraWeights
 from mistral_core.lora.config import LoraConfig
 from mistral_core.parameters import shape_of
 from mistral_core.reference import heads
+from mistral_core.reference.adapters import beside
 from mistral_core.weights.checkpoint import save
 from mistral_core.weights.containers.gguf.file import GgufFile
 from mistral_core.weights.convert import convert
@@ -100,10 +101,7 @@ def adapter_of(name: str) -> Adapter:
 
 def merged(name: str) -> dict[str, Array]:
     """The base's parameters in float64, with an adapter folded in."""
-    found = {matrix: array.astype(np.float64) for matrix, array in floats().items()}
-    for matrix, target in adapter_of(name).config.targets(CONFIG, ARCHITECTURE).items():
-        found[matrix] = files.folded(found[matrix], adapter_of(name).weights[matrix], target.scaling)
-    return found
+    return beside(CONFIG, floats(), ARCHITECTURE, adapter_of(name))[1]
 
 
 # Written by each
