@@ -18,6 +18,7 @@ from jax import Array
 
 from mistral_core.errors import UnsupportedFeatureError
 
+from .blocks import Blocks, attend_by_blocks, cut
 from .programs import in_one_program
 
 INTERPRET = False
@@ -39,12 +40,14 @@ class Visibility(NamedTuple):
     """[B, T]: the packed document of each token, where queries and keys are the same tokens."""
     mask_BTS: Array | None = None
     """The mask where it is made already, for several layers."""
+    blocks: Blocks | None = None
+    """How a long text is cut."""
 
 
 @in_one_program
 def attention_mask(visibility: Visibility) -> Array:
     """[B, T, S] bool: a query sees the W keys up to itself, counted in real tokens, of its own document."""
-    query_order_BT, key_order_BS, window, document_ids_BT, mask_BTS = visibility
+    query_order_BT, key_order_BS, window, document_ids_BT, mask_BTS, _ = visibility
     if mask_BTS is not None:
         return mask_BTS
     query, key = query_order_BT[:, :, None], key_order_BS[:, None, :]
@@ -56,9 +59,13 @@ def attention_mask(visibility: Visibility) -> Array:
     return visible
 
 
-def masked(visibility: Visibility) -> Visibility:
-    """The same, with the mask made."""
-    return visibility._replace(mask_BTS=attention_mask(visibility))
+def prepared(visibility: Visibility, implementation: str) -> Visibility:
+    """The same, with what layers share made: the mask, or the blocks of a long text, where attention reads them."""
+    if implementation in BY_BLOCKS:
+        blocks = cut(*visibility[:4], always=implementation == "blocked")
+        if blocks is not None:
+            return visibility._replace(blocks=blocks)
+    return visibility._replace(mask_BTS=attention_mask(visibility)) if implementation in MASKED else visibility
 
 
 def attend(
@@ -74,11 +81,21 @@ def attend(
     """softmax(q k / sqrt(H)) v [B, T, N, H], and the weights [B, N, T, S] where the implementation has them."""
     if rngs is None:
         dropout = 0.0
+    if visibility.blocks is not None and not (dropout and implementation in WITHOUT_DROPOUT):
+        return attend_by_blocks(q_BTNH, k_BSKH, v_BSKH, visibility.blocks, _of_block), None
     # on a CPU, JAX has no kernel of float16, and for one query the formula takes about two thirds of the kernel's time
     better_eager = jax.default_backend() == "cpu" and (q_BTNH.dtype == jnp.float16 or q_BTNH.shape[1] == 1)
     if better_eager or (dropout and implementation in WITHOUT_DROPOUT):
         implementation = "eager"
     return ATTENTION[implementation](q_BTNH, k_BSKH, v_BSKH, visibility, dropout, rngs)
+
+
+def _of_block(q_BCNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BCS: Array) -> Array:
+    """The output of a block's queries."""
+    nobody = jnp.zeros(mask_BCS.shape[:1] + (0,), jnp.int32)
+    return attend(q_BCNH, k_BSKH, v_BSKH, Visibility(nobody, nobody, mask_BTS=mask_BCS), implementation="dot_product")[
+        0
+    ]
 
 
 @functools.partial(in_one_program, static_argnames="dropout")
@@ -134,7 +151,7 @@ def attend_splash(
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
     if T == 1:
         return attend_dot_product(q_BTNH, k_BSKH, v_BSKH, visibility, dropout, rngs)
-    query_order_BT, key_order_BS, window, document_ids_BT, _ = visibility
+    query_order_BT, key_order_BS, window, document_ids_BT, *_ = visibility
     documents_BT = jnp.zeros_like(query_order_BT) if document_ids_BT is None else document_ids_BT
     documents_BS = jnp.zeros_like(key_order_BS) if document_ids_BT is None else document_ids_BT
     query_column_BT, key_column_BS = query_order_BT.argsort(axis=1), key_order_BS.argsort(axis=1)
@@ -202,11 +219,18 @@ def _splash_kernel(
         )
 
 
-ATTENTION = {"eager": attend_eager, "dot_product": attend_dot_product, "splash": attend_splash}
+ATTENTION = {
+    "eager": attend_eager,
+    "dot_product": attend_dot_product,
+    "blocked": attend_dot_product,
+    "splash": attend_splash,
+}
 ALIASES = {"sdpa": "dot_product"}
-WITHOUT_DROPOUT = ("dot_product", "splash")
-MASKED = ("eager", "dot_product")
+WITHOUT_DROPOUT = ("dot_product", "blocked", "splash")
+MASKED = ("eager", "dot_product", "blocked")
 """Those that read the mask."""
+BY_BLOCKS = ("dot_product", "blocked")
+"""Those that take a long text by blocks of queries: where that pays, and always."""
 
 
 def default() -> str:

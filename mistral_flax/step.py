@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from jax import Array
 
-from .attention import MASKED, Visibility, masked
+from .attention import Visibility, prepared
 from .cache import KVCache, Place, place
 
 
@@ -50,11 +50,11 @@ def look(step: Step, window: int | None, past: tuple[Array, ...] | None) -> Sigh
 def steps_of_layers(step: Step, windows: Sequence[int | None], past: KVCache | None, implementation: str) -> list[Step]:
     """The step of each layer, with what it sees: layers of one window, and of rings of one size, share theirs.
 
-    The mask is made here, once for those layers, where attention is computed from one.
+    What attention is computed from, the mask or the blocks of a long text, is made here, once for those layers.
     """
     slots = [0 if past is None else past.keys[index].shape[1] for index in range(len(windows))]
     kinds = list(zip(windows, slots, strict=True))
-    reads_mask = step.output_attentions or implementation in MASKED
+    implementation = "eager" if step.output_attentions else implementation
     steps: list[Step] = []
     for index, kind in enumerate(kinds):
         alike = next(number for number, other in enumerate(kinds) if other == kind)
@@ -62,7 +62,6 @@ def steps_of_layers(step: Step, windows: Sequence[int | None], past: KVCache | N
             steps.append(steps[alike])
             continue
         sight = look(step, kind[0], None if past is None else past.layer(index))
-        if reads_mask:
-            sight = sight._replace(visibility=masked(sight.visibility))
+        sight = sight._replace(visibility=prepared(sight.visibility, implementation))
         steps.append(step._replace(sight=sight))
     return steps

@@ -15,6 +15,7 @@ from tensorflow import Tensor
 
 from mistral_core.errors import UnsupportedFeatureError
 
+from .blocks import Blocks, attend_by_blocks, cut
 from .traces import sizes
 
 
@@ -31,11 +32,13 @@ class Visibility(NamedTuple):
     """[B, T]: the packed document of each token, where queries and keys are the same tokens."""
     mask_BTS: Tensor | None = None
     """The mask where it is made already, for several layers."""
+    blocks: Blocks | None = None
+    """How a long text is cut."""
 
 
 def attention_mask(visibility: Visibility) -> Tensor:
     """[B, T, S] bool: a query sees the W keys up to itself, counted in real tokens, of its own document."""
-    query_order_BT, key_order_BS, window, document_ids_BT, mask_BTS = visibility
+    query_order_BT, key_order_BS, window, document_ids_BT, mask_BTS, _ = visibility
     if mask_BTS is not None:
         return mask_BTS
     query, key = tf.expand_dims(query_order_BT, 2), tf.expand_dims(key_order_BS, 1)
@@ -47,9 +50,13 @@ def attention_mask(visibility: Visibility) -> Tensor:
     return visible
 
 
-def masked(visibility: Visibility) -> Visibility:
-    """The same, with the mask made."""
-    return visibility._replace(mask_BTS=attention_mask(visibility))
+def prepared(visibility: Visibility, implementation: str) -> Visibility:
+    """The same, with what layers share made: the mask, or the blocks of a long text, where attention reads them."""
+    if implementation in BY_BLOCKS:
+        blocks = cut(*visibility[:4], always=implementation == "blocked")
+        if blocks is not None:
+            return visibility._replace(blocks=blocks)
+    return visibility._replace(mask_BTS=attention_mask(visibility)) if implementation in MASKED else visibility
 
 
 def attend(
@@ -87,11 +94,33 @@ def attend_eager(
     return tf.reshape(o_BTKGH, [B, T, N, H]), tf.reshape(weights, [B, N, T, S])
 
 
-ATTENTION = {"eager": attend_eager}
-DEFAULT = "eager"
+def attend_sdpa(
+    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, visibility: Visibility, dropout: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The formula, of a long text by blocks of queries, whose weights it does not return."""
+    blocks = visibility.blocks
+    if blocks is None or dropout:
+        return attend_eager(q_BTNH, k_BSKH, v_BSKH, visibility, dropout, seed)
+
+    def of_block(q: Tensor, k: Tensor, v: Tensor, mask_BCS: Tensor) -> Tensor:
+        return attend_eager(q, k, v, Visibility(*visibility[:2], mask_BTS=mask_BCS), 0.0, None)[0]
+
+    def by_blocks() -> Tensor:
+        return attend_by_blocks(q_BTNH, k_BSKH, v_BSKH, blocks, of_block)
+
+    if blocks.is_long is None:
+        return by_blocks(), None
+    o_BTNH = tf.cond(blocks.is_long, by_blocks, lambda: attend_eager(q_BTNH, k_BSKH, v_BSKH, visibility, 0.0, None)[0])
+    return o_BTNH, None
+
+
+ATTENTION = {"eager": attend_eager, "sdpa": attend_sdpa, "blocked": attend_sdpa}
+DEFAULT = "sdpa"
 ALIASES: dict[str, str] = {}
-MASKED = ("eager",)
+MASKED = ("eager", "sdpa", "blocked")
 """Those that read the mask."""
+BY_BLOCKS = ("sdpa", "blocked")
+"""Those that take a long text by blocks of queries: where that pays, and always."""
 
 
 def check_implementation(implementation: str | None) -> str:

@@ -22,6 +22,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from mistral_core.errors import MissingExtraError, UnsupportedFeatureError
 
 from .arrays import without_autocast
+from .blocks import Blocks, attend_by_blocks, cut
+from .cache import has_values
 
 
 class Visibility(NamedTuple):
@@ -37,11 +39,15 @@ class Visibility(NamedTuple):
     """[B, T]: the packed document of each token, where queries and keys are the same tokens."""
     mask_BTS: Tensor | None = None
     """The mask where it is made already, for several layers."""
+    blocks: Blocks | None = None
+    """How a long text is cut."""
+    is_causal: bool = False
+    """Whether it is known that every query sees each key up to itself: queries and keys are the same tokens."""
 
 
 def attention_mask(visibility: Visibility) -> Tensor:
     """[B, T, S] bool: a query sees the W keys up to itself, counted in real tokens, of its own document."""
-    query_order_BT, key_order_BS, window, document_ids_BT, mask_BTS = visibility
+    query_order_BT, key_order_BS, window, document_ids_BT, mask_BTS, *_ = visibility
     if mask_BTS is not None:
         return mask_BTS
     query, key = query_order_BT[:, :, None], key_order_BS[:, None, :]
@@ -51,9 +57,24 @@ def attention_mask(visibility: Visibility) -> Tensor:
     return visible
 
 
-def masked(visibility: Visibility) -> Visibility:
-    """The same, with the mask made."""
-    return visibility._replace(mask_BTS=attention_mask(visibility))
+def prepared(visibility: Visibility, implementation: str) -> Visibility:
+    """The same, with what layers share made: the mask, or the blocks of a long text, where attention reads them."""
+    if implementation in BY_BLOCKS:
+        if implementation != "blocked" and _is_causal(visibility):
+            return visibility._replace(is_causal=True)
+        blocks = cut(*visibility[:4], always=implementation == "blocked")
+        if blocks is not None:
+            return visibility._replace(blocks=blocks)
+    return visibility._replace(mask_BTS=attention_mask(visibility)) if implementation in MASKED else visibility
+
+
+def _is_causal(visibility: Visibility) -> bool:
+    """Whether all tokens are real, see themselves alone, as one text, and the window shows all; as far as is known."""
+    order_BT, key_order_BS, window, document_ids_BT, *_ = visibility
+    T = order_BT.shape[1]
+    if order_BT is not key_order_BS or document_ids_BT is not None or not has_values(order_BT):
+        return False
+    return T > 1 and (window is None or window >= T) and bool((order_BT >= 0).all())
 
 
 def _in_window(query: Tensor, key: Tensor, window: int | None) -> Tensor:
@@ -101,9 +122,19 @@ def attend_sdpa(
     q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, visibility: Visibility, dropout: float
 ) -> tuple[Tensor, Tensor | None]:
     """torch's fused scaled_dot_product_attention; it never builds the weights."""
-    visible_BTS = attention_mask(visibility)
     B, T, N, H = q_BTNH.shape
+    if visibility.blocks is not None:
+
+        def of_block(q: Tensor, k: Tensor, v: Tensor, mask_BCS: Tensor) -> Tensor:
+            return attend_sdpa(q, k, v, Visibility(*visibility[:2], mask_BTS=mask_BCS), dropout)[0]
+
+        return attend_by_blocks(q_BTNH, k_BSKH, v_BSKH, visibility.blocks, of_block), None
     k, v = k_BSKH.transpose(1, 2), v_BSKH.transpose(1, 2)
+    if visibility.is_causal:
+        q = q_BTNH.transpose(1, 2)
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, **_grouped(q, k))
+        return o.transpose(1, 2), None
+    visible_BTS = attention_mask(visibility)
     if T == 1:  # the query heads of a group as queries of their one key/value head: it is read once
         q_BKGH = q_BTNH.reshape(B, -1, N // k.shape[1], H)
         o = F.scaled_dot_product_attention(q_BKGH, k, v, attn_mask=visible_BTS[:, None], dropout_p=dropout)
@@ -126,7 +157,7 @@ def attend_flex(
     if wanted and q_BTNH.device.type == "cpu":  # it has no backward there
         return attend_eager(q_BTNH, k_BSKH, v_BSKH, visibility, dropout)
 
-    query_order_BT, key_order_BS, window, document_ids_BT, _ = visibility
+    query_order_BT, key_order_BS, window, document_ids_BT, *_ = visibility
 
     def visible(b: Tensor, head: Tensor, t: Tensor, s: Tensor) -> Tensor:
         seen = _in_window(query_order_BT[b, t], key_order_BS[b, s], window)
@@ -171,7 +202,7 @@ def attend_flash(
             f"flash_attention_2 computes in float16 and bfloat16, the model is {q_BTNH.dtype}; load it with "
             "dtype='bfloat16' or use attn_implementation='sdpa'."
         )
-    query_order_BT, key_order_BS, window, document_ids_BT, _ = visibility
+    query_order_BT, key_order_BS, window, document_ids_BT, *_ = visibility
     real_BT = query_order_BT >= 0
     column_BS = key_order_BS.argsort(dim=1, stable=True)  # a ring holds its keys out of order
     sorted_order_BS = key_order_BS.gather(1, column_BS)
@@ -215,12 +246,20 @@ def _run_lengths(real_BT: Tensor, document_ids_BT: Tensor) -> Tensor:
     return lengths
 
 
-ATTENTION = {"eager": attend_eager, "sdpa": attend_sdpa, "flex": attend_flex, "flash_attention_2": attend_flash}
+ATTENTION = {
+    "eager": attend_eager,
+    "sdpa": attend_sdpa,
+    "blocked": attend_sdpa,
+    "flex": attend_flex,
+    "flash_attention_2": attend_flash,
+}
 DEFAULT = "sdpa"
 ALIASES = {"flex_attention": "flex"}
 WITHOUT_DROPOUT = ("flex",)
-MASKED = ("eager", "sdpa")
+MASKED = ("eager", "sdpa", "blocked")
 """Those that read the mask."""
+BY_BLOCKS = ("sdpa", "blocked")
+"""Those that take a long text by blocks of queries: where that pays, and always."""
 
 
 def check_implementation(implementation: str | None) -> str:

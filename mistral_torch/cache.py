@@ -245,9 +245,12 @@ def remember(
 
 def _is_empty(length_B: Tensor, columns: int) -> bool:
     """Whether a prompt is the first in its cache, as far as there are values to look at: then it sees itself only."""
-    if columns == 1 or torch.compiler.is_compiling() or is_mapped() or length_B.is_meta or type(length_B) is not Tensor:
-        return False
-    return not bool(length_B.any())
+    return columns > 1 and has_values(length_B) and not bool(length_B.any())
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether an array has values that a decision may look at: it is no stand-in for one, nor cut over processes."""
+    return not (torch.compiler.is_compiling() or is_mapped() or x.is_meta) and type(x) is Tensor
 
 
 def write(x_BRKH: Tensor, new_BTKH: Tensor, slot_BT: Tensor, slots: int) -> Tensor:

@@ -184,7 +184,7 @@ def test_flash_refuses_what_it_cannot_do(flash):
 
 @flash_feature
 def test_without_the_package_flash_says_what_to_install(tmp_path):
-    assert attention.available() == ("eager", "sdpa", "flex")
+    assert attention.available() == ("eager", "sdpa", "blocked", "flex")
     with pytest.raises(MissingExtraError, match="pip install flash-attn.*sdpa"):
         make(attn_implementation="flash_attention_2")
     make().save_pretrained(tmp_path)
@@ -193,7 +193,7 @@ def test_without_the_package_flash_says_what_to_install(tmp_path):
 
 
 def test_an_unknown_implementation_is_refused():
-    with pytest.raises(UnsupportedFeatureError, match="must be one of eager, sdpa, flex.*, got 'splash'"):
+    with pytest.raises(UnsupportedFeatureError, match="must be one of eager, sdpa, blocked, flex.*, got 'splash'"):
         make(attn_implementation="splash")
 
 
@@ -201,7 +201,7 @@ def test_an_unknown_implementation_is_refused():
 
 
 @pytest.mark.feature("Attention dropout in training")
-@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "blocked", "flex"])
 def test_dropout_in_training_only(implementation):
     model = make(TINY.replace(attention_dropout=0.5), attn_implementation=implementation)
     assert torch.equal(model(IDS).logits, model(IDS).logits)

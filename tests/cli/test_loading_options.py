@@ -48,7 +48,7 @@ def test_the_command_line_of_transformers_documentation(chat):
         (("--device", "nowhere at all"), "a number, a name such as"),
         (
             ("--attn_implementation", "fastest"),
-            "attn_implementation must be one of eager, sdpa, flex, flash_attention_2, got 'fastest'.",
+            "attn_implementation must be one of eager, sdpa, blocked, flex, flash_attention_2, got 'fastest'.",
         ),
         (("--torch_dtype", "int3"), "dtype must be one of"),
     ],

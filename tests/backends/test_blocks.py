@@ -1,0 +1,242 @@
+"""Attention by blocks of queries, beside the formula: outputs, gradients, and what is cut where."""
+
+import importlib
+
+import numpy as np
+import pytest
+
+B, N, K, H = 3, 4, 2, 8
+PAST, RING = 9, 13
+"""Tokens of the longest row before the call, and slots of a ring that has rolled on or not."""
+BLOCK = 5
+
+
+def mask_of(padding, T):
+    mask = np.ones((B, T), np.int64)
+    if padding == "left":
+        mask[1, :4] = 0
+        mask[2] = 0  # a row of padding alone
+    if padding == "right":
+        mask[1, -4:] = 0
+    if padding == "holes":
+        mask[1, 2:4] = 0
+        mask[0, 5] = 0
+    return mask
+
+
+def orders(padding, T, past):
+    """Orders of queries and keys: of tokens that see themselves, or past ones beside, in a ring."""
+    length = np.array([past, max(past - 2, 0), past // 2])
+    mask = mask_of(padding, T)
+    query = np.where(mask != 0, length[:, None] + mask.cumsum(1) - 1, -1)
+    if not past:
+        return query, query
+    newest = length[:, None] - 1
+    ring = np.maximum(newest - (newest - np.arange(RING)) % RING, -1)
+    return query, np.concatenate([np.roll(ring, 4, axis=1), query], 1)
+
+
+class Torch:
+    def __init__(self):
+        import torch
+
+        self.attention, self.module = (importlib.import_module(f"mistral_torch.{n}") for n in ("attention", "blocks"))
+        self.array = torch.from_numpy
+
+    def run(self, implementation, visibility, arrays, upstream):
+        import torch
+
+        arrays = [torch.from_numpy(x).requires_grad_() for x in arrays]
+        output = self.attend(implementation, visibility, *arrays)
+        return [x.detach().numpy() for x in (output, *torch.autograd.grad(output, arrays, self.array(upstream)))]
+
+    def attend(self, implementation, visibility, *arrays):
+        prepared = self.attention.prepared(visibility, implementation)
+        return self.attention.attend(*arrays, prepared, implementation=implementation)[0]
+
+
+class Flax(Torch):
+    def __init__(self):
+        import jax.numpy as jnp
+
+        self.attention, self.module = (importlib.import_module(f"mistral_flax.{n}") for n in ("attention", "blocks"))
+        self.array = lambda x: jnp.asarray(x, jnp.int32 if x.dtype.kind == "i" else x.dtype)
+
+    def run(self, implementation, visibility, arrays, upstream):
+        import jax
+
+        output, back = jax.vjp(lambda *each: self.attend(implementation, visibility, *each), *arrays)
+        return [np.asarray(x) for x in (output, *back(self.array(upstream)))]
+
+
+class Tf(Torch):
+    def __init__(self):
+        import tensorflow as tf
+
+        self.attention, self.module = (importlib.import_module(f"mistral_tf.{n}") for n in ("attention", "blocks"))
+        self.array = lambda x: tf.constant(x, tf.int32 if x.dtype.kind == "i" else x.dtype)
+
+    def run(self, implementation, visibility, arrays, upstream):
+        import tensorflow as tf
+
+        arrays = [*map(tf.constant, arrays)]
+        with tf.GradientTape() as tape:
+            tape.watch(arrays)
+            output = self.attend(implementation, visibility, *arrays)
+        return [x.numpy() for x in (output, *tape.gradient(output, arrays, self.array(upstream)))]
+
+
+@pytest.fixture(params=["torch", "flax", "tf"])
+def backend(request, monkeypatch):
+    made = {"torch": Torch, "flax": Flax, "tf": Tf}[request.param]()
+    monkeypatch.setattr(made.module, "COLUMNS", BLOCK)
+    return made
+
+
+CASES = [
+    (17, 0, None, "none", False), (17, 0, 3, "none", False), (17, 0, 1, "none", False), (17, 0, 40, "left", False),
+    (17, 0, 7, "left", False), (17, 0, None, "left", True), (17, 0, 7, "right", True), (17, 0, 3, "holes", False),
+    (17, 0, None, "holes", True), (6, 0, 7, "none", True), (17, PAST, None, "none", False),
+    (17, PAST, 3, "left", False), (6, PAST, 7, "holes", False), (17, PAST, 7, "none", False),
+    (6, PAST, 1, "right", False),
+]  # fmt: skip
+"""Columns, tokens before them, window, padding, and whether documents are packed."""
+
+
+@pytest.mark.parametrize(("T", "past", "window", "padding", "packed"), CASES)
+def test_blocks_are_the_formula(backend, T, past, window, padding, packed):
+    """Outputs and gradients, whatever lies between tokens and wherever a ring begins."""
+    rng = np.random.default_rng(0)
+    query, key = orders(padding, T, past)
+    order = [backend.array(query)] * 2 if query is key else [*map(backend.array, (query, key))]
+    documents = backend.array(np.sort(rng.integers(0, 3, (B, T)), 1)) if packed else None
+    visibility = backend.attention.Visibility(*order, window, documents)
+    S = key.shape[1]
+    arrays = [rng.standard_normal(s).astype("f") for s in ((B, T, N, H), (B, S, K, H), (B, S, K, H))]
+    upstream = rng.standard_normal(arrays[0].shape).astype("f")
+    assert backend.attention.prepared(visibility, "blocked").blocks is not None
+    got = backend.run("blocked", visibility, arrays, upstream)
+    expected = backend.run("eager", visibility, arrays, upstream)
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=4e-6)
+    assert not got[0][query < 0].any(), "padding sees nothing"
+
+
+def test_a_long_text_is_cut_where_that_pays(backend, monkeypatch):
+    """Of itself no short text is cut, nor one whose window shows nearly all of it; a mask is then made."""
+    monkeypatch.setattr(backend.module, "LONG", 4 * BLOCK)
+
+    def prepared(T, window, implementation):
+        order = backend.array(np.arange(T)[None])
+        visibility = backend.attention.Visibility(order, order + 0, window)
+        return backend.attention.prepared(visibility, implementation)
+
+    default = backend.attention.check_implementation(None)
+    long = prepared(8 * BLOCK, BLOCK, default)
+    assert long.blocks is not None
+    assert long.mask_BTS is None, "no [T, T] is made of a long text"
+    assert prepared(8 * BLOCK, None, default).blocks is not None
+    short = [(4 * BLOCK - 1, 1)]
+    if type(backend) is not Torch:  # whose blocks of a windowed text are all of one size
+        short.append((4 * BLOCK, 4 * BLOCK - 1))
+    for T, window in short:
+        assert prepared(T, window, default).blocks is None
+        assert prepared(T, window, default).mask_BTS is not None
+        assert prepared(T, window, "blocked").blocks is not None
+    assert prepared(BLOCK, 1, "blocked").blocks is None, "one block is the whole"
+    assert prepared(8 * BLOCK, BLOCK, "eager").blocks is None, "eager is the formula"
+
+
+def test_a_block_sees_no_more_than_its_window(backend):
+    """What is multiplied grows with the text and not with its square."""
+    seen = []
+    for T in (20 * BLOCK, 40 * BLOCK):
+        order = backend.array(np.arange(T)[None])
+        blocks = backend.module.cut(order, order, 2 * BLOCK, always=True)
+        scores = []
+
+        def attend(q, k, v, mask, scores=scores):
+            assert tuple(mask.shape[1:]) == (q.shape[1], k.shape[1])
+            scores.append(q.shape[1] * k.shape[1])
+            return q
+
+        q, k = (backend.array(np.zeros((1, T, heads, H), "f")) for heads in (N, K))
+        backend.module.attend_by_blocks(q, k, k, blocks, attend)
+        seen.append(max(scores))
+        assert max(scores) <= BLOCK * 4 * BLOCK
+    assert seen[0] == seen[1]
+
+
+def test_causal_text_needs_no_mask_in_torch():
+    """Where all tokens are real and the window shows all, the kernel is told so: no mask of T x T is made."""
+    torch = Torch()
+    order = torch.array(np.arange(6)[None])
+    causal = torch.attention.prepared(torch.attention.Visibility(order, order, 6), "sdpa")
+    assert causal.is_causal
+    assert causal.mask_BTS is None
+    padded = torch.array(np.array([[-1, 0, 1, 2, 3, 4]]))
+    for query, key, window, documents in (
+        (padded, padded, None, None), (order, order, 5, None), (order, order, None, order),
+        (order, order + 0, None, None),
+    ):  # fmt: skip
+        made = torch.attention.prepared(torch.attention.Visibility(query, key, window, documents), "sdpa")
+        assert not made.is_causal
+        assert made.mask_BTS is not None
+
+
+@pytest.mark.parametrize("kind", ["unknown sizes", "compiled"])
+@pytest.mark.parametrize(("window", "padding"), [(7, "left"), (None, "holes")])
+def test_a_graph_of_tensorflow_is_the_formula(monkeypatch, kind, window, padding):
+    """Traced for any number of columns, of which a short one is the formula itself; and compiled by XLA."""
+    import tensorflow as tf
+
+    made = Tf()
+    monkeypatch.setattr(made.module, "COLUMNS", BLOCK)
+    monkeypatch.setattr(made.module, "LONG", 12)
+    rng = np.random.default_rng(0)
+
+    def run(order, *arrays):
+        visibility = made.attention.Visibility(order, order, window)
+        with tf.GradientTape() as tape:
+            tape.watch(arrays)
+            output = made.attend("blocked", visibility, *arrays)
+        return [output, *tape.gradient(output, arrays, output)]
+
+    sizes = [tf.TensorSpec([None, None, heads, H], tf.float32) for heads in (N, K, K)]
+    unknown = {"input_signature": [tf.TensorSpec([None, None], tf.int32), *sizes]}
+    program = tf.function(run, **(unknown if kind == "unknown sizes" else {"jit_compile": True}))
+    for T in (17, 6) if kind == "unknown sizes" else (17,):
+        order = made.array(orders(padding, T, 0)[0])
+        arrays = [rng.standard_normal((B, T, heads, H)).astype("f") for heads in (N, K, K)]
+        found = [x.numpy() for x in program(order, *map(tf.constant, arrays))]
+        expected = made.run("eager", made.attention.Visibility(order, order, window), arrays, found[0])
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend_name", ["torch", "flax", "tf"])
+def test_no_backend_keeps_another_block(backend_name):
+    """The numbers are those of all three, so that one text is cut alike."""
+    numbers = {
+        name: [getattr(importlib.import_module(f"mistral_{name}.blocks"), each) for each in ("COLUMNS", "LONG", "PAYS")]
+        for name in (backend_name, "torch")
+    }
+    assert numbers[backend_name] == numbers["torch"]
+
+
+def test_second_derivatives_of_a_long_text_in_jax(monkeypatch):
+    """Forward mode and Hessians go through blocks as through the formula."""
+    import jax
+
+    made = Flax()
+    monkeypatch.setattr(made.module, "COLUMNS", BLOCK)
+    rng = np.random.default_rng(0)
+    order = made.array(np.arange(11)[None])
+    q, k, v, t = (made.array(rng.standard_normal((1, 11, heads, H)).astype("f")) for heads in (N, K, K, N))
+    visibility = made.attention.Visibility(order, order, 4)
+    for implementation in ("eager", "blocked"):
+        f = lambda q: (made.attend(implementation, visibility, q, k, v) ** 2).sum()  # noqa: B023, E731
+        found = jax.jvp(jax.grad(f), (q,), (t,))[1]
+        if implementation == "eager":
+            expected = found
+    np.testing.assert_allclose(found, expected, atol=1e-5)
