@@ -39,7 +39,7 @@ class BackendAdapter(Adapter):
     name = "tf"
 
     def device_named(self, name: str) -> Any:
-        """None: TensorFlow itself chooses; raises UnsupportedFeatureError where another device than the CPU is named."""
+        """None: TensorFlow itself chooses; raises UnsupportedFeatureError where any other than the CPU is named."""
         if name != CPU:
             raise UnsupportedFeatureError(f"device must be {CPU!r} where TensorFlow is compared, got {name!r}.")
 
