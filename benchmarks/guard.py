@@ -1,0 +1,175 @@
+"""Whether anything has become slower: ratios of a short run beside those kept of the same kind of processor.
+
+    python -m benchmarks.guard [--backend torch,flax,tf] [--rounds 3] [--write]
+
+Never times, which no two machines share, but ratios within a round: decoding over the read bandwidth and the prompt over
+a large product, several rows over one, packed weights over bfloat16, a framework over PyTorch; of each the median over
+the rounds. Names each that fell by more than a share of what benchmarks/results/guard.json has, and then exits with 1.
+A kind of processor is its vendor, what it computes with, and how many cores share the memory; of one that has no ratios
+yet, `--write` keeps those of this run. Nothing else should run beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .common import RESULTS, listed, measure, report, shown, table_row, versions
+from .decode import HALF, prompt_operations, step_bytes, task
+
+FELL = 0.15
+"""The share by which a ratio may be below the one that is kept."""
+SMALL = HALF.replace(num_hidden_layers=2, vocab_size=8192)
+"""Layers as large as those of half, whose weights no cache of a processor holds, and few of them."""
+MODELS, BATCHES = ("float32", "bfloat16", "int8", "int4"), (1, 4)
+PROMPT, NEW, CALLS = 128, 24, 3
+VENDORS = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}
+FEATURES = {
+    "AMX": ("amx_bf16",),
+    "AVX-512": ("avx512f",),
+    "AVX2": ("avx2",),
+    "SVE": ("sve",),
+    "bfloat16": ("avx512_bf16", "bf16"),
+}
+"""What a processor computes with -> the flags of Linux that say so."""
+KEPT = RESULTS / "guard.json"
+
+
+class Fallen(NamedTuple):
+    """A ratio that is lower than it was."""
+
+    name: str
+    kept: float
+    now: float
+
+
+def kind(cpuinfo: str, cores: int) -> str:
+    """The kind of a processor, from what /proc/cpuinfo says of it."""
+    facts = {}
+    for line in cpuinfo.splitlines():
+        name, _, value = line.partition(":")
+        facts.setdefault(name.strip(), value.strip())
+    flags = set(facts.get("flags", facts.get("Features", "")).split())
+    vendor = facts.get("vendor_id", platform.machine())
+    found = [name for name, any_of in FEATURES.items() if flags.intersection(any_of)]
+    if "AVX-512" in found:
+        found.remove("AVX2")
+    return ", ".join([VENDORS.get(vendor, vendor), *found, f"{cores} cores"])
+
+
+def here() -> str:
+    """The kind of this processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return kind(cpuinfo.read_text() if cpuinfo.exists() else "", os.cpu_count() or 1)
+
+
+def ratios(found: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The ratios of one round, of what each backend found."""
+    made: dict[str, float] = {}
+    for backend, one in found.items():
+        for dtype in ("float32", "bfloat16"):
+            alone, several = one[f"{dtype} {BATCHES[0]}"], one[f"{dtype} {BATCHES[1]}"]
+            operations = prompt_operations(SMALL, batch=1, prompt=PROMPT)
+            made[f"{backend} {dtype}: prompt / matmul"] = operations / alone["first"] / one[f"matmul {dtype}"]
+            rows = BATCHES[1] / BATCHES[0]
+            made[f"{backend} {dtype}: decode, batch 4 / 1"] = rows * alone["step"] / several["step"]
+            if "read" in one:
+                moved = step_bytes(SMALL, dtype=dtype, batch=1, length=PROMPT + NEW / 2)
+                made[f"{backend} {dtype}: decode / read"] = moved / alone["step"] / one["read"]
+            elif "torch" in found:
+                made[f"{backend} {dtype}: decode / torch"] = found["torch"][f"{dtype} 1"]["step"] / alone["step"]
+        for scheme in MODELS[2:]:
+            made[f"{backend} {scheme}: decode / bfloat16"] = one["bfloat16 1"]["step"] / one[f"{scheme} 1"]["step"]
+    return made
+
+
+def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    """Of each ratio the median over the rounds."""
+    return {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
+
+
+def fallen(kept: Mapping[str, float], now: Mapping[str, float]) -> list[Fallen]:
+    """What is below what was kept by more than the share that is let pass."""
+    both = [Fallen(name, value, now[name]) for name, value in kept.items() if name in now]
+    return [each for each in both if each.now < (1 - FELL) * each.kept]
+
+
+def measured(arguments: argparse.Namespace, scratch: str) -> tuple[list[dict[str, float]], str]:
+    """The ratios of each round, and the versions of what made them; rounds outside, backends in turn."""
+    asked = task(SMALL, prompt=PROMPT, new=NEW, calls=CALLS, models=MODELS, batches=BATCHES)
+    found: list[dict[str, dict[str, Any]]] = []
+    for number in range(arguments.rounds):
+        found.append({})
+        for backend in arguments.backend:
+            report(f"round {number + 1}: {backend}")
+            found[-1][backend] = measure("guard", {**asked, "options": {"backend": backend}}, scratch=scratch)
+    made_by = versions(each for one in found for each in one.values())
+    return [ratios(one) for one in found], made_by
+
+
+def told(kept: Mapping[str, float], rounds: list[dict[str, float]]) -> str:
+    """The table: each ratio with its rounds' range, the kept one, and whether it fell."""
+    now = medians(rounds)
+    fell = {each.name for each in fallen(kept, now)}
+    lines = [table_row(["ratio", "kept", "now", "of kept", "rounds", ""]), table_row(["---"] * 6)]
+    for name, value in now.items():
+        before, each = kept.get(name), [one[name] for one in rounds]
+        cells = ["", ""] if before is None else [shown(before), f"{value / before:.2f}"]
+        span = f"{shown(min(each))} to {shown(max(each))}"
+        lines.append(table_row([name, cells[0], shown(value), cells[1], span, "FELL" if name in fell else ""]))
+    return "\n".join(lines)
+
+
+def compared(everything: Mapping[str, Any], processor: str, rounds: list[dict[str, float]]) -> tuple[str, int]:
+    """What is said, and the exit status: 1 where something fell."""
+    kept = everything.get(processor, {}).get("ratios", {})
+    text, now = told(kept, rounds), medians(rounds)
+    if not kept:
+        known = "; ".join(everything) or "none"
+        return (
+            f"""{text}
+
+There are no ratios of this kind of processor ({processor}), only of: {known}.
+`python -m benchmarks.guard --write` keeps those of a run on a quiet machine in benchmarks/results/{KEPT.name}.
+""",
+            0,
+        )
+    fell = fallen(kept, now)
+    lines = [f"fell by more than {FELL:.0%}: {each.name}: {each.kept:.3g} -> {each.now:.3g}" for each in fell]
+    lines += [f"not measured: {name}" for name in kept if name not in now]
+    verdict = "\n".join(lines) or f"Nothing fell by more than {FELL:.0%}."
+    return f"{text}\n\n{processor}: {verdict}\n", int(bool(fell))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", type=listed, default=["torch", "flax", "tf"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--write", action="store_true", help="keep the ratios of this run for this kind of processor")
+    arguments = parser.parse_args()
+    everything = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    with tempfile.TemporaryDirectory() as scratch:
+        rounds, made_by = measured(arguments, scratch)
+    text, status = compared(everything, here(), rounds)
+    print(text, end="")
+    if not arguments.write:
+        return status
+    kept = {name: float(f"{value:.4g}") for name, value in medians(rounds).items()}
+    date = datetime.date.today().isoformat()
+    KEPT.write_text(
+        json.dumps({**everything, here(): {"date": date, "versions": made_by, "ratios": kept}}, indent=1) + "\n"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
