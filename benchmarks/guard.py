@@ -2,8 +2,8 @@
 
     python -m benchmarks.guard [--backend torch,flax,tf] [--rounds 3] [--write]
 
-Never times, which no two machines share, but ratios within a round: decoding over the read bandwidth and the prompt over
-a large product, several rows over one, packed weights over bfloat16, a framework over PyTorch; of each the median over
+Never times, which no two machines share, but ratios within a round: decoding over the read bandwidth, the prompt over a
+large product, several rows over one, packed weights over bfloat16, a framework over PyTorch; of each the median over
 the rounds. Names each that fell by more than a share of what benchmarks/results/guard.json has, and then exits with 1.
 A kind of processor is its vendor, what it computes with, and how many cores share the memory; of one that has no ratios
 yet, `--write` keeps those of this run. Nothing else should run beside it.
@@ -164,10 +164,8 @@ def main() -> int:
     if not arguments.write:
         return status
     kept = {name: float(f"{value:.4g}") for name, value in medians(rounds).items()}
-    date = datetime.date.today().isoformat()
-    KEPT.write_text(
-        json.dumps({**everything, here(): {"date": date, "versions": made_by, "ratios": kept}}, indent=1) + "\n"
-    )
+    about = {"date": datetime.date.today().isoformat(), "versions": made_by}
+    KEPT.write_text(json.dumps({**everything, here(): {**about, "ratios": kept}}, indent=1) + "\n")
     return 0
 
 

@@ -7,6 +7,7 @@ backend is torch, the read bandwidth.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.common import prompt_ids, say, streamed, task, timed
@@ -15,10 +16,16 @@ from benchmarks.quantized import SCHEMES
 from mistral_core import MistralConfig
 
 
-def rate(function: Any, amount: float, calls: int) -> float:
+def rate(function: Callable[[], Any], amount: float, calls: int) -> float:
     """What is done in a second, in the fastest call: a limit is what the machine can do undisturbed."""
     function()
     return amount / min(timed(function) for _ in range(calls))
+
+
+def generator(model: Any, asked: dict[str, Any]) -> Callable[[Any], Any]:
+    """The model's generate as a user calls it, greedy, to the last token."""
+    ids, options = prompt_ids(asked), {"max_new_tokens": asked["new"], "do_sample": False, "eos_token_id": None}
+    return lambda streamer: model.generate(ids, streamer=streamer, **options)
 
 
 def main() -> None:
@@ -34,12 +41,7 @@ def main() -> None:
         dtype, quantization = (name, None) if name == "float32" else ("bfloat16", SCHEMES[name])
         model = ours.made(backend, config, dtype, quantization)
         for batch in asked["batches"] if quantization is None else (1,):
-            ids = prompt_ids({**asked, "batch": batch})
-            options = {"max_new_tokens": asked["new"], "do_sample": False, "eos_token_id": None}
-            found[f"{name} {batch}"] = streamed(
-                lambda streamer, model=model, ids=ids: model.generate(ids, streamer=streamer, **options),
-                asked["calls"],
-            )
+            found[f"{name} {batch}"] = streamed(generator(model, {**asked, "batch": batch}), asked["calls"])
     say(found, ours.FRAMEWORKS[backend])
 
 
