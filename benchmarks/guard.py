@@ -135,14 +135,9 @@ def compared(everything: Mapping[str, Any], processor: str, rounds: list[dict[st
     text, now = told(kept, rounds), medians(rounds)
     if not kept:
         known = "; ".join(everything) or "none"
-        return (
-            f"""{text}
-
-There are no ratios of this kind of processor ({processor}), only of: {known}.
-`python -m benchmarks.guard --write` keeps those of a run on a quiet machine in benchmarks/results/{KEPT.name}.
-""",
-            0,
-        )
+        said = f"There are no ratios of this kind of processor ({processor}), only of: {known}."
+        how = f"`python -m benchmarks.guard --write` keeps those of a run on a quiet machine in results/{KEPT.name}."
+        return f"{text}\n\n{said}\n{how}\n", 0
     fell = fallen(kept, now)
     lines = [f"fell by more than {FELL:.0%}: {each.name}: {each.kept:.3g} -> {each.now:.3g}" for each in fell]
     lines += [f"not measured: {name}" for name in kept if name not in now]

@@ -123,11 +123,9 @@ def prompt_of(part: Part, size: Size) -> int:
 def asked_of(part: Part, size: Size, device: str, limit: float) -> dict[str, Any]:
     """The task of a part."""
     if part.group in ("decode", "packed"):
-        config, packed = size.config, part.group == "packed"
-        config = (
-            config.replace(num_hidden_layers=min(config.num_hidden_layers, size.packed_layers)) if packed else config
-        )
-        prompt = size.prompt if part.batch == 1 and not packed else size.short
+        config, prompt = size.config, prompt_of(part, size)
+        if part.group == "packed":
+            config = config.replace(num_hidden_layers=min(config.num_hidden_layers, size.packed_layers))
         given = {"batch": part.batch, "prompt": prompt, "new": size.new, "calls": size.calls}
         return task(config, options=part.options, device=device, **given)
     heads = size.config.num_attention_heads, size.config.num_key_value_heads, size.config.head_dim
