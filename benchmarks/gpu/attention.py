@@ -21,20 +21,26 @@ Measured = tuple[Callable[[], Any], Callable[[], int]]
 """What is timed, and the most bytes that it has had on the device."""
 
 
+def prepared(attention: Any, visibility: Any, implementation: str) -> Any:
+    """Who sees whom, with what layers share made, where a backend's `attention` makes it before them."""
+    make = getattr(attention, "prepared", None)
+    return visibility if make is None else make(visibility, implementation)
+
+
 def torch_call(implementation: str, length: int, window: int | None, sizes: Sizes, device: str) -> Measured:
     """Our attention in PyTorch over one text without padding."""
     import torch
 
-    from mistral_torch.attention import Visibility, attend
+    from mistral_torch import attention
 
     N, K, H = sizes
     q, k, v = (torch.randn(1, length, heads, H, dtype=torch.bfloat16, device=device) for heads in (N, K, K))
     order_BT = torch.arange(length, device=device)[None]
-    visibility = Visibility(order_BT, order_BT, window)
+    visibility = prepared(attention, attention.Visibility(order_BT, order_BT, window), implementation)
 
     def call() -> Any:
         with torch.no_grad():
-            return attend(q, k, v, visibility, implementation=implementation)[0]
+            return attention.attend(q, k, v, visibility, implementation=implementation)[0]
 
     return call, lambda: peak("torch")
 
@@ -44,7 +50,7 @@ def jax_call(implementation: str, length: int, window: int | None, sizes: Sizes,
     import jax
     import jax.numpy as jnp
 
-    from mistral_flax.attention import Visibility, attend
+    from mistral_flax import attention
 
     N, K, H = sizes
     keys = jax.random.split(jax.random.key(0), 3)
@@ -54,7 +60,8 @@ def jax_call(implementation: str, length: int, window: int | None, sizes: Sizes,
     order_BT = jnp.arange(length, dtype=jnp.int32)[None]
 
     def own(q: Any, k: Any, v: Any) -> Any:
-        return attend(q, k, v, Visibility(order_BT, order_BT, window), implementation=implementation)[0]
+        visibility = prepared(attention, attention.Visibility(order_BT, order_BT, window), implementation)
+        return attention.attend(q, k, v, visibility, implementation=implementation)[0]
 
     def cudnn(q: Any, k: Any, v: Any) -> Any:
         local = None if window is None else (window - 1, 0)
