@@ -53,6 +53,10 @@ sweep: $(STAMP)
 conformance: $(STAMP)
 	$(BIN)/python -m conformance
 
+# what a GPU is asked, with the Python that holds PyTorch and JAX there; nothing is installed, the folder is enough
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(GPU)
+
 # the site, in site/
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict
@@ -82,4 +86,4 @@ $(STAMP): pyproject.toml constraints.txt
 clean:
 	rm -rf $(VENV) $(CLIENTS) .cache build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: demo test test-all test-quick style lint sweep conformance docs clients clean
+.PHONY: demo test test-all test-quick style lint sweep conformance gpu docs clients clean

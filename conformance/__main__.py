@@ -5,19 +5,25 @@ from __future__ import annotations
 import argparse
 import sys
 
-from mistral_core import backend
+from mistral_core import backend, devices
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0 where everything agrees, 1 where something does not, 2 where nothing could be run."""
     backend.be_polite()
+    from mistral_core.errors import ConfigError, UnsupportedFeatureError
+
     from . import adapters, report, suite
     from .compare import Comparison
 
     parser = argparse.ArgumentParser(prog="conformance", description=__doc__)
     parser.add_argument("--backend", action="append", choices=adapters.NAMES, help="default: all installed")
-    parser.add_argument("--dtype", action="append", choices=suite.DTYPES, help="default: all")
+    dtypes = (*suite.DTYPES, *suite.ASKED_FOR)
+    parser.add_argument("--dtype", action="append", choices=dtypes, help=f"default: {', '.join(suite.DTYPES)}")
     parser.add_argument("--attention", action="append", help="only these attention implementations")
+    parser.add_argument(
+        "--device", default=devices.CPU, help="where models and arrays are put: cuda, ...; default: cpu"
+    )
     parser.add_argument("--check", default="", help="only checks whose name holds this")
     parser.add_argument("--json", action="store_true", help="every comparison as JSON")
     options = parser.parse_args(argv)
@@ -25,10 +31,14 @@ def main(argv: list[str] | None = None) -> int:
     found: list[Comparison] = []
     for name in options.backend or adapters.NAMES:
         try:
-            chosen = list(suite.subjects((name,), tuple(options.dtype or suite.DTYPES), tuple(options.attention or ())))
+            asked = (name,), tuple(options.dtype or suite.DTYPES), tuple(options.attention or ())
+            chosen = list(suite.subjects(*asked, device=options.device))
         except ImportError as error:
             print(f"conformance: {name} is not installed ({error})", file=sys.stderr)
             continue
+        except (ConfigError, UnsupportedFeatureError) as error:
+            print(f"conformance: {name}: {error}", file=sys.stderr)
+            return 2
         for subject in chosen:
             print(f"conformance: {'/'.join(subject.key)}", file=sys.stderr)
             for check in suite.CHECKS.values():

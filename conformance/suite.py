@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from mistral_core.config.presets import TINY
+from mistral_core.devices import CPU
 
 from . import adapter_pieces, adapters, packed_pieces, pieces, sampling
 from .cases import CAUSAL, HEADS, PACKED, T
@@ -17,6 +18,8 @@ from .compare import Comparison
 from .pieces import Subject
 
 DTYPES = ("float32", "bfloat16")
+ASKED_FOR = ("float16",)
+"""Compared where it is asked for by name: whatever is compared in bfloat16, for users of GPUs that have no other."""
 WINDOW = TINY.sliding_window or 0
 PROMPTS = (1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 3 * WINDOW + 1)
 LOSS_CHUNK = 7  # which divides neither all tokens of a batch nor its columns
@@ -34,7 +37,8 @@ class Check(NamedTuple):
 
     def suits(self, implementation: str, dtype: str) -> bool:
         """Whether it says anything of a subject that another one does not."""
-        return dtype in self.dtypes and (self.attention or implementation == "eager")
+        kind = "bfloat16" if dtype in ASKED_FOR else dtype
+        return kind in self.dtypes and (self.attention or implementation == "eager")
 
 
 def _partial(
@@ -118,20 +122,22 @@ CHECKS = {check.name: check for check in _checks()}
 
 
 @functools.cache
-def subject(backend: str, implementation: str, dtype: str, package: str | None = None) -> Subject:
-    """A backend ready to be compared; raises ImportError without its framework."""
-    return Subject(adapters.get(backend, package), implementation, dtype)
+def subject(backend: str, implementation: str, dtype: str, package: str | None = None, *, device: str = CPU) -> Subject:
+    """A backend ready to be compared; raises ImportError without its framework, ConfigError without the device."""
+    return Subject(adapters.get(backend, package, device=device), implementation, dtype)
 
 
 def subjects(
     backends: tuple[str, ...] = adapters.NAMES,
     dtypes: tuple[str, ...] = DTYPES,
     implementations: tuple[str, ...] = (),
+    *,
+    device: str = CPU,
 ) -> Iterator[Subject]:
     """Every backend x attention implementation x dtype asked for."""
     for backend in backends:
-        for implementation in adapters.get(backend).implementations:
+        for implementation in adapters.get(backend, device=device).implementations:
             if implementations and implementation not in implementations:
                 continue
             for dtype in dtypes:
-                yield subject(backend, implementation, dtype)
+                yield subject(backend, implementation, dtype, device=device)

@@ -15,6 +15,7 @@ import numpy as np
 
 from mistral_core.arrays import Array
 from mistral_core.config import MistralConfig
+from mistral_core.devices import CPU
 from mistral_core.generation.sampling import Rule, Values
 from mistral_core.quantization.matrix import PackedMatrix
 from mistral_core.quantization.request import Quantization
@@ -22,26 +23,31 @@ from mistral_core.reference.sampling import Choice
 
 
 class Adapter(abc.ABC):
-    """A backend behind NumPy."""
+    """A backend behind NumPy, on one device: models and arrays are put there."""
 
     name: str
 
-    def __init__(self, package: str) -> None:
+    def __init__(self, package: str, *, device: str = CPU) -> None:
         self.package = importlib.import_module(package)
         self.layers = importlib.import_module(package + ".layers")
         self.attention = importlib.import_module(package + ".attention")
         self.cache = importlib.import_module(package + ".cache")
         self.sampling = importlib.import_module(package + ".sampling")
         self.products = importlib.import_module(package + ".products")
+        self.device = self.device_named(device)
 
     @property
     def implementations(self) -> tuple[str, ...]:
         """The attention implementations that run here."""
         return self.attention.available()
 
+    def device_named(self, name: str) -> Any:
+        """The framework's own device of a name such as "cpu" or "cuda"; raises ConfigError where it has none."""
+        return importlib.import_module(self.package.__name__ + ".arrays").as_device(name)
+
     @abc.abstractmethod
     def array(self, value: Any, dtype: str | None = None) -> Any:
-        """A NumPy array as the framework's, floats cast to `dtype`."""
+        """A NumPy array as the framework's, on the device, floats cast to `dtype`."""
 
     @abc.abstractmethod
     def numpy(self, array: Any) -> Array:
@@ -56,7 +62,7 @@ class Adapter(abc.ABC):
         dtype: str,
         implementation: str,
     ) -> Any:
-        """A model of a class with these parameters, in inference mode."""
+        """A model of a class with these parameters, on the device, in inference mode."""
 
     @abc.abstractmethod
     def loss_and_gradients(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Array, dict[str, Array]]:
@@ -122,7 +128,8 @@ class Adapter(abc.ABC):
     def allocate(self, config: MistralConfig, batch_size: int, capacity: int | None, dtype: str, **options: Any) -> Any:
         """An empty KV cache."""
         kind = self.array(np.zeros(1, np.float32), dtype).dtype
-        return self.package.KVCache.allocate(config, batch_size, capacity, dtype=kind, **options)
+        where = {} if self.device is None else {"device": self.device}
+        return self.package.KVCache.allocate(config, batch_size, capacity, dtype=kind, **where, **options)
 
     def rotary(self, position_BT: Array, config: MistralConfig) -> tuple[Array, Array]:
         """cos and sin."""

@@ -36,11 +36,21 @@ class Recorder(nnx.Module):
         return self.inner.dtype
 
 
+def first_device() -> Any:
+    """Where JAX puts arrays."""
+    return jax.devices()[0]
+
+
 class BackendAdapter(Adapter):
     name = "flax"
 
+    def device_named(self, name: str) -> Any:
+        """None where JAX puts arrays there by itself: as for users, they are then bound to no device."""
+        found = super().device_named(name)
+        return None if found == first_device() else found
+
     def array(self, value: Any, dtype: str | None = None) -> Any:
-        return jnp.asarray(np.asarray(value), dtype)
+        return jax.device_put(jnp.asarray(np.asarray(value), dtype), self.device)
 
     def numpy(self, array: Any) -> Any:
         return np.asarray(array)
@@ -48,7 +58,10 @@ class BackendAdapter(Adapter):
     def model(self, architecture: str, config: Any, parameters: Any, dtype: str, implementation: str) -> Any:
         kind = getattr(self.package, architecture)
         model = kind(config, attn_implementation=implementation, dtype=dtype)
-        return model.load_arrays({name: np.asarray(array).astype(dtype) for name, array in parameters.items()})
+        for name, array in parameters.items():
+            model.set_parameter(name, np.asarray(array).astype(dtype), device=self.device)
+        model.tie_weights()
+        return model
 
     def loss_and_gradients(self, model: Any, inputs: Any) -> Any:
         loss, gradients = jax.value_and_grad(lambda params: model(**inputs, params=params).loss)(model.params)

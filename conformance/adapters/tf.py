@@ -8,6 +8,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from mistral_core.devices import CPU
+from mistral_core.errors import UnsupportedFeatureError
+
 from .base import Adapter
 
 
@@ -34,6 +37,11 @@ class Recorder(keras.layers.Layer):
 
 class BackendAdapter(Adapter):
     name = "tf"
+
+    def device_named(self, name: str) -> Any:
+        """None: TensorFlow itself chooses; raises UnsupportedFeatureError where any other than the CPU is named."""
+        if name != CPU:
+            raise UnsupportedFeatureError(f"device must be {CPU!r} where TensorFlow is compared, got {name!r}.")
 
     def array(self, value: Any, dtype: str | None = None) -> Any:
         array = np.asarray(value)

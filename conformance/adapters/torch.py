@@ -36,7 +36,7 @@ class BackendAdapter(Adapter):
 
     def array(self, value: Any, dtype: str | None = None) -> Any:
         array = torch.from_numpy(np.array(value, np.float32 if dtype else None))
-        return array.to(getattr(torch, dtype)) if dtype else array
+        return array.to(self.device, getattr(torch, dtype) if dtype else None)
 
     def numpy(self, array: Any) -> Any:
         array = array.detach().cpu()
@@ -49,7 +49,7 @@ class BackendAdapter(Adapter):
         with torch.device("meta"):
             model = kind(config, attn_implementation=implementation)
         for name, array in parameters.items():
-            model.set_parameter(name, np.array(array).astype(dtype), device="cpu")
+            model.set_parameter(name, np.array(array).astype(dtype), device=self.device)
         model.tie_weights()
         return model.eval()
 

@@ -1,0 +1,57 @@
+"""Our own generate in one backend, all that the guard compares, in turn; option: backend.
+
+All models are held at once and each round asks every one, with the limits of the machine among them: what is compared
+was measured within seconds, for a machine that is shared is another one a minute later.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.common import Stamps, prompt_ids, say, task, timed
+from benchmarks.peers import limits, ours
+from benchmarks.quantized import SCHEMES
+from mistral_core import MistralConfig
+
+
+def speaking(model: Any, asked: dict[str, Any]) -> Callable[[], dict[str, float]]:
+    """A call of generate, greedy, to the last token: its time to the first token, and a step's."""
+    ids, options = prompt_ids(asked), {"max_new_tokens": asked["new"], "do_sample": False, "eos_token_id": None}
+
+    def call() -> dict[str, float]:
+        stamps, start = Stamps(), time.perf_counter()
+        model.generate(ids, streamer=stamps, **options)
+        return {"first": stamps.times[1] - start, "step": statistics.median(stamps.steps)}
+
+    return call
+
+
+def measurements(backend: str, asked: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    """Name -> what measures it once: a dtype or scheme with its batch, or a limit's seconds."""
+    config, found = MistralConfig(**asked["sizes"]), {}
+    read = limits.numpy_reader()
+    for name in asked["models"]:
+        dtype, quantization = (name, None) if name == "float32" else ("bfloat16", SCHEMES[name])
+        model = ours.made(backend, config, dtype, quantization)
+        found[f"read beside {name}"] = lambda: timed(read)
+        for batch in asked["batches"] if quantization is None else (1,):
+            found[f"{name} {batch}"] = speaking(model, {**asked, "batch": batch})
+        if quantization is None:
+            product = limits.product(backend, dtype)
+            found[f"matmul {dtype}"] = lambda product=product: timed(product)
+    return found
+
+
+def main() -> None:
+    asked = task()
+    backend = asked["options"]["backend"]
+    found = measurements(backend, asked)
+    rounds = [{name: measure() for name, measure in found.items()} for _ in range(asked["calls"] + 1)]
+    say({"rounds": rounds[1:]}, ours.FRAMEWORKS[backend])  # the first one compiles
+
+
+if __name__ == "__main__":
+    main()
