@@ -18,10 +18,14 @@ from .tolerances import MODEL, Tolerance
 SUBJECTS = (
     ("torch", "eager"),
     ("torch", "sdpa"),
+    ("torch", "blocked"),
     ("torch", "flex"),
     ("flax", "eager"),
     ("flax", "dot_product"),
+    ("flax", "blocked"),
     ("tf", "eager"),
+    ("tf", "sdpa"),
+    ("tf", "blocked"),
 )
 REPRESENTATIVES = {
     "whole": (

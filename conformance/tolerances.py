@@ -25,7 +25,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-FUSED = ("sdpa", "flex", "dot_product")
+FUSED = ("sdpa", "blocked", "flex", "dot_product")
 
 
 class Tolerance(NamedTuple):

@@ -21,6 +21,9 @@ from mistral_core.quantization.matrix import PackedMatrix
 from mistral_core.quantization.request import Quantization
 from mistral_core.reference.sampling import Choice
 
+BLOCK_COLUMNS = 4
+"""The queries of a block in "blocked" attention: the texts of cases are some blocks long, and no whole number of them."""
+
 
 class Adapter(abc.ABC):
     """A backend behind NumPy, on one device: models and arrays are put there."""
@@ -34,6 +37,8 @@ class Adapter(abc.ABC):
         self.cache = importlib.import_module(package + ".cache")
         self.sampling = importlib.import_module(package + ".sampling")
         self.products = importlib.import_module(package + ".products")
+        with contextlib.suppress(ModuleNotFoundError):  # of others, who cut no text
+            importlib.import_module(package + ".blocks").COLUMNS = BLOCK_COLUMNS
         self.device = self.device_named(device)
 
     @property

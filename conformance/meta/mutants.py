@@ -58,6 +58,17 @@ _SWIGLU = "silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)"
 
 MUTANTS = (
     # Masks and windows
+    Mutant("a block's window + 1", "whole window", spelled(
+        "blocks.py", torch=("query - key < blocks.window", "query - key <= blocks.window"),
+        flax=(_WINDOW, "query - key <= window"), tf=(_WINDOW, "query - key <= window")), implementation="blocked"),
+    Mutant("a block's first keys left out", "whole window", spelled(
+        "blocks.py", torch=("begin + keys - queries - window + 1", "begin + keys - queries - window + 2"),
+        flax=("(before + 1) * COLUMNS)]", "before * COLUMNS)]"), tf=("(before + 1) * COLUMNS)]", "before * COLUMNS)]")),
+        implementation="blocked", raises=True),
+    Mutant("blocks of a text that is not in order", "whole holes", spelled(
+        "blocks.py", torch=("return in_order, all_real", "return True, all_real"),
+        flax=("return (most <= least).all()", "return (most <= least).all() | True"),
+        tf=("return tf.reduce_all(most <= least)", "return tf.constant(True)")), implementation="blocked"),
     Mutant("window + 1", "whole window", everywhere("attention.py", _WINDOW, "query - key <= window")),
     Mutant("window - 1", "whole window", everywhere("attention.py", _WINDOW, "query - key < window - 1")),
     Mutant("window None taken as 0", "whole window-none",
