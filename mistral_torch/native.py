@@ -62,6 +62,25 @@ def product(
     return y if given is x else y.to(x.dtype)
 
 
+def widened_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T over the last axis of x, float32, of few rows and a bfloat16 W [O, I]; it has no derivative.
+
+    W is read once, and no float32 copy of it is written. Raises MissingExtraError where there are no kernels.
+    """
+    rows, columns = weight.shape
+    x, weight = x.contiguous(), weight.contiguous()
+    y = x.new_empty((*x.shape[:-1], rows))
+    float32 = _TYPES[torch.float32]
+    code = library.kernels().product_by(
+        _openmp(), library.FLOATS, weight.data_ptr(), None, _TYPES[weight.dtype], None, rows, columns, 1,
+        max(columns, 1), x.data_ptr(), float32, y.data_ptr(), float32, x.numel() // max(columns, 1), 0,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if code:
+        library.check(code)
+    return y
+
+
 def dequantised(
     codes: Tensor,
     scale: Tensor,

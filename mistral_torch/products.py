@@ -15,6 +15,7 @@ from mistral_core.quantization.matrix import KINDS, ROUNDED_COLUMNS
 
 from . import native
 from .arrays import without_autocast
+from .cache import has_values
 
 STREAMED_ROWS = 4
 """The most rows for which a compiled product on a CPU reads its matrix in one pass."""
@@ -28,12 +29,20 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dtype: tor
     with without_autocast(x):
         if _is_streamed(x):
             return _streamed(x, weight, bias).to(dtype)
+        if dtype == torch.float32 and _is_widened(x, weight):
+            y = native.widened_product(x.float(), weight)
+            return y if bias is None else y + bias.float()
         return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def converted(weight: Tensor) -> Tensor:
-    """A matrix for many products in float32 that are not compiled: on a CPU, converted once and not for each."""
-    return weight.float() if weight.device.type == "cpu" else weight
+    """A matrix for many products in float32 that are not compiled: on a CPU, converted once and not for each.
+
+    That of bfloat16 is multiplied as it is where there are kernels.
+    """
+    if weight.device.type != "cpu" or (weight.dtype == torch.bfloat16 and _has_kernels()):
+        return weight
+    return weight.float()
 
 
 class PackedWeight(NamedTuple):
@@ -149,6 +158,14 @@ class _PackedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return (gradient @ _floats(ctx.weight, gradient.dtype)).to(ctx.dtype), None, None
+
+
+def _is_widened(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product in float32 reads a bfloat16 matrix as it is: few rows at once on a CPU, without gradients."""
+    if weight.dtype != torch.bfloat16 or not weight.is_cpu or not has_values(x) or not has_values(weight.data):
+        return False
+    learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return not learns and _has_few_rows(x, PACKED_ROWS) and _has_kernels()
 
 
 def _is_streamed(x: Tensor) -> bool:
