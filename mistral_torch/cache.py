@@ -216,7 +216,7 @@ def place(order_BT: Tensor, length_B: Tensor, past_slots: int, *, window: int | 
     elif beside:
         seen_order_BS = torch.cat([slot_order(length_B, past_slots), order_BT], dim=1)
     else:
-        seen_order_BS = slot_order(next_length_B, slots)
+        seen_order_BS = slot_order(next_length_B, _used_slots(next_length_B, slots))
     return Place(slots, slot_BT, seen_order_BS, fresh, beside)
 
 
@@ -239,8 +239,15 @@ def remember(
         seen = [torch.cat(pair, dim=1) for pair in zip(old, new, strict=True)]
     kept = tuple(write(*pair, place.slot_BT, place.slots) for pair in zip(old, new, strict=True))
     if not (place.fresh or place.beside):
-        seen = kept
+        seen = tuple(x[:, : place.order_BS.shape[1]] for x in kept)
     return *restored(seen, k_BTKH.dtype), kept
+
+
+def _used_slots(length_B: Tensor, slots: int) -> int:
+    """How many slots of a ring are looked at: on a CPU, where lengths are there to ask, those that hold tokens."""
+    if not length_B.is_cpu or not has_values(length_B):
+        return slots
+    return min(max(int(length_B.max()), 1), slots)
 
 
 def _is_empty(length_B: Tensor, columns: int) -> bool:

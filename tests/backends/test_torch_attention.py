@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from conformance.weights import random_parameters
 from mistral_core.config.presets import TINY
 from mistral_core.errors import MissingExtraError, UnsupportedFeatureError
-from mistral_torch import KVCache, MistralForCausalLM, attention
+from mistral_torch import KVCache, MistralForCausalLM, attention, native
 from mistral_torch.attention import Visibility, attend
+from mistral_torch.cache import place, remember
+from mistral_torch.products import product
 
 IDS = torch.from_numpy(np.random.default_rng(0).integers(3, TINY.vocab_size, (3, 17)))
 MASK = torch.ones_like(IDS)
@@ -226,3 +228,43 @@ def test_dropout_keeps_the_mean_and_has_its_variance(flash, implementation):
     expected = 0.3 / 0.7 * torch.einsum("bnts,bsnh->btnh", weights.square(), qkv()[2].repeat_interleave(3, 2).square())
     assert (many.mean(0) * kept).sum() / kept.square().sum() == pytest.approx(1, abs=0.01)
     assert many.var(0).sum() / expected.sum() == pytest.approx(1, abs=0.05)
+
+
+# What is not read
+
+
+def test_slots_that_hold_nothing_are_not_looked_at():
+    """On a CPU a prompt in pieces sees the slots that are used so far, and not all that the cache has room for."""
+    order_BT, length_B = torch.tensor([[4, 5], [-1, 2]]), torch.tensor([4, 2])
+    found = place(order_BT, length_B, 41, window=None, capacity=40)
+    assert found.order_BS.tolist() == [[0, 1, 2, 3, 4, 5], [0, 1, 2, -1, -1, -1]]
+    k_BTKH = torch.ones(2, 2, 1, 4)
+    past = torch.zeros(2, 41, 1, 4), torch.zeros(2, 41, 1, 4), length_B
+    seen, _, kept = remember(k_BTKH, k_BTKH, past, found)
+    assert seen.shape[1] == 6
+    assert kept[0].shape[1] == 41
+    rolled = place(torch.tensor([[9, 10]]), torch.tensor([9]), 8, window=3, capacity=40)
+    assert rolled.order_BS.shape[1] == 8, "a ring that has rolled on is full"
+
+
+def test_the_head_of_a_bfloat16_model_makes_no_float32_copy(monkeypatch):
+    """Few rows read the matrix as it is, with the same numbers; rows to learn from, or many, do not."""
+    if not native.available():
+        pytest.skip(native.why())
+    calls = []
+    inner = native.widened_product
+    monkeypatch.setattr(native, "widened_product", lambda *each: calls.append(1) or inner(*each))
+    torch.manual_seed(0)
+    weight, bias = torch.randn(37, 40).bfloat16(), torch.randn(37).bfloat16()
+    for rows, given in ((1, None), (3, bias), (16, None)):
+        x = torch.randn(2 if rows == 3 else 1, rows, 40).bfloat16()
+        expected = x.double() @ weight.double().T + (0 if given is None else given.double())
+        found = product(x, weight, given, dtype=torch.float32)
+        assert found.dtype == torch.float32
+        assert torch.allclose(found.double(), expected, atol=1e-5)
+    assert len(calls) == 3
+    product(torch.randn(17, 40).bfloat16(), weight, dtype=torch.float32)
+    product(torch.randn(1, 40).bfloat16(), weight)
+    product(torch.randn(1, 40).requires_grad_(), weight, dtype=torch.float32).sum().backward()
+    torch.func.vmap(lambda x: product(x, weight, dtype=torch.float32))(torch.randn(2, 3, 40))
+    assert len(calls) == 3

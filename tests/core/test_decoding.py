@@ -88,7 +88,7 @@ def test_chunks_bound_what_is_computed_at_once():
     subject = Widths(TINY, PARAMETERS)
     options = {"max_new_tokens": 2, "prefill_chunk_size": 4}
     driver.generate(subject, driver.prepare(TINY, IDS, None, GenerationConfig(), options))
-    assert subject.seen == (1, 4, 4, 1)
+    assert subject.seen == (4, 4, 1, 1), "what is left comes last: a text that begins whole needs no mask"
 
 
 # Options that look back
