@@ -92,7 +92,7 @@ def attend(
 
 def _of_block(q_BCNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BCS: Array) -> Array:
     """The output of a block's queries."""
-    nobody = jnp.zeros(mask_BCS.shape[:1] + (0,), jnp.int32)
+    nobody = jnp.zeros((*mask_BCS.shape[:1], 0), jnp.int32)
     return attend(q_BCNH, k_BSKH, v_BSKH, Visibility(nobody, nobody, mask_BTS=mask_BCS), implementation="dot_product")[
         0
     ]

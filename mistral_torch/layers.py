@@ -65,7 +65,9 @@ def rotate(x_BTNH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> Tensor:
     """Turn the pairs (x_i, x_{i+H/2}) by their angles, in float32."""
     first, second = x_BTNH.float().chunk(2, dim=-1)
     cos, sin = cos_BTH[:, :, None, :], sin_BTH[:, :, None, :]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BTNH.dtype)
+    # first cos - second sin and second cos + first sin, in half as many passes over memory
+    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat(turned, dim=-1).to(x_BTNH.dtype)
 
 
 def query_scale(position_BT: Tensor, config: MistralConfig) -> Tensor | None:

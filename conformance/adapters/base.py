@@ -22,7 +22,7 @@ from mistral_core.quantization.request import Quantization
 from mistral_core.reference.sampling import Choice
 
 BLOCK_COLUMNS = 4
-"""The queries of a block in "blocked" attention: the texts of cases are some blocks long, and no whole number of them."""
+"""The queries of a block in "blocked" attention: texts of cases are some blocks long, and no whole number of them."""
 
 
 class Adapter(abc.ABC):
