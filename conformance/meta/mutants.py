@@ -214,9 +214,10 @@ MUTANTS = (
            everywhere("heads.py", "cross_entropy(logits[:, :-1], labels[:, 1:])", "cross_entropy(logits, labels)")),
     Mutant("-100 counted", "whole window", spelled(
         "losses.py",
-        torch=("picked, 0).sum(), counted.sum()", "picked, 0).sum(), torch.ones_like(counted).sum()"),
-        flax=("picked, 0).sum(), counted.sum()", "picked, 0).sum(), jnp.ones_like(counted).sum()"),
-        tf=("tf.reduce_sum(tf.cast(counted, tf.float32))", "tf.cast(tf.size(counted), tf.float32)"),
+        torch=("labels, ignore).sum(), (labels != ignore).sum()", "labels, ignore).sum(), torch.ones_like(labels).sum()"),
+        flax=("labels, ignore).sum(), (labels != ignore).sum()", "labels, ignore).sum(), jnp.ones_like(labels).sum()"),
+        tf=("(losses), tf.reduce_sum(tf.cast(labels != ignore, tf.float32))",
+            "(losses), tf.cast(tf.size(labels), tf.float32)"),
     )),
     Mutant("a part of a step divided by its own count", "parts window", everywhere(
         "heads.py", "cross_entropy(logits[:, :-1], labels[:, 1:]), num_items_in_batch)",
