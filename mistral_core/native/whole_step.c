@@ -293,6 +293,15 @@ static void softmax(float *score, int64_t n)
     for (s = 0; s < n; s++) score[s] /= sum;
 }
 
+/* Whether slots hold tokens alone that are older than any query's window shows: these are not read. The newest token is
+   in slot `last`, and of slots up to it slot 0 has the token of order `turns`. */
+static int are_hidden(int64_t first, int64_t count, int64_t last, int64_t turns, int64_t S, int64_t oldest)
+{
+    int64_t end = first + count - 1;
+    if (first <= last && end > last) return 0;
+    return end + (first <= last ? turns : turns - S) < oldest;
+}
+
 static void attend(const void *argument, int64_t part)
 {
     const Attention *a = argument;
@@ -309,8 +318,18 @@ static void attend(const void *argument, int64_t part)
     const float *value_scales = is_coded ? a->cache->value_scales[a->layer] : NULL;
     int64_t used = next < S ? next : S; /* slots that may hold a token */
     int64_t last = (next - 1) % S, turns = next - 1 - last; /* the newest token's slot; the order of slot 0's token */
+    int64_t oldest_seen = next;
+    for (int64_t t = 0; t < T; t++) {
+        int64_t oldest = window < 0 ? 0 : order[t] - window + 1;
+        if (order[t] >= 0 && oldest < oldest_seen) oldest_seen = oldest;
+    }
     for (int64_t first = 0; first < used; first += SLOTS) {
         int64_t count = used - first < SLOTS ? used - first : SLOTS;
+        if (are_hidden(first, count, last, turns, S, oldest_seen)) {
+            for (int64_t n = 0; n < T * G; n++)
+                for (int64_t s = 0; s < count; s++) scores[n * S + first + s] = -INFINITY;
+            continue;
+        }
         restore(m, a->cache, keys, key_scales, (b * S + first) * m->K + head, count, floats);
         for (int64_t n = 0; n < T * G; n++) {
             const float *q = a->q + ((b * T + n / G) * m->N + head * G + n % G) * H;
@@ -328,6 +347,7 @@ static void attend(const void *argument, int64_t part)
     }
     for (int64_t first = 0; first < used; first += SLOTS) {
         int64_t count = used - first < SLOTS ? used - first : SLOTS;
+        if (are_hidden(first, count, last, turns, S, oldest_seen)) continue;
         restore(m, a->cache, values, value_scales, (b * S + first) * m->K + head, count, floats);
         for (int64_t n = 0; n < T * G; n++)
             add_weighted(scores + n * S + first, floats, count, H,

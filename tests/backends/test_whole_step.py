@@ -232,3 +232,27 @@ def test_few_tokens_and_rings_in_one_piece_are_taken():
     assert not step.takes(np.ones((1, 1, 48)), [ring, ring], 100)
     assert not step.takes(np.ones((1, 1)), [[x[:, :, ::-1] for x in ring], ring], 100)
     assert not step.takes(np.ones((1, 1)), [[x.astype(np.float16) for x in ring], ring], 100)
+
+
+@needs_compiler
+@pytest.mark.parametrize("length", [80, 130])
+def test_keys_that_no_window_shows_are_not_read(length):
+    """Of a cache that keeps all tokens, or has rolled on, C reads what the window shows: numbers elsewhere are any."""
+    slots, window = 120, TINY.sliding_window
+    weights = {name: array.astype(np.float32) for name, array in random_parameters(TINY, "MistralForCausalLM").items()}
+    step = whole_step.WholeStep(TINY, weights, activations={}, dtype="float32")
+    order = length - 1 - (length - 1 - np.arange(slots)) % slots
+    # slots are read 32 at a time, and those of the newest token always
+    hidden = (order < length - window - 64) & (np.arange(slots) // 32 != (length + 1) % slots // 32)
+    assert hidden.any()
+    shape = (TINY.num_hidden_layers, 1, slots, TINY.num_key_value_heads, TINY.head_dim)
+    found = []
+    for poison in (0.0, np.nan):
+        rng = np.random.default_rng(0)
+        kept = [list(rng.standard_normal(shape).astype(np.float32)) for _ in range(2)]
+        for arrays in kept:
+            for array in arrays:
+                array[:, hidden] += poison
+        found.append(step.step(np.array([[7, 8]]), np.ones((1, 2), int), np.array([length]), kept))
+    assert np.isfinite(found[0]).all()
+    assert np.array_equal(*found)
