@@ -62,6 +62,7 @@ OWN_NAMES = {
     "name_or_path": "torch: an attribute of its own, as peft reads it from the instance",
     "param_dtype": "JAX: see the parameter",
     "is_mapped": "torch: torch.func",
+    "widened_product": "torch would copy a bfloat16 matrix for a float32 sum; JAX and TensorFlow are told of the sum",
     "has_values": "torch computes at once, and may look at values; JAX and TensorFlow decide in their programs",
     "without_dropout": "torch modules know whether they train; JAX and TensorFlow are told in each call",
     "over_replicas": "TensorFlow: a strategy's replicas; torch and JAX say how many items a step has",

@@ -38,7 +38,8 @@ class Adapter(abc.ABC):
         self.sampling = importlib.import_module(package + ".sampling")
         self.products = importlib.import_module(package + ".products")
         with contextlib.suppress(ModuleNotFoundError):  # of others, who cut no text
-            importlib.import_module(package + ".blocks").COLUMNS = BLOCK_COLUMNS
+            blocks: Any = importlib.import_module(package + ".blocks")
+            blocks.COLUMNS = BLOCK_COLUMNS
         self.device = self.device_named(device)
 
     @property

@@ -295,7 +295,7 @@ MUTANTS = (
     # Cache
     Mutant("cache slot + 1", "cached window by ones",
            everywhere("cache.py", "order_BT % slots, next", "(order_BT + 1) % slots, next")),
-    Mutant("empty slots seen as token 0", "cached window by ones", spelled(
+    Mutant("empty slots seen as token 0", "cached left-padding by ones", spelled(
         "cache.py", torch=("order.clamp(min=-1)", "order.clamp(min=0)"),
         flax=("jnp.maximum(order, -1)", "jnp.maximum(order, 0)"),
         tf=("tf.maximum(order, -1)", "tf.maximum(order, 0)"),

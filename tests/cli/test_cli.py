@@ -164,7 +164,7 @@ def test_generate_reads_a_pipe(monkeypatch, capsys):
 def test_check(capsys):
     assert main(["check", "--backend", "torch", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert {item["implementation"] for item in found} == {"eager", "sdpa", "flex"}
+    assert {item["implementation"] for item in found} == {"eager", "sdpa", "blocked", "flex"}
     assert {"logits", "logits cached", "greedy"} <= {item["piece"] for item in found}
     assert all(item["passed"] for item in found)
 
