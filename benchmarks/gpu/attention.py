@@ -21,12 +21,6 @@ Measured = tuple[Callable[[], Any], Callable[[], int]]
 """What is timed, and the most bytes that it has had on the device."""
 
 
-def prepared(attention: Any, visibility: Any, implementation: str) -> Any:
-    """Who sees whom, with what layers share made, where a backend's `attention` makes it before them."""
-    make = getattr(attention, "prepared", None)
-    return visibility if make is None else make(visibility, implementation)
-
-
 def torch_call(implementation: str, length: int, window: int | None, sizes: Sizes, device: str) -> Measured:
     """Our attention in PyTorch over one text without padding."""
     import torch
@@ -36,7 +30,7 @@ def torch_call(implementation: str, length: int, window: int | None, sizes: Size
     N, K, H = sizes
     q, k, v = (torch.randn(1, length, heads, H, dtype=torch.bfloat16, device=device) for heads in (N, K, K))
     order_BT = torch.arange(length, device=device)[None]
-    visibility = prepared(attention, attention.Visibility(order_BT, order_BT, window), implementation)
+    visibility = attention.prepared(attention.Visibility(order_BT, order_BT, window), implementation)
 
     def call() -> Any:
         with torch.no_grad():
@@ -60,7 +54,7 @@ def jax_call(implementation: str, length: int, window: int | None, sizes: Sizes,
     order_BT = jnp.arange(length, dtype=jnp.int32)[None]
 
     def own(q: Any, k: Any, v: Any) -> Any:
-        visibility = prepared(attention, attention.Visibility(order_BT, order_BT, window), implementation)
+        visibility = attention.prepared(attention.Visibility(order_BT, order_BT, window), implementation)
         return attention.attend(q, k, v, visibility, implementation=implementation)[0]
 
     def cudnn(q: Any, k: Any, v: Any) -> Any:
