@@ -107,7 +107,7 @@ def cut(
 
 
 def _spans(queries: int, keys: int, window: int | None) -> list[_Span]:
-    """The blocks of a text whose last query is the last key; keys come in whole blocks too."""
+    """The blocks of a text whose last query is the last key."""
     found = []
     for begin in range(0, queries, COLUMNS):
         end = min(begin + COLUMNS, queries)
@@ -160,9 +160,7 @@ def attend_by_blocks(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, blocks: Blo
         k_BSKH, v_BSKH = (_columns(x, blocks.key_column_BS) for x in (k_BSKH, v_BSKH))
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTNH, k_BSKH, v_BSKH))
     # as what is added to scores, kernels keep a shared mask for gradients as it is
-    added = {
-        key: torch.zeros_like(x, dtype=q_BTNH.dtype).masked_fill(~x, -torch.inf) for key, x in blocks.masks.items()
-    }
+    added = {sizes: _added(visible, q_BTNH.dtype) for sizes, visible in blocks.masks.items()}
 
     def of_block(q_BCNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, span: _Span) -> Tensor:
         return attend(q_BCNH, k_BSKH, v_BSKH, added[span.sizes] if added else _mask(blocks, span))
