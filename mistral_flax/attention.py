@@ -19,6 +19,7 @@ from jax import Array
 from mistral_core.errors import UnsupportedFeatureError
 
 from .blocks import Blocks, attend_by_blocks, cut
+from .mask import mask
 from .programs import in_one_program
 
 INTERPRET = False
@@ -50,13 +51,8 @@ def attention_mask(visibility: Visibility) -> Array:
     query_order_BT, key_order_BS, window, document_ids_BT, mask_BTS, _ = visibility
     if mask_BTS is not None:
         return mask_BTS
-    query, key = query_order_BT[:, :, None], key_order_BS[:, None, :]
-    visible = (key >= 0) & (key <= query)
-    if window is not None:
-        visible = visible & (query - key < window)
-    if document_ids_BT is not None:
-        visible = visible & (document_ids_BT[:, :, None] == document_ids_BT[:, None, :])
-    return visible
+    documents = None if document_ids_BT is None else (document_ids_BT, document_ids_BT)
+    return mask(query_order_BT, key_order_BS, window, documents)
 
 
 def prepared(visibility: Visibility, implementation: str) -> Visibility:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from .mask import mask
 from .programs import in_one_program
 
 COLUMNS = 512
@@ -155,13 +156,8 @@ def _attend_by_blocks(
     @jax.checkpoint
     def of_block(of_queries: list[Array | None], of_keys: list[Array | None]) -> Array:
         (q, query_order_BC, of_query), (k, v, key_order_BS, of_key) = of_queries, of_keys
-        query, key = query_order_BC[:, :, None], key_order_BS[:, None, :]
-        visible = (key >= 0) & (key <= query)
-        if window is not None:
-            visible = visible & (query - key < window)
-        if of_query is not None and of_key is not None:
-            visible = visible & (of_query[:, :, None] == of_key[:, None, :])
-        return attend(q, k, v, visible)
+        documents = None if of_query is None or of_key is None else (of_query, of_key)
+        return attend(q, k, v, mask(query_order_BC, key_order_BS, window, documents))
 
     outputs = []
     for loop in loops:

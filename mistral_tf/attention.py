@@ -16,6 +16,7 @@ from tensorflow import Tensor
 from mistral_core.errors import UnsupportedFeatureError
 
 from .blocks import Blocks, attend_by_blocks, cut
+from .mask import mask
 from .traces import sizes
 
 
@@ -41,13 +42,8 @@ def attention_mask(visibility: Visibility) -> Tensor:
     query_order_BT, key_order_BS, window, document_ids_BT, mask_BTS, _ = visibility
     if mask_BTS is not None:
         return mask_BTS
-    query, key = tf.expand_dims(query_order_BT, 2), tf.expand_dims(key_order_BS, 1)
-    visible = (key >= 0) & (key <= query)
-    if window is not None:
-        visible = visible & (query - key < window)
-    if document_ids_BT is not None:
-        visible = visible & (tf.expand_dims(document_ids_BT, 2) == tf.expand_dims(document_ids_BT, 1))
-    return visible
+    documents = None if document_ids_BT is None else (document_ids_BT, document_ids_BT)
+    return mask(query_order_BT, key_order_BS, window, documents)
 
 
 def prepared(visibility: Visibility, implementation: str) -> Visibility:

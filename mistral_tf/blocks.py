@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 from tensorflow import Tensor
 
+from .mask import mask
 from .traces import sizes
 
 COLUMNS = 512
@@ -150,13 +151,8 @@ def attend_by_blocks(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, blocks: Blo
 
     def of_block(floats: Sequence[Tensor], numbers: Sequence[Tensor | None]) -> Tensor:
         query_order_BC, of_query, key_order_BS, of_key = numbers
-        query, key = query_order_BC[:, :, None], key_order_BS[:, None, :]
-        visible = (key >= 0) & (key <= query)
-        if window is not None:
-            visible = visible & (query - key < window)
-        if of_query is not None:
-            visible = visible & (of_query[:, :, None] == of_key[:, None, :])
-        return attend(*floats, visible)
+        documents = None if of_query is None or of_key is None else (of_query, of_key)
+        return attend(*floats, mask(query_order_BC, key_order_BS, window, documents))
 
     outputs = []
     for loop in loops:

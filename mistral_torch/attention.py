@@ -24,6 +24,7 @@ from mistral_core.errors import MissingExtraError, UnsupportedFeatureError
 from .arrays import without_autocast
 from .blocks import Blocks, attend_by_blocks, cut
 from .cache import has_values
+from .mask import in_window, mask
 
 
 class Visibility(NamedTuple):
@@ -50,11 +51,8 @@ def attention_mask(visibility: Visibility) -> Tensor:
     query_order_BT, key_order_BS, window, document_ids_BT, mask_BTS, *_ = visibility
     if mask_BTS is not None:
         return mask_BTS
-    query, key = query_order_BT[:, :, None], key_order_BS[:, None, :]
-    visible = _in_window(query, key, window)
-    if document_ids_BT is not None:
-        visible = visible & (document_ids_BT[:, :, None] == document_ids_BT[:, None, :])
-    return visible
+    documents = None if document_ids_BT is None else (document_ids_BT, document_ids_BT)
+    return mask(query_order_BT, key_order_BS, window, documents)
 
 
 def prepared(visibility: Visibility, implementation: str) -> Visibility:
@@ -75,13 +73,6 @@ def _is_causal(visibility: Visibility) -> bool:
     if order_BT is not key_order_BS or document_ids_BT is not None or not has_values(order_BT):
         return False
     return T > 1 and (window is None or window >= T) and bool((order_BT >= 0).all())
-
-
-def _in_window(query: Tensor, key: Tensor, window: int | None) -> Tensor:
-    visible = (key >= 0) & (key <= query)
-    if window is not None:
-        visible = visible & (query - key < window)
-    return visible
 
 
 def attend(
@@ -160,7 +151,7 @@ def attend_flex(
     query_order_BT, key_order_BS, window, document_ids_BT, *_ = visibility
 
     def visible(b: Tensor, head: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        seen = _in_window(query_order_BT[b, t], key_order_BS[b, s], window)
+        seen = in_window(query_order_BT[b, t], key_order_BS[b, s], window)
         return seen if document_ids_BT is None else seen & (document_ids_BT[b, t] == document_ids_BT[b, s])
 
     B, T = query_order_BT.shape

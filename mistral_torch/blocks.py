@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .cache import has_values, is_mapped
+from .mask import mask
 
 COLUMNS = 512
 """The queries of a block."""
@@ -137,14 +138,11 @@ def _looked(query_order_BT: Tensor, key_order_BS: Tensor) -> tuple[bool, bool]:
 def _mask(blocks: Blocks, block: _Span) -> Tensor:
     """[B, C, S] bool: which keys of its span the queries of a block see."""
     queries, keys = slice(block.query_begin, block.query_end), slice(block.key_begin, block.key_end)
-    query, key = blocks.query_order_BT[:, queries, None], blocks.key_order_BS[:, None, keys]
-    visible = (key >= 0) & (key <= query)
-    if blocks.window is not None:
-        visible = visible & (query - key < blocks.window)
+    documents = None
     if blocks.documents is not None:
         of_queries, of_keys = blocks.documents
-        visible = visible & (of_queries[:, queries, None] == of_keys[:, None, keys])
-    return visible
+        documents = of_queries[:, queries], of_keys[:, keys]
+    return mask(blocks.query_order_BT[:, queries], blocks.key_order_BS[:, keys], blocks.window, documents)
 
 
 def attend_by_blocks(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, blocks: Blocks, attend: Attend) -> Tensor:
