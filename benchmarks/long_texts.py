@@ -6,42 +6,26 @@
 
 Scoring is a loss without gradients, prefill `generate` of one token, training a loss and all gradients with gradient
 checkpointing. Padded is two rows of which the first begins late; packed are documents of five eighths of a window.
-Each point is a process of its own: its second call is timed, its peak is what it takes beyond the model. Flat is a
-token's time of at most 1.15 times that at 4 windows. `--full` takes the same texts without a window, which cost more
-with every token, and says how many times as long they take.
+Each point is a process of its own: calls after the first are timed, its peak is what it takes beyond the model. Flat
+is a token's time of at most 1.15 times that at 4 windows. `--full` takes the same texts without a window too, whose
+tokens cost more the longer they are.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import os
+import shlex
 import statistics
-import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
+import tempfile
 from typing import Any
-
-import numpy as np
 
 from mistral_core import MistralConfig
 
-from .common import (
-    POLITE,
-    ROOT,
-    keep,
-    listed,
-    machine,
-    peak_memory,
-    report,
-    say,
-    shown,
-    table_row,
-    timed,
-    versions,
-)
+from .common import keep, listed, machine, report, shown, table_row, versions
+from .compare import attempt
+from .decode import task
 
 CONFIG = MistralConfig(
     hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, head_dim=64,
@@ -51,130 +35,6 @@ CONFIG = MistralConfig(
 BASE = 4
 """Windows of text from which on a token must cost the same."""
 FLAT = 1.15
-PACKAGES = {"torch": ("torch",), "flax": ("jax", "flax"), "tf": ("tensorflow", "keras")}
-
-# In the child
-
-
-def inputs(layout: str, tokens: int, window: int) -> dict[str, np.ndarray]:
-    """Ids, and what says how they are laid out."""
-    rows = 2 if layout == "padded" else 1
-    ids = np.random.default_rng(0).integers(3, CONFIG.vocab_size, (rows, tokens // rows))
-    if layout == "padded":
-        mask = np.ones_like(ids)
-        mask[0, : tokens // 16] = 0
-        return {"input_ids": ids, "attention_mask": mask}
-    if layout == "packed":
-        return {"input_ids": ids, "document_ids": (np.arange(tokens) // (window * 5 // 8))[None]}
-    return {"input_ids": ids}
-
-
-def call_torch(config: MistralConfig, asked: dict[str, Any], given: dict[str, Any]) -> Callable[[], Any]:
-    """What is measured, in PyTorch as it comes."""
-    import torch
-
-    from mistral_torch import MistralForCausalLM
-
-    model = MistralForCausalLM(config).to(getattr(torch, asked["dtype"]))
-    tensors = {name: torch.from_numpy(array) for name, array in given.items()}
-    if asked["what"] == "prefill":
-        return lambda: model.eval().generate(**tensors, **PREFILL)
-    if asked["what"] == "score":
-        model.eval()
-
-        def score() -> Any:
-            with torch.no_grad():
-                return float(model(**tensors, labels=tensors["input_ids"]).loss)
-
-        return score
-    model.train().gradient_checkpointing_enable()
-
-    def train() -> Any:
-        model.zero_grad()
-        model(**tensors, labels=tensors["input_ids"]).loss.backward()
-
-    return train
-
-
-def call_flax(config: MistralConfig, asked: dict[str, Any], given: dict[str, Any]) -> Callable[[], Any]:
-    """What is measured, as a program of JAX."""
-    import jax
-
-    from mistral_flax import MistralForCausalLM
-
-    model = MistralForCausalLM(config, dtype=asked["dtype"])
-    if asked["what"] == "prefill":
-        return lambda: model.generate(**given, **PREFILL)
-    if asked["what"] == "train":
-        model.gradient_checkpointing_enable()
-    arrays = {name: jax.numpy.asarray(array) for name, array in given.items()}
-
-    def loss(params: Any, arrays: Any) -> Any:
-        return model(**arrays, params=params, labels=arrays["input_ids"], use_cache=False).loss
-
-    program = jax.jit(jax.value_and_grad(loss) if asked["what"] == "train" else loss)
-    return lambda: jax.block_until_ready(program(model.params, arrays))
-
-
-def call_tf(config: MistralConfig, asked: dict[str, Any], given: dict[str, Any]) -> Callable[[], Any]:
-    """What is measured, as a graph of TensorFlow."""
-    import tensorflow as tf
-
-    from mistral_tf import MistralForCausalLM
-
-    model = MistralForCausalLM(config, dtype=asked["dtype"])
-    if asked["what"] == "prefill":
-        return lambda: model.generate(**given, **PREFILL)
-    if asked["what"] == "train":
-        model.gradient_checkpointing_enable()
-    tensors = {name: tf.constant(array, tf.int32) for name, array in given.items()}
-
-    @tf.function
-    def score(tensors: Any) -> Any:
-        return model(**tensors, labels=tensors["input_ids"], use_cache=False, training=False).loss
-
-    @tf.function
-    def train(tensors: Any) -> Any:
-        with tf.GradientTape() as tape:
-            loss = model(**tensors, labels=tensors["input_ids"], use_cache=False, training=True).loss
-        return [loss, *tape.gradient(loss, model.trainable_variables)]
-
-    program = train if asked["what"] == "train" else score
-    return lambda: [
-        np.asarray(x.values if hasattr(x, "values") else x).ravel()[0] for x in tf.nest.flatten(program(tensors))
-    ]
-
-
-PREFILL = {"max_new_tokens": 1, "do_sample": False, "eos_token_id": None}
-CALLS = {"torch": call_torch, "flax": call_flax, "tf": call_tf}
-
-
-def child(asked: dict[str, Any]) -> None:
-    """Measure one point in this process and say what was found."""
-    window = asked["window"]
-    config = CONFIG.replace(sliding_window=None if asked["full"] else window)
-    given = inputs(asked["layout"], asked["tokens"], window)
-    call = CALLS[asked["backend"]](config, asked, given)
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    call()
-    seconds = statistics.median(timed(call) for _ in range(3 if asked["tokens"] <= 8 * window else 1))
-    say({"seconds": seconds, "peak": peak_memory() - before}, *PACKAGES[asked["backend"]])
-
-
-# In the parent
-
-
-def measured(asked: dict[str, Any]) -> dict[str, Any] | None:
-    """What a fresh process found; None where it failed."""
-    report(", ".join(f"{name} {value}" for name, value in asked.items()))
-    command = [sys.executable, "-m", "benchmarks.long_texts", "--child", json.dumps(asked)]
-    environment = {**os.environ, **POLITE, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
-        report("failed: " + (done.stderr.strip().splitlines() or ["no message"])[-1])
-        return None
-    return json.loads(lines[-1])
 
 
 def main() -> int:
@@ -188,12 +48,8 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--full", action="store_true", help="without a window too")
-    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--write", action="store_true", help="keep the table in benchmarks/results/long_texts.md")
     arguments = parser.parse_args()
-    if arguments.child:
-        child(arguments.child)
-        return 0
     windows = [int(text) for text in arguments.windows]
     kinds = [
         (*kind, full)
@@ -202,18 +58,26 @@ def main() -> int:
         if kind[1:] != ("prefill", "packed")  # a prompt is one text
     ]
     found: dict[Any, list[Any]] = {}
-    for _, kind, count in itertools.product(range(arguments.rounds), kinds, windows):
-        backend, what, layout, full = kind
-        asked = {
-            "backend": backend, "what": what, "layout": layout, "full": full, "tokens": count * arguments.window,
-            "window": arguments.window, "dtype": arguments.dtype,
-        }  # fmt: skip
-        found.setdefault((*kind, count), []).append(measured(asked))
+    with tempfile.TemporaryDirectory() as scratch:
+        for _, kind, count in itertools.product(range(arguments.rounds), kinds, windows):
+            report(f"{', '.join(map(str, kind))}, {count} windows")
+            found.setdefault((*kind, count), []).append(measured(arguments, kind, count, scratch))
     page, flat = table(arguments, kinds, windows, found)
     print(page)
     if arguments.write:
         keep("long_texts.md", page)
     return 0 if flat else 1
+
+
+def measured(arguments: argparse.Namespace, kind: tuple[Any, ...], count: int, scratch: str) -> dict[str, Any] | None:
+    """What a point gave; None where it failed."""
+    backend, what, layout, full = kind
+    config = CONFIG.replace(sliding_window=None if full else arguments.window)
+    asked = task(
+        config, dtype=arguments.dtype, tokens=count * arguments.window, window=arguments.window,
+        options={"backend": backend, "what": what, "layout": layout},
+    )  # fmt: skip
+    return attempt("long_texts", asked, sys.executable, scratch)
 
 
 def table(
@@ -245,7 +109,7 @@ def table(
 Windows of {arguments.window}, hidden size {CONFIG.hidden_size}, {CONFIG.num_hidden_layers} layers, {arguments.dtype},
 medians of {arguments.rounds} rounds, each point in a process of its own; the peak is what it takes beyond the model.
 {machine()}; {versions(results)}.
-Flat is at most {FLAT} from {BASE} windows on. Repeat: `python -m benchmarks.long_texts --write`.
+Flat is at most {FLAT} from {BASE} windows on. Repeat: `python -m benchmarks.long_texts {shlex.join(sys.argv[1:])}`.
 
 {chr(10).join(lines)}
 """
