@@ -26,6 +26,8 @@ LONG = 1024
 """From how many columns on a fused kernel takes a text by blocks, where these see fewer keys in all."""
 PAYS = 0.8
 """The most scores of blocks, as a part of those of a whole mask, for which a text is cut."""
+ANY = 2**31
+"""More columns than a text has."""
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Queries [B, C, N, H], keys and values [B, S, K, H] and a mask that broadcasts to [B, C, S], to outputs."""
@@ -77,7 +79,7 @@ def cut(
     Where the numbers of columns are not known, as for a program that is compiled for any, nothing is cut.
     """
     T, S = query_order_BT.shape[1], key_order_BS.shape[1]
-    if not isinstance(T, int) or not isinstance(S, int) or T <= COLUMNS or (not always and T < LONG):
+    if not _is_long(T, S, COLUMNS + 1 if always else max(LONG, COLUMNS + 1)):
         return None
     seen = S if window is None else min(S, T + window - 1)
     spans = tuple(_spans(T, seen, window))
@@ -105,6 +107,16 @@ def cut(
         # in each the last key is the last query's
         return blocks._replace(masks={span.sizes: _mask(of_row, span) for span in {s.sizes: s for s in spans}.values()})
     return blocks
+
+
+def _is_long(queries: int, keys: int, least: int) -> bool:
+    """Whether a text has so many columns, as far as is known where it is compiled: a dynamic number stays dynamic."""
+    if not torch.compiler.is_dynamo_compiling():
+        return isinstance(queries, int) and isinstance(keys, int) and queries >= least
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import, loaded when compiling
+
+    # of a number that may be any, it is not known that it is below what no text has
+    return all(map(statically_known_true, (queries >= least, queries < ANY, keys < ANY)))
 
 
 def _spans(queries: int, keys: int, window: int | None) -> list[_Span]:

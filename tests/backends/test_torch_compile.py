@@ -18,7 +18,7 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from conformance.weights import random_parameters
 from mistral_core.config.presets import TINY
 from mistral_core.errors import GenerationConfigError
-from mistral_torch import KVCache, MistralForCausalLM
+from mistral_torch import KVCache, MistralForCausalLM, blocks
 from mistral_torch.compiled import FROZEN, fingerprint
 from mistral_torch.compiled import compiled as compiled_for_generate
 
@@ -293,3 +293,30 @@ def test_freezing_asks_for_memory_first(monkeypatch):
     monkeypatch.setattr("mistral_torch.compiled._free_memory", lambda: 1000)
     with pytest.raises(GenerationConfigError, match=r"a second copy of the weights.*compile='on'"):
         endless(MistralForCausalLM(CONFIG).eval(), compile="max")
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "blocked"])
+def test_one_graph_however_long_a_text_is(monkeypatch, implementation):
+    """A number of columns that is dynamic stays so beyond the lengths from which on texts are cut into blocks."""
+    monkeypatch.setattr(blocks, "COLUMNS", 3)
+    monkeypatch.setattr(blocks, "LONG", 6)
+    model = make(SHALLOW, attn_implementation=implementation)
+    fast, counter = compiled(model)
+    for size in SIZES:
+        ids, mask = batch(*size)
+        with torch.no_grad():
+            assert close(fast(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)
+    assert counter.frame_count == 1
+
+
+def test_a_long_text_whose_length_is_known_is_cut_in_a_compiled_program(monkeypatch):
+    monkeypatch.setattr(blocks, "COLUMNS", 3)
+    monkeypatch.setattr(blocks, "LONG", 6)
+
+    def is_cut(order_BT, window):
+        return order_BT * 0 + (0 if blocks.cut(order_BT, order_BT, window) is None else 1)
+
+    torch._dynamo.reset()
+    program = torch.compile(is_cut, fullgraph=True, dynamic=False, backend="eager")
+    for length, wanted in ((5, 0), (6, 1), (20, 1)):
+        assert program(torch.arange(length)[None], 2).unique().tolist() == [wanted]
