@@ -767,7 +767,10 @@ static void rows_in_registers(const void *argument, int64_t part)
 
 /* ---- the product with floats: rows of w beside each other, so that a number of x is read once for all of them ---- */
 
-enum { BESIDE = 4 }; /* rows of w that meet x together */
+enum { BESIDE = 4, MOST_BESIDE = 6 }; /* rows of w, and of x at most, that meet */
+/* Where x and w are bfloat16 and the processor adds products of pairs, which are exact, to sums in float32; it takes
+   numbers below the smallest normal one for 0. */
+enum { PAIRS = FLOAT16 + 1 };
 
 /* Columns of x as bfloat16 are met: of 32, evens and then odds. */
 static void order_for_halves(float *x, int64_t stride)
@@ -779,14 +782,23 @@ static void order_for_halves(float *x, int64_t stride)
     }
 }
 
-/* y[rows][BESIDE] of some rows of x, and of w from o on: those past `end` are the last again. */
-static inline __attribute__((always_inline)) void floats_by(
-    int rows, int type, const Matrix *m, const float *x, int64_t stride, int64_t o, int64_t end, float *y)
+#ifdef __AVX512BF16__
+static void as_halves(const float *x, int64_t n, uint16_t *to) /* of numbers that are bfloat16 */
 {
-    const int64_t columns = type == FLOAT32 ? 16 : 32, size = type == FLOAT32 ? 4 : 2;
+    for (int64_t i = 0; i < n; i++) to[i] = (uint16_t)(bits_of(x[i]) >> 16);
+}
+#endif
+
+/* y[rows][BESIDE] of rows of x from r on, and of w from o on: those past `end` are the last again. */
+static inline __attribute__((always_inline)) void floats_by(
+    int rows, int type, const Job *job, int64_t r, int64_t o, int64_t end, float *y)
+{
+    const Matrix *m = job->m;
+    const int64_t columns = type == FLOAT32 ? 16 : 32, size = type == FLOAT32 ? 4 : 2, of_x = type == PAIRS ? 2 : 4;
+    const char *x = (type == PAIRS ? (const char *)job->x_words : (const char *)job->x) + r * job->stride * of_x;
     const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
     const uint8_t *codes[BESIDE];
-    __m512 total[4][BESIDE];
+    __m512 total[MOST_BESIDE][BESIDE];
     for (int h = 0; h < BESIDE; h++) {
         codes[h] = m->codes + (o + h < end ? o + h : end - 1) * m->row_bytes;
         for (int k = 0; k < rows; k++) total[k][h] = _mm512_setzero_ps();
@@ -796,23 +808,30 @@ static inline __attribute__((always_inline)) void floats_by(
         __mmask16 words = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
         __mmask32 halves = left >= 32 ? 0xffffffff : (__mmask32)(((uint64_t)1 << left) - 1);
         const char *next = (const char *)codes[0] + BESIDE * (m->row_bytes + i * size);
+        __m512i both[BESIDE];
         __m512 one[BESIDE], two[BESIDE];
         for (int h = 0; h < BESIDE; h++) {
             const uint8_t *at = codes[h] + i * size;
             _mm_prefetch(next + h * 64, _MM_HINT_T1);
             if (type == FLOAT32) one[h] = _mm512_maskz_loadu_ps(words, at);
-            else {
-                __m512i both = _mm512_maskz_loadu_epi16(halves, at);
-                one[h] = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-                two[h] = _mm512_castsi512_ps(_mm512_and_si512(both, upper));
-            }
+            else both[h] = _mm512_maskz_loadu_epi16(halves, at);
+            if (type != BFLOAT16) continue;
+            one[h] = _mm512_castsi512_ps(_mm512_slli_epi32(both[h], 16));
+            two[h] = _mm512_castsi512_ps(_mm512_and_si512(both[h], upper));
         }
         for (int k = 0; k < rows; k++) {
-            __m512 first = _mm512_load_ps(x + k * stride + i), second = first;
-            if (type != FLOAT32) second = _mm512_load_ps(x + k * stride + i + 16);
+            const char *at = x + (k * job->stride + i) * of_x;
+#ifdef __AVX512BF16__
+            if (type == PAIRS) {
+                __m512bh pairs = (__m512bh)_mm512_load_si512(at);
+                for (int h = 0; h < BESIDE; h++) total[k][h] = _mm512_dpbf16_ps(total[k][h], (__m512bh)both[h], pairs);
+                continue;
+            }
+#endif
+            __m512 first = _mm512_load_ps(at), second = type == FLOAT32 ? first : _mm512_load_ps(at + 64);
             for (int h = 0; h < BESIDE; h++) {
                 total[k][h] = _mm512_fmadd_ps(one[h], first, total[k][h]);
-                if (type != FLOAT32) total[k][h] = _mm512_fmadd_ps(two[h], second, total[k][h]);
+                if (type == BFLOAT16) total[k][h] = _mm512_fmadd_ps(two[h], second, total[k][h]);
             }
         }
     }
@@ -824,17 +843,20 @@ static void rows_of_floats(const void *argument, int64_t part)
 {
     const Job *job = argument;
     const Matrix *m = job->m;
+    int type = job->x_words ? PAIRS : m->scale_type, most = type == BFLOAT16 ? 4 : MOST_BESIDE; /* by the registers */
     int64_t end = (part + 1) * job->rows_of_part < m->O ? (part + 1) * job->rows_of_part : m->O;
-    float y[4 * BESIDE];
+    float y[MOST_BESIDE * BESIDE];
     for (int64_t o = part * job->rows_of_part; o < end; o += BESIDE)
         for (int64_t r = 0; r < job->R;) {
             int64_t left = job->R - r;
-            int rows = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-            const float *x = job->x + r * job->stride;
-#define WITH(n, type) \
-    if (rows == n && m->scale_type == type) floats_by(n, type, m, x, job->stride, o, end, y)
-            WITH(1, FLOAT32); WITH(2, FLOAT32); WITH(4, FLOAT32);
+            int rows = left >= most ? most : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+#define WITH(n, of) \
+    if (rows == n && type == of) floats_by(n, of, job, r, o, end, y)
+            WITH(1, FLOAT32); WITH(2, FLOAT32); WITH(4, FLOAT32); WITH(6, FLOAT32);
             WITH(1, BFLOAT16); WITH(2, BFLOAT16); WITH(4, BFLOAT16);
+#ifdef __AVX512BF16__
+            WITH(1, PAIRS); WITH(2, PAIRS); WITH(4, PAIRS); WITH(6, PAIRS);
+#endif
 #undef WITH
             for (int k = 0; k < rows; k++)
                 for (int h = 0; h < BESIDE && o + h < end; h++) put(job, r + k, o + h, y[k * BESIDE + h]);
@@ -1322,9 +1344,15 @@ int mistral_product(
 #ifdef WIDE
     int is_plain = run == several_rows;
     if (is_plain && kind == FLOATS) {
-        if (scale_type == BFLOAT16)
-            for (int64_t r = 0; r < R; r++) order_for_halves(as_floats + r * stride, stride);
         run = rows_of_floats;
+#ifdef HALVES
+        if (scale_type == BFLOAT16 && are_bfloat16(as_floats, R * stride)) {
+            as_halves(as_floats, R * stride, (uint16_t *)x_codes);
+            job.x_words = (uint16_t *)x_codes;
+        }
+#endif
+        if (scale_type == BFLOAT16 && !job.x_words)
+            for (int64_t r = 0; r < R; r++) order_for_halves(as_floats + r * stride, stride);
     } else if (is_plain && (kind == INT8 || kind == FP8)) {
         if (m.G == 1 || wide % 16 == 0) run = rows_in_registers;
     } else if (is_plain && grouping(&m, 128) >= 0) {

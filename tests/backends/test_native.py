@@ -135,13 +135,15 @@ def test_a_product_with_floats_is_a_sum_in_float32(dtype):
     number = library.TYPES[np.dtype(dtype).name]
     for (height, width), rows in ((shape, rows) for shape in (*SHAPES, (64, 31), (3, 1)) for rows in ROWS):
         w, x = rng.normal(size=(height, width)).astype(dtype), rng.normal(size=(rows, width)).astype(np.float32)
-        found = np.full((rows, height), np.nan, np.float32)
-        code = library.kernels().product(
-            library.FLOATS, w.ctypes.data, None, number, None, height, width, 1, width, x.ctypes.data, 0,
-            found.ctypes.data, 0, rows, 0, 2,
-        )  # fmt: skip
-        assert code == 0
-        assert_product(found, x, w.astype(np.float32), height, width, rows)
+        short = x.astype(ml_dtypes.bfloat16).astype(np.float32)  # there are kernels for such numbers alone
+        for given in (x, short):
+            found = np.full((rows, height), np.nan, np.float32)
+            code = library.kernels().product(
+                library.FLOATS, w.ctypes.data, None, number, None, height, width, 1, width, given.ctypes.data, 0,
+                found.ctypes.data, 0, rows, 0, 2,
+            )  # fmt: skip
+            assert code == 0
+            assert_product(found, given, w.astype(np.float32), height, width, rows)
 
 
 @needs_compiler
