@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from mistral_core.errors import InputError
 from mistral_core.native import library, whole_step
 
 from .arrays import memory
+from .cache import is_mapped
 
-_TYPES = {getattr(torch, name): number for name, number in library.TYPES.items()}
+TYPES = {getattr(torch, name): number for name, number in library.TYPES.items()}
 """Types as C numbers them."""
-_OWN = (torch.float32, torch.bfloat16)
+OWN = (torch.float32, torch.bfloat16)
 """The dtypes of x that kernels take as they are."""
 _PARTS = (nn.Embedding, nn.Linear, nn.ModuleList, nn.ModuleDict)
 """The classes of torch itself that models are made of."""
@@ -35,6 +37,27 @@ def why() -> str:
     return library.why()
 
 
+def unwatched(*tensors: Tensor) -> bool:
+    """Whether nobody misses what C computes of tensors: plain ones of a CPU, and nothing around it that must see it.
+
+    A compiler, a trace, a map and a derivative forward see operations of torch alone; without them they would take what
+    C made for a constant.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or transformed():
+        return False
+    return all(type(x) in (Tensor, nn.Parameter) and x.is_cpu for x in tensors)
+
+
+def transformed() -> bool:
+    """Whether torch itself maps, differentiates forward or traces what is computed, by its own operations alone."""
+    return is_mapped() or forward_ad._current_level >= 0 or torch.jit.is_tracing()
+
+
+def learnt(*tensors: Tensor) -> bool:
+    """Whether gradients go through what is computed of tensors."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 def product(
     x: Tensor,
     codes: Tensor,
@@ -50,15 +73,15 @@ def product(
 
     The rest is a `PackedMatrix`'s. Raises InputError, and MissingExtraError where there are no kernels.
     """
-    if torch.is_grad_enabled() and x.requires_grad:
+    if learnt(x):
         raise InputError("x must need no gradient, for the kernels in C have none; call it under torch.no_grad().")
     if x.shape[-1] != shape[1]:
         raise InputError(f"x must be [..., {shape[1]}], got {list(x.shape)}.")
-    given = x if x.dtype in _OWN else x.float()
-    if torch.compiler.is_compiling():
-        y = torch.ops.mistral_native.product(given, codes, scale, zero, kind, *shape, *block, activations)
-    else:
+    given = x if x.dtype in OWN else x.float()
+    if unwatched(given, codes):
         y = _product(given, codes, scale, zero, kind, *shape, *block, activations)
+    else:
+        y = torch.ops.mistral_native.product(given, codes, scale, zero, kind, *shape, *block, activations)
     return y if given is x else y.to(x.dtype)
 
 
@@ -70,9 +93,9 @@ def widened_product(x: Tensor, weight: Tensor) -> Tensor:
     rows, columns = weight.shape
     x, weight = x.contiguous(), weight.contiguous()
     y = x.new_empty((*x.shape[:-1], rows))
-    float32 = _TYPES[torch.float32]
+    float32 = TYPES[torch.float32]
     code = library.kernels().product_by(
-        _openmp(), library.FLOATS, weight.data_ptr(), None, _TYPES[weight.dtype], None, rows, columns, 1,
+        openmp(), library.FLOATS, weight.data_ptr(), None, TYPES[weight.dtype], None, rows, columns, 1,
         max(columns, 1), x.data_ptr(), float32, y.data_ptr(), float32, x.numel() // max(columns, 1), 0,
         torch.get_num_threads(),
     )  # fmt: skip
@@ -96,15 +119,15 @@ def dequantised(
     Raises InputError, and MissingExtraError where there are no kernels.
     """
     dtype = torch.float32 if dtype is None else dtype
-    if dtype not in _OWN:
+    if dtype not in OWN:
         raise InputError(f"dtype must be float32 or bfloat16, got {dtype}.")
-    if torch.compiler.is_compiling():
-        return torch.ops.mistral_native.dequantised(codes, scale, zero, kind, *shape, *block, dtype)
-    return _dequantised(codes, scale, zero, kind, *shape, *block, dtype)
+    if unwatched(codes):
+        return _dequantised(codes, scale, zero, kind, *shape, *block, dtype)
+    return torch.ops.mistral_native.dequantised(codes, scale, zero, kind, *shape, *block, dtype)
 
 
 @functools.cache
-def _openmp() -> int | None:
+def openmp() -> int | None:
     """Where the OpenMP that torch has loaded runs a function on its threads, which else keep those of C waiting."""
     try:
         loaded = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD)
@@ -130,9 +153,9 @@ def _product(
     codes, scale, zero = _whole(codes, scale, zero)
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], rows))
-    one = _TYPES[x.dtype]
+    one = TYPES[x.dtype]
     code = library.kernels().product_by(
-        _openmp(), number, codes.data_ptr(), scale.data_ptr(), _TYPES[scale.dtype],
+        openmp(), number, codes.data_ptr(), scale.data_ptr(), TYPES[scale.dtype],
         None if zero is None else zero.data_ptr(),
         rows, columns, high, wide, x.data_ptr(), one, y.data_ptr(), one, x.numel() // max(columns, 1), rounded,
         torch.get_num_threads(),
@@ -158,9 +181,9 @@ def _dequantised(
     codes, scale, zero = _whole(codes, scale, zero)
     to = torch.empty((rows, columns), dtype=dtype)
     code = library.kernels().dequantised_by(
-        _openmp(), number, codes.data_ptr(), scale.data_ptr(), _TYPES[scale.dtype],
+        openmp(), number, codes.data_ptr(), scale.data_ptr(), TYPES[scale.dtype],
         None if zero is None else zero.data_ptr(),
-        rows, columns, high, wide, to.data_ptr(), _TYPES[dtype], torch.get_num_threads(),
+        rows, columns, high, wide, to.data_ptr(), TYPES[dtype], torch.get_num_threads(),
     )  # fmt: skip
     if code:
         library.check(code)
@@ -174,11 +197,11 @@ def whole_step_of(model: Any) -> whole_step.WholeStep | None:
     """
     plain = all(is_plain(module) and _is_own(module) for module in model.modules())
     here = all(type(parameter) is nn.Parameter and parameter.is_cpu for parameter in model.parameters())
-    if not plain or not here or torch.is_autocast_enabled("cpu") or not available():
+    if not plain or not here or not unwatched() or torch.is_autocast_enabled("cpu") or not available():
         return None
     return whole_step.of_model(
         model, dtype=str(model.dtype).removeprefix("torch."), array=model._array, memory=memory,
-        threads=torch.get_num_threads(), parallel=_openmp(),
+        threads=torch.get_num_threads(), parallel=openmp(),
     )  # fmt: skip
 
 
@@ -195,7 +218,7 @@ def _is_own(module: nn.Module) -> bool:
 
 def _whole(codes: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Tensors of a CPU, as they lie in memory for C. Raises InputError for those of another device or type."""
-    if not codes.is_cpu or codes.element_size() != 1 or scale.dtype not in _TYPES:
+    if not codes.is_cpu or codes.element_size() != 1 or scale.dtype not in TYPES:
         found = f"{codes.dtype} on {codes.device} and {scale.dtype}"
         raise InputError(f"codes must be bytes on the CPU and scale floats, got {found}.")
     return codes.contiguous(), scale.contiguous(), None if zero is None else zero.contiguous()

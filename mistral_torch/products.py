@@ -15,7 +15,6 @@ from mistral_core.quantization.matrix import KINDS, ROUNDED_COLUMNS
 
 from . import native
 from .arrays import without_autocast
-from .cache import has_values
 
 STREAMED_ROWS = 4
 """The most rows for which a compiled product on a CPU reads its matrix in one pass."""
@@ -65,7 +64,9 @@ def packed_product(x: Tensor, weight: PackedWeight, *, dtype: torch.dtype | None
     """
     dtype = x.dtype if dtype is None else dtype
     with without_autocast(x):
-        if torch.is_grad_enabled() and x.requires_grad:
+        if native.transformed():  # torch does so with its own operations
+            return _with_floats(x, weight, dequantised(weight, dtype))
+        if native.learnt(x):
             return _PackedProduct.apply(x, weight, dtype)
         return _packed_product(x, weight, dtype)
 
@@ -111,9 +112,14 @@ def _packed_product(x: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tens
     if _is_in_c(weight) and dtype != torch.float64 and _has_few_rows(x, PACKED_ROWS):
         wide = x.float() if dtype == torch.float32 else x.to(dtype)
         return native.product(wide, codes, scale, zero, kind=kind, shape=shape, block=block, activations=activations)
-    if activations is not None:
+    return _with_floats(x, weight, _floats(weight, dtype))
+
+
+def _with_floats(x: Tensor, weight: PackedWeight, floats: Tensor) -> Tensor:
+    """The product with the floats that a matrix means."""
+    if weight.activations is not None:
         x = rounded(x)
-    return F.linear(x.to(dtype), _floats(weight, dtype))
+    return F.linear(x.to(floats.dtype), floats)
 
 
 def _floats(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -162,10 +168,9 @@ class _PackedProduct(torch.autograd.Function):
 
 def _is_widened(x: Tensor, weight: Tensor) -> bool:
     """Whether a product in float32 reads a bfloat16 matrix as it is: few rows at once on a CPU, without gradients."""
-    if weight.dtype != torch.bfloat16 or not weight.is_cpu or not has_values(x) or not has_values(weight.data):
+    if weight.dtype != torch.bfloat16 or not native.unwatched(x, weight) or native.learnt(x, weight):
         return False
-    learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return not learns and _has_few_rows(x, PACKED_ROWS) and _has_kernels()
+    return _has_few_rows(x, PACKED_ROWS) and _has_kernels()
 
 
 def _is_streamed(x: Tensor) -> bool:

@@ -414,7 +414,7 @@ MUTANTS = (
         "products.py", torch=("return dequantised(weight, dtype)", "return dequantised(weight, torch.bfloat16).to(dtype)"),
     )),
     Mutant("rows not rounded where that is asked for", "packed-product of rounded rows without kernels", spelled(
-        "products.py", torch=("if activations is not None:\n        x = rounded(x)", "if False:\n        x = rounded(x)"),
+        "products.py", torch=("if weight.activations is not None:\n        x = rounded(x)", "if False:\n        x = rounded(x)"),
     )),
     Mutant("rows rounded by 256 columns", "packed-product of rounded rows without kernels", spelled(
         "products.py", torch=("split(ROUNDED_COLUMNS,", "split(2 * ROUNDED_COLUMNS,"),
