@@ -13,6 +13,7 @@ from mistral_core import MistralConfig
 from mistral_core.config.rope import query_scaling, rotary_table
 
 from .attention import attend, check_implementation
+from .between import in_one_pass
 from .cache import remember
 from .products import product
 from .step import Step, look
@@ -30,6 +31,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x_BTD, self.weight, self.eps)
 
 
+@in_one_pass
 def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """The formula of `RMSNorm`, of which a model may hold the weight in another way."""
     h = x_BTD.float()
@@ -61,6 +63,7 @@ def rotary(position_BT: Tensor, config: MistralConfig) -> tuple[Tensor, Tensor]:
     return angle.cos() * table.attention_factor, angle.sin() * table.attention_factor
 
 
+@in_one_pass
 def rotate(x_BTNH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> Tensor:
     """Turn the pairs (x_i, x_{i+H/2}) by their angles, in float32."""
     first, second = x_BTNH.float().chunk(2, dim=-1)
@@ -131,7 +134,13 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        return self.down_proj(gated(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
+
+
+@in_one_pass
+def gated(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
+    """silu(gate) up, rounded after each."""
+    return F.silu(gate_BTF) * up_BTF
 
 
 class DecoderLayer(nn.Module):

@@ -38,6 +38,7 @@ OWN_NAMES = {
     "as_floats": "the loss from chunks of logits, with gradients of its own; JAX differentiates what a chunk computes",
     "Factors": "Keras' fit takes the loss from what a call made",
     "silu": "torch rounds once by itself",
+    "gated": "torch: what C computes in one pass is a function",
     "cummax": "TensorFlow lacks it",
     "tie_weights": "torch modules share a tensor; the others look it up (Embedding.as_linear)",
     "initialise": "torch initialises after construction",
@@ -62,6 +63,10 @@ OWN_NAMES = {
     "name_or_path": "torch: an attribute of its own, as peft reads it from the instance",
     "param_dtype": "JAX: see the parameter",
     "is_mapped": "torch: torch.func",
+    "unwatched": "torch runs C in place of an operation; JAX and TensorFlow have it as an operation",
+    "transformed": "torch: see unwatched",
+    "learnt": "torch: see unwatched",
+    "openmp": "torch has threads that C takes; XLA and TensorFlow keep theirs",
     "widened_product": "torch would copy a bfloat16 matrix for a float32 sum; JAX and TensorFlow are told of the sum",
     "has_values": "torch computes at once, and may look at values; JAX and TensorFlow decide in their programs",
     "without_dropout": "torch modules know whether they train; JAX and TensorFlow are told in each call",
@@ -83,6 +88,7 @@ OWN_NAMES = {
 }
 OWN_FILES = {
     "compiled.py": "torch's compiler is asked for, function by function; JAX and TensorFlow always compile",
+    "between.py": "torch runs each operation by itself; XLA makes one pass of a norm, a rotation and a gate",
     "compat.py": "each framework has other guests: torch trainers and adapters, Flax and TF old names of classes",
     "foreign_cache.py": "torch: decode loops and adapters bring transformers' caches; its Flax and TF ones are gone",
     "outputs.py": "torch's clients ask for dictionaries; JAX and TensorFlow take core's named tuples as they are",

@@ -54,7 +54,7 @@ def core(file: str, old: str, new: str) -> dict[str, Edit]:
 
 
 _WINDOW = "query - key < window"
-_SWIGLU = "silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)"
+_SWIGLU = ("silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)", "silu(self.up_proj(x_BTD)) * self.gate_proj(x_BTD)")
 
 MUTANTS = (
     # Masks and windows
@@ -178,7 +178,8 @@ MUTANTS = (
     )),
     Mutant("scale of hidden_size / heads", "whole window", everywhere("attention.py", "* H**-0.5\n", "* (H / 2) ** -0.5\n")),
     Mutant("gate and up swapped", "whole window",
-           everywhere("layers.py", _SWIGLU, "silu(self.up_proj(x_BTD)) * self.gate_proj(x_BTD)")),
+           spelled("layers.py", torch=("gated(self.gate_proj(x_BTD), self.up_proj(x_BTD))", "gated(self.up_proj(x_BTD), self.gate_proj(x_BTD))"),
+                   flax=_SWIGLU, tf=_SWIGLU)),
     Mutant("eps 1e-6", "whole eps", everywhere("layers.py", "self.eps = eps", "self.eps = 1e-6")),
     Mutant("norm times weight before the cast", "blocks", spelled(
         "layers.py",

@@ -24,7 +24,7 @@ SECONDS = 120
 COMPILERS = ("cc", "gcc", "clang")
 """Looked for in this order where CC names none."""
 FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-pthread")
-HEADER = "bound.h"
+HEADERS = ("bound.h", "numbers.h")
 """What sources here may include, beside the system's."""
 PROCESSORS = (("-march=native",), ("-mcpu=native",), ())
 """How compilers are told to make code for this processor; the first that one takes."""
@@ -66,8 +66,8 @@ def _library(source: str, flags: tuple[str, ...]) -> Path:
         raise _Reason("the kernels in C need threads of POSIX, which Windows has not.")
     compiler = _compiler()
     text = reading.read(Path(__file__).with_name(source))
-    directory, header = _cache(), reading.read(Path(__file__).with_name(HEADER))
-    made = directory / _key(text + header, compiler, flags) / f"{Path(source).stem}.so"
+    directory, headers = _cache(), b"".join(reading.read(Path(__file__).with_name(name)) for name in HEADERS)
+    made = directory / _key(text + headers, compiler, flags) / f"{Path(source).stem}.so"
     if not made.exists():
         _private(made.parent)
         _compile(text, compiler, flags, made)

@@ -6,25 +6,12 @@
    Axes: B rows of the batch, T new tokens of each, D hidden size, N query heads, K key/value heads, H head dimension,
    F intermediate size, V vocabulary, L layers, R slots of a ring, S the same as keys that are looked at. */
 
-#include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
-
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
 
 #include "bound.h"
+#include "numbers.h"
 
-enum { FLOAT32, BFLOAT16 };
 enum { CODES = 3 }; /* the type of a cache of int8 codes with scales */
-enum { ERROR_ARGUMENT = 1, ERROR_MEMORY = 2 };
-enum { LANES = 16 };
-typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int32_t Bits __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2)));
-
 typedef struct {
     int32_t kind, scale_type, rounded, unused;
     const void *codes, *scale;
@@ -62,97 +49,6 @@ typedef struct {
     const float *query_scale;            /* [B,T], or NULL */
     int64_t every;                       /* logits of each token, or of the last column */
 } Tokens;
-
-/* ---- numbers ---- */
-
-static inline Lanes lanes_at(const float *from) { return *(const Lanes *)from; }
-static inline void put_lanes(float *to, Lanes lanes) { *(Lanes *)to = lanes; }
-
-static inline Lanes chosen(Bits where, Lanes a, Lanes b)
-{
-    return (Lanes)(((Bits)a & where) | ((Bits)b & ~where));
-}
-
-static inline Lanes rounded_lanes(Lanes x) /* to bfloat16, halves to even; what is no number stays none */
-{
-    Bits bits = (Bits)x, up = bits + 0x7fff + ((bits >> 16) & 1);
-    return (Lanes)(((x == x) & up & (int32_t)0xffff0000) | ((x != x) & ((bits & (int32_t)0xffff0000) | 0x400000)));
-}
-
-static inline float rounded_number(float x, int type)
-{
-    if (type == FLOAT32) return x;
-    Lanes lanes = {x};
-    return rounded_lanes(lanes)[0];
-}
-
-static void round_to(int type, float *x, int64_t n)
-{
-    if (type == FLOAT32) return;
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) put_lanes(x + i, rounded_lanes(lanes_at(x + i)));
-    for (; i < n; i++) x[i] = rounded_number(x[i], type);
-}
-
-static inline Lanes of_bfloat16(const uint16_t *from)
-{
-    return (Lanes)(__builtin_convertvector(*(const Halves *)from, Bits) << 16);
-}
-
-static inline float sum_of(Lanes lanes)
-{
-#ifdef __AVX512F__
-    return _mm512_reduce_add_ps((__m512)lanes);
-#endif
-    float sum[LANES];
-    memcpy(sum, &lanes, sizeof sum);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) sum[i] += sum[i + half];
-    return sum[0];
-}
-
-static void widen(const uint16_t *from, int64_t n, float *to) /* bfloat16 */
-{
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) put_lanes(to + i, of_bfloat16(from + i));
-    for (; i < n; i++) {
-        uint32_t bits = (uint32_t)from[i] << 16;
-        memcpy(to + i, &bits, 4);
-    }
-}
-
-static inline float dot(const float *a, const float *b, int64_t n)
-{
-    Lanes one = {0}, two = {0};
-    int64_t i = 0;
-    for (; i + 2 * LANES <= n; i += 2 * LANES) {
-        one += lanes_at(a + i) * lanes_at(b + i);
-        two += lanes_at(a + i + LANES) * lanes_at(b + i + LANES);
-    }
-    for (; i + LANES <= n; i += LANES) one += lanes_at(a + i) * lanes_at(b + i);
-    float sum = sum_of(one + two);
-    for (; i < n; i++) sum += a[i] * b[i];
-    return sum;
-}
-
-/* e^x within 2 units of the last place: 2^k e^r with |r| <= log(2)/2, e^r by its series; 0 below -87. */
-static inline Lanes exp_lanes(Lanes x)
-{
-    const Lanes nothing = {0};
-    Bits small = x < -87.0f, large = x > 88.0f;
-    x = chosen(small, nothing - 87.0f, chosen(large, nothing + 88.0f, x));
-    Bits k = __builtin_convertvector(x * 1.44269504f + chosen(x < 0, nothing - 0.5f, nothing + 0.5f), Bits);
-    Lanes whole = __builtin_convertvector(k, Lanes), r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-    Lanes y = r * (1.0f / 5040) + 1.0f / 720;
-    y = y * r + 1.0f / 120;
-    y = y * r + 1.0f / 24;
-    y = y * r + 1.0f / 6;
-    y = y * r + 0.5f;
-    y = y * r + 1.0f;
-    y = y * r + 1.0f;
-    Lanes power = (Lanes)((k + 127) << 23);
-    return chosen(small, nothing, y * power);
-}
 
 /* ---- the pieces ---- */
 
