@@ -8,7 +8,9 @@ call of `generate`.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+import math
 import os
 import time
 import types
@@ -28,8 +30,11 @@ VARIANTS = 64
 """How many shapes and rules a function is compiled for, before torch refuses to compile it once more."""
 _WORD = 64
 """Numbers of 8 bytes that a fingerprint adds up before it tells places apart."""
+_ROUNDS = 3
+"""How often each of several ways is timed, in turn: the least time of each counts."""
 
 _kept: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, bool], Compiled]] = weakref.WeakKeyDictionary()
+_choices: weakref.WeakKeyDictionary[nn.Module, dict[Any, str]] = weakref.WeakKeyDictionary()
 
 
 class Compiled:
@@ -93,6 +98,32 @@ def compiled(model: nn.Module, function: Callable[..., Any], *, frozen: bool = F
         functions[key] = Compiled(function, frozen=frozen, mode="reduce-overhead" if device == "cuda" else None)
         functions[key].prints = prints
     return functions[key]
+
+
+def let_go(model: nn.Module, function: Callable[..., Any]) -> None:
+    """Forget what a function was compiled to with frozen weights, and the copy of these."""
+    if _kept.get(model, {}).pop((function, True), None) is not None:
+        _forget()
+
+
+def choices(model: nn.Module) -> dict[Any, str]:
+    """What was found to be the fastest way for a model: by kind of step, a name."""
+    return _choices.setdefault(model, {})
+
+
+def fastest(kind: Any, ways: dict[str, Callable[[], Any]]) -> str:
+    """The name of the fastest of several ways to compute the same, which it tells."""
+    for way in ways.values():  # compiles
+        way()
+    seconds = dict.fromkeys(ways, math.inf)
+    for _, (name, way) in itertools.product(range(_ROUNDS), ways.items()):
+        started = time.perf_counter()
+        way()
+        seconds[name] = min(seconds[name], time.perf_counter() - started)
+    kept = min(seconds, key=seconds.__getitem__)
+    times = ", ".join(f"{name} {1e3 * each:.2f} ms" for name, each in seconds.items())
+    LOG.info("a step for %s takes: %s; %s is kept", kind, times, kept)
+    return kept
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from mistral_core.generation.sampling import Rule, Values
 from . import native
 from .arrays import from_numpy, to_numpy
 from .cache import KVCache
-from .compiled import compiled
+from .compiled import choices, compiled, fastest, let_go
 from .products import converted, product
 from .sampling import Choice, choose
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 FEW_COLUMNS = 16
 """The most columns of a step that is frozen: a token and guesses, not a prompt."""
+IN_C = "in C"
 
 
 @contextlib.contextmanager
@@ -58,7 +60,8 @@ class Engine:
         self.fixed_caches = compile in ("on", "max") or (compile == "auto" and not on_cpu and self._together is None)
         self.fixed_prompts = self.fixed_caches and not self._frozen
         self._head = model.lm_head.weight.detach() if _is_plain(model) and _is_plain(model.lm_head) else None
-        self._whole = native.whole_step_of(model) if on_cpu and compile == "auto" else None
+        self._whole = native.whole_step_of(model) if on_cpu and compile in ("auto", "max") else None
+        self._measures = compile == "max"
         if self._head is not None and self._whole is None and not self.fixed_caches:
             self._head = converted(self._head)
         self._step: Any = None
@@ -83,15 +86,47 @@ class Engine:
 
         `ids_BT` may be embeddings [B, T, D] instead.
         """
-        logits = None if self._whole is None else self._whole.tried(ids_BT, mask_BT, cache, every=rule.every)
-        if logits is not None:
-            cache = cache._with(cache._kept(), cache.length + from_numpy((mask_BT != 0).sum(1)), cache.capacity)
-            choice = choose(from_numpy(logits), rule, self._on_device(values))
-        else:
-            ids_BT, mask_BT, values = (self._on_device(x) for x in (ids_BT, mask_BT, values))
-            with without_dropout(self.model):
-                choice, cache = self._run(ids_BT, mask_BT, cache, rule, values)
+        given = ids_BT, mask_BT, cache, rule, values
+        found = None if self._measures and self._torch_is_faster(*given) else self._in_c(*given)
+        choice, cache = self._in_torch(*given) if found is None else found
         return driver.Chosen.of(choice, to_numpy), cache
+
+    def _torch_is_faster(
+        self, ids_BT: np.ndarray, mask_BT: np.ndarray, cache: KVCache, rule: Rule, values: Values
+    ) -> bool:
+        """Whether a step in torch, compiled, is faster than in C: measured at the first step of its kind.
+
+        Each writes the same tokens into the same slots of the cache, so that both may run.
+        """
+        known, kind = choices(self.model), (tuple(ids_BT.shape), cache.dtype)
+        if kind not in known:
+            given = ids_BT, mask_BT, cache, rule, values
+            if self._in_c(*given) is None:
+                return True
+            in_c, in_torch = functools.partial(self._in_c, *given), functools.partial(self._in_torch, *given)
+            known[kind] = fastest(kind, {IN_C: in_c, "compiled": in_torch})
+            if known[kind] == IN_C:  # a second copy of the weights is of no use
+                self._step = None
+                let_go(self.model, _step)
+        return known[kind] != IN_C
+
+    def _in_c(
+        self, ids_BT: np.ndarray, mask_BT: np.ndarray, cache: KVCache, rule: Rule, values: Values
+    ) -> tuple[Choice, KVCache] | None:
+        """A step in one call of C; None where it computes no such step."""
+        logits = None if self._whole is None else self._whole.tried(ids_BT, mask_BT, cache, every=rule.every)
+        if logits is None:
+            return None
+        after = cache._with(cache._kept(), cache.length + from_numpy((mask_BT != 0).sum(1)), cache.capacity)
+        return choose(from_numpy(logits), rule, self._on_device(values)), after
+
+    def _in_torch(
+        self, ids_BT: np.ndarray, mask_BT: np.ndarray, cache: KVCache, rule: Rule, values: Values
+    ) -> tuple[Choice, KVCache]:
+        """A step in torch's operations, compiled or not."""
+        ids_BT, mask_BT, values = (self._on_device(x) for x in (ids_BT, mask_BT, values))
+        with without_dropout(self.model):
+            return self._run(ids_BT, mask_BT, cache, rule, values)
 
     def _run(self, ids_BT: Tensor, mask_BT: Tensor, cache: KVCache, rule: Rule, values: Values) -> Any:
         if not self.fixed_caches:

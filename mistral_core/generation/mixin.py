@@ -109,7 +109,7 @@ class Generates(Generic[A]):
         The step is compiled once for each of few shapes, by JAX and TensorFlow whatever `compile` says but "off".
         PyTorch compiles with "on", each shape in some ten seconds, and "auto" does so where there is an accelerator;
         "max" packs a second copy of the weights for the decode step, in a minute or two, and makes it anew when they
-        change: for a model that stays as it is.
+        change: for a model that stays as it is. That step is timed beside "auto"'s, and the faster kept.
         Raises GenerationConfigError, EmptyInputError, SequenceTooLongError, TokenIdError, MaskError,
         NonFiniteInputError.
         """

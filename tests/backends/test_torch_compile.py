@@ -6,6 +6,7 @@ import functools
 import io
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -18,9 +19,10 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from conformance.weights import random_parameters
 from mistral_core.config.presets import TINY
 from mistral_core.errors import GenerationConfigError
-from mistral_torch import KVCache, MistralForCausalLM, blocks
-from mistral_torch.compiled import FROZEN, fingerprint
+from mistral_torch import KVCache, MistralForCausalLM, blocks, native
+from mistral_torch.compiled import FROZEN, _kept, fingerprint
 from mistral_torch.compiled import compiled as compiled_for_generate
+from mistral_torch.generate import IN_C, Engine, _step
 
 CONFIG = TINY.replace(num_hidden_layers=2)
 SHALLOW = CONFIG.replace(num_hidden_layers=1)
@@ -248,12 +250,20 @@ def test_kernels_of_frozen_weights_are_tried_and_the_numbers_stay(shallow, capfd
     assert "AUTOTUNE" not in "".join(capfd.readouterr())  # nothing is told of the trials
 
 
+@pytest.fixture
+def without_c(monkeypatch):
+    """No step in C, which else is measured beside the compiled one and kept where it is faster."""
+    monkeypatch.setattr("mistral_torch.native.whole_step_of", lambda model: None)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_c")
 def test_tokens_of_a_step_whose_kernels_are_tried(shallow):
     assert torch.equal(endless(shallow, compile="max"), endless(shallow))
 
 
 @pytest.mark.feature("generate compiled for an unchanging model (compile='max')")
+@pytest.mark.usefixtures("without_c")
 def test_frozen_weights_are_never_stale(shallow, caplog, monkeypatch):
     """However the kernels were chosen: none is tried here. A prompt of one token is a step like those after it."""
     monkeypatch.setitem(FROZEN, "max_autotune", False)
@@ -287,6 +297,36 @@ def test_a_fingerprint_tells_any_change(change):
     assert fingerprint(model) == before
     change(model.model.layers[1].mlp.down_proj.weight)
     assert fingerprint(model) != before
+
+
+@pytest.mark.skipif(not native.available(), reason=f"no kernels in C: {native.why()}")
+@pytest.mark.parametrize("faster", [IN_C, "compiled"])
+def test_the_faster_of_two_ways_is_kept(shallow, caplog, monkeypatch, faster):
+    """Each is run and timed once for a kind of step, whatever the room of the cache, and the slower one is let go."""
+    monkeypatch.setitem(FROZEN, "max_autotune", False)
+    caplog.set_level("INFO", "mistral.torch")
+    slower = {IN_C: "_in_torch", "compiled": "_in_c"}[faster]
+    way, ran = getattr(Engine, slower), []
+
+    def slowed(engine, *given):
+        ran.append(given)
+        time.sleep(0.1)
+        return way(engine, *given)
+
+    ids = IDS[:, :1]  # a prompt of one token is a step like those after it
+    expected = endless(shallow, ids)
+    monkeypatch.setattr(Engine, slower, slowed)
+    assert torch.equal(endless(shallow, ids, compile="max"), expected)
+    told = [record for record in caplog.messages if "is kept" in record]
+    assert len(told) == 1
+    assert told[0].endswith(f"{faster} is kept")
+    assert ((_step, True) in _kept[shallow]) == (faster == "compiled")
+    ran.clear()
+    assert torch.equal(endless(shallow, ids, compile="max"), expected)
+    longer = shallow.generate(ids, max_new_tokens=40, eos_token_id=None, compile="max")
+    assert torch.equal(longer[:, : expected.shape[1]], expected)
+    assert [record for record in caplog.messages if "is kept" in record] == told
+    assert not ran
 
 
 def test_freezing_asks_for_memory_first(monkeypatch):
