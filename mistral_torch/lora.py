@@ -266,7 +266,7 @@ def _adapt(part: nn.Module) -> None:
 def _copy(part: nn.Module) -> nn.Module:
     """A part of the same kind without adapters, which an adapter has of its own."""
     if isinstance(part, nn.Embedding):
-        return nn.Embedding(*part.weight.shape, device="meta")
+        return nn.Embedding.from_pretrained(torch.empty(part.weight.shape, device="meta"), freeze=False)
     rows, columns = part.weight.shape
     kind = Head if isinstance(part, Head) else nn.Linear
     return kind(columns, rows, bias=part.bias is not None, device="meta")

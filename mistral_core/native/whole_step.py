@@ -136,7 +136,13 @@ class WholeStep:
         )
 
     def tried(self, ids_BT: np.ndarray, mask_BT: np.ndarray, cache: Any, *, every: bool) -> np.ndarray | None:
-        """What `step` gives, with the new tokens in the memory of a backend's cache; None where `takes` says no."""
+        """What `step` gives, with the new tokens in the memory of a backend's cache; None where `takes` says no.
+
+        Columns of padding in front are left out: a short prompt is computed here, whatever width it was given.
+        """
+        if not every:
+            first = int(mask_BT.any(axis=0).argmax())
+            ids_BT, mask_BT = ids_BT[:, first:], mask_BT[:, first:]
         kept = [[self._memory(x) for x in xs] for xs in cache._kept()]
         if not self.takes(ids_BT, kept, cache.capacity):
             return None

@@ -102,6 +102,14 @@ def test_logits_and_tokens_are_those_of_the_specification(backend, monkeypatch, 
 
 
 @needs_compiler
+def test_a_short_prompt_is_computed_whatever_width_it_is_given(backend, monkeypatch):
+    """JAX and TensorFlow pad it, to compile for few widths: in C nothing is compiled for it, and no padding computed."""
+    steps = counted(monkeypatch)
+    assert_same(model_of(backend, TIED), "float32", steps, reference_of(TIED))
+    assert steps[0] == (2, 7)
+
+
+@needs_compiler
 @pytest.mark.parametrize(
     "options",
     [
@@ -149,8 +157,9 @@ def test_what_was_changed_between_two_calls_is_seen(backend):
 
 
 @needs_compiler
-def test_a_cache_that_is_continued_is_the_caller_s_own(backend):
-    model, ids = model_of(backend, TINY), np.arange(3, 9)[None]
+@pytest.mark.parametrize("count", [1, 6])
+def test_a_cache_that_is_continued_is_the_caller_s_own(backend, count):
+    model, ids = model_of(backend, TINY), np.arange(3, 3 + count)[None]
     first = model.generate(ids, max_new_tokens=4, return_dict_in_generate=True, eos_token_id=None)
     before = [np.array(np.asarray(x)) for x in first.past_key_values.keys]
     longer = np.concatenate([np.asarray(first.sequences), ids], axis=1)
