@@ -3,11 +3,11 @@
     python -m benchmarks.guard [--backend torch,flax,tf] [--rounds 2] [--write]
 
 Never times, which no two machines share, but ratios of what was measured within seconds in one process: decoding over
-the read bandwidth, the prompt over a large product, four rows over one, packed weights over bfloat16; of each the
-median over all rounds. A backend that falls behind another one falls in its own ratios. Names each that is below what
-benchmarks/results/guard.json has by more than a share, and then exits with 1. A kind of processor is its vendor, what
-it computes with, and how many cores share the memory; of one that has no ratios yet, `--write` keeps those of this run.
-Nothing else should run beside it.
+the read bandwidth, the prompt over a large product, four and sixteen rows over one, packed weights over bfloat16; of
+each the median over all rounds. A backend that falls behind another one falls in its own ratios. Names each that is
+below what benchmarks/results/guard.json has by more than a share, and then exits with 1. A kind of processor is its
+vendor, what it computes with, and how many cores share the memory; of one that has no ratios yet, `--write` keeps those
+of this run. Nothing else should run beside it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FELL = 0.15
 """The share by which a ratio may be below the one that is kept."""
 SMALL = HALF.replace(num_hidden_layers=2, vocab_size=8192)
 """Layers as large as those of half, whose weights no cache of a processor holds, and few of them."""
-MODELS, BATCHES = ("float32", "bfloat16", "int8", "int4"), (1, 4)
+MODELS, BATCHES = ("float32", "bfloat16", "int8", "int4"), (1, 4, 16)
 PROMPT, NEW, CALLS = 128, 16, 5
 VENDORS = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}
 FEATURES = {
@@ -80,13 +80,14 @@ def ratios(backend: str, one: Mapping[str, Any]) -> dict[str, float]:
     """The ratios of one round of a backend."""
     made: dict[str, float] = {}
     for dtype in ("float32", "bfloat16"):
-        alone, several = one[f"{dtype} {BATCHES[0]}"], one[f"{dtype} {BATCHES[1]}"]
+        alone = one[f"{dtype} 1"]
         moved = step_bytes(SMALL, dtype=dtype, batch=1, length=PROMPT + NEW / 2)
         made[f"{backend} {dtype}: decode / read"] = moved / alone["step"] / (READ / one[f"read beside {dtype}"])
         operations = prompt_operations(SMALL, batch=1, prompt=PROMPT) / alone["first"]
         made[f"{backend} {dtype}: prompt / matmul"] = operations / (PRODUCT / one[f"matmul {dtype}"])
-        rows = BATCHES[1] / BATCHES[0]
-        made[f"{backend} {dtype}: decode, batch 4 / 1"] = rows * alone["step"] / several["step"]
+        for batch in BATCHES[1:]:
+            together = batch * alone["step"] / one[f"{dtype} {batch}"]["step"]
+            made[f"{backend} {dtype}: decode, batch {batch} / 1"] = together
     for scheme in MODELS[2:]:
         made[f"{backend} {scheme}: decode / bfloat16"] = one["bfloat16 1"]["step"] / one[f"{scheme} 1"]["step"]
     return made

@@ -34,7 +34,8 @@ class MistralModel(PreTrainedModel):
         self.config = config.noted(attn_implementation=attention_name(attn_implementation))
         self.implementation = check_implementation(attn_implementation)
         # of given memory: torch would draw numbers of its own first, for which it loads its compiler on a meta device
-        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
+        embeddings_VD = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(embeddings_VD, freeze=False)
         self.layers = nn.ModuleList(
             DecoderLayer(config, window, attn_implementation) for window in config.layer_windows
         )

@@ -38,7 +38,8 @@ def measurements(backend: str, asked: dict[str, Any]) -> dict[str, Callable[[], 
         model = ours.made(backend, config, dtype, quantization)
         found[f"read beside {name}"] = lambda: timed(read)
         for batch in asked["batches"] if quantization is None else (1,):
-            found[f"{name} {batch}"] = speaking(model, {**asked, "batch": batch})
+            rows = {"batch": batch, "prompt": asked["prompt"] // batch}  # as many tokens in all
+            found[f"{name} {batch}"] = speaking(model, {**asked, **rows})
         if quantization is None:
             product = limits.product(backend, dtype)
             found[f"matmul {dtype}"] = lambda product=product: timed(product)

@@ -103,7 +103,7 @@ def test_logits_and_tokens_are_those_of_the_specification(backend, monkeypatch, 
 
 @needs_compiler
 def test_a_short_prompt_is_computed_whatever_width_it_is_given(backend, monkeypatch):
-    """JAX and TensorFlow pad it, to compile for few widths: in C nothing is compiled for it, and no padding computed."""
+    """JAX and TensorFlow pad it, to compile for few widths: in C nothing is compiled, and no padding computed."""
     steps = counted(monkeypatch)
     assert_same(model_of(backend, TIED), "float32", steps, reference_of(TIED))
     assert steps[0] == (2, 7)

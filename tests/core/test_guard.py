@@ -14,9 +14,13 @@ AMD = "processor\t: 0\nvendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2 avx512f av
 
 
 def one_round(**changed):
-    """What a backend gives: a step of one row 0.1 s, of four 0.2 s, packed less, a limit each second."""
-    row, four = {"first": 0.5, "step": 0.1}, {"first": 1, "step": 0.2}
-    found = {"float32 1": row, "bfloat16 1": row, "float32 4": four, "bfloat16 4": four}
+    """What a backend gives: a step of one row 0.1 s, of four 0.2, of sixteen 0.4, packed less, a limit each second."""
+    steps = {1: 0.1, 4: 0.2, 16: 0.4}
+    found = {
+        f"{dtype} {rows}": {"first": 0.5, "step": step}
+        for dtype in ("float32", "bfloat16")
+        for rows, step in steps.items()
+    }
     found |= {"int8 1": {"first": 1, "step": 0.05}, "int4 1": {"first": 1, "step": 0.025}}
     found |= {f"{limit} {dtype}": 1.0 for limit in ("read beside", "matmul") for dtype in ("float32", "bfloat16")}
     return {**found, **changed}
@@ -93,6 +97,7 @@ def test_a_kind_without_ratios_is_told_how_to_have_some():
 def test_ratios_are_of_one_round():
     found = guard.ratios("flax", one_round())
     assert found["flax float32: decode, batch 4 / 1"] == pytest.approx(2)
+    assert found["flax float32: decode, batch 16 / 1"] == pytest.approx(4)
     assert found["flax int8: decode / bfloat16"] == pytest.approx(2)
     assert found["flax int4: decode / bfloat16"] == pytest.approx(4)
     assert found["flax float32: decode / read"] == pytest.approx(2 * found["flax bfloat16: decode / read"])
