@@ -150,9 +150,10 @@ class KVCache(tf.experimental.ExtensionType):
 
 
 def _grown(x_BRKH: Tensor, slots: int) -> Tensor:
-    # tf.pad gives the tensor itself where there is nothing to add, and a step in C writes into what it is given
-    copied = tf.raw_ops.DeepCopy(x=x_BRKH)
-    return tf.pad(copied, ((0, 0), (0, slots - x_BRKH.shape[1]), *((0, 0),) * (len(x_BRKH.shape) - 2)))
+    if slots == x_BRKH.shape[1] and tf.executing_eagerly():
+        # tf.pad would give the tensor itself, and a step in C writes into what it is given
+        return tf.raw_ops.DeepCopy(x=x_BRKH)
+    return tf.pad(x_BRKH, ((0, 0), (0, slots - x_BRKH.shape[1]), *((0, 0),) * (len(x_BRKH.shape) - 2)))
 
 
 def slot_order(length_B: Tensor, slots: int) -> Tensor:
