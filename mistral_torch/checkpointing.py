@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mistral_core.errors import UnsupportedFeatureError
 
+from .between import as_formulas
+
 
 def checkpointed(layer: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
     """The layer, called as before; `options` are those of `gradient_checkpointing_enable`.
@@ -23,6 +25,8 @@ def checkpointed(layer: Callable[..., Any], options: Mapping[str, Any]) -> Calla
                 "gradient checkpointing with use_reentrant=True loses the gradients of a cache; "
                 "pass use_cache=False, or enable it with use_reentrant=False."
             )
-        return checkpoint(layer, x_BTD, step, past, **options)
+        # which computes it without gradients first
+        again = as_formulas(layer) if options.get("use_reentrant") else layer
+        return checkpoint(again, x_BTD, step, past, **options)
 
     return run
