@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,7 +25,7 @@ import mistral_common
 from mistral_core.backend import POLITE
 from mistral_core.weights.checkpoint import save
 
-from .common import keep, listed, machine, report, table_row
+from .common import keep, listed, machine, report, table_row, timed
 from .decode import HALF
 from .peers.ours import FRAMEWORKS, weights
 
@@ -49,9 +48,8 @@ def checkpoint(folder: Path) -> Path:
 def seconds(*arguments: str) -> float:
     """How long Python runs with these arguments."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    start = time.perf_counter()
-    subprocess.run([sys.executable, *arguments], env={**environment, **POLITE}, check=True, capture_output=True)
-    return time.perf_counter() - start
+    options = {"env": {**environment, **POLITE}, "check": True, "capture_output": True}
+    return timed(lambda: subprocess.run([sys.executable, *arguments], **options))
 
 
 def measured(made: Path, backend: str) -> tuple[float, float, float]:

@@ -84,7 +84,7 @@ def gated(gate: Tensor, up: Tensor) -> Tensor | None:
 
 
 def _is_for_c(x: Tensor, *others: Tensor) -> bool:
-    """Whether C may compute with tensors: unwatched, nothing learnt, enough of them, in one piece and of its types.
+    """Whether C may compute with tensors: unwatched, without gradients, enough, in one piece and of its types.
 
     Where gradients are on nothing is in C, whether they go through it or not: a model that learns in part, and one that
     was merged or frozen since, compute the same bits.

@@ -109,3 +109,36 @@ static inline Lanes exp_lanes(Lanes x)
     Lanes power = (Lanes)((k + 127) << 23);
     return chosen(small, nothing, y * power);
 }
+
+/* Numbers i to i + LANES of n, zeros after the last. */
+static inline __attribute__((always_inline)) Lanes taken(int type, const void *from, int64_t i, int64_t n)
+{
+    int64_t left = n - i;
+    if (left >= LANES && type == FLOAT32) return lanes_at((const float *)from + i);
+    if (left >= LANES) return of_bfloat16((const uint16_t *)from + i);
+    float some[LANES] = {0};
+    if (type == FLOAT32) memcpy(some, (const float *)from + i, (size_t)left * 4);
+    else widen((const uint16_t *)from + i, left, some);
+    return lanes_at(some);
+}
+
+static inline __attribute__((always_inline)) Lanes rounded_as(int type, Lanes x)
+{
+    return type == FLOAT32 ? x : rounded_lanes(x);
+}
+
+/* The same numbers put back, which are of the type. */
+static inline __attribute__((always_inline)) void given(int type, void *to, int64_t i, int64_t n, Lanes x)
+{
+    int64_t left = n - i < LANES ? n - i : LANES;
+    Halves halves = __builtin_convertvector((Bits)x >> 16, Halves);
+    if (type == FLOAT32 && left == LANES) put_lanes((float *)to + i, x);
+    else if (type == FLOAT32) memcpy((float *)to + i, &x, (size_t)left * 4);
+    else if (left == LANES) *(Halves *)((uint16_t *)to + i) = halves;
+    else memcpy((uint16_t *)to + i, &halves, (size_t)left * 2);
+}
+
+static inline const void *at(int type, const void *from, int64_t i)
+{
+    return (const char *)from + i * (type == FLOAT32 ? 4 : 2);
+}

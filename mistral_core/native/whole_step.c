@@ -9,7 +9,7 @@
 #include <stdlib.h>
 
 #include "bound.h"
-#include "numbers.h"
+#include "formulas.h"
 
 enum { CODES = 3 }; /* the type of a cache of int8 codes with scales */
 typedef struct {
@@ -70,37 +70,20 @@ static void embed(const Model *m, const int64_t *ids, int64_t R, float *x_RD)
             widen((const uint16_t *)m->embedding.codes + ids[r] * m->D, m->D, x_RD + r * m->D);
 }
 
-/* x / sqrt(mean(x^2) + eps), rounded, then times the weight, rounded. */
 static void rms_norm(const Model *m, const float *x_RD, const float *weight_D, int64_t R, float *y_RD)
 {
-    for (int64_t r = 0; r < R; r++) {
-        const float *x = x_RD + r * m->D;
-        float *y = y_RD + r * m->D, by = 1 / sqrtf(dot(x, x, m->D) / (float)m->D + m->eps);
-        for (int64_t i = 0; i < m->D; i++) y[i] = x[i] * by;
-        round_to(m->type, y, m->D);
-        for (int64_t i = 0; i < m->D; i++) y[i] *= weight_D[i];
-        round_to(m->type, y, m->D);
-    }
+    for (int64_t r = 0; r < R; r++) norm_row(FLOAT32, m->type, x_RD + r * m->D, weight_D, m->D, m->eps, y_RD + r * m->D);
 }
 
-/* Pairs (x_i, x_{i+H/2}) turned by their angles, and then each times its scale, where there are scales. */
+/* Heads turned by their angles, and then each times its scale, where there are scales. */
 static void rotate(const Model *m, const Tokens *of, int64_t heads, const float *scale_R, float *x)
 {
-    int64_t half = m->H / 2;
-    for (int64_t r = 0; r < of->B * of->T; r++) {
-        const float *cos = of->cos + r * half, *sin = of->sin + r * half;
-        float *from = x + r * heads * m->H;
-        for (int64_t n = 0; n < heads; n++, from += m->H)
-            for (int64_t i = 0; i < half; i++) {
-                float first = from[i], second = from[i + half];
-                from[i] = first * cos[i] - second * sin[i];
-                from[i + half] = second * cos[i] + first * sin[i];
-            }
-        from -= heads * m->H;
-        round_to(m->type, from, heads * m->H);
+    int64_t half = m->H / 2, size = heads * m->H;
+    for (int64_t r = 0; r < of->B * of->T; r++, x += size) {
+        turn_row(FLOAT32, m->type, x, of->cos + r * half, of->sin + r * half, heads, m->H, x);
         if (!scale_R) continue;
-        for (int64_t i = 0; i < heads * m->H; i++) from[i] *= scale_R[r];
-        round_to(m->type, from, heads * m->H);
+        for (int64_t i = 0; i < size; i++) x[i] *= scale_R[r];
+        round_to(m->type, x, size);
     }
 }
 
@@ -277,18 +260,11 @@ typedef struct {
 
 enum { GATED = 4096 };
 
-static void gate_up(const void *argument, int64_t part) /* silu(gate) rounded, times up, rounded */
+static void gate_up(const void *argument, int64_t part)
 {
     const Gated *a = argument;
-    int64_t i = part * GATED, end = i + GATED < a->n ? i + GATED : a->n;
-    for (; i + LANES <= end; i += LANES) {
-        Lanes g = lanes_at(a->gate + i), y = g / (1 + exp_lanes(-g));
-        if (a->type != FLOAT32) y = rounded_lanes(y);
-        y *= lanes_at(a->up + i);
-        put_lanes(a->gate + i, a->type == FLOAT32 ? y : rounded_lanes(y));
-    }
-    for (; i < end; i++)
-        a->gate[i] = rounded_number(rounded_number(a->gate[i] / (1 + expf(-a->gate[i])), a->type) * a->up[i], a->type);
+    int64_t i = part * GATED, n = a->n - i < GATED ? a->n - i : GATED;
+    gate_row(FLOAT32, a->type, a->gate + i, a->up + i, n, a->gate + i);
 }
 
 static void add(const Model *m, float *x, const float *h, int64_t n)
