@@ -22,9 +22,11 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from mistral_core.errors import MissingExtraError, UnsupportedFeatureError
 
 from .arrays import without_autocast
+from .bands import Run, attend_in_bands, runs_of
 from .blocks import Blocks, attend_by_blocks, cut
 from .cache import has_values
 from .mask import in_window, mask
+from .native import unwatched
 
 
 class Visibility(NamedTuple):
@@ -42,6 +44,8 @@ class Visibility(NamedTuple):
     """The mask where it is made already, for several layers."""
     blocks: Blocks | None = None
     """How a long text is cut."""
+    runs: tuple[Run, ...] | None = None
+    """The tokens of a long text that stand in order, where a kernel takes each such run."""
     is_causal: bool = False
     """Whether it is known that every query sees each key up to itself: queries and keys are the same tokens."""
 
@@ -60,6 +64,9 @@ def prepared(visibility: Visibility, implementation: str) -> Visibility:
     if implementation in BY_BLOCKS:
         if implementation != "blocked" and _is_causal(visibility):
             return visibility._replace(is_causal=True)
+        runs = None if implementation == "blocked" else runs_of(*visibility[:4])
+        if runs is not None:
+            return visibility._replace(runs=runs)
         blocks = cut(*visibility[:4], always=implementation == "blocked")
         if blocks is not None:
             return visibility._replace(blocks=blocks)
@@ -114,6 +121,10 @@ def attend_sdpa(
 ) -> tuple[Tensor, Tensor | None]:
     """torch's fused scaled_dot_product_attention; it never builds the weights."""
     B, T, N, H = q_BTNH.shape
+    if visibility.runs is not None:
+        if not dropout and unwatched(q_BTNH, k_BSKH, v_BSKH):
+            return attend_in_bands(q_BTNH, k_BSKH, v_BSKH, visibility.runs, visibility.window), None
+        visibility = visibility._replace(blocks=cut(*visibility[:4]))
     if visibility.blocks is not None:
 
         def of_block(q: Tensor, k: Tensor, v: Tensor, mask_BCS: Tensor) -> Tensor:

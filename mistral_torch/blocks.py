@@ -85,7 +85,7 @@ def cut(
     spans = tuple(_spans(T, seen, window))
     if not always and sum(math.prod(span.sizes) for span in spans) > PAYS * T * S:
         return None
-    in_order, all_real = _looked(query_order_BT, key_order_BS)
+    in_order, all_real = looked(query_order_BT, key_order_BS)
     query_column_BT = key_column_BS = None
     if in_order:
         query_order_BT, key_order_BS = query_order_BT, key_order_BS[:, S - seen :]
@@ -129,7 +129,7 @@ def _spans(queries: int, keys: int, window: int | None) -> list[_Span]:
     return found
 
 
-def _looked(query_order_BT: Tensor, key_order_BS: Tensor) -> tuple[bool, bool]:
+def looked(query_order_BT: Tensor, key_order_BS: Tensor) -> tuple[bool, bool]:
     """Whether columns of real tokens are as far apart as their orders, counted from the last, and whether all are real.
 
     No and no where there are no values to look at.

@@ -74,6 +74,7 @@ OWN_NAMES = {
     "one_by_one": "JAX: one of two ways to run the layers (scan.py)",
     "dropout_seeds": "TensorFlow: seeds for dropout",
     "replace_weight": "Keras tracks variables",
+    "looked": "torch looks at a text's order once for blocks and for bands",
     "extra_repr": "NNX shows a module's attributes by itself",
     "Packed": "JAX: a kind of Variable that optimizers and filters pass by",
     "portable": "TensorFlow: what is saved, or compiled by XLA, has no operations of ours",
@@ -89,6 +90,7 @@ OWN_NAMES = {
 OWN_FILES = {
     "compiled.py": "torch's compiler is asked for, function by function; JAX and TensorFlow always compile",
     "between.py": "torch runs each operation by itself; XLA makes one pass of a norm, a rotation and a gate",
+    "bands.py": "torch's kernel of a CPU tells the sums by which pieces are put together; the others have none",
     "compat.py": "each framework has other guests: torch trainers and adapters, Flax and TF old names of classes",
     "foreign_cache.py": "torch: decode loops and adapters bring transformers' caches; its Flax and TF ones are gone",
     "outputs.py": "torch's clients ask for dictionaries; JAX and TensorFlow take core's named tuples as they are",
