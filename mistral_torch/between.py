@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,12 +12,10 @@ from torch import Tensor
 from mistral_core.native import between, library
 
 from . import native
+from .tiles import again
 
 LEAST = 4096
 """The fewest numbers for which C is asked: the operations of torch take as long for fewer."""
-
-
-_formulas: contextvars.ContextVar[bool] = contextvars.ContextVar("formulas", default=False)
 
 
 def in_one_pass(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -34,20 +31,6 @@ def in_one_pass(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return formula(x, *others) if y is None else y
 
     return computed
-
-
-def as_formulas(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function within which nothing is in C: what is computed again with gradients is to be the same bits."""
-
-    @functools.wraps(function)
-    def called(*arguments: Any, **options: Any) -> Any:
-        token = _formulas.set(True)
-        try:
-            return function(*arguments, **options)
-        finally:
-            _formulas.reset(token)
-
-    return called
 
 
 def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor | None:
@@ -89,7 +72,7 @@ def _is_for_c(x: Tensor, *others: Tensor) -> bool:
     Where gradients are on nothing is in C, whether they go through it or not: a model that learns in part, and one that
     was merged or frozen since, compute the same bits.
     """
-    if x.dtype not in native.OWN or not native.unwatched(x, *others) or torch.is_grad_enabled() or _formulas.get():
+    if x.dtype not in native.OWN or not native.unwatched(x, *others) or torch.is_grad_enabled() or again():
         return False
     whole = all(each.is_contiguous() for each in (x, *others))
     return whole and x.numel() >= LEAST and between.functions() is not None

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mistral_core.errors import UnsupportedFeatureError
 
-from .between import as_formulas
+from .tiles import Again, computed_again
 
 
 def checkpointed(layer: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
@@ -25,8 +26,9 @@ def checkpointed(layer: Callable[..., Any], options: Mapping[str, Any]) -> Calla
                 "gradient checkpointing with use_reentrant=True loses the gradients of a cache; "
                 "pass use_cache=False, or enable it with use_reentrant=False."
             )
-        # which computes it without gradients first
-        again = as_formulas(layer) if options.get("use_reentrant") else layer
-        return checkpoint(again, x_BTD, step, past, **options)
+        how: Again = "whole" if options.get("use_reentrant") else "in part"
+        # a compiler that is tracing sees to that itself, and does not know of contexts
+        told = layer if torch.compiler.is_compiling() else computed_again(layer, how)
+        return checkpoint(told, x_BTD, step, past, **options)
 
     return run

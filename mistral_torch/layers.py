@@ -17,6 +17,7 @@ from .between import in_one_pass
 from .cache import remember
 from .products import product
 from .step import Step, look
+from .tiles import in_tiles, learnt_in_tiles
 
 
 class RMSNorm(nn.Module):
@@ -32,6 +33,7 @@ class RMSNorm(nn.Module):
 
 
 @in_one_pass
+@learnt_in_tiles
 def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """The formula of `RMSNorm`, of which a model may hold the weight in another way."""
     h = x_BTD.float()
@@ -133,11 +135,13 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
+    @in_tiles
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.down_proj(gated(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
 
 
 @in_one_pass
+@learnt_in_tiles
 def gated(gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
     """silu(gate) up, rounded after each."""
     return F.silu(gate_BTF) * up_BTF
