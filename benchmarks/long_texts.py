@@ -1,14 +1,14 @@
 """The price of long texts: time a token and peak memory from one window of text to many, in every framework.
 
-    python -m benchmarks.long_texts [--backend torch,flax,tf] [--what score,prefill,train]
+    python -m benchmarks.long_texts [--backend torch,flax,tf] [--what score,prefill,train,attend]
         [--layout plain,padded,packed] [--windows 1,2,4,8,16,32]
         [--window 1024] [--dtype float32] [--rounds 1] [--full] [--write]
 
 Scoring is a loss without gradients, prefill `generate` of one token, training a loss and all gradients with gradient
-checkpointing. Padded is two rows of which the first begins late; packed are documents of five eighths of a window.
-Each point is a process of its own: calls after the first are timed, its peak is what it takes beyond the model. Flat
-is a token's time of at most 1.15 times that at 4 windows. `--full` takes the same texts without a window too, whose
-tokens cost more the longer they are.
+checkpointing, attend the attention of one layer alone, of plain texts. Padded is two rows of which the first begins
+late; packed are documents of five eighths of a window. Each point is a process of its own: calls after the first are
+timed, its peak is what it takes beyond the model. Flat is a token's time of at most 1.15 times that at 4 windows.
+`--full` takes the same texts without a window too, whose tokens cost more the longer they are.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> int:
         (*kind, full)
         for kind in itertools.product(arguments.backend, arguments.what, arguments.layout)
         for full in ((False, True) if arguments.full else (False,))
-        if kind[1:] != ("prefill", "packed")  # a prompt is one text
+        if kind[1:] not in (("prefill", "packed"), ("attend", "padded"), ("attend", "packed"))  # a prompt is one text
     ]
     found: dict[Any, list[Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,10 +1,11 @@
 """A loss, a prompt or a training step over one long text of our own, in any backend.
 
-Options: backend, what (score, prefill, train), layout (plain, padded, packed).
+Options: backend, what (score, prefill, train, attend), layout (plain, padded, packed).
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import statistics
 from collections.abc import Callable
@@ -35,12 +36,36 @@ def inputs(layout: str, *, tokens: int, window: int, vocabulary: int) -> dict[st
     return {"input_ids": ids}
 
 
+def attending(
+    config: MistralConfig, asked: dict[str, Any], given: dict[str, Any], array: Callable[..., Any], compiled: Any
+) -> Callable[[], Any]:
+    """The attention of one layer alone, as it is by default."""
+    attention = importlib.import_module(f"mistral_{asked['backend']}.attention")
+    rows, tokens = given["input_ids"].shape
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    rng = np.random.default_rng(0)
+    numbers = [
+        rng.standard_normal((rows, tokens, n, config.head_dim), np.float32).astype(asked["dtype"]) for n in heads
+    ]
+    implementation = attention.check_implementation(None)
+
+    def attend(order_BT: Any, *arrays: Any) -> Any:
+        visibility = attention.Visibility(order_BT, order_BT, config.sliding_window)
+        visibility = attention.prepared(visibility, implementation)
+        return attention.attend(*arrays, visibility, implementation=implementation)[0]
+
+    program, arguments = compiled(attend), [array(np.arange(tokens, dtype=np.int32)[None]), *map(array, numbers)]
+    return lambda: program(*arguments)
+
+
 def call_torch(config: MistralConfig, asked: dict[str, Any], given: dict[str, Any]) -> Callable[[], Any]:
     """What is measured, in PyTorch as it comes."""
     import torch
 
     from mistral_torch import MistralForCausalLM
 
+    if asked["what"] == "attend":
+        return torch.no_grad()(attending(config, asked, given, torch.asarray, lambda function: function))
     model = MistralForCausalLM(config).to(getattr(torch, asked["dtype"]))
     tensors = {name: torch.from_numpy(array) for name, array in given.items()}
     if asked["what"] == "prefill":
@@ -68,6 +93,9 @@ def call_flax(config: MistralConfig, asked: dict[str, Any], given: dict[str, Any
 
     from mistral_flax import MistralForCausalLM
 
+    if asked["what"] == "attend":
+        call = attending(config, asked, given, jax.numpy.asarray, jax.jit)
+        return lambda: jax.block_until_ready(call())
     model = MistralForCausalLM(config, dtype=asked["dtype"])
     if asked["what"] == "prefill":
         return lambda: model.generate(**given, **PREFILL)
@@ -88,6 +116,9 @@ def call_tf(config: MistralConfig, asked: dict[str, Any], given: dict[str, Any])
 
     from mistral_tf import MistralForCausalLM
 
+    if asked["what"] == "attend":
+        call = attending(config, asked, given, tf.constant, tf.function)
+        return lambda: call().numpy()
     model = MistralForCausalLM(config, dtype=asked["dtype"])
     if asked["what"] == "prefill":
         return lambda: model.generate(**given, **PREFILL)
