@@ -42,7 +42,7 @@ def arrays(visibility, dtype=torch.float32, seed=0):
 
 def outputs(attend, visibility, given, **options):
     """The output, and the gradients of queries, keys and values."""
-    *leaves, upstream = [x.clone().requires_grad_() for x in given]
+    *leaves, upstream = *(x.clone().requires_grad_() for x in given[:3]), given[3]
     o = attend(*leaves, visibility, options.get("dropout", 0.0))[0]
     return [o, *torch.autograd.grad(o, leaves, upstream.to(o.dtype))]
 
@@ -80,6 +80,18 @@ def test_small_floats_are_summed_as_large_ones(dtype):
     for one, other, wanted in zip(got, of_formula, exact, strict=True):
         assert one.dtype == dtype
         assert (one.float() - wanted).abs().max() <= 4 * (other.float() - wanted).abs().max()
+
+
+def test_the_gradient_of_a_sum_is_one_number_in_memory():
+    visibility = seen(17, 7)
+    *given, upstream = arrays(visibility)
+    given.append(torch.ones(()).expand(upstream.shape))
+    got, expected = (
+        outputs(attend, each, given)
+        for attend, each in ((attention.attend_sdpa, in_bands(visibility)), (attention.attend_eager, visibility))
+    )
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=4e-6, rtol=0)
 
 
 def test_each_document_is_a_run():
