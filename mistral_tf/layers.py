@@ -98,14 +98,11 @@ def token_positions(attention_mask_BT: Tensor, past_length_B: Tensor, document_i
         return position
     same = document_ids_BT[:, 1:] == document_ids_BT[:, :-1]
     starts = tf.concat([tf.ones_like(document_ids_BT[:, :1], tf.bool), ~same], axis=1)
-    return position - cummax(tf.where(starts, position, 0))
-
-
-def cummax(x_BT: Tensor) -> Tensor:
-    """[B, T]: the largest value so far in each row."""
-    column = tf.range(tf.shape(x_BT)[1])
-    earlier = column[None, :] <= column[:, None]
-    return tf.reduce_max(tf.where(earlier, x_BT[:, None, :], x_BT.dtype.min), axis=-1)
+    B, T = sizes(position)
+    # which document of all rows; TensorFlow has no largest value so far, and a comparison of all columns is [T, T]
+    document_BT = tf.cumsum(tf.cast(starts, tf.int32), 1) - 1 + T * tf.range(B)[:, None]
+    first = tf.math.unsorted_segment_sum(tf.where(starts, position, 0), document_BT, B * T)
+    return position - tf.gather(first, document_BT)
 
 
 def rotary(position_BT: Tensor, config: MistralConfig) -> tuple[Tensor, Tensor]:

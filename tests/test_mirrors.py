@@ -39,7 +39,6 @@ OWN_NAMES = {
     "Factors": "Keras' fit takes the loss from what a call made",
     "silu": "torch rounds once by itself",
     "gated": "torch: what C computes in one pass is a function",
-    "cummax": "TensorFlow lacks it",
     "tie_weights": "torch modules share a tensor; the others look it up (Embedding.as_linear)",
     "initialise": "torch initialises after construction",
     "functional": "JAX: the argument params",

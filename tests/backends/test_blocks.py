@@ -240,3 +240,78 @@ def test_second_derivatives_of_a_long_text_in_jax(monkeypatch):
         if implementation == "eager":
             expected = found
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+LONG_TEXT = 8192
+LAYOUTS = {
+    "plain": {},
+    "padded": {"attention_mask": np.where(np.arange(LONG_TEXT) < 700, 0, 1)[None]},
+    "packed": {"document_ids": (np.arange(LONG_TEXT) // 640)[None]},
+    "packed by positions": {"position_ids": (np.arange(LONG_TEXT) % 640)[None]},
+}
+
+
+def made_by_torch(model, given):
+    """The numbers of each array that an operation of torch gives."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    found = []
+
+    class Told(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            y = function(*args, **(kwargs or {}))
+            found.extend(x.numel() for x in (y if isinstance(y, tuple | list) else (y,)) if isinstance(x, torch.Tensor))
+            return y
+
+    with Told():
+        model(**{name: torch.from_numpy(x) for name, x in given.items()}).loss.backward()
+    return found
+
+
+def made_by_flax(model, given):
+    """The same of a program of JAX."""
+    import jax
+    from jax.extend.core import jaxprs_in_params
+
+    def walk(jaxpr):
+        for equation in jaxpr.eqns:
+            yield from (x.aval.size for x in equation.outvars)
+            for inner in jaxprs_in_params(equation.params):
+                yield from walk(inner)
+
+    arrays = {name: jax.numpy.asarray(x, "int32") for name, x in given.items()}
+    loss = jax.grad(lambda params, arrays: model(**arrays, params=params, use_cache=False).loss)
+    return list(walk(jax.make_jaxpr(loss)(model.params, arrays).jaxpr))
+
+
+def made_by_tf(model, given):
+    """The same of a graph of TensorFlow, and of what it calls."""
+    import tensorflow as tf
+
+    def step(arrays):
+        with tf.GradientTape() as tape:
+            loss = model(**arrays, use_cache=False, training=False).loss
+        return tape.gradient(loss, model.trainable_variables)
+
+    given = {name: tf.TensorSpec(x.shape, tf.int32) for name, x in given.items()}
+    graph = tf.function(step).get_concrete_function(given).graph
+    graphs = [graph, *(each.graph for each in graph._functions.values() if hasattr(each, "graph"))]
+    outputs = (x for each in graphs for operation in each.get_operations() for x in operation.outputs)
+    return [x.shape.num_elements() or 0 for x in outputs if x.shape.rank is not None]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["torch", "flax", "tf"])
+def test_nothing_of_a_long_text_is_as_large_as_its_square(name, layout):
+    """Of a whole model's loss and gradients, whatever tells where rows and documents begin."""
+    package = importlib.import_module(f"mistral_{name}")
+    config = package.MistralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, sliding_window=1024, max_position_embeddings=LONG_TEXT,
+    )  # fmt: skip
+    ids = np.arange(LONG_TEXT)[None] % 29
+    given = {"input_ids": ids, "labels": ids, **LAYOUTS[layout]}
+    made = globals()[f"made_by_{name}"](package.MistralForCausalLM(config), given)
+    assert len(made) > 100
+    assert max(made) < LONG_TEXT**2 / 8
