@@ -6,8 +6,10 @@ Never times, which no two machines share, but ratios of what was measured within
 the read bandwidth, the prompt over a large product, four and sixteen rows over one, packed weights over bfloat16; of
 each the median over all rounds. A backend that falls behind another one falls in its own ratios. Names each that is
 below what benchmarks/results/guard.json has by more than a share, and then exits with 1. A kind of processor is its
-vendor, what it computes with, and how many cores share the memory; of one that has no ratios yet, `--write` keeps those
-of this run. Nothing else should run beside it.
+vendor, what it computes with, and how many cores share the memory. A processor that is shared with others reads memory
+two and three times as fast as an hour before, which moves every ratio: runs are kept by how many operations of a large
+product are done while a byte is read, and the nearest one is compared; where none is near, `--write` keeps this one.
+Nothing else should run beside it.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import platform
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,12 +47,17 @@ FEATURES = {
 }
 """What a processor computes with -> the flags of Linux that say so."""
 PRODUCT = 2 * M * K * N
+BALANCE = "operations / byte"
+"""The name of how many operations of a large product are done while a byte is read."""
+NEAR = 1.4
+"""The factor within which two balances are the same."""
 KEPT = RESULTS / "guard.json"
 
 
 class Fallen(NamedTuple):
     """A ratio that is lower than it was."""
 
+    backend: str
     name: str
     kept: float
     now: float
@@ -76,75 +83,103 @@ def here() -> str:
     return kind(cpuinfo.read_text() if cpuinfo.exists() else "", os.cpu_count() or 1)
 
 
-def ratios(backend: str, one: Mapping[str, Any]) -> dict[str, float]:
-    """The ratios of one round of a backend."""
-    made: dict[str, float] = {}
+def ratios(one: Mapping[str, Any]) -> dict[str, float]:
+    """The ratios of one round of a backend, and its balance."""
+    made = {BALANCE: PRODUCT / one["matmul float32"] / (READ / one["read beside float32"])}
     for dtype in ("float32", "bfloat16"):
         alone = one[f"{dtype} 1"]
         moved = step_bytes(SMALL, dtype=dtype, batch=1, length=PROMPT + NEW / 2)
-        made[f"{backend} {dtype}: decode / read"] = moved / alone["step"] / (READ / one[f"read beside {dtype}"])
+        made[f"{dtype}: decode / read"] = moved / alone["step"] / (READ / one[f"read beside {dtype}"])
         operations = prompt_operations(SMALL, batch=1, prompt=PROMPT) / alone["first"]
-        made[f"{backend} {dtype}: prompt / matmul"] = operations / (PRODUCT / one[f"matmul {dtype}"])
+        made[f"{dtype}: prompt / matmul"] = operations / (PRODUCT / one[f"matmul {dtype}"])
         for batch in BATCHES[1:]:
             together = batch * alone["step"] / one[f"{dtype} {batch}"]["step"]
-            made[f"{backend} {dtype}: decode, batch {batch} / 1"] = together
+            made[f"{dtype}: decode, batch {batch} / 1"] = together
     for scheme in MODELS[2:]:
-        made[f"{backend} {scheme}: decode / bfloat16"] = one["bfloat16 1"]["step"] / one[f"{scheme} 1"]["step"]
+        made[f"{scheme}: decode / bfloat16"] = one["bfloat16 1"]["step"] / one[f"{scheme} 1"]["step"]
     return made
 
 
-def medians(rounds: Mapping[str, list[float]]) -> dict[str, float]:
+def medians(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Of each ratio the median over the rounds."""
-    return {name: statistics.median(values) for name, values in rounds.items()}
+    return {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
 
 
-def fallen(kept: Mapping[str, float], now: Mapping[str, float]) -> list[Fallen]:
+def is_near(kept: Mapping[str, float], now: Mapping[str, float]) -> bool:
+    """Whether two runs have the same balance."""
+    return _apart(kept, now) <= NEAR
+
+
+def _apart(kept: Mapping[str, float], now: Mapping[str, float]) -> float:
+    """The factor between the balances of two runs."""
+    return max(kept[BALANCE], now[BALANCE]) / min(kept[BALANCE], now[BALANCE])
+
+
+def nearest(runs: Sequence[Mapping[str, Any]], now: Mapping[str, float]) -> dict[str, float]:
+    """The kept ratios of the nearest balance; none where none is near."""
+    near = [run["ratios"] for run in runs if is_near(run["ratios"], now)]
+    return min(near, key=lambda kept: _apart(kept, now), default={})
+
+
+def fallen(backend: str, kept: Mapping[str, float], now: Mapping[str, float]) -> list[Fallen]:
     """What is below what was kept by more than the share that is let pass."""
-    both = [Fallen(name, value, now[name]) for name, value in kept.items() if name in now]
+    both = [Fallen(backend, name, value, now[name]) for name, value in kept.items() if name in now and name != BALANCE]
     return [each for each in both if each.now < (1 - FELL) * each.kept]
 
 
-def measured(arguments: argparse.Namespace, scratch: str) -> tuple[dict[str, list[float]], str]:
-    """Each ratio of every round, and the versions of what made them; processes of the backends in turn."""
+def measured(arguments: argparse.Namespace, scratch: str) -> tuple[dict[str, list[dict[str, float]]], str]:
+    """The ratios of every round of each backend, and the versions of what made them; their processes in turn."""
     asked = task(SMALL, prompt=PROMPT, new=NEW, calls=CALLS, models=MODELS, batches=BATCHES)
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[dict[str, float]]] = {}
     results = []
     for number, backend in itertools.product(range(arguments.rounds), arguments.backend):
         report(f"round {number + 1}: {backend}")
         results.append(measure("guard", {**asked, "options": {"backend": backend}}, scratch=scratch))
-        for one in results[-1]["rounds"]:
-            for name, value in ratios(backend, one).items():
-                found.setdefault(name, []).append(value)
+        found.setdefault(backend, []).extend(map(ratios, results[-1]["rounds"]))
     return found, versions(results)
 
 
-def told(kept: Mapping[str, float], rounds: Mapping[str, list[float]]) -> str:
-    """The table: each ratio with the middle half of its rounds, the kept one, and whether it fell."""
-    now = medians(rounds)
-    fell = {each.name for each in fallen(kept, now)}
-    lines = [table_row(["ratio", "kept", "now", "of kept", "middle half", ""]), table_row(["---"] * 6)]
+def told(backend: str, kept: Mapping[str, float], rounds: Sequence[Mapping[str, float]]) -> list[str]:
+    """The rows of a backend: each ratio with the middle half of its rounds, the kept one, and whether it fell."""
+    now, lines = medians(rounds), []
+    fell = {each.name for each in fallen(backend, kept, now)}
     for name, value in now.items():
-        before, each = kept.get(name), sorted(rounds[name])
+        before, each = kept.get(name), sorted(one[name] for one in rounds)
         cells = ["", ""] if before is None else [shown(before), f"{value / before:.2f}"]
         span = f"{shown(each[len(each) // 4])} to {shown(each[-1 - len(each) // 4])}"
-        lines.append(table_row([name, cells[0], shown(value), cells[1], span, "FELL" if name in fell else ""]))
-    return "\n".join(lines)
+        row = [f"{backend} {name}", cells[0], shown(value), cells[1], span, "FELL" if name in fell else ""]
+        lines.append(table_row(row))
+    return lines
 
 
-def compared(everything: Mapping[str, Any], processor: str, rounds: Mapping[str, list[float]]) -> tuple[str, int]:
+def compared(
+    everything: Mapping[str, Any], processor: str, rounds: Mapping[str, Sequence[Mapping[str, float]]]
+) -> tuple[str, int]:
     """What is said, and the exit status: 1 where something fell."""
-    kept = everything.get(processor, {}).get("ratios", {})
-    text, now = told(kept, rounds), medians(rounds)
-    if not kept:
-        known = "; ".join(everything) or "none"
-        said = f"There are no ratios of this kind of processor ({processor}), only of: {known}."
-        how = f"`python -m benchmarks.guard --write` keeps those of a run on a quiet machine in results/{KEPT.name}."
-        return f"{text}\n\n{said}\n{how}\n", 0
-    fell = fallen(kept, now)
-    lines = [f"fell by more than {FELL:.0%}: {each.name}: {each.kept:.3g} -> {each.now:.3g}" for each in fell]
-    lines += [f"not measured: {name}" for name in kept if name not in now]
-    verdict = "\n".join(lines) or f"Nothing fell by more than {FELL:.0%}."
-    return f"{text}\n\n{processor}: {verdict}\n", int(bool(fell))
+    table = [table_row(["ratio", "kept", "now", "of kept", "middle half", ""]), table_row(["---"] * 6)]
+    said, fell = [], []
+    for backend, each in rounds.items():
+        now, runs = medians(each), everything.get(processor, {}).get(backend, [])
+        kept = nearest(runs, now)
+        table += told(backend, kept, each)
+        fell += fallen(backend, kept, now)
+        said += [f"not measured: {backend} {name}" for name in kept if name not in now]
+        if not kept:
+            balances = ", ".join(shown(run["ratios"][BALANCE]) for run in runs)
+            have = f"of this kind of processor only at {balances}" if runs else "none of this kind of processor"
+            said.append(
+                f"{backend} ({processor}): no ratios near {shown(now[BALANCE])} {BALANCE} to compare, {have}; "
+                f"`python -m benchmarks.guard --write` keeps those of a run on a quiet machine."
+            )
+    lines = [f"fell by more than {FELL:.0%}: {e.backend} {e.name}: {e.kept:.3g} -> {e.now:.3g}" for e in fell]
+    verdict = lines or [f"{processor}: nothing that was compared fell by more than {FELL:.0%}."]
+    return "\n".join([*table, "", *said, *verdict]) + "\n", int(bool(fell))
+
+
+def with_run(runs: Sequence[Mapping[str, Any]], run: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The kept runs of a backend, one in place of those of the same balance."""
+    others = [each for each in runs if not is_near(each["ratios"], run["ratios"])]
+    return sorted([*others, run], key=lambda each: each["ratios"][BALANCE])
 
 
 def main() -> int:
@@ -160,9 +195,12 @@ def main() -> int:
     print(text, end="")
     if not arguments.write:
         return status
-    kept = {name: float(f"{value:.4g}") for name, value in medians(rounds).items()}
     about = {"date": datetime.date.today().isoformat(), "versions": made_by}
-    KEPT.write_text(json.dumps({**everything, here(): {**about, "ratios": kept}}, indent=1) + "\n")
+    kept = everything.setdefault(here(), {})
+    for backend, each in rounds.items():
+        now = {name: float(f"{value:.4g}") for name, value in medians(each).items()}
+        kept[backend] = with_run(kept.get(backend, []), {**about, "ratios": now})
+    KEPT.write_text(json.dumps(everything, indent=1) + "\n")
     return 0
 
 

@@ -7,9 +7,10 @@ import json
 import pytest
 
 from benchmarks import guard
+from benchmarks.common import shown
 
 KIND = "AMD, AVX-512, bfloat16, 2 cores"
-KEPT = {"torch float32: decode / read": 0.8, "tf int4: decode / bfloat16": 2.0, "flax float32: decode / torch": 1.0}
+KEPT = {guard.BALANCE: 4.0, "float32: decode / read": 0.8, "int4: decode / bfloat16": 2.0}
 AMD = "processor\t: 0\nvendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2 avx512f avx512_bf16\n"
 
 
@@ -26,9 +27,9 @@ def one_round(**changed):
     return {**found, **changed}
 
 
-def rounds_of(*each):
-    """Rounds by name."""
-    return {name: [one[name] for one in each] for name in each[0]}
+def kept_of(*runs):
+    """What is kept of torch on this kind of processor."""
+    return {KIND: {"torch": [{"ratios": run} for run in runs]}}
 
 
 @pytest.mark.parametrize(
@@ -54,67 +55,92 @@ def test_a_processor_without_cpuinfo_has_a_kind_too(monkeypatch):
 def test_exactly_what_fell_by_more_than_the_share_is_named():
     just, more = 1 - guard.FELL + 0.001, 1 - guard.FELL - 0.001
     now = {name: value * just for name, value in KEPT.items()}
-    assert guard.fallen(KEPT, now) == []
-    name = "tf int4: decode / bfloat16"
-    assert guard.fallen(KEPT, {**now, name: 2.0 * more}) == [(name, 2.0, 2.0 * more)]
-    assert guard.fallen(KEPT, {name: value * 3 for name, value in KEPT.items()}) == []
+    assert guard.fallen("tf", KEPT, now) == []
+    name = "int4: decode / bfloat16"
+    assert guard.fallen("tf", KEPT, {**now, name: 2.0 * more}) == [("tf", name, 2.0, 2.0 * more)]
+    assert guard.fallen("tf", KEPT, {name: value * 3 for name, value in KEPT.items()}) == []
+    assert guard.fallen("tf", KEPT, {**KEPT, guard.BALANCE: 3.0}) == [], "the machine's own"
 
 
 def test_a_fall_is_said_with_both_numbers_and_the_status():
-    name = "torch float32: decode / read"
-    text, status = guard.compared({KIND: {"ratios": KEPT}}, KIND, rounds_of({**KEPT, name: 0.4}))
+    now = {**KEPT, "float32: decode / read": 0.4}
+    text, status = guard.compared(kept_of(KEPT), KIND, {"torch": [now]})
     assert status == 1
-    assert f"fell by more than 15%: {name}: 0.8 -> 0.4" in text
+    assert "fell by more than 15%: torch float32: decode / read: 0.8 -> 0.4" in text
     assert text.count("FELL") == text.count("fell by") == 1
+    text, status = guard.compared(kept_of(KEPT), KIND, {"torch": [KEPT]})
+    assert status == 0
+    assert "nothing that was compared fell" in text
 
 
 def test_the_median_over_the_rounds_counts():
-    name = "torch float32: decode / read"
-    lower = {**KEPT, name: 0.1}
-    rounds = rounds_of(KEPT, lower, KEPT)
-    assert guard.medians(rounds) == KEPT
-    assert guard.compared({KIND: {"ratios": KEPT}}, KIND, rounds)[1] == 0
-    assert guard.compared({KIND: {"ratios": KEPT}}, KIND, rounds_of(lower, KEPT, lower))[1] == 1
+    lower = {**KEPT, "float32: decode / read": 0.1}
+    assert guard.medians([KEPT, lower, KEPT]) == KEPT
+    assert guard.compared(kept_of(KEPT), KIND, {"torch": [KEPT, lower, KEPT]})[1] == 0
+    assert guard.compared(kept_of(KEPT), KIND, {"torch": [lower, KEPT, lower]})[1] == 1
+
+
+def test_the_nearest_balance_is_compared():
+    """A machine that reads faster has other ratios, which are no fall."""
+    fast = {name: value / 2 for name, value in KEPT.items()}
+    both = kept_of(fast, KEPT)
+    for now, wanted in ((fast, fast), ({**fast, guard.BALANCE: 2.5}, fast), ({**KEPT, guard.BALANCE: 3.5}, KEPT)):
+        assert guard.nearest(both[KIND]["torch"], now) == wanted
+    assert guard.compared(both, KIND, {"torch": [fast]})[1] == 0
+    assert guard.compared(both, KIND, {"torch": [{**fast, guard.BALANCE: 4.0}]})[1] == 1
+    text, status = guard.compared(kept_of(KEPT), KIND, {"torch": [fast]})
+    assert status == 0
+    assert f"no ratios near {shown(2.0)} operations" in text
+    assert f"only at {shown(4.0)};" in text
+    assert "--write" in text
+
+
+def test_a_run_takes_the_place_of_those_of_its_balance():
+    runs = [{"ratios": {guard.BALANCE: value}} for value in (2.0, 4.0, 8.0)]
+    new = {"ratios": {guard.BALANCE: 4.4}}
+    assert guard.with_run(runs, new) == [runs[0], new, runs[2]]
+    new = {"ratios": {guard.BALANCE: 2.83}}
+    assert guard.with_run(runs, new) == [runs[0], new, runs[1], runs[2]]
 
 
 def test_what_is_kept_and_was_not_measured_is_said_and_does_not_fail():
-    name = "flax float32: decode / torch"
-    text, status = guard.compared(
-        {KIND: {"ratios": KEPT}}, KIND, rounds_of({k: v for k, v in KEPT.items() if k != name})
-    )
+    name = "int4: decode / bfloat16"
+    now = {key: value for key, value in KEPT.items() if key != name}
+    text, status = guard.compared(kept_of(KEPT), KIND, {"torch": [now]})
     assert status == 0
-    assert f"not measured: {name}" in text
+    assert f"not measured: torch {name}" in text
 
 
 def test_a_kind_without_ratios_is_told_how_to_have_some():
-    text, status = guard.compared({"Intel, AMX": {"ratios": KEPT}}, KIND, rounds_of(KEPT))
+    text, status = guard.compared({"Intel, AMX": kept_of(KEPT)[KIND]}, KIND, {"torch": [KEPT]})
     assert status == 0
     assert KIND in text
-    assert "Intel, AMX" in text
+    assert "none of this kind" in text
     assert "--write" in text
 
 
 def test_ratios_are_of_one_round():
-    found = guard.ratios("flax", one_round())
-    assert found["flax float32: decode, batch 4 / 1"] == pytest.approx(2)
-    assert found["flax float32: decode, batch 16 / 1"] == pytest.approx(4)
-    assert found["flax int8: decode / bfloat16"] == pytest.approx(2)
-    assert found["flax int4: decode / bfloat16"] == pytest.approx(4)
-    assert found["flax float32: decode / read"] == pytest.approx(2 * found["flax bfloat16: decode / read"])
+    found = guard.ratios(one_round())
+    assert found["float32: decode, batch 4 / 1"] == pytest.approx(2)
+    assert found["float32: decode, batch 16 / 1"] == pytest.approx(4)
+    assert found["int8: decode / bfloat16"] == pytest.approx(2)
+    assert found["int4: decode / bfloat16"] == pytest.approx(4)
+    assert found["float32: decode / read"] == pytest.approx(2 * found["bfloat16: decode / read"])
     numbers = 2 * 54.5e6 + 8192 * 2048  # of two layers and the head
-    assert found["flax float32: decode / read"] == pytest.approx(4 * numbers / 0.1 / 2**30, rel=0.01)
-    assert found["flax float32: prompt / matmul"] == pytest.approx(2 * 109e6 * 128 / 0.5 / guard.PRODUCT, rel=0.01)
-    slower = guard.ratios("flax", one_round(**{"matmul bfloat16": 2.0, "read beside bfloat16": 3.0}))
+    assert found["float32: decode / read"] == pytest.approx(4 * numbers / 0.1 / 2**30, rel=0.01)
+    assert found["float32: prompt / matmul"] == pytest.approx(2 * 109e6 * 128 / 0.5 / guard.PRODUCT, rel=0.01)
+    assert found[guard.BALANCE] == pytest.approx(guard.PRODUCT / 2**30)
+    slower = guard.ratios(one_round(**{"matmul bfloat16": 2.0, "read beside bfloat16": 3.0}))
     changed = {name: slower[name] / found[name] for name in found if slower[name] != found[name]}
     assert changed == {
-        "flax bfloat16: decode / read": pytest.approx(3), "flax bfloat16: prompt / matmul": pytest.approx(2)
+        "bfloat16: decode / read": pytest.approx(3), "bfloat16: prompt / matmul": pytest.approx(2)
     }  # fmt: skip
 
 
 def test_what_is_kept_in_the_repository_can_be_compared():
-    if not guard.KEPT.exists():
-        pytest.skip("no ratios are kept yet")
-    wanted = {name for backend in ("torch", "flax", "tf") for name in guard.ratios(backend, one_round())}
-    for kept in json.loads(guard.KEPT.read_text()).values():
-        assert kept["ratios"].keys() == wanted
-        assert all(value > 0 for value in kept["ratios"].values())
+    wanted = guard.ratios(one_round()).keys()
+    for of_kind in json.loads(guard.KEPT.read_text()).values():
+        assert of_kind.keys() == {"torch", "flax", "tf"}
+        for run in (run for runs in of_kind.values() for run in runs):
+            assert run["ratios"].keys() == wanted
+            assert all(value > 0 for value in run["ratios"].values())
