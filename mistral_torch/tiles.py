@@ -158,10 +158,11 @@ class _Tiles(torch.autograd.Function):
             gradients = _gradients(ctx.formula, ctx.size, given, wanted, upstream_BT)
         of = dict(zip(wanted, gradients, strict=True))
         ctx.of_others[:] = [of.get(number) for number in range(1, len(given))]
-        return of.get(0, torch.zeros_like(given[0])), None, None, None, None
+        return of[0] if 0 in of else torch.zeros_like(given[0]), None, None, None, None
 
 
 def _computed(formula: Callable[..., Tensor], size: int, given: list[Any]) -> Tensor:
+    """The formula of given arrays and others, tile after tile."""
     y_BT = torch.empty_like(given[0], memory_format=torch.contiguous_format)
     for columns in _tiles(y_BT, size):
         y_BT[:, columns] = formula(*(_tile(each, y_BT, columns) for each in given))
