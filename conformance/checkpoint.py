@@ -37,11 +37,12 @@ def check(
     if config.sliding_window is not None:
         config = config.replace(sliding_window=window)
     adapter, expected = adapters.get(backend), _expected(config, parameters, dtype, length)
-    return [
-        item
-        for each in ((implementation,) if implementation else adapter.implementations)
-        for item in _check(Subject(adapter, each, dtype), config, parameters, window, expected)
-    ]
+    with adapter.short_blocks():
+        return [
+            item
+            for each in ((implementation,) if implementation else adapter.implementations)
+            for item in _check(Subject(adapter, each, dtype), config, parameters, window, expected)
+        ]
 
 
 @functools.lru_cache(maxsize=1)

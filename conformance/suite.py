@@ -30,10 +30,15 @@ class Check(NamedTuple):
     """One thing to compare on any subject."""
 
     name: str
-    run: Callable[[Subject], Iterator[Comparison]]
+    compared: Callable[[Subject], Iterator[Comparison]]
     dtypes: tuple[str, ...] = DTYPES
     attention: bool = True
     """Whether it depends on the attention implementation."""
+
+    def run(self, subject: Subject) -> list[Comparison]:
+        """All that it compares, of texts that are cut into blocks although they are short."""
+        with subject.adapter.short_blocks():
+            return list(self.compared(subject))
 
     def suits(self, implementation: str, dtype: str) -> bool:
         """Whether it says anything of a subject that another one does not."""

@@ -122,7 +122,7 @@ def test_every_implementation_is_a_subject():
     ],
 )
 def test_conformance(subject, dtype, check):
-    found = list(check.run(suite.subject(*subject, dtype)))
+    found = check.run(suite.subject(*subject, dtype))
     assert found, "the check compared nothing"
     assert not [item for item in found if not item.passed], "\n".join(str(i) for i in found if not i.passed)
 

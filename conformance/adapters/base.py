@@ -6,6 +6,7 @@ import abc
 import contextlib
 import functools
 import importlib
+import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -37,10 +38,14 @@ class Adapter(abc.ABC):
         self.cache = importlib.import_module(package + ".cache")
         self.sampling = importlib.import_module(package + ".sampling")
         self.products = importlib.import_module(package + ".products")
-        with contextlib.suppress(ModuleNotFoundError):  # of others, who cut no text
-            blocks: Any = importlib.import_module(package + ".blocks")
-            blocks.COLUMNS = BLOCK_COLUMNS
         self.device = self.device_named(device)
+
+    def short_blocks(self) -> contextlib.AbstractContextManager[object]:
+        """Inside of it a block of "blocked" attention has BLOCK_COLUMNS queries; outside, what its users get."""
+        blocks = f"{self.package.__name__}.blocks"
+        if importlib.util.find_spec(blocks) is None:  # of others, who cut no text
+            return contextlib.nullcontext()
+        return mock.patch(f"{blocks}.COLUMNS", BLOCK_COLUMNS)
 
     @property
     def implementations(self) -> tuple[str, ...]:

@@ -76,7 +76,7 @@ def test_an_untouched_copy_passes(backend, copy_of):
     """Copying breaks nothing; that each check is green on what is copied is `conformance/test_conformance.py`'s."""
     package = copy_of(backend, "untouched")
     subject = suite.Subject(suite.adapters.get(backend, package), "eager", "float32")
-    found = list(suite.CHECKS["whole window"].run(subject))
+    found = suite.CHECKS["whole window"].run(subject)
     assert found
     assert all(item.passed for item in found), "\n".join(str(item) for item in found)
 
@@ -122,7 +122,7 @@ def test_every_mutant_of_the_decode_loop_is_killed(backend, edit, monkeypatch):
     exec(compile(source, edit.file, "exec"), mutated.__dict__)
     for name in ("Ending", "column"):
         monkeypatch.setattr(mistral_core.generation.driver, name, getattr(mutated, name))
-    found = list(suite.CHECKS["greedy"].run(suite.subject(backend, "eager", "float32")))
+    found = suite.CHECKS["greedy"].run(suite.subject(backend, "eager", "float32"))
     assert not all(item.passed for item in found)
 
 
@@ -157,5 +157,5 @@ def functions_of(module):
 @pytest.mark.parametrize("mutant", PACKED, ids=lambda mutant: mutant.name)
 def test_every_mutant_of_packing_is_killed(backend, mutant, mutate):
     mutate(mutant.edits["core"])
-    found = list(suite.CHECKS[mutant.check].run(suite.subject(backend, "eager", "float32")))
+    found = suite.CHECKS[mutant.check].run(suite.subject(backend, "eager", "float32"))
     assert not all(item.passed for item in found), f"{mutant.name}: {mutant.check} stays green"
