@@ -27,6 +27,8 @@ PAYS = 0.8
 LOOPS = 8
 """Into how many loops over blocks a text without a window is cut: the keys of a loop are one program's, so as many as
 its last block sees."""
+FIRST = 4
+"""The same of the first blocks of a window, which reach beyond the text's begin, where they are so many."""
 
 Attend = Callable[[Array, Array, Array, Array], Array]
 """Queries [B, C, N, H], keys and values [B, S, K, H] and a mask that broadcasts to [B, C, S], to outputs."""
@@ -66,7 +68,7 @@ def cut(
     if not isinstance(T, int) or not isinstance(S, int) or T <= COLUMNS or (not always and T < LONG):
         return None
     seen = S if window is None else min(S, T + window - 1)
-    if not always and sum(loop.blocks * loop.keys for loop in _loops(T, seen, window)) * COLUMNS > PAYS * T * S:
+    if not always and _scores(T, seen, window) > PAYS * T * S:
         return None
     in_order = _are_in_order(query_order_BT, key_order_BS)
     query_column_BT, key_column_BS = (
@@ -95,25 +97,36 @@ def _are_in_order(query_order_BT: Array, key_order_BS: Array) -> Array:
 
 
 class _Loop(NamedTuple):
-    """Blocks of queries that see spans of as many keys."""
+    """Blocks of queries that see as many keys."""
 
     begin: int
     """The first block."""
     blocks: int
-    keys: int
+    keys: slice | None
+    """The columns that all of its blocks see; None: each has a span of its own, as long as its window."""
 
 
 def _loops(queries: int, keys: int, window: int | None) -> list[_Loop]:
     """The loops over the blocks of a text, which is filled up to whole blocks in front."""
     count, before = -(-queries // COLUMNS), _blocks_before(queries, keys, window)
-    if window is not None:
-        return [_Loop(0, count, (before + 1) * COLUMNS)]
-    size = -(-count // LOOPS)
-    ends = [min(begin + size, count) for begin in range(0, count, size)]
-    return [
-        _Loop(begin, end - begin, (before + end) * COLUMNS)
-        for begin, end in zip(range(0, count, size), ends, strict=True)
+    empty = 0 if window is None else before + count - -(-keys // COLUMNS)
+    first = count if window is None else min(empty, count) if empty >= FIRST else 0
+    size = max(-(-first // (LOOPS if window is None else FIRST)), 1)
+    loops = [
+        _Loop(begin, end - begin, slice(empty * COLUMNS, (before + end) * COLUMNS))
+        for begin in range(0, first, size)
+        for end in [min(begin + size, first)]
     ]
+    return [*loops, _Loop(first, count - first, None)] if first < count else loops
+
+
+def _scores(queries: int, keys: int, window: int | None) -> int:
+    """How many scores the blocks of a text have."""
+    span = (_blocks_before(queries, keys, window) + 1) * COLUMNS
+    return sum(
+        loop.blocks * COLUMNS * (span if loop.keys is None else loop.keys.stop - loop.keys.start)
+        for loop in _loops(queries, keys, window)
+    )
 
 
 def _blocks_before(queries: int, keys: int, window: int | None) -> int:
@@ -146,7 +159,7 @@ def _attend_by_blocks(
     )  # fmt: skip
     loops, before = _loops(T, seen, window), _blocks_before(T, seen, window)
     of_queries, of_keys = (None, None) if blocks.documents is None else blocks.documents
-    count = loops[-1].begin + loops[-1].blocks
+    count = -(-T // COLUMNS)
     queries = [_in_blocks(x, count, fill) for x, fill in ((q_BTNH, 0), (blocks.query_order_BT, -1), (of_queries, 0))]
     keys = [
         _filled(x, (before + count) * COLUMNS, fill)
@@ -162,12 +175,12 @@ def _attend_by_blocks(
     outputs = []
     for loop in loops:
         some = [None if x is None else x[loop.begin : loop.begin + loop.blocks] for x in queries]
-        if window is None:
-            spans = [None if x is None else x[:, : loop.keys] for x in keys]
-            outputs.append(jax.lax.map(functools.partial(of_block, of_keys=spans), some))
-        else:
-            spans = [None if x is None else _overlapping(x, count, loop.keys) for x in keys]
+        if loop.keys is None:
+            spans = [None if x is None else _overlapping(x, loop.blocks, before + 1) for x in keys]
             outputs.append(jax.lax.map(lambda each: of_block(*each), (some, spans)))
+        else:
+            spans = [None if x is None else x[:, loop.keys] for x in keys]
+            outputs.append(jax.lax.map(functools.partial(of_block, of_keys=spans), some))
     o_BTNH = jnp.moveaxis(jnp.concatenate(outputs), 0, 1)
     o_BTNH = o_BTNH.reshape(o_BTNH.shape[0], -1, *o_BTNH.shape[3:])[:, -T:]
     return jax.lax.cond(
@@ -196,7 +209,7 @@ def _in_blocks(x_BT: Array | None, count: int, value: int) -> Array | None:
     return jnp.moveaxis(x_BT.reshape(x_BT.shape[0], count, COLUMNS, *x_BT.shape[2:]), 1, 0)
 
 
-def _overlapping(x_BS: Array, count: int, keys: int) -> Array:
-    """[blocks, B, keys]: the span of each block, whose gradient is no longer than the spans."""
-    pieces = _in_blocks(x_BS, count + keys // COLUMNS - 1, 0)
-    return jnp.concatenate([pieces[number : number + count] for number in range(keys // COLUMNS)], axis=2)
+def _overlapping(x_BS: Array, count: int, size: int) -> Array:
+    """[blocks, B, keys]: the span of each of the last blocks, so many blocks of keys, whose gradient is no longer."""
+    pieces = _in_blocks(x_BS, count + size - 1, 0)
+    return jnp.concatenate([pieces[number : number + count] for number in range(size)], axis=2)

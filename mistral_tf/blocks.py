@@ -25,6 +25,8 @@ PAYS = 0.8
 LOOPS = 8
 """Into how many loops over blocks a text without a window is cut: the keys of a loop are as many as its last block
 sees."""
+FIRST = 4
+"""The same of the first blocks of a window, which reach beyond the text's begin, where they are so many."""
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Queries [B, C, N, H], keys and values [B, S, K, H] and a mask that broadcasts to [B, C, S], to outputs."""
@@ -64,8 +66,7 @@ def cut(
     if are_known and (T <= COLUMNS or (not always and T < LONG)):
         return None
     seen = S if window is None else _least(S, T + window - 1)
-    loops = _loops(T, seen, window)
-    if are_known and not always and sum(loop.blocks * loop.keys for loop in loops) * COLUMNS > PAYS * T * S:
+    if are_known and not always and _scores(T, seen, window) > PAYS * T * S:
         return None
     in_order = _are_in_order(query_order_BT, key_order_BS)
     query_column_BT, key_column_BS = (
@@ -93,27 +94,38 @@ def _are_in_order(query_order_BT: Tensor, key_order_BS: Tensor) -> Tensor:
 
 
 class _Loop(NamedTuple):
-    """Blocks of queries that see spans of as many keys; numbers, or tensors where the columns are not known."""
+    """Blocks of queries that see as many keys; numbers, or tensors where the columns are not known."""
 
     begin: Any
     """The first block."""
     blocks: Any
-    keys: Any
+    keys: slice | None
+    """The columns that all of its blocks see; None: each has a span of its own, as long as its window."""
 
 
 def _loops(queries: Any, keys: Any, window: int | None) -> list[_Loop]:
     """The loops over the blocks of a text, which is filled up to whole blocks in front."""
     count, before = -(-queries // COLUMNS), _blocks_before(queries, keys, window)
-    if window is not None:
-        return [_Loop(0, count, (before + 1) * COLUMNS)]
-    if not isinstance(count, int):
-        return [_Loop(0, count, (before + count) * COLUMNS)]
-    size = -(-count // LOOPS)
-    ends = [min(begin + size, count) for begin in range(0, count, size)]
-    return [
-        _Loop(begin, end - begin, (before + end) * COLUMNS)
-        for begin, end in zip(range(0, count, size), ends, strict=True)
+    empty = 0 if window is None else before + count - -(-keys // COLUMNS)
+    if not (isinstance(count, int) and isinstance(empty, int)):
+        return [_Loop(0, count, slice(0, (before + count) * COLUMNS) if window is None else None)]
+    first = count if window is None else min(empty, count) if empty >= FIRST else 0
+    size = max(-(-first // (LOOPS if window is None else FIRST)), 1)
+    loops = [
+        _Loop(begin, end - begin, slice(empty * COLUMNS, (before + end) * COLUMNS))
+        for begin in range(0, first, size)
+        for end in [min(begin + size, first)]
     ]
+    return [*loops, _Loop(first, count - first, None)] if first < count else loops
+
+
+def _scores(queries: int, keys: int, window: int | None) -> int:
+    """How many scores the blocks of a text have."""
+    span = (_blocks_before(queries, keys, window) + 1) * COLUMNS
+    return sum(
+        loop.blocks * COLUMNS * (span if loop.keys is None else loop.keys.stop - loop.keys.start)
+        for loop in _loops(queries, keys, window)
+    )
 
 
 def _blocks_before(queries: Any, keys: Any, window: int | None) -> Any:
@@ -157,10 +169,11 @@ def attend_by_blocks(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, blocks: Blo
     outputs = []
     for loop in loops:
         q, *numbers = (None if x is None else x[loop.begin : loop.begin + loop.blocks] for x in queries)
-        spans = [
-            x if x is None else x[:, : loop.keys] if window is None else _overlapping(x, count, loop.keys) for x in keys
-        ]
-        outputs.append(_in_turn(of_block, q, spans[:2], numbers, spans[2:], each_has_keys=window is not None))
+        if loop.keys is None:
+            spans = [None if x is None else _overlapping(x, loop.blocks, before + 1) for x in keys]
+        else:
+            spans = [None if x is None else x[:, loop.keys] for x in keys]
+        outputs.append(_in_turn(of_block, q, spans[:2], numbers, spans[2:], each_has_keys=loop.keys is None))
     o_BTNH = _joined(tf.concat(outputs, axis=0))[:, -T:]
     return tf.cond(
         blocks.in_order,
@@ -257,7 +270,7 @@ def _joined(x: Tensor) -> Tensor:
     return tf.reshape(tf.transpose(x, [1, 0, *range(2, len(x.shape))]), [B, count * C, *rest])
 
 
-def _overlapping(x_BS: Tensor, count: Any, keys: int) -> Tensor:
-    """[blocks, B, keys]: the span of each block, whose gradient is no longer than the spans."""
-    pieces = _in_blocks(x_BS, count + keys // COLUMNS - 1, 0)
-    return tf.concat([pieces[number : number + count] for number in range(keys // COLUMNS)], axis=2)
+def _overlapping(x_BS: Tensor, count: Any, size: int) -> Tensor:
+    """[blocks, B, keys]: the span of each of the last blocks, so many blocks of keys."""
+    pieces = _in_blocks(x_BS, count + size - 1, 0)
+    return tf.concat([pieces[number : number + count] for number in range(size)], axis=2)

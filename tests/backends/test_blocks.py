@@ -98,7 +98,7 @@ CASES = [
     (17, 0, 7, "left", False), (17, 0, None, "left", True), (17, 0, 7, "right", True), (17, 0, 3, "holes", False),
     (17, 0, None, "holes", True), (6, 0, 7, "none", True), (17, PAST, None, "none", False),
     (17, PAST, 3, "left", False), (6, PAST, 7, "holes", False), (17, PAST, 7, "none", False),
-    (6, PAST, 1, "right", False),
+    (6, PAST, 1, "right", False), (17, 0, 14, "holes", True), (30, 0, 14, "left", True), (30, PAST, 20, "none", False),
 ]  # fmt: skip
 """Columns, tokens before them, window, padding, and whether documents are packed."""
 
@@ -138,7 +138,7 @@ def test_a_long_text_is_cut_where_that_pays(backend, monkeypatch):
     assert prepared(8 * BLOCK, None, default).blocks is not None
     short = [(4 * BLOCK - 1, 1)]
     if type(backend) is not Torch:  # whose blocks of a windowed text are all of one size
-        short.append((4 * BLOCK, 4 * BLOCK - 1))
+        short.append((4 * BLOCK, 3 * BLOCK))
     for T, window in short:
         assert prepared(T, window, default).blocks is None
         assert prepared(T, window, default).mask_BTS is not None
@@ -217,11 +217,11 @@ def test_a_graph_of_tensorflow_is_the_formula(monkeypatch, kind, window, padding
 @pytest.mark.parametrize("backend_name", ["torch", "flax", "tf"])
 def test_no_backend_keeps_another_block(backend_name):
     """The numbers are those of all three, so that one text is cut alike."""
-    numbers = {
-        name: [getattr(importlib.import_module(f"mistral_{name}.blocks"), each) for each in ("COLUMNS", "LONG", "PAYS")]
-        for name in (backend_name, "torch")
-    }
-    assert numbers[backend_name] == numbers["torch"]
+    modules = {name: importlib.import_module(f"mistral_{name}.blocks") for name in (backend_name, "torch", "flax")}
+    for other, names in (("torch", ("COLUMNS", "LONG", "PAYS")), ("flax", ("LOOPS", "FIRST"))):
+        for name in names:
+            if hasattr(modules[backend_name], name):  # in PyTorch each block is its own
+                assert getattr(modules[backend_name], name) == getattr(modules[other], name)
 
 
 def test_second_derivatives_of_a_long_text_in_jax(monkeypatch):
@@ -240,6 +240,19 @@ def test_second_derivatives_of_a_long_text_in_jax(monkeypatch):
         if implementation == "eager":
             expected = found
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["flax", "tf"], indirect=True)
+def test_the_first_blocks_of_a_wide_window_see_no_padding(backend):
+    """As many loops as FIRST, of which each sees keys up to its last block; a narrow window has one for all."""
+    loops = backend.module._loops(10 * BLOCK, 10 * BLOCK, 8 * BLOCK)
+    assert [(loop.begin, loop.blocks) for loop in loops] == [(0, 2), (2, 2), (4, 2), (6, 2), (8, 2)]
+    assert [loop.keys and loop.keys.stop - loop.keys.start for loop in loops] == [
+        *(size * BLOCK for size in (2, 4, 6, 8)), None
+    ]  # fmt: skip
+    assert backend.module._scores(10 * BLOCK, 10 * BLOCK, 8 * BLOCK) == BLOCK**2 * (2 * (2 + 4 + 6 + 8) + 2 * 9)
+    for queries, keys, window in ((10, 10, 3), (10, 17, 8)):  # the second has keys before it
+        assert [loop.keys for loop in backend.module._loops(*(n * BLOCK for n in (queries, keys, window)))] == [None]
 
 
 LONG_TEXT = 8192
