@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 
@@ -13,6 +14,36 @@ def checkpointed(layer: Callable[..., Any], options: Mapping[str, Any]) -> Calla
     """The layer, called as before; `options` are those of `gradient_checkpointing_enable`."""
 
     def run(x_BTD: Array, step: Any, past: Any, **keys: Any) -> Any:
-        return jax.checkpoint(lambda x_BTD: layer(x_BTD, step, past, **keys), **options)(x_BTD)
+        def layer_of(x_BTD: Array) -> Any:
+            return layer(x_BTD, step, past, **keys)
+
+        if not options and jax.default_backend() == "cpu":
+            return _again_when_due(layer_of, x_BTD)
+        return jax.checkpoint(layer_of, **options)(x_BTD)
 
     return run
+
+
+def _again_when_due(layer: Callable[[Array], Any], x_BTD: Array) -> Any:
+    """`jax.checkpoint` for XLA on CPUs: what is computed again waits for the gradient of the layer's output.
+
+    There the barrier of `jax.checkpoint` is taken away before operations are put in order, so all layers are computed
+    again before the first gradient, and all activations are in memory together. Here the input of the second time is
+    computed of that gradient. It has gradients of gradients but no derivative that goes forward first.
+    """
+    of_arrays, closed_over = jax.closure_convert(layer, x_BTD)
+
+    @jax.custom_vjp
+    def once(x_BTD: Array, closed_over: Any) -> Any:
+        return of_arrays(x_BTD, *closed_over)
+
+    def forth(x_BTD: Array, closed_over: Any) -> Any:
+        return jax.checkpoint(of_arrays)(x_BTD, *closed_over), (x_BTD, closed_over)
+
+    def back(kept: Any, gradients: Any) -> Any:
+        x_BTD, closed_over = kept
+        due_BTD = jnp.where(jnp.isposinf(gradients[0]), jnp.nan, x_BTD)
+        return jax.vjp(lambda x_BTD, closed_over: of_arrays(x_BTD, *closed_over), due_BTD, closed_over)[1](gradients)
+
+    once.defvjp(forth, back)
+    return once(x_BTD, closed_over)
