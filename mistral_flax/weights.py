@@ -191,7 +191,8 @@ class PreTrainedModel(Saved, nnx.Module):
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """In training, keep only each layer's input and compute the layer again for its gradients.
 
-        The keywords are `policy` and `prevent_cse` of `jax.checkpoint`. Raises ConfigError for another.
+        The keywords are `policy` and `prevent_cse` of `jax.checkpoint`; without any, a CPU has a way of its own, which
+        saves more there and has no derivative that goes forward first. Raises ConfigError for another.
         """
         options = gradient_checkpointing_kwargs or {}
         if not options.keys() <= {"policy", "prevent_cse"}:
