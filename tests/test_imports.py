@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -88,6 +89,14 @@ def test_conformance_reaches_backends_in_their_adapters_only():
         adapter = Path(file).parent.name == "adapters"
         assert not names & BACKENDS, file
         assert adapter or not names & FRAMEWORKS, file
+
+
+def test_every_file_of_tests_has_a_name_of_its_own():
+    """They are modules beside each other: two of a name cannot be collected together, as `make sweep` does."""
+    files = (path for folder in ("tests", "conformance") for path in (ROOT / folder).rglob("test_*.py"))
+    named = Counter(path.stem for path in files)
+    assert len(named) > 100
+    assert [name for name, count in named.items() if count > 1] == []
 
 
 def test_no_test_imports_a_conftest():
