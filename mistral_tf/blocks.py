@@ -7,6 +7,7 @@ computed of a block is an attention implementation's own: who sees whom is still
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -50,6 +51,8 @@ class Blocks(NamedTuple):
     """Whether the columns are taken as they stand, for which nothing is moved."""
     is_long: Tensor | None
     """Whether the text is taken by blocks, where its columns are not known when it is traced; None: it is."""
+    programs: dict[Attend, Callable[..., Tensor]]
+    """What layers that see alike have in common in a graph: the blocks, and their gradients, traced once."""
 
 
 def cut(
@@ -79,7 +82,7 @@ def cut(
         documents = _taken(document_ids_BT, query_column_BT), _taken(document_ids_BT, key_column_BS)
     return Blocks(
         _taken(query_order_BT, query_column_BT), _taken(key_order_BS, key_column_BS), window, documents,
-        query_column_BT, key_column_BS, in_order, None if are_known else tf.convert_to_tensor(T >= LONG),
+        query_column_BT, key_column_BS, in_order, None if are_known else tf.convert_to_tensor(T >= LONG), {},
     )  # fmt: skip
 
 
@@ -145,6 +148,14 @@ def attend_by_blocks(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, blocks: Blo
 
     For gradients the scores and the masks of a block are not kept but computed again.
     """
+    if tf.executing_eagerly():
+        return _attended(q_BTNH, k_BSKH, v_BSKH, blocks, attend)
+    if attend not in blocks.programs:
+        blocks.programs[attend] = tf.function(functools.partial(_attended, attend=attend), autograph=False)
+    return blocks.programs[attend](q_BTNH, k_BSKH, v_BSKH, blocks._replace(programs={}))
+
+
+def _attended(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, blocks: Blocks, attend: Attend) -> Tensor:
     window = blocks.window
     T, seen = sizes(q_BTNH)[1], sizes(blocks.key_order_BS)[1]
     q_BTNH, k_BSKH, v_BSKH = tf.cond(

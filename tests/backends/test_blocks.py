@@ -214,6 +214,45 @@ def test_a_graph_of_tensorflow_is_the_formula(monkeypatch, kind, window, padding
             np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_layers_of_a_graph_of_tensorflow_share_the_blocks(monkeypatch, recomputed):
+    """What is traced of one layer is every layer's that sees alike; outside of a graph nothing is traced."""
+    import tensorflow as tf
+
+    made, traced = Tf(), []
+    attended = made.module._attended
+    monkeypatch.setattr(made.module, "COLUMNS", BLOCK)
+    monkeypatch.setattr(made.module, "LONG", 12)
+    monkeypatch.setattr(
+        made.module,
+        "_attended",
+        lambda *given, **named: traced.append(tf.executing_eagerly()) or attended(*given, **named),
+    )
+    package = importlib.import_module("mistral_tf")
+    config = package.MistralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, sliding_window=6, initializer_range=0.5,
+    )  # fmt: skip
+    model = package.MistralForCausalLM(config)
+    if recomputed:
+        model.gradient_checkpointing_enable()
+    ids = tf.constant(np.arange(30)[None] % 29, tf.int32)
+
+    def gradients(ids):
+        with tf.GradientTape() as tape:
+            loss = model(ids, labels=ids, use_cache=False, training=True).loss
+        return [tf.convert_to_tensor(x) for x in tape.gradient(loss, model.trainable_variables)]
+
+    expected = gradients(ids)
+    assert traced
+    assert all(traced), "nothing is traced"
+    traced.clear()
+    found = tf.function(gradients)(ids)
+    assert traced == [False]
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
+
+
 @pytest.mark.parametrize("backend_name", ["torch", "flax", "tf"])
 def test_no_backend_keeps_another_block(backend_name):
     """The numbers are those of all three, so that one text is cut alike."""
