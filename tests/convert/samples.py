@@ -50,6 +50,11 @@ CONFIGS = {
     ),
 }  # fmt: skip
 """Configs that somebody's converter got wrong."""
+INEXPRESSIBLE = {
+    "keras-hub": {"tied", "scaled queries", "windows by layer", "yarn"},
+    "gguf": {"windows by layer"},
+}
+"""Those that a format cannot say, and is refused for."""
 
 
 def any_bits(

@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 from crossed import crossed
-from samples import CAUSAL, CONFIGS, any_bits, assert_same, ordinary, read, write
+from samples import CAUSAL, CONFIGS, INEXPRESSIBLE, any_bits, assert_same, ordinary, read, write
 
 from mistral_core import TINY, convert, errors
 from mistral_core.parameters import HEADS
@@ -17,12 +17,7 @@ from mistral_core.weights.opening import Checkpoint
 
 FORMATS = tuple(name for name, row in formats.FORMATS.items() if row.written)
 ANY_CLASS = tuple(name for name in FORMATS if name not in ("raw", "gguf", "keras-hub", "maxtext"))
-# a window of GGUF's is told by a warning, MaxText divides queries by sqrt(head_dim), KerasHub has no yarn
-CANNOT = {
-    "tied": ("keras-hub",),
-    "windows by layer": ("keras-hub", "gguf"),
-    "yarn": ("keras-hub",),
-}
+# a window of GGUF's is told by a warning, MaxText divides queries by sqrt(head_dim)
 pytestmark = pytest.mark.filterwarnings("ignore:.*sliding_window")
 
 
@@ -56,7 +51,7 @@ def test_82_and_83_there_and_back(tmp_path, first, second):
 def test_every_config_in_every_format(tmp_path, name, format):
     config = CONFIGS[name]
     source = write(tmp_path / "hf", "hf", any_bits(config), config)
-    if format in CANNOT.get(name, ()):
+    if name in INEXPRESSIBLE.get(format, ()):
         with pytest.raises(errors.UnsupportedFeatureError):
             convert(source, tmp_path / "there", to=format, check_finite=False)
         assert not (tmp_path / "there").exists()
