@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
 from fuzz import FORMATS, run
 from samples import any_bits, assert_same, ordinary, read, write
+from tqdm import tqdm
 
 from mistral_core import TINY, convert, errors
 from mistral_core.cli import main
@@ -171,12 +173,16 @@ def test_70_a_signal_at_any_moment_ends_the_command_and_leaves_nothing(source, t
         if (child := os.fork()) == 0:
             status = 1
             try:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-                status = main([*command, str(target)])
-            except SystemExit as left:
-                status = left.code
-            finally:
+                try:
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                    tqdm.set_lock(threading.RLock())  # its own is one of all forks, and kept by one that is killed
+                    signal.signal(signal.SIGINT, signal.default_int_handler)
+                    status = main([*command, str(target)])
+                except SystemExit as left:
+                    status = left.code
+                finally:
+                    signal.signal(signal.SIGINT, signal.SIG_IGN)
+            finally:  # a signal after the command leads here, and not into the tests that this is a fork of
                 os._exit(status)
         signal.signal(signal.SIGINT, before)
         time.sleep(drawn.uniform(0, seconds))
