@@ -34,12 +34,11 @@ def _changed() -> Iterator[str]:
 @functools.cache
 def _literals(path: str) -> dict[str, object]:
     """The constants of a file that are written out, such as COLUMNS = 512."""
-    lines = ast.parse(Path(path).read_bytes()).body
-    written = {
+    return {
         line.targets[0].id: line.value.value
-        for line in lines
+        for line in ast.parse(Path(path).read_bytes()).body
         if isinstance(line, ast.Assign)
         and isinstance(line.targets[0], ast.Name)
         and isinstance(line.value, ast.Constant)
+        and line.targets[0].id.isupper()
     }
-    return {name: value for name, value in written.items() if name.isupper()}

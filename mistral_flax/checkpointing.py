@@ -33,17 +33,18 @@ def _again_when_due(layer: Callable[[Array], Any], x_BTD: Array) -> Any:
     """
     of_arrays, closed_over = jax.closure_convert(layer, x_BTD)
 
-    @jax.custom_vjp
-    def once(x_BTD: Array, closed_over: Any) -> Any:
+    def run(x_BTD: Array, closed_over: Any) -> Any:
         return of_arrays(x_BTD, *closed_over)
 
     def forth(x_BTD: Array, closed_over: Any) -> Any:
-        return jax.checkpoint(of_arrays)(x_BTD, *closed_over), (x_BTD, closed_over)
+        return jax.checkpoint(run)(x_BTD, closed_over), (x_BTD, closed_over)
 
     def back(kept: Any, gradients: Any) -> Any:
         x_BTD, closed_over = kept
+        # x itself, but where a gradient is infinite, of which nothing good comes either way
         due_BTD = jnp.where(jnp.isposinf(gradients[0]), jnp.nan, x_BTD)
-        return jax.vjp(lambda x_BTD, closed_over: of_arrays(x_BTD, *closed_over), due_BTD, closed_over)[1](gradients)
+        return jax.vjp(run, due_BTD, closed_over)[1](gradients)
 
+    once = jax.custom_vjp(run)
     once.defvjp(forth, back)
     return once(x_BTD, closed_over)
