@@ -22,9 +22,6 @@ def model():
     return MistralForCausalLM(CONFIG).load_arrays(random_parameters(CONFIG))
 
 
-KINDS = ("gradients", "of all outputs, with a cache", "of each row", "along a direction", "gradients of gradients")
-
-
 def both(model, compute, options):
     """What a function computes of a model without and with checkpointing."""
     model.gradient_checkpointing_disable()
@@ -43,35 +40,57 @@ def assert_same(one, other):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * most)
 
 
-def kinds(model):
-    """Derivatives of a loss, by what is asked of them; the loss is of a call that has everything a layer takes."""
-    params, key = model.params, jax.random.key(1)
-    along = {name: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape) / 8 for name, x in params.items()}
-    past = model(IDS[:, :4], past_key_values=KVCache.allocate(CONFIG, 2, 16)).past_key_values
+def loss_of(model):
+    key = jax.random.key(1)
 
     def loss(params, ids=IDS, rngs=key):
         return model(ids, params=params, labels=ids, rngs=rngs, use_cache=False).loss
 
-    def of_hidden(params):
-        out = model(IDS[:, 4:], params=params, past_key_values=past, output_attentions=True, output_hidden_states=True)
-        attentions = sum((x**2).sum() for x in out.attentions)
-        every = (out.logits, *out.hidden_states, *out.past_key_values.keys)
-        return attentions + sum(jnp.sin(x).sum() for x in every)
+    return loss
 
-    return {
-        "gradients": jax.grad(loss),
-        "of all outputs, with a cache": jax.grad(of_hidden),
-        "of each row": lambda params: jax.vmap(jax.grad(loss), in_axes=(None, 0, None))(params, IDS[:, None], None),
-        "along a direction": lambda params: jax.jvp(jax.grad(loss), (params,), (along,))[1],
-        "gradients of gradients": jax.grad(
-            lambda params: sum(jnp.vdot(along[name], x) for name, x in jax.grad(loss)(params).items())
-        ),
-    }
+
+def of_all_outputs(model):
+    """Gradients through a cache that a first call filled, and through all that a second call returns."""
+
+    def number(params):
+        cache = KVCache.allocate(CONFIG, 2, 16)
+        past = model(IDS[:, :4], params=params, past_key_values=cache).past_key_values
+        out = model(IDS[:, 4:], params=params, past_key_values=past, output_attentions=True, output_hidden_states=True)
+        every = (out.logits, *out.hidden_states, *out.past_key_values.keys)
+        return sum((x**2).sum() for x in out.attentions) + sum(jnp.sin(x).sum() for x in every)
+
+    return jax.grad(number)
+
+
+def direction(params):
+    return {name: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape) / 8 for name, x in params.items()}
+
+
+def gradients_of_gradients(model):
+    def number(params):
+        along = direction(params)
+        return sum(jnp.vdot(along[name], x) for name, x in jax.grad(loss_of(model))(params).items())
+
+    return jax.grad(number)
+
+
+KINDS = {
+    "gradients": lambda model: jax.grad(loss_of(model)),
+    "of all outputs, with a cache": of_all_outputs,
+    "of each row": lambda model: (
+        lambda params: jax.vmap(jax.grad(loss_of(model)), in_axes=(None, 0, None))(params, IDS[:, None], None)
+    ),
+    "along a direction": lambda model: (
+        lambda params: jax.jvp(jax.grad(loss_of(model)), (params,), (direction(params),))[1]
+    ),
+    "gradients of gradients": gradients_of_gradients,
+}
+"""Derivatives of a model, functions of its parameters."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_derivatives_are_those_of_a_layer_that_keeps_everything(model, kind):
-    assert_same(*both(model, lambda: jax.jit(kinds(model)[kind])(model.params), {}))
+    assert_same(*both(model, lambda: jax.jit(KINDS[kind](model))(model.params), {}))
 
 
 def test_activations_are_not_kept():
@@ -94,11 +113,9 @@ def test_activations_are_not_kept():
 def test_a_derivative_that_goes_forward_first_takes_an_option(model):
     """The way of our own has none, which JAX says; with an option of `jax.checkpoint` there is one."""
 
-    def along_itself(params):
-        return jax.jvp(lambda params: model(IDS, params=params, labels=IDS).loss, (params,), (params,))[1]
-
     def derivative():
-        return jax.jit(lambda params: along_itself(params))(model.params)  # another function, or it is compiled
+        params = model.params
+        return jax.jit(lambda params: jax.jvp(loss_of(model), (params,), (params,))[1])(params)
 
     with pytest.raises(TypeError, match="forward-mode"):
         both(model, derivative, {})
