@@ -1,13 +1,13 @@
 """Generating text: our backends and the peers that are installed, in turn in one run, and the ratios we demand.
 
-    python -m benchmarks.compare [--dtype float32,bfloat16] [--batch 1,4] [--rounds 3] [--only torch,llama,...]
-        [--transformers5 PY] [--transformers4 PY] [--keras-hub PY] [--llama PY] [--write]
+    python -m benchmarks.compare [--dtype float32,bfloat16] [--batch 1,4,16] [--prompt 128,512,2048] [--rounds 3]
+        [--only torch,llama,...] [--transformers5 PY] [--transformers4 PY] [--keras-hub PY] [--llama PY] [--write]
 
 PY is the Python of a virtual environment in which the peer is installed: transformers 5 with torch; transformers
 4.56.2 with TensorFlow, JAX and Flax; keras-hub with JAX and TensorFlow; llama-cpp-python with gguf. One model for all
 (size half of benchmarks.decode), random weights, greedy, no end of sequence, each program warmed up, in a process of
-its own in every round. Ratios are taken within each round, then their median. Of two settings of a peer the better
-counts.
+its own in every round. Several rows are measured with the first prompt, and longer prompts with one row. Ratios are
+taken within each round, then their median. Of two settings of a peer the better counts.
 """
 
 from __future__ import annotations
@@ -22,10 +22,24 @@ from typing import Any, NamedTuple
 from .common import MeasurementError, keep, listed, machine, measure, report, shown, table_row, versions
 from .decode import BYTES, HALF, step_bytes, task
 
-PROMPT, NEW = 128, 32
+PROMPTS, BATCHES, NEW = (128, 512, 2048), (1, 4, 16), 32
 FULL, SINGLE = ("float32", "bfloat16"), ("float32",)
 PYTHONS = ("transformers5", "transformers4", "keras_hub", "llama")
 RESULT = "decode.md"
+
+
+class Point(NamedTuple):
+    """What is generated: the dtype, how many rows, and how long their prompts are."""
+
+    dtype: str
+    batch: int = 1
+    prompt: int = PROMPTS[0]
+
+    @property
+    def text(self) -> str:
+        """The point in words."""
+        rows = "one row" if self.batch == 1 else f"{self.batch} rows"
+        return f"{self.dtype}, {rows} of {self.prompt}"
 
 
 class Program(NamedTuple):
@@ -39,100 +53,114 @@ class Program(NamedTuple):
     python: str | None = None
     """The argument that gives its Python; None is this one."""
     dtypes: tuple[str, ...] = FULL
+    everywhere: bool = False
+    """Whether it is measured with several rows and longer prompts too."""
 
 
-def ours(backend: str, compiling: str) -> Program:
+def ours(backend: str, family: str | None = None, *, compiling: str = "auto") -> Program:
     """A backend of this project."""
     options = {"backend": backend, "compile": compiling, "measure": "generate"}
-    return Program(f"ours, {backend}, compile={compiling}", backend, "ours", options)
+    name = f"ours, {backend}" if compiling == "auto" else f"ours, {backend}, compile={compiling}"
+    return Program(name, family or backend, "ours", options, everywhere=compiling == "auto")
+
+
+def peer(name: str, family: str, module: str, python: str, *, everywhere: bool = False, **rest: Any) -> Program:
+    """A program of others, in an environment of its own."""
+    dtypes = rest.pop("dtypes", FULL)
+    return Program(name, family, module, rest, python, dtypes, everywhere)
 
 
 PROGRAMS = (
-    ours("torch", "max"),
-    ours("flax", "auto"),
-    ours("tf", "auto"),
-    Program("transformers 5, torch", "transformers5", "transformers_torch", {}, "transformers5"),
-    Program("... static cache, compiled", "transformers5", "transformers_torch", {"static": True}, "transformers5"),
-    Program("transformers 4, TF", "transformers4-tf", "transformers_tf", {}, "transformers4", SINGLE),
-    Program("transformers 4, Flax, jitted", "transformers4-flax", "transformers_flax", {}, "transformers4", SINGLE),
-    Program("keras-hub, JAX", "keras-jax", "keras_hub", {"backend": "jax"}, "keras_hub"),
-    Program("keras-hub, TF", "keras-tf", "keras_hub", {"backend": "tensorflow"}, "keras_hub"),
-    Program("... without XLA", "keras-tf", "keras_hub", {"backend": "tensorflow", "jit_compile": False}, "keras_hub"),
-    Program("llama.cpp", "llama", "llama_cpp", {}, "llama"),
+    ours("torch"),
+    ours("torch", "torch-max", compiling="max"),
+    ours("flax"),
+    ours("tf"),
+    peer("transformers 5, torch", "transformers5", "transformers_torch", "transformers5", everywhere=True),
+    peer("... static cache, compiled", "transformers5", "transformers_torch", "transformers5", static=True),
+    peer("transformers 4, TF", "transformers4-tf", "transformers_tf", "transformers4", dtypes=SINGLE),
+    peer("transformers 4, Flax, jitted", "transformers4-flax", "transformers_flax", "transformers4", dtypes=SINGLE),
+    peer("keras-hub, JAX", "keras-jax", "keras_hub", "keras_hub", backend="jax"),
+    peer("keras-hub, TF", "keras-tf", "keras_hub", "keras_hub", backend="tensorflow"),
+    peer("... without XLA", "keras-tf", "keras_hub", "keras_hub", backend="tensorflow", jit_compile=False),
+    peer("llama.cpp", "llama", "llama_cpp", "llama"),
 )
 
 
 class Demand(NamedTuple):
-    """A ratio that must be reached: of two families at (dtype, batch), in tokens a second of a phase."""
+    """A ratio that must be reached: of two families, in tokens a second of a phase."""
 
     ours: str
     theirs: str
-    at: tuple[str, int]
+    at: Point
     least: float
-    goal: float | None = None
     phase: str = "step"
-    theirs_at: tuple[str, int] | None = None
+    theirs_at: Point | None = None
 
     @property
     def text(self) -> str:
         """What is compared."""
-        dtype, batch = self.at
-        other = f"{self.theirs} {self.theirs_at[0]}" if self.theirs_at else self.theirs
-        phase = {"step": "decode", "first": "prefill"}[self.phase]
-        return f"{self.ours} / {other}: {phase}, {dtype}, batch {batch}"
+        phase = {"step": "decode", "first": "prompt"}[self.phase]
+        other = f", {self.theirs_at.text}" if self.theirs_at else ""
+        return f"{self.ours} / {self.theirs}{other}: {phase}, {self.at.text}"
 
 
+def demanded(dtype: str) -> list[Demand]:
+    """What the default settings must reach in a dtype."""
+    one, rows = Point(dtype), [Point(dtype, batch) for batch in BATCHES]
+    longer = [Point(dtype, prompt=prompt) for prompt in PROMPTS]
+    of_torch = 0.8 if dtype == "bfloat16" else 0.9
+    return [
+        *(Demand("torch", "transformers5", point, 1.0) for point in rows),
+        *(Demand("torch", "transformers5", point, 1.0, "first") for point in [*longer, *rows[1:]]),
+        Demand("torch-max", "llama", one, 0.95),
+        *(Demand(backend, "torch", one, of_torch) for backend in ("flax", "tf")),
+        *(Demand(backend, "torch", point, 0.8, "first") for point in longer for backend in ("flax", "tf")),
+        *(Demand(each, each, rows[1], 3.2, theirs_at=one) for each in ("torch", "flax", "tf")),
+        *(Demand(each, each, rows[2], 9.0, theirs_at=one) for each in ("torch", "flax", "tf")),
+    ]
+
+
+DEMANDS = [demand for dtype in FULL for demand in demanded(dtype)]
 FLAX = next(program for program in PROGRAMS if program.family == "flax")
-ONE, HALF_ONE, FOUR = ("float32", 1), ("bfloat16", 1), ("float32", 4)
-DEMANDS = (
-    Demand("torch", "transformers5", ONE, 2.0),
-    Demand("torch", "llama", ONE, 0.9),
-    Demand("torch", "transformers5", HALF_ONE, 2.0, 3.0),
-    Demand("torch", "llama", HALF_ONE, 0.7, 0.95),
-    Demand("torch", "transformers5", FOUR, 2.0),
-    Demand("torch", "transformers5", ONE, 1.0, phase="first"),
-    Demand("torch", "transformers5", HALF_ONE, 1.0, phase="first"),
-    Demand("torch", "transformers5", FOUR, 1.0, phase="first"),
-    Demand("flax", "torch", ONE, 0.6, 0.8),
-    Demand("flax", "keras-jax", ONE, 2.5),
-    Demand("flax", "flax", HALF_ONE, 1.0, theirs_at=ONE),
-    Demand("flax", "torch", HALF_ONE, 0.0, 0.7),
-    Demand("tf", "torch", ONE, 0.45, 0.8),
-    Demand("tf", "transformers4-tf", ONE, 4.5),
-    Demand("tf", "keras-tf", ONE, 1.6),
-    Demand("tf", "tf", HALF_ONE, 1.0, theirs_at=ONE),
-)
 
-Key = tuple[str, str, int]
-"""Program's name, dtype, batch."""
+Found = dict[tuple[str, Point], list]
+"""Of a program's name and a point, a result a round; None where the program failed."""
+Limits = dict[tuple[str, str], list]
+"""Of a framework and a dtype, what the machine allowed in each round."""
 
 
-def run(arguments: argparse.Namespace, scratch: str) -> tuple[dict[Key, list], dict[tuple[str, str], list]]:
-    """What every program and every limit gave, a result a round; None where a program failed."""
+def points(arguments: argparse.Namespace) -> list[Point]:
+    """What is measured: several rows with the first prompt, longer prompts with one row."""
+    first, *longer = arguments.prompt
+    rows = [Point(dtype, batch, first) for dtype in arguments.dtype for batch in arguments.batch]
+    return [*rows, *(Point(dtype, 1, prompt) for dtype in arguments.dtype for prompt in longer)]
+
+
+def run(arguments: argparse.Namespace, scratch: str) -> tuple[Found, Limits]:
+    """What every program and every limit gave."""
     pythons = {None: sys.executable, **{name: getattr(arguments, name) for name in PYTHONS}}
     programs = [p for p in PROGRAMS if pythons[p.python] and (not arguments.only or p.family in arguments.only)]
-    found: dict[Key, list] = {}
-    limits: dict[tuple[str, str], list] = {}
-    for number, dtype, batch in itertools.product(range(arguments.rounds), arguments.dtype, arguments.batch):
-        if batch == arguments.batch[0]:
-            for framework in ("torch", "flax", "tf"):
-                asked = {"dtype": dtype, "calls": 5, "options": {"framework": framework}}
-                limits.setdefault((framework, dtype), []).append(measure("limits", asked, scratch=scratch))
-        for program in programs:
-            if dtype not in program.dtypes:
+    asked_points = points(arguments)
+    found: Found = {}
+    limits: Limits = {}
+    for number in range(arguments.rounds):
+        for framework, dtype in itertools.product(("torch", "flax", "tf"), arguments.dtype):
+            asked = {"dtype": dtype, "calls": 5, "options": {"framework": framework}}
+            limits.setdefault((framework, dtype), []).append(measure("limits", asked, scratch=scratch))
+        for point, program in itertools.product(asked_points, programs):
+            if point.dtype not in program.dtypes or not (program.everywhere or point == Point(point.dtype)):
                 continue
-            key = (program.name, dtype, batch)
-            asked = task(HALF, dtype=dtype, batch=batch, prompt=PROMPT, new=NEW, calls=3, options=program.options)
+            asked = task(HALF, **point._asdict(), new=NEW, calls=3, options=program.options)
             result = attempt(program.module, asked, pythons[program.python], scratch)
-            report(f"round {number + 1}: {', '.join(map(str, key))}: {brief(result)}")
-            found.setdefault(key, []).append(result)
+            report(f"round {number + 1}: {program.name}, {point.text}: {brief(result)}")
+            found.setdefault((program.name, point), []).append(result)
     return found, limits
 
 
-def attempt(module: str, asked: dict[str, Any], python: str, scratch: str) -> dict[str, Any] | None:
+def attempt(module: str, asked: dict[str, Any], python: str | None, scratch: str) -> dict[str, Any] | None:
     """A program's result; one that cannot do what is asked is reported, and the run goes on."""
     try:
-        return measure(module, asked, python=python, scratch=scratch)
+        return measure(module, asked, python=python or sys.executable, scratch=scratch)
     except MeasurementError as error:
         report(str(error))
         return None
@@ -145,14 +173,15 @@ def brief(result: dict[str, Any] | None) -> str:
     return f"first token {1e3 * result['first']:.0f} ms, a step {1e3 * result['step']:.1f} ms"
 
 
-def rates(found: dict[Key, list], family: str, at: tuple[str, int], phase: str) -> list[float | None]:
-    """Of each round, how often in a second the better setting of a family does a phase; None where it failed."""
-    settings = [found[p.name, *at] for p in PROGRAMS if p.family == family and (p.name, *at) in found]
+def rates(found: Found, family: str, at: Point, phase: str) -> list[float | None]:
+    """Of each round, the tokens a second of the better setting of a family in a phase; None where it failed."""
+    settings = [found[p.name, at] for p in PROGRAMS if p.family == family and (p.name, at) in found]
+    tokens = at.batch * (at.prompt if phase == "first" else 1)
     rounds = zip(*settings, strict=True)
-    return [max((1 / result[phase] for result in results if result), default=None) for results in rounds]
+    return [max((tokens / result[phase] for result in results if result), default=None) for results in rounds]
 
 
-def reached(found: dict[Key, list], demand: Demand) -> float | None:
+def reached(found: Found, demand: Demand) -> float | None:
     """The median over the rounds of a demanded ratio; None where it was not measured."""
     over = rates(found, demand.ours, demand.at, demand.phase)
     under = rates(found, demand.theirs, demand.theirs_at or demand.at, demand.phase)
@@ -160,49 +189,47 @@ def reached(found: dict[Key, list], demand: Demand) -> float | None:
     return statistics.median(ratios) if ratios else None
 
 
-def table(found: dict[Key, list], limits: dict[tuple[str, str], list]) -> str:
+def table(found: Found, limits: Limits) -> str:
     """The first table: what was measured."""
-    head = ["", "dtype", "batch", "prefill tok/s", "decode tok/s", "of read", "peak GB", "decode / our torch"]
+    head = ["", "dtype", "rows", "prompt", "prompt tok/s", "decode tok/s", "of read", "peak GB"]
     lines = [table_row(head), table_row(["---"] * len(head))]
-    for (name, dtype, batch), results in sorted(found.items(), key=lambda item: (item[0][2], item[0][1] != "float32")):
-        results = [result for result in results if result]
+    order = {point: number for number, point in enumerate(dict.fromkeys(point for _, point in found))}
+    for (name, point), every in sorted(found.items(), key=lambda item: order[item[0][1]]):
+        results = [result for result in every if result]
         if not results:
-            lines.append(table_row([name, dtype, batch, "failed", "", "", "", ""]))
+            lines.append(table_row([name, *point, "failed", "", "", ""]))
             continue
         first, step, peak = (statistics.median(r[key] for r in results) for key in ("first", "step", "peak"))
-        read = statistics.median(limit["read"] for key, kept in limits.items() if key[1] == dtype for limit in kept)
-        moved = step_bytes(HALF, dtype=dtype, batch=batch, length=PROMPT + NEW / 2)
-        base = [rate for rate in rates(found, "torch", (dtype, batch), "step") if rate]
-        against = shown(1 / step / statistics.median(base)) if base else ""
-        cells = [batch * PROMPT / first, batch / step, moved / step / read, peak / 1e9]
-        lines.append(table_row([name, dtype, batch, *map(shown, cells), against]))
+        read = statistics.median(
+            limit["read"] for key, kept in limits.items() if key[1] == point.dtype for limit in kept
+        )
+        moved = step_bytes(HALF, dtype=point.dtype, batch=point.batch, length=point.prompt + NEW / 2)
+        cells = [point.batch * point.prompt / first, point.batch / step, moved / step / read, peak / 1e9]
+        lines.append(table_row([name, *point, *map(shown, cells)]))
     return "\n".join(lines)
 
 
-def demands(found: dict[Key, list]) -> tuple[str, bool]:
+def demands(found: Found) -> tuple[str, bool]:
     """The second table: what is demanded and what was reached; and whether nothing measured falls short."""
-    lines = [table_row(["ratio", "must", "goal", "reached", ""]), table_row(["---"] * 5)]
+    lines = [table_row(["ratio", "must", "reached", ""]), table_row(["---"] * 4)]
     kept = True
     for demand in DEMANDS:
         value = reached(found, demand)
         met = value is None or value >= demand.least
         kept &= met
         verdict = "not measured" if value is None else "kept" if met else "short"
-        goal = "" if demand.goal is None else demand.goal
-        lines.append(table_row([demand.text, demand.least, goal, "" if value is None else shown(value), verdict]))
+        lines.append(table_row([demand.text, demand.least, "" if value is None else shown(value), verdict]))
     again = [
         result["compilations"] for key, results in found.items() if key[0] == FLAX.name for result in results if result
     ]
     if again:
         kept &= max(again) == 0
         verdict = "short" if max(again) else "kept"
-        lines.append(table_row(["flax: compilations after the first call", 0, "", max(again), verdict]))
+        lines.append(table_row(["flax: compilations after the first call", 0, max(again), verdict]))
     return "\n".join(lines), kept
 
 
-def page(
-    arguments: argparse.Namespace, found: dict[Key, list], limits: dict[tuple[str, str], list]
-) -> tuple[str, bool]:
+def page(arguments: argparse.Namespace, found: Found, limits: Limits) -> tuple[str, bool]:
     """Both tables with the facts of the machine, and whether the demands are kept."""
     second, kept = demands(found)
     allowed = "; ".join(
@@ -215,11 +242,10 @@ def page(
 
 Size half ({HALF.hidden_size} hidden, {HALF.num_hidden_layers} layers, {HALF.num_attention_heads} query and
 {HALF.num_key_value_heads} key-value heads of {HALF.head_dim}, {HALF.intermediate_size}, vocabulary {HALF.vocab_size}),
-prompt of {PROMPT} tokens, {NEW} new ones, greedy, medians of {arguments.rounds} interleaved rounds, each program in a
-process of its own.
+{NEW} new tokens, greedy, medians of {arguments.rounds} interleaved rounds, each program in a process of its own.
 {machine()}; {made_by}.
-Prefill is the prompt's tokens over the time to the first new one. Repeat: `python -m benchmarks.compare --write` with
-the peers' Pythons.
+A prompt's tokens a second are over the time to the first new one; of read is how much of what the memory gives a step
+reads of weights and cache. Repeat: `python -m benchmarks.compare --write` with the peers' Pythons.
 
 {table(found, limits)}
 
@@ -235,10 +261,16 @@ Ratios of tokens a second within a round, their median; of two settings of a pee
     return text, kept
 
 
+def numbers(text: str) -> list[int]:
+    """Numbers given with commas."""
+    return [int(part) for part in text.split(",")]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", type=listed, default=list(BYTES))
-    parser.add_argument("--batch", type=lambda text: [int(part) for part in text.split(",")], default=[1, 4])
+    parser.add_argument("--batch", type=numbers, default=list(BATCHES))
+    parser.add_argument("--prompt", type=numbers, default=list(PROMPTS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", type=listed, help="families, as the ratios name them")
     for name in PYTHONS:
