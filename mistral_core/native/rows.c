@@ -21,6 +21,7 @@
 #define WIDE 1
 #include <immintrin.h>
 #endif
+#include "tiles.h"
 
 enum { INT8, INT4, NF4, FP8, FLOATS }; /* FLOATS: codes are numbers of the type of scales, and there are none */
 enum { FLOAT32, BFLOAT16, FLOAT16 };
@@ -244,7 +245,7 @@ static void run_parts(Part run, const void *job, int64_t parts, int threads)
 static _Thread_local struct {
     void *memory;
     size_t size;
-} scratch[2];
+} scratch[3];
 
 static void *scratch_of(int which, size_t size)
 {
@@ -866,6 +867,178 @@ static void rows_of_floats(const void *argument, int64_t part)
 
 #endif
 
+/* ---- the product by tiles, of rows that are bfloat16 ---- */
+
+#ifdef TILES
+
+enum { TALL = 2 * SIDE };                  /* rows of w that meet as many of x */
+enum { HELD = 128, HELD_COLUMNS = 2048 };  /* what stays of w in the second cache, */
+enum { MET = 512 };                        /* and the rows of x that it meets */
+enum { FEW_MET = 256 };                    /* so many do not pay for moving w into the order of tiles */
+enum { FIRST_TILED = 2, FIRST_PACKED = 17 }; /* rows of x from which on tiles are faster: of floats, of codes */
+
+typedef struct {
+    const Matrix *m;
+    const void *x;
+    uint8_t *tiles; /* [rows of x / 16, I / 32] */
+    void *y;
+    int x_type, y_type;
+    int64_t R, rows_of_part;
+    atomic_int *failed, *more;
+} Tiled;
+
+/* Sixteen rows of x as a panel; `more` is set where a number is no bfloat16. */
+static void pair_rows(const void *argument, int64_t part)
+{
+    const Tiled *job = argument;
+    int64_t I = job->m->I, first = part * SIDE, size = job->x_type == FLOAT32 ? 4 : 2;
+    __m512i more = _mm512_setzero_si512(), rows[SIDE];
+    for (int64_t i = 0; i < I; i += PAIRED) {
+        for (int k = 0; k < SIDE; k++) {
+            const char *from = (const char *)job->x + ((first + k) * I + i) * size;
+            if (first + k >= job->R) rows[k] = _mm512_setzero_si512();
+            else rows[k] = size == 4 ? halves_of((const float *)from, &more) : _mm512_loadu_si512(from);
+        }
+        transpose(rows);
+        uint8_t *tile = job->tiles + (part * (I / PAIRED) + i / PAIRED) * TILE;
+        for (int k = 0; k < SIDE; k++) _mm512_store_si512(tile + 64 * k, rows[k]);
+    }
+    if (_mm512_test_epi32_mask(more, _mm512_set1_epi32(0xffff))) atomic_store(job->more, 1);
+}
+
+/* c[32 of w, 32 of x] as rows of y. */
+static void put_tiles(const Tiled *job, const float *c, int64_t r, int64_t o)
+{
+    for (int64_t t = 0; t < TALL * TALL; t += SIDE * SIDE) {
+        int64_t of_w = t / SIDE / TALL * SIDE, of_x = t / SIDE % TALL;
+        __m512i rows[SIDE];
+        for (int k = 0; k < SIDE; k++) rows[k] = _mm512_loadu_si512(c + (of_w + k) * TALL + of_x);
+        transpose(rows);
+        for (int64_t k = 0; k < SIDE && r + of_x + k < job->R; k++) {
+            int64_t at = (r + of_x + k) * job->m->O + o + of_w;
+            if (job->y_type == FLOAT32) _mm512_storeu_si512((float *)job->y + at, rows[k]);
+            else {
+                __m512i rounded = _mm512_srli_epi32(halves_rounded(_mm512_castsi512_ps(rows[k])), 16);
+                _mm256_storeu_si256((void *)((uint16_t *)job->y + at), _mm512_cvtepi32_epi16(rounded));
+            }
+        }
+    }
+}
+
+static void put_bfloat16(uint16_t *to, const float *from, int64_t n);
+
+/* A block of w as its tiles are read. */
+typedef struct {
+    const char *rows;
+    int64_t stride, below, step; /* bytes: to the next row of a tile, to the tiles below, to the next tile */
+} Held;
+
+/* The block as it lies in memory, or moved to `to`, a tile after another. */
+static Held held_floats(const Matrix *m, int64_t o, int64_t rows, int64_t first, int64_t columns, int moves, char *to)
+{
+    const char *from = (const char *)m->codes + o * m->row_bytes + first * 2;
+    if (!moves) return (Held){from, m->row_bytes, SIDE * m->row_bytes, 64};
+    int64_t below = columns / PAIRED * TILE;
+    for (int64_t k = 0; k < rows; k++)
+        for (int64_t n = 0; n < columns / PAIRED; n++) {
+            __m512i line = _mm512_loadu_si512(from + k * m->row_bytes + n * 64);
+            _mm512_store_si512(to + k / SIDE * below + n * TILE + k % SIDE * 64, line);
+        }
+    return (Held){to, 64, below, TILE};
+}
+
+/* The block of a packed matrix, rounded to bfloat16. */
+static Held held_codes(const Job *like, int64_t o, int64_t rows, int64_t first, int64_t columns, char *to)
+{
+    const Matrix *m = like->m;
+    float *zero, *scale;
+    if (!(scale = scratch_for_scales(like, 1, STRIP * 4, &zero))) return (Held){0};
+    float *w = scale + 2 * up_to(m->G + 16, 16);
+    for (int64_t k = 0; k < rows; k++) {
+        row_scales(m, o + k, scale, zero);
+        for (int64_t i = 0; i < columns; i += STRIP) {
+            int64_t n = columns - i < STRIP ? columns - i : STRIP;
+            decode(m, o + k, first + i, n, scale, zero, w);
+            put_bfloat16((uint16_t *)to + k * columns + i, w, n);
+        }
+    }
+    return (Held){to, columns * 2, SIDE * columns * 2, 64};
+}
+
+static void rows_by_tiles(const void *argument, int64_t part)
+{
+    const Tiled *job = argument;
+    const Matrix *m = job->m;
+    int64_t of_panel = m->I / PAIRED * TILE, end = (part + 1) * job->rows_of_part;
+    int64_t width = job->R > TALL && m->I > HELD_COLUMNS ? HELD_COLUMNS : m->I;
+    size_t sums = (size_t)MET * HELD * 4;
+    char *memory = scratch_of(2, sums + (size_t)(HELD * width) * 2);
+    if (!memory) {
+        atomic_store(job->failed, ERROR_MEMORY);
+        return;
+    }
+    Job like = {.m = m, .failed = job->failed};
+    Tiling before;
+    use_tiles(&before);
+    if (end > m->O) end = m->O;
+    for (int64_t r = 0; r < job->R; r += MET)
+        for (int64_t o = part * job->rows_of_part; o < end; o += HELD) {
+            int64_t met = job->R - r < MET ? job->R - r : MET, rows = end - o < HELD ? end - o : HELD;
+            int64_t calls = up_to(met, TALL) / TALL * (rows / TALL), call = 0;
+            for (int64_t i = 0; i < m->I; i += width, call = 0) {
+                int64_t columns = m->I - i < width ? m->I - i : width, steps = columns / PAIRED;
+                int is_last = i + width >= m->I, is_floats = m->kind == FLOATS;
+                Held w = is_floats ? held_floats(m, o, rows, i, columns, met > FEW_MET, memory + sums)
+                                   : held_codes(&like, o, rows, i, columns, memory + sums);
+                if (!w.rows) goto done;
+                const char *after = (const char *)m->codes + (is_last ? o + rows : o) * m->row_bytes;
+                if (!is_last) after += (i + width) * 2;
+                for (int64_t x = 0; x < met; x += TALL)
+                    for (int64_t k = 0; k < rows; k += TALL, call++) {
+                        const char *of_w = w.rows + k / SIDE * w.below;
+                        const uint8_t *of_x = job->tiles + (r + x) / SIDE * of_panel + i / PAIRED * TILE;
+                        float *c = (float *)memory + (width == m->I ? 0 : x * HELD + k * TALL);
+                        Ahead next = {0}; /* of the block after this one, the part of this call */
+                        if (is_floats && met > TALL) {
+                            int64_t begin = call * rows / calls, stop = (call + 1) * rows / calls;
+                            next = (Ahead){after + begin * m->row_bytes, m->row_bytes, stop - begin};
+                        }
+#define MULTIPLY(panels) \
+    multiply_tiles(panels, of_w, w.stride, w.below, w.step, of_x, of_panel, steps, i > 0, c, TALL * 4, next)
+                        if (met - x > SIDE) MULTIPLY(2);
+                        else MULTIPLY(1);
+#undef MULTIPLY
+                        if (is_last) put_tiles(job, c, r + x, o + k);
+                    }
+            }
+        }
+done:
+    leave_tiles(&before);
+}
+
+/* Whether y was computed by tiles: of rows that are bfloat16, and a matrix of whole tiles. Few rows meet packed codes as
+   they are, above. */
+static int is_done_by_tiles(
+    const Matrix *m, const void *x, int x_type, void *y, int y_type, int64_t R, int threads, atomic_int *failed)
+{
+    int is_floats = m->kind == FLOATS, least = is_floats ? FIRST_TILED : FIRST_PACKED;
+    if (R < least || (is_floats && m->scale_type != BFLOAT16) || m->I % PAIRED || m->O % TALL) return 0;
+    if (!is_floats && x_type != BFLOAT16) return 0;
+    if (!are_there_tiles()) return 0;
+    int64_t panels = up_to(R, TALL) / SIDE;
+    uint8_t *tiles = scratch_of(0, (size_t)(panels * SIDE * m->I) * 2);
+    if (!tiles) return 0;
+    int64_t size = up_to(m->O / 32 > TALL ? m->O / 32 : TALL, R > TALL ? HELD : TALL);
+    atomic_int more = 0;
+    Tiled job = {m, x, tiles, y, x_type, y_type, R, size, failed, &more};
+    run_parts(pair_rows, &job, panels, threads);
+    if (atomic_load(&more)) return 0;
+    run_parts(rows_by_tiles, &job, (m->O + size - 1) / size, threads);
+    return 1;
+}
+
+#endif
+
 /* ---- activations rounded to int8, in blocks of 128 columns ---- */
 
 enum { ROUNDED = 128 };
@@ -1308,6 +1481,9 @@ int mistral_product(
         return 0;
     }
     atomic_int failed = 0;
+#ifdef TILES
+    if (!rounded && is_done_by_tiles(&m, x, x_type, y, y_type, R, threads, &failed)) return atomic_load(&failed);
+#endif
     int64_t stride = up_to(I, ROUNDED), blocks = stride / ROUNDED, parts, size = part_size(&m, R, &parts);
     Job job = {.m = &m, .y = y, .y_type = y_type, .R = R, .stride = stride, .rows_of_part = size, .failed = &failed};
     Part run = rounded ? rounded_rows_plain : several_rows;
@@ -1403,23 +1579,6 @@ static void put_floats(float *to, const float *from, int64_t n)
 #endif
     memcpy(to + i, from + i, (size_t)(n - i) * 4);
 }
-
-#ifdef WIDE
-static inline __m512i halves_rounded(__m512 x) /* the upper halves are bfloat16 */
-{
-    __m512i bits = _mm512_castps_si512(x), last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last);
-    __mmask16 none = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    return _mm512_mask_or_epi32(rounded, none, bits, _mm512_set1_epi32(0x400000));
-}
-
-static inline __m512i odd_halves(void)
-{
-    static const uint16_t odd[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
-                                     33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-    return _mm512_loadu_si512(odd);
-}
-#endif
 
 static void put_bfloat16(uint16_t *to, const float *from, int64_t n)
 {

@@ -10,45 +10,7 @@
 
 #include "bound.h"
 #include "formulas.h"
-
-enum { CODES = 3 }; /* the type of a cache of int8 codes with scales */
-typedef struct {
-    int32_t kind, scale_type, rounded, unused;
-    const void *codes, *scale;
-    const int8_t *zero;
-    int64_t O, I, high, wide;
-} Weight;
-
-typedef struct {
-    const float *input_norm, *post_norm;
-    Weight q, k, v, o, gate, up, down;
-    int64_t window; /* below 0: all are seen */
-} Layer;
-
-typedef struct {
-    int64_t D, N, K, H, F, V, L;
-    int32_t type, threads;
-    float eps;
-    int32_t unused;
-    const Layer *layers;
-    const float *norm;
-    Weight embedding, head;
-} Model;
-
-typedef struct {
-    int32_t type, unused;
-    const int64_t *slots; /* [L] */
-    void *const *keys, *const *values;          /* L of [B,R,K,H] */
-    float *const *key_scales, *const *value_scales; /* L of [B,R,K], of codes */
-} Cache;
-
-typedef struct {
-    int64_t B, T;
-    const int64_t *ids, *order, *length; /* [B,T], [B,T] with -1 for padding, [B] before the call */
-    const float *cos, *sin;              /* [B,T,H/2] */
-    const float *query_scale;            /* [B,T], or NULL */
-    int64_t every;                       /* logits of each token, or of the last column */
-} Tokens;
+#include "step.h"
 
 /* ---- the pieces ---- */
 
@@ -273,8 +235,6 @@ static void add(const Model *m, float *x, const float *h, int64_t n)
     round_to(m->type, x, n);
 }
 
-static int64_t up_to_lanes(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
-
 /* logits [B,T,V], or [B,1,V] of the last column, in float32; new keys and values go into the cache. 0, or an ERROR_. */
 int mistral_step(const Model *m, const Cache *cache, const Tokens *of, float *logits, Parallel by)
 {
@@ -287,9 +247,9 @@ int mistral_step(const Model *m, const Cache *cache, const Tokens *of, float *lo
     int64_t sizes[8] = {R * m->D, R * wide, R * m->N * m->H, R * m->K * m->H, R * m->K * m->H, R * deep, R * m->F, of_scores};
     float *buffers[8], *memory;
     int64_t total = 0;
-    for (int i = 0; i < 8; i++) total += up_to_lanes(sizes[i]);
+    for (int i = 0; i < 8; i++) total += up_to(sizes[i], LANES);
     if (!(memory = aligned_alloc(64, (size_t)total * 4))) return ERROR_MEMORY;
-    for (int64_t i = 0, at = 0; i < 8; at += up_to_lanes(sizes[i++])) buffers[i] = memory + at;
+    for (int64_t i = 0, at = 0; i < 8; at += up_to(sizes[i++], LANES)) buffers[i] = memory + at;
     float *x = buffers[0], *h = buffers[1], *q = buffers[2], *k = buffers[3], *v = buffers[4], *g = buffers[5];
     float *u = buffers[6];
     int code = 0;

@@ -1,7 +1,8 @@
-"""One step of decoding in one call of C: few new tokens through all layers of a model on a CPU, and into its cache.
+"""One step of decoding in one call of C: new tokens through all layers of a model on a CPU, and into its cache.
 
 What a framework runs as a hundred operations a layer takes longer to call than to compute, for one token.
-`whole_step.c` computes the same formulas from the same memory: weights and caches are a framework's own arrays.
+`whole_step.c` computes the same formulas from the same memory: weights and caches are a framework's own arrays. A
+prompt in bfloat16 is `whole_prompt.c`'s where the processor multiplies tiles.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ from ..parameters import LM_HEAD, parameters
 from ..quantization.matrix import PackedMatrix
 from . import library
 
-SOURCE = "whole_step.c"
+SOURCE, PROMPTS = "whole_step.c", "whole_prompt.c"
 TYPES = {"float32": 0, "bfloat16": 1}
 """The dtypes of models that are computed."""
 CACHE_TYPES = {**TYPES, "int8": 3}
 FEW_TOKENS = 16
 """The most new tokens of all rows together that are faster here than in a framework's products of many rows."""
+CHUNK = 512
+"""About how many tokens of a prompt go through all layers at once: what is between them stays in the caches."""
+TALL = 32
+"""What the sizes of a model are multiples of where tiles compute it."""
 
 _I32, _I64, _P, _F = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 
@@ -68,6 +73,16 @@ class _StepTokens(ctypes.Structure):
         ("B", _I64), ("T", _I64), ("ids", _P), ("order", _P), ("length", _P), ("cos", _P), ("sin", _P),
         ("query_scale", _P), ("every", _I64),
     ]  # fmt: skip
+
+
+@functools.cache
+def _prompt() -> Any:
+    """The function of C for prompts, or None where there is no compiler, or no tiles."""
+    code, _ = library.bound(PROMPTS, ())
+    if code is None or not code.mistral_has_tiles():
+        return None
+    code.mistral_prompt.argtypes = [_P, _P, _P, _I64, _P, _P]
+    return code.mistral_prompt
 
 
 @functools.cache
@@ -120,33 +135,76 @@ class WholeStep:
             embedding, head,
         )  # fmt: skip
         self._kept.append(layers)
+        sizes = (
+            config.hidden_size, config.head_dim, config.intermediate_size, config.vocab_size,
+            config.num_key_value_heads * config.head_dim,
+        )  # fmt: skip
+        whole = dtype == "bfloat16" and not any(size % TALL for size in sizes)
+        self._has_tiles = whole and not any(activations.values())
 
     def takes(self, ids_BT: np.ndarray, kept: Sequence[Sequence[np.ndarray]], capacity: int | None) -> bool:
         """Whether a step of these ids is computed here: few, into rings as C has them, and none that one of them must
         still see is overwritten. `kept` is what `step` takes.
         """
-        if ids_BT.ndim != 2 or ids_BT.size > FEW_TOKENS or capacity is None:
-            return False
-        arrays = [x for xs in kept for x in xs]
-        if not all(x.flags.c_contiguous for x in arrays) or arrays[0].dtype.name not in CACHE_TYPES:
+        if ids_BT.size > FEW_TOKENS or not self._is_laid_out(ids_BT, kept, capacity):
             return False
         return not any(
             overwrites_visible(x.shape[1], x.shape[1], ids_BT.shape[1], window, capacity)
             for x, window in zip(kept[0], self.config.layer_windows, strict=True)
         )
 
-    def tried(self, ids_BT: np.ndarray, mask_BT: np.ndarray, cache: Any, *, every: bool) -> np.ndarray | None:
-        """What `step` gives, with the new tokens in the memory of a backend's cache; None where `takes` says no.
+    def takes_prompt(self, ids_BT: np.ndarray, kept: Sequence[Sequence[np.ndarray]], capacity: int | None) -> bool:
+        """Whether a prompt of these ids is computed here: of a bfloat16 model of whole tiles, and into such a cache."""
+        if not self._has_tiles or not self._is_laid_out(ids_BT, kept, capacity):
+            return False
+        return kept[0][0].dtype.name == "bfloat16" and _prompt() is not None
 
-        Columns of padding in front are left out: a short prompt is computed here, whatever width it was given.
+    def _is_laid_out(self, ids_BT: np.ndarray, kept: Sequence[Sequence[np.ndarray]], capacity: int | None) -> bool:
+        """Whether the arrays of a cache are as C has them."""
+        arrays = [x for xs in kept for x in xs]
+        if ids_BT.ndim != 2 or capacity is None or arrays[0].dtype.name not in CACHE_TYPES:
+            return False
+        return all(x.flags.c_contiguous for x in arrays)
+
+    def tried(self, ids_BT: np.ndarray, mask_BT: np.ndarray, cache: Any, *, every: bool) -> np.ndarray | None:
+        """What `step` or `prompt` gives, with the new tokens in the memory of a backend's cache; None where neither
+        takes them.
+
+        Columns of padding in front are left out: a prompt is computed here, whatever width it was given.
         """
         if not every:
             first = int(mask_BT.any(axis=0).argmax())
             ids_BT, mask_BT = ids_BT[:, first:], mask_BT[:, first:]
         kept = [[self._memory(x) for x in xs] for xs in cache._kept()]
-        if not self.takes(ids_BT, kept, cache.capacity):
-            return None
-        return self.step(ids_BT, mask_BT, self._memory(cache.length), kept, every=every)
+        if self.takes(ids_BT, kept, cache.capacity):
+            return self.step(ids_BT, mask_BT, self._memory(cache.length), kept, every=every)
+        if not every and self.takes_prompt(ids_BT, kept, cache.capacity):
+            return self.prompt(ids_BT, mask_BT, self._memory(cache.length), kept)
+        return None
+
+    def prompt(
+        self, ids_BT: np.ndarray, mask_BT: np.ndarray, length_B: np.ndarray, kept: Sequence[Sequence[np.ndarray]]
+    ) -> np.ndarray:
+        """Logits [B, 1, V] of the last column, float32, of many new tokens after `length_B` of each row.
+
+        The rest is `step`'s; what a ring has no room for any more is seen by the new tokens that must, and then gone.
+        """
+        B, T = ids_BT.shape
+        ends = [np.array_split(x, -(-B * T // CHUNK), axis=1) for x in (ids_BT, mask_BT)]
+        chunks, length_B = [], np.asarray(length_B, np.int64)
+        for ids, mask in zip(*ends, strict=True):
+            chunks.append(self._tokens(ids, mask, length_B, every=False))
+            length_B = length_B + (mask != 0).sum(1)
+        cache, arrays = _cache(kept)
+        tokens = (_StepTokens * len(chunks))(*(each for each, _ in chunks))
+        logits = np.empty((B, 1, self.config.vocab_size), np.float32)
+        library.check(
+            _prompt()(
+                ctypes.byref(self._model), ctypes.byref(cache), tokens, len(chunks), logits.ctypes.data, self._parallel
+            )
+        )
+        del arrays
+        return logits
 
     def step(
         self, ids_BT: np.ndarray, mask_BT: np.ndarray, length_B: np.ndarray, kept: Sequence[Sequence[np.ndarray]],
@@ -158,6 +216,19 @@ class WholeStep:
         written into their memory. Raises InputError for an id that is none, and MemoryError.
         """
         B, T = ids_BT.shape
+        tokens, of_tokens = self._tokens(ids_BT, mask_BT, length_B, every=every)
+        cache, of_cache = _cache(kept)
+        logits = np.empty((B, T if every else 1, self.config.vocab_size), np.float32)
+        given = (ctypes.byref(each) for each in (self._model, cache, tokens))
+        library.check(_step()(*given, logits.ctypes.data, self._parallel))
+        del of_tokens, of_cache
+        return logits
+
+    def _tokens(
+        self, ids_BT: np.ndarray, mask_BT: np.ndarray, length_B: np.ndarray, *, every: bool
+    ) -> tuple[_StepTokens, list[np.ndarray | None]]:
+        """New tokens as C is told of them, and the arrays to keep meanwhile."""
+        B, T = ids_BT.shape
         length_B = np.ascontiguousarray(length_B, np.int64)
         order_BT = np.where(mask_BT != 0, length_B[:, None] + np.cumsum(mask_BT, 1) - 1, -1).astype(np.int64)
         position_BT = np.maximum(order_BT, 0)
@@ -168,19 +239,8 @@ class WholeStep:
         if self._scaling is not None:
             turns_BT = (position_BT // self._scaling.original_length).astype(np.float32)
             scale_BT = (1 + np.float32(self._scaling.beta) * np.log(1 + turns_BT)).astype(np.float32)
-        ids_BT = np.ascontiguousarray(ids_BT, np.int64)
-        sizes = np.array([x.shape[1] for x in kept[0]], np.int64)
-        pointers = [_addresses(each) for each in kept]
-        type = CACHE_TYPES[kept[0][0].dtype.name]
-        cache = _StepCache(type, 0, sizes.ctypes.data, *map(ctypes.addressof, pointers))
-        tokens = _StepTokens(
-            B, T, ids_BT.ctypes.data, order_BT.ctypes.data, length_B.ctypes.data, cos.ctypes.data, sin.ctypes.data,
-            None if scale_BT is None else scale_BT.ctypes.data, int(every),
-        )  # fmt: skip
-        logits = np.empty((B, T if every else 1, self.config.vocab_size), np.float32)
-        given = (ctypes.byref(each) for each in (self._model, cache, tokens))
-        library.check(_step()(*given, logits.ctypes.data, self._parallel))
-        return logits
+        arrays = [np.ascontiguousarray(ids_BT, np.int64), order_BT, length_B, cos, sin, scale_BT]
+        return _StepTokens(B, T, *(None if x is None else x.ctypes.data for x in arrays), int(every)), arrays
 
     def _floats(self, array: np.ndarray | PackedMatrix) -> int:
         """The address of a vector as float32."""
@@ -205,8 +265,12 @@ class WholeStep:
         )
 
 
-def _addresses(arrays: Sequence[np.ndarray]) -> Any:
-    return (_P * max(len(arrays), 1))(*(x.ctypes.data for x in arrays))
+def _cache(kept: Sequence[Sequence[np.ndarray]]) -> tuple[_StepCache, list[Any]]:
+    """A cache as C is told of it, and what to keep meanwhile."""
+    sizes = np.array([x.shape[1] for x in kept[0]], np.int64)
+    pointers = [(_P * max(len(arrays), 1))(*(x.ctypes.data for x in arrays)) for arrays in kept]
+    type = CACHE_TYPES[kept[0][0].dtype.name]
+    return _StepCache(type, 0, sizes.ctypes.data, *map(ctypes.addressof, pointers)), [sizes, pointers]
 
 
 def of_model(

@@ -1,0 +1,388 @@
+/* A prompt in one call: many new tokens through all layers of a bfloat16 model, and into its cache, by tiles.
+
+   The formulas are those of mistral_core/reference, the numbers those of its contract: sums in float32, each result
+   rounded once to bfloat16, which is what arrays hold here. Products are rows.c's, by address, and so are threads. The
+   weights of attention are rounded before they are divided by their sum.
+
+   Axes: B rows of the batch, T new tokens of each, D hidden size, N query heads, K key/value heads, G = N / K, H head
+   dimension, F intermediate size, V vocabulary, L layers, S slots of a ring, J keys that are seen, in their order. */
+
+#include <stdatomic.h>
+#include <stdlib.h>
+
+#include "bound.h"
+#include "formulas.h"
+#include "step.h"
+#include "tiles.h"
+
+#ifdef TILES
+
+static const Ahead NOTHING = {0};
+enum { BLOCK = 2 * SIDE, KEYS = 256, ROWS = 16 }; /* queries and keys that meet; rows that are one part of a job */
+
+/* What one chunk of a prompt is computed in. */
+typedef struct {
+    const Model *m;
+    const Tokens *of;
+    const Cache *cache;
+    int64_t layer, J; /* J: of the row that sees most, in whole blocks */
+    uint16_t *x, *h, *q, *k, *v, *g, *u;
+    uint16_t *weight; /* of a norm */
+    uint8_t *keys, *values; /* [B,K] of [J / 16, H / 32] and of [H / 16, J / 32] tiles */
+    int64_t *first, *count; /* [B]: the order of the first key that is seen, and how many are */
+    int64_t *column; /* [B,T]: where the new token of an order after the past's stands */
+    atomic_int *failed;
+} Chunk;
+
+static int multiply(const Chunk *c, Parallel by, const Weight *w, const void *x, int64_t R, void *y, int y_type)
+{
+    return product_by(
+        by, w->kind, w->codes, w->scale, w->scale_type, w->zero, w->O, w->I, w->high, w->wide, x, BFLOAT16, y, y_type,
+        R, w->rounded, c->m->threads);
+}
+
+/* ---- rows: each part is some of them ---- */
+
+typedef void (*OfRow)(const Chunk *c, int64_t r);
+typedef struct {
+    const Chunk *c;
+    OfRow of_row;
+    int64_t R;
+} Rows;
+
+static void some_rows(const void *argument, int64_t part)
+{
+    const Rows *job = argument;
+    for (int64_t r = part * ROWS; r < (part + 1) * ROWS && r < job->R; r++) job->of_row(job->c, r);
+}
+
+static void every_row(const Chunk *c, Parallel by, OfRow of_row)
+{
+    Rows job = {c, of_row, c->of->B * c->of->T};
+    run(by, some_rows, &job, (job.R + ROWS - 1) / ROWS, c->m->threads);
+}
+
+static void embed(const Chunk *c, int64_t r)
+{
+    int64_t D = c->m->D;
+    memcpy(c->x + r * D, (const uint16_t *)c->m->embedding.codes + c->of->ids[r] * D, (size_t)D * 2);
+}
+
+static void normed(const Chunk *c, int64_t r)
+{
+    int64_t D = c->m->D;
+    norm_row(BFLOAT16, BFLOAT16, c->x + r * D, c->weight, D, c->m->eps, c->h + r * D);
+}
+
+/* x += h, and of that the norm. */
+static void added(const Chunk *c, int64_t r)
+{
+    int64_t D = c->m->D;
+    uint16_t *x = c->x + r * D, *h = c->h + r * D;
+    for (int64_t i = 0; i < D; i += LANES)
+        given(BFLOAT16, x, i, D, rounded_lanes(taken(BFLOAT16, x, i, D) + taken(BFLOAT16, h, i, D)));
+}
+
+static void added_and_normed(const Chunk *c, int64_t r)
+{
+    added(c, r);
+    normed(c, r);
+}
+
+static void turned(const Chunk *c, int64_t r)
+{
+    const Model *m = c->m;
+    const float *cos = c->of->cos + r * (m->H / 2), *sin = c->of->sin + r * (m->H / 2);
+    uint16_t *q = c->q + r * m->N * m->H, *k = c->k + r * m->K * m->H;
+    turn_row(BFLOAT16, BFLOAT16, q, cos, sin, m->N, m->H, q);
+    turn_row(BFLOAT16, BFLOAT16, k, cos, sin, m->K, m->H, k);
+    if (!c->of->query_scale) return;
+    for (int64_t i = 0, n = m->N * m->H; i < n; i += LANES)
+        given(BFLOAT16, q, i, n, rounded_lanes(taken(BFLOAT16, q, i, n) * c->of->query_scale[r]));
+}
+
+static void gated(const Chunk *c, int64_t r)
+{
+    int64_t F = c->m->F;
+    gate_row(BFLOAT16, BFLOAT16, c->g + r * F, c->u + r * F, F, c->g + r * F);
+}
+
+/* ---- keys and values that are seen, past and new, in the order of their tokens, as tiles ---- */
+
+/* The key, or value, of column j of those that row b sees: [H] of a head; NULL after the last. */
+static const uint16_t *seen(const Chunk *c, const uint16_t *new, void *const *past, int64_t b, int64_t head, int64_t j)
+{
+    const Model *m = c->m;
+    int64_t order = c->first[b] + j, S = c->cache->slots[c->layer], length = c->of->length[b];
+    if (j >= c->count[b]) return NULL;
+    if (order >= length) return new + ((b * c->of->T + c->column[b * c->of->T + order - length]) * m->K + head) * m->H;
+    return (const uint16_t *)past[c->layer] + ((b * S + order % S) * m->K + head) * m->H;
+}
+
+/* A part is 32 columns of a row and a head. */
+static void pair_keys(const void *argument, int64_t part)
+{
+    const Chunk *c = argument;
+    int64_t H = c->m->H, blocks = c->J / BLOCK, pair = part / blocks, b = pair / c->m->K, head = pair % c->m->K;
+    int64_t first = part % blocks * BLOCK;
+    uint8_t *keys = c->keys + pair * c->J * H * 2, *values = c->values + pair * c->J * H * 2;
+    if (first >= up_to(c->count[b], BLOCK)) return;
+    for (int64_t j = first; j < first + BLOCK; j += SIDE)
+        for (int64_t i = 0; i < H; i += PAIRED) {
+            __m512i rows[SIDE];
+            for (int k = 0; k < SIDE; k++) {
+                const uint16_t *key = seen(c, c->k, c->cache->keys, b, head, j + k);
+                rows[k] = key ? _mm512_loadu_si512(key + i) : _mm512_setzero_si512();
+            }
+            transpose(rows);
+            uint8_t *tile = keys + (j / SIDE * (H / PAIRED) + i / PAIRED) * TILE;
+            for (int k = 0; k < SIDE; k++) _mm512_store_si512(tile + k * 64, rows[k]);
+        }
+    for (int64_t j = 0; j < BLOCK; j += 2) {
+        const uint16_t *even = seen(c, c->v, c->cache->values, b, head, first + j);
+        const uint16_t *odd = seen(c, c->v, c->cache->values, b, head, first + j + 1);
+        for (int64_t i = 0; i < H; i += SIDE) {
+            __m512i both = _mm512_setzero_si512();
+            if (even) both = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(even + i)));
+            if (odd) both = _mm512_or_si512(
+                both, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(odd + i))), 16));
+            _mm512_store_si512(values + (i / SIDE * blocks + first / BLOCK) * TILE + j / 2 * 64, both);
+        }
+    }
+}
+
+/* New keys and values into the ring, each in the slot of its order; of one slot's the newest. */
+static void remember(const Chunk *c)
+{
+    const Model *m = c->m;
+    int64_t T = c->of->T, S = c->cache->slots[c->layer], size = m->K * m->H;
+    for (int64_t r = 0; r < c->of->B * T; r++) {
+        int64_t order = c->of->order[r];
+        if (order < 0) continue;
+        int64_t to = (r / T * S + order % S) * size;
+        memcpy((uint16_t *)c->cache->keys[c->layer] + to, c->k + r * size, (size_t)size * 2);
+        memcpy((uint16_t *)c->cache->values[c->layer] + to, c->v + r * size, (size_t)size * 2);
+    }
+}
+
+/* ---- attention: a part is a block of queries of a row and a key/value head, which meets some keys after others ---- */
+
+typedef struct {
+    float most[BLOCK], sum[BLOCK]; /* of each query's scores so far, and of their exponentials */
+    int64_t from[BLOCK], to[BLOCK]; /* the columns that it sees */
+} Seen;
+
+/* Scores of a query as weights, rounded, to the most so far; its output so far follows. */
+static void weigh(
+    Seen *s, int64_t row, int64_t first, int64_t n, float by, float *score, uint16_t *weight, float *o, int64_t H)
+{
+    int64_t from = s->from[row] - first, to = s->to[row] - first;
+    const Lanes zeros = {0}, low = zeros - INFINITY;
+    const Bits number = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    if (to <= 0 || from >= n) {
+        memset(weight, 0, (size_t)n * 2);
+        return;
+    }
+    Lanes most = low, sums = {0};
+    for (int64_t j = 0; j < n; j += LANES) {
+        Lanes x = lanes_at(score + j) * by;
+        if (j < from || j + LANES > to) {
+            Bits at = number + (int32_t)j;
+            x = chosen((at >= (int32_t)(from < 0 ? 0 : from)) & (at < (int32_t)(to > n ? n : to)), x, low);
+        }
+        put_lanes(score + j, x);
+        most = chosen((x > most) | (x != x), x, most);
+    }
+    float best = s->most[row];
+    for (int k = 0; k < LANES; k++) best = most[k] > best || most[k] != most[k] ? most[k] : best;
+    for (int64_t j = 0; j < n; j += LANES) {
+        Lanes e = exp_lanes(lanes_at(score + j) - best);
+        sums += e;
+        given(BFLOAT16, weight, j, n, rounded_lanes(e));
+    }
+    if (best != s->most[row]) {
+        Lanes before = low;
+        before[0] = s->most[row] - best;
+        float less = exp_lanes(before)[0];
+        s->sum[row] *= less;
+        for (int64_t i = 0; i < H; i += LANES) put_lanes(o + i, lanes_at(o + i) * less);
+    }
+    s->most[row] = best;
+    s->sum[row] += sum_of(sums);
+}
+
+static void attend(const void *argument, int64_t part)
+{
+    const Chunk *c = argument;
+    const Model *m = c->m;
+    int64_t T = c->of->T, G = m->N / m->K, H = m->H, window = m->layers[c->layer].window;
+    int64_t blocks = (T * G + BLOCK - 1) / BLOCK, pair = part / blocks, b = pair / m->K, head = pair % m->K;
+    int64_t row = part % blocks * BLOCK, rows = T * G - row < BLOCK ? T * G - row : BLOCK;
+    const uint8_t *keys = c->keys + pair * c->J * H * 2, *values = c->values + pair * c->J * H * 2;
+    static _Thread_local struct {
+        float scores[BLOCK * KEYS] __attribute__((aligned(64)));
+        uint16_t weights[BLOCK * KEYS] __attribute__((aligned(64)));
+    } at;
+    float *o = aligned_alloc(64, (size_t)(BLOCK * H) * 6);
+    if (!o) {
+        atomic_store(c->failed, ERROR_MEMORY);
+        return;
+    }
+    uint16_t *q = (uint16_t *)(o + BLOCK * H);
+    Seen s;
+    int64_t from = INT64_MAX, to = 0;
+    memset(o, 0, (size_t)(BLOCK * H) * 6);
+    for (int64_t n = 0; n < BLOCK; n++) {
+        int64_t order = n < rows ? c->of->order[b * T + (row + n) / G] : -1;
+        int64_t oldest = window < 0 || order < window ? 0 : order - window + 1;
+        s.most[n] = -INFINITY, s.sum[n] = 0;
+        s.from[n] = oldest - c->first[b], s.to[n] = order < 0 ? 0 : order + 1 - c->first[b];
+        if (order < 0) continue;
+        from = s.from[n] < from ? s.from[n] : from, to = s.to[n] > to ? s.to[n] : to;
+        memcpy(q + n * H, c->q + ((b * T + (row + n) / G) * m->N + head * G + (row + n) % G) * H, (size_t)H * 2);
+    }
+    Tiling before;
+    use_tiles(&before);
+    for (int64_t j = from / BLOCK * BLOCK; j < to; j += KEYS) {
+        int64_t n = up_to(to - j < KEYS ? to - j : KEYS, BLOCK);
+        for (int64_t k = 0; k < n; k += BLOCK)
+            multiply_tiles(2, q, H * 2, SIDE * H * 2, 64, keys + (j + k) / SIDE * (H / PAIRED) * TILE,
+                           H / PAIRED * TILE, H / PAIRED, 0, at.scores + k, KEYS * 4, NOTHING);
+        for (int64_t i = 0; i < BLOCK; i++)
+            weigh(&s, i, j, n, 1 / sqrtf((float)H), at.scores + i * KEYS, at.weights + i * KEYS, o + i * H, H);
+        for (int64_t i = 0; i < H; i += BLOCK)
+            multiply_tiles(2, at.weights, KEYS * 2, SIDE * KEYS * 2, 64,
+                           values + (i / SIDE * (c->J / BLOCK) + j / BLOCK) * TILE, c->J / BLOCK * TILE, n / BLOCK, 1,
+                           o + i, H * 4, NOTHING);
+    }
+    leave_tiles(&before);
+    for (int64_t n = 0; n < rows; n++) {
+        uint16_t *y = c->h + ((b * T + (row + n) / G) * m->N + head * G + (row + n) % G) * H;
+        for (int64_t i = 0; i < H; i += LANES) {
+            Lanes mean = s.sum[n] == 0 ? lanes_at(o + n * H + i) : lanes_at(o + n * H + i) / s.sum[n];
+            given(BFLOAT16, y, i, H, rounded_lanes(mean));
+        }
+    }
+    free(o);
+}
+
+/* ---- all layers ---- */
+
+/* Which keys the rows see in a layer. */
+static void look(Chunk *c)
+{
+    int64_t T = c->of->T, window = c->m->layers[c->layer].window, most = 0;
+    for (int64_t b = 0; b < c->of->B; b++) {
+        int64_t next = c->of->length[b], new = 0;
+        for (int64_t t = 0; t < T; t++)
+            if (c->of->order[b * T + t] >= 0) c->column[b * T + new++] = t;
+        c->first[b] = window < 0 || next < window ? 0 : next - window + 1; /* what the first new token sees */
+        c->count[b] = next + new - c->first[b];
+        most = c->count[b] > most ? c->count[b] : most;
+    }
+    c->J = up_to(most, BLOCK);
+}
+
+static void take_weight(const Chunk *c, const float *weight)
+{
+    for (int64_t i = 0, D = c->m->D; i < D; i += LANES) given(BFLOAT16, c->weight, i, D, taken(FLOAT32, weight, i, D));
+}
+
+static int all_layers(Chunk *c, Parallel by)
+{
+    const Model *m = c->m;
+    int64_t R = c->of->B * c->of->T, G = m->N / m->K;
+    int code = 0;
+    every_row(c, by, embed);
+    for (int64_t l = 0; l < m->L && !code; l++) {
+        const Layer *layer = &m->layers[l];
+        c->layer = l;
+        take_weight(c, layer->input_norm);
+        every_row(c, by, normed);
+        code |= multiply(c, by, &layer->q, c->h, R, c->q, BFLOAT16);
+        code |= multiply(c, by, &layer->k, c->h, R, c->k, BFLOAT16);
+        code |= multiply(c, by, &layer->v, c->h, R, c->v, BFLOAT16);
+        every_row(c, by, turned);
+        look(c);
+        run(by, pair_keys, c, c->of->B * m->K * (c->J / BLOCK), m->threads);
+        run(by, attend, c, c->of->B * m->K * ((c->of->T * G + BLOCK - 1) / BLOCK), m->threads);
+        remember(c);
+        code |= multiply(c, by, &layer->o, c->h, R, c->q, BFLOAT16);
+        uint16_t *heads = c->h;
+        c->h = c->q; /* [R,D], for which there is room */
+        take_weight(c, layer->post_norm);
+        every_row(c, by, added_and_normed);
+        code |= multiply(c, by, &layer->gate, c->h, R, c->g, BFLOAT16);
+        code |= multiply(c, by, &layer->up, c->h, R, c->u, BFLOAT16);
+        every_row(c, by, gated);
+        code |= multiply(c, by, &layer->down, c->g, R, c->h, BFLOAT16);
+        every_row(c, by, added);
+        c->q = c->h, c->h = heads;
+    }
+    return code;
+}
+
+#endif
+
+/* Whether prompts are computed here. */
+int mistral_has_tiles(void)
+{
+#ifdef TILES
+    return are_there_tiles();
+#else
+    return 0;
+#endif
+}
+
+/* logits [B,1,V] of the last column in float32, of so many chunks of new tokens after each other; new keys and values
+   go into the cache. 0, or an ERROR_. */
+int mistral_prompt(const Model *m, const Cache *cache, const Tokens *of, int64_t chunks, float *logits, Parallel by)
+{
+#ifdef TILES
+    int64_t R = 0, J = 0, B = of->B, deep = m->F > m->D ? m->F : m->D;
+    int64_t wide = m->N * m->H > m->D ? m->N * m->H : m->D;
+    for (int64_t i = 0; i < chunks; i++) {
+        int64_t rows = B * of[i].T;
+        R = rows > R ? rows : R;
+        for (int64_t r = 0; r < rows; r++)
+            if (of[i].ids[r] < 0 || of[i].ids[r] >= m->V) return ERROR_ARGUMENT;
+        for (int64_t l = 0; l < m->L; l++)
+            for (int64_t b = 0; b < B; b++) {
+                int64_t window = m->layers[l].window, past = of[i].length[b];
+                if (window >= 0 && past > window) past = window;
+                J = past + of[i].T > J ? past + of[i].T : J;
+            }
+    }
+    J = up_to(J, BLOCK);
+    int64_t sizes[12] = {
+        2 * R * m->D, 2 * R * wide, 2 * R * wide, 2 * R * m->K * m->H, 2 * R * m->K * m->H, 2 * R * deep, 2 * R * m->F,
+        2 * m->D, 2 * B * m->K * J * m->H, 2 * B * m->K * J * m->H, 16 * B, 8 * R};
+    char *part[12], *memory;
+    int64_t total = 0;
+    for (int i = 0; i < 12; i++) total += up_to(sizes[i], 64);
+    if (!(memory = aligned_alloc(64, (size_t)total))) return ERROR_MEMORY;
+    for (int64_t i = 0, at = 0; i < 12; at += up_to(sizes[i++], 64)) part[i] = memory + at;
+    atomic_int failed = 0;
+    int code = 0;
+    for (int64_t i = 0; i < chunks && !code; i++) {
+        Chunk c = {
+            .m = m, .of = of + i, .cache = cache, .x = (void *)part[0], .h = (void *)part[1], .q = (void *)part[2],
+            .k = (void *)part[3], .v = (void *)part[4], .g = (void *)part[5], .u = (void *)part[6],
+            .weight = (void *)part[7], .keys = (void *)part[8], .values = (void *)part[9], .first = (void *)part[10],
+            .count = (int64_t *)part[10] + B, .column = (void *)part[11], .failed = &failed};
+        code = all_layers(&c, by);
+        if (!code) code = atomic_load(&failed);
+        if (code || i + 1 < chunks) continue;
+        for (int64_t b = 0; b < B; b++)
+            memmove(c.x + b * m->D, c.x + ((b + 1) * of[i].T - 1) * m->D, (size_t)m->D * 2);
+        take_weight(&c, m->norm);
+        for (int64_t b = 0; b < B; b++) normed(&c, b);
+        code = multiply(&c, by, &m->head, c.h, B, logits, FLOAT32);
+    }
+    free(memory);
+    return code;
+#else
+    (void)m, (void)cache, (void)of, (void)chunks, (void)logits, (void)by;
+    return ERROR_ARGUMENT;
+#endif
+}

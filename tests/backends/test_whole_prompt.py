@@ -1,0 +1,233 @@
+"""Prompts and products by a processor's tiles: those of the framework, on processors that have none too."""
+
+from __future__ import annotations
+
+import itertools
+
+import ml_dtypes
+import numpy as np
+import pytest
+from test_native import random_matrix
+from test_whole_step import EPS, model_of
+
+from mistral_core.config.presets import TINY
+from mistral_core.errors import InputError
+from mistral_core.native import build, library, whole_step
+from mistral_core.quantization import matrix as matrices
+
+BFLOAT16 = ml_dtypes.bfloat16
+SHAPES = ((2, 64, 32), (3, 96, 160), (16, 2080, 64), (17, 64, 96), (31, 2112, 64), (300, 2176, 288), (530, 64, 160))
+"""R, I and O: few rows and many, columns that are taken at once and not, parts that are no whole block."""
+STEPS_OF_ROUNDING = 8
+"""The most that logits may differ, in eps of bfloat16 of the largest: 4.2 was seen on an Intel Xeon."""
+SIZES = 4.0
+"""Steps of float32 that a sum may lose, of the sum of its parts' sizes."""
+GIVEN = {"max_new_tokens": 1, "eos_token_id": None, "return_dict_in_generate": True, "output_logits": True}
+WHOLE = TINY.replace(
+    hidden_size=128, intermediate_size=160, num_attention_heads=6, num_key_value_heads=2, head_dim=32, vocab_size=96,
+    num_hidden_layers=2, sliding_window=None,
+)  # fmt: skip
+"""All sizes are whole tiles, and a block of queries ends within a token's heads."""
+CONFIGS = {
+    "all keys": WHOLE,
+    "window": WHOLE.replace(sliding_window=40),
+    "mixed": WHOLE.replace(sliding_window=7, layer_types=("full_attention", "sliding_attention")),
+    "wide heads": WHOLE.replace(head_dim=64, num_attention_heads=1, num_key_value_heads=1, tie_word_embeddings=True),
+    "scaled queries": WHOLE.replace(
+        model_type="ministral3", rope_scaling={
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4, "llama_4_scaling_beta": 0.1,
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["of the processor", "emulated"])
+def tiles(request):
+    """The kernels with the processor's tiles, or with emulated ones."""
+    flags = build.FLAGS
+    cached = (build._tried, library._loaded, whole_step._step, whole_step._prompt)
+    if request.param == "emulated":
+        build.FLAGS = (*flags, "-DEMULATED_TILES")
+        for each in cached:
+            each.cache_clear()
+    there = whole_step._prompt() is not None
+    if there:
+        yield
+    build.FLAGS = flags
+    if request.param == "emulated":
+        for each in cached:
+            each.cache_clear()
+    if not there:
+        pytest.skip("tiles need a compiler and AVX-512, and those of the processor a processor that has them")
+
+
+@pytest.fixture
+def prompts(tiles, monkeypatch):
+    """The shapes of prompts that C computes from now on, in chunks of some tokens."""
+    seen, of_c = [], whole_step.WholeStep.prompt
+
+    def prompt(self, ids_BT, *others):
+        seen.append(ids_BT.shape)
+        return of_c(self, ids_BT, *others)
+
+    monkeypatch.setattr(whole_step.WholeStep, "prompt", prompt)
+    monkeypatch.setattr(whole_step, "CHUNK", 48)
+    return seen
+
+
+def product(x, weight, dtype, *, packed=None):
+    """x w^T by C, of floats or of a packed matrix."""
+    y, types = np.zeros((len(x), len(weight)), dtype), library.TYPES
+    if packed is None:
+        given = (library.FLOATS, weight.ctypes.data, None, types["bfloat16"], None, *weight.shape, 1, weight.shape[1])
+    else:
+        kept = library._arrays(packed)
+        given = (library.KINDS[packed.kind], *kept[1], *weight.shape, *packed.block)
+    code = library.kernels().product(
+        *given, x.ctypes.data, types[x.dtype.name], y.ctypes.data, types[y.dtype.name], len(x), 0, 0
+    )
+    assert code == 0
+    return y.astype(np.float64)
+
+
+def assert_near(found, x, weight, steps=0.0):
+    """As exact as sums in float32, and rounded once more by so many steps of the result."""
+    x, weight = x.astype(np.float64), weight.astype(np.float64)
+    exact, sizes = x @ weight.T, np.abs(x) @ np.abs(weight.T)
+    assert (np.abs(found - exact) <= SIZES * EPS["float32"] * sizes + steps * np.abs(exact)).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_product_by_tiles_is_the_product(tiles, shape):
+    rows, columns, out = shape
+    rng = np.random.default_rng(0)
+    x, weight = (rng.standard_normal((size, columns)).astype(BFLOAT16) for size in (rows, out))
+    for given in (x, x.astype(np.float32)):
+        assert_near(product(given, weight, np.float32), x, weight)
+        assert_near(product(given, weight, BFLOAT16), x, weight, steps=2.0**-8)
+
+
+def test_numbers_that_are_no_bfloat16_are_multiplied_as_they_are(tiles):
+    rng = np.random.default_rng(0)
+    x, weight = rng.standard_normal((40, 64)).astype(np.float32), rng.standard_normal((32, 64)).astype(BFLOAT16)
+    assert_near(product(x, weight, np.float32), x, weight)
+
+
+def test_what_is_no_number_spoils_its_row_alone(tiles):
+    x, weight = np.ones((20, 64), BFLOAT16), np.ones((32, 64), BFLOAT16)
+    x[3, 5], x[7, 9] = np.nan, np.inf
+    found = product(x, weight, BFLOAT16)
+    assert np.isnan(found[3]).all()
+    assert np.isposinf(found[7]).all()
+    assert (np.delete(found, (3, 7), axis=0) == 64).all()
+
+
+@pytest.mark.parametrize("kind", matrices.KINDS)
+def test_of_packed_matrices_too_in_bfloat16(tiles, kind):
+    """Many rows meet the numbers that a framework would make of the matrix, and few the codes."""
+    for seed, block in enumerate(((1, 32), (1, None), (16, 64))):
+        packed = random_matrix(kind, (96, 2112), block, zero=seed == 0 and kind != "fp8", seed=seed)
+        weight = matrices.dequantised(packed).astype(BFLOAT16)
+        x = np.random.default_rng(seed).standard_normal((35, 2112)).astype(BFLOAT16)
+        assert_near(product(x, weight, np.float32, packed=packed), x, weight)
+
+
+def ragged(rows, columns):
+    """Ids, and a mask of which rows begin later and one has a hole."""
+    ids = np.random.default_rng(1).integers(3, 90, (rows, columns))
+    mask = np.ones_like(ids)
+    for row in range(1, rows):
+        mask[row, : row * columns // (rows + 1)] = 0
+    mask[0, columns // 2] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def floats(x):
+    """An array of any framework."""
+    return np.asarray(x.float() if hasattr(x, "float") else x, np.float32)
+
+
+def spoken(model, compile, **options):
+    """The logits of the first new token, and the keys and values that are kept."""
+    out = model.generate(
+        compile=compile,
+        max_new_tokens=1,
+        eos_token_id=None,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+    kept = [np.asarray(x.float() if hasattr(x, "float") else x, np.float32) for x in out.past_key_values.keys]
+    kept += [np.asarray(x.float() if hasattr(x, "float") else x, np.float32) for x in out.past_key_values.values]
+    logits = out.logits[0]
+    return np.asarray(logits.float() if hasattr(logits, "float") else logits, np.float32), kept
+
+
+def assert_same(model, prompts, **options):
+    """As the framework's own operations have it, in logits and in the cache."""
+    logits, kept = spoken(model, "auto", **options)
+    assert prompts
+    wanted, held = spoken(model, "off", **options)
+    assert np.abs(logits - wanted).max() <= STEPS_OF_ROUNDING * EPS["bfloat16"] * np.abs(wanted).max()
+    for (row, tokens), layer in itertools.product(enumerate(lengths(options)), range(len(kept))):
+        slots = kept[layer].shape[1]
+        window = model.config.layer_windows[layer % (len(kept) // 2)] or tokens
+        seen = np.arange(max(tokens - window, 0), tokens) % slots
+        found, array = kept[layer][row, seen], held[layer][row, seen]
+        assert np.abs(found - array).max() <= STEPS_OF_ROUNDING * EPS["bfloat16"] * np.abs(array).max()
+
+
+def lengths(given):
+    """How many tokens each row has."""
+    return given["attention_mask"].sum(1)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_prompt_is_the_framework_s(backend, prompts, name, rows):
+    model = model_of(backend, CONFIGS[name], "bfloat16")
+    for columns in (21, 300):
+        prompts.clear()
+        assert_same(model, prompts, **ragged(rows, columns))
+
+
+def test_what_comes_after_a_past_sees_it(backend, prompts):
+    """The second prompt is longer than the ring, whose tokens its first ones still see."""
+    model = model_of(backend, CONFIGS["window"], "bfloat16")
+    ids = np.random.default_rng(2).integers(3, 90, (1, 160))
+    found = []
+    for compile in ("auto", "off"):
+        first = model.generate(ids[:, :90], compile=compile, **GIVEN)
+        longer = np.concatenate([np.asarray(first.sequences)[:, :90], ids[:, 90:]], axis=1)
+        out = model.generate(longer, past_key_values=first, compile=compile, **GIVEN)
+        found.append(floats(out.logits[0]))
+    assert prompts == [(1, 90), (1, 70)]
+    assert np.abs(found[0] - found[1]).max() <= STEPS_OF_ROUNDING * EPS["bfloat16"] * np.abs(found[1]).max()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4"])
+def test_of_packed_weights(backend, prompts, scheme):
+    model = backend.quantize(model_of(backend, CONFIGS["all keys"], "bfloat16"), scheme)
+    assert_same(model, prompts, **ragged(2, 70))
+
+
+def test_other_models_caches_and_dtypes_are_the_framework_s(backend, prompts):
+    ids = ragged(1, 40)
+    for model in (model_of(backend, TINY, "bfloat16"), model_of(backend, WHOLE)):
+        spoken(model, "auto", **ids)
+    spoken(model_of(backend, WHOLE, "bfloat16"), "auto", cache_dtype="int8", **ids)
+    assert not prompts
+
+
+def test_an_id_that_is_none_is_refused(tiles):
+    from conformance.weights import random_parameters
+
+    weights = {name: x.astype(BFLOAT16) for name, x in random_parameters(WHOLE, "MistralForCausalLM").items()}
+    step = whole_step.WholeStep(WHOLE, weights, activations={}, dtype="bfloat16")
+    kept = [[np.zeros((1, 60, 2, 32), BFLOAT16) for _ in range(2)] for _ in range(2)]
+    ids, zero = np.ones((1, 40), np.int64), np.zeros(1, np.int64)
+    assert np.isfinite(step.prompt(ids, ids, zero, [*kept, (), ()])).all()
+    for wrong in (-1, WHOLE.vocab_size):
+        ids[0, 17] = wrong
+        with pytest.raises(InputError):
+            step.prompt(ids, np.ones_like(ids), zero, [*kept, (), ()])
