@@ -25,6 +25,8 @@ from mistral_core import backend
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results"
+VENDORS = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}
+"""Who made a processor, as Linux says it, and in short."""
 POLITE = {**backend.POLITE, "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 # In the child
@@ -142,13 +144,26 @@ def middle(results: list[dict[str, Any]], key: str) -> float:
     return statistics.median(result[key] for result in results)
 
 
+def processor(cpuinfo: str | None = None) -> dict[str, str]:
+    """What /proc/cpuinfo says of the first processor, or of what is given in its place; nothing where there is none."""
+    path, facts = Path("/proc/cpuinfo"), dict[str, str]()
+    if cpuinfo is None:
+        cpuinfo = path.read_text() if path.exists() else ""
+    for line in cpuinfo.splitlines():
+        name, _, value = line.partition(":")
+        facts.setdefault(name.strip(), value.strip())
+    return facts
+
+
+def vendor(facts: dict[str, str]) -> str:
+    """Who made a processor, or what machine it is."""
+    name = facts.get("vendor_id", platform.machine())
+    return VENDORS.get(name, name)
+
+
 def machine() -> str:
     """Python, cores and processor, in a sentence's part."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = (models or [name])[0]
+    name = processor().get("model name") or platform.processor() or platform.machine()
     return f"Python {platform.python_version()}, {os.cpu_count()} CPU cores ({name}, {platform.machine()})"
 
 
@@ -180,6 +195,7 @@ def listed(text: str) -> list[str]:
 
 
 def keep(name: str, text: str) -> None:
-    """Write a page of results."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / name).write_text(text)
+    """Write a page of results, beside those of processors of the same vendor."""
+    directory = RESULTS / vendor(processor()).lower()
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / name).write_text(text)

@@ -275,7 +275,7 @@ def main() -> int:
     parser.add_argument("--only", type=listed, help="families, as the ratios name them")
     for name in PYTHONS:
         parser.add_argument(f"--{name.replace('_', '-')}", metavar="PY", help="a Python that has it")
-    parser.add_argument("--write", action="store_true", help=f"keep the page in benchmarks/results/{RESULT}")
+    parser.add_argument("--write", action="store_true", help=f"keep the page in benchmarks/results, in {RESULT}")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         found, limits = run(arguments, scratch)

@@ -27,7 +27,7 @@ from mistral_core.weights import formats
 from mistral_core.weights.checkpoint import save
 from mistral_core.weights.opening import Checkpoint
 
-from .common import RESULTS, ROOT, random_weights
+from .common import ROOT, keep, random_weights
 
 CONFIG = MistralConfig(
     vocab_size=32000, hidden_size=2048, intermediate_size=7168, num_hidden_layers=8, num_attention_heads=16,
@@ -145,7 +145,7 @@ def main() -> int:
     )
     print(text)
     if options.write:
-        (RESULTS / "convert.md").write_text(text + "\n")
+        keep("convert.md", text + "\n")
     return 0
 
 

@@ -13,7 +13,6 @@ import platform
 import statistics
 import time
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,13 +22,15 @@ from mistral_core.config.presets import TINY
 from mistral_flax import MistralForCausalLM
 from mistral_flax.scan import scan_layers
 
+from .common import keep
+
 DEPTHS = (4, 8, 16, 32)
 CONFIG = TINY.replace(
     vocab_size=1024, hidden_size=256, intermediate_size=688, num_attention_heads=8, num_key_value_heads=2, head_dim=32,
     sliding_window=64,
 )  # fmt: skip
 SHAPE = (2, 128)
-RESULT = Path(__file__).parent / "results" / "flax_scan.md"
+RESULT = "flax_scan.md"
 
 
 def measure(model: MistralForCausalLM) -> dict[str, float]:
@@ -83,7 +84,7 @@ def table() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help=f"keep the table in results/{RESULT.name}")
+    parser.add_argument("--write", action="store_true", help=f"keep the table in benchmarks/results, in {RESULT}")
     arguments = parser.parse_args()
     measure(MistralForCausalLM(CONFIG.replace(num_hidden_layers=1)))  # what is slow once
     text = f"""# Layers in a scan
@@ -96,8 +97,7 @@ Repeat: `python -m benchmarks.flax_scan --write`.
 {table()}
 """
     if arguments.write:
-        RESULT.parent.mkdir(exist_ok=True)
-        RESULT.write_text(text)
+        keep(RESULT, text)
 
 
 if __name__ == "__main__":

@@ -19,15 +19,13 @@ import datetime
 import itertools
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from .common import RESULTS, listed, measure, report, shown, table_row, versions
+from .common import RESULTS, listed, measure, processor, report, shown, table_row, vendor, versions
 from .decode import HALF, prompt_operations, step_bytes, task
 from .peers.limits import READ, K, M, N
 
@@ -37,7 +35,6 @@ SMALL = HALF.replace(num_hidden_layers=2, vocab_size=8192)
 """Layers as large as those of half, whose weights no cache of a processor holds, and few of them."""
 MODELS, BATCHES = ("float32", "bfloat16", "int8", "int4"), (1, 4, 16)
 PROMPT, NEW, CALLS = 128, 16, 5
-VENDORS = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}
 FEATURES = {
     "AMX": ("amx_bf16",),
     "AVX-512": ("avx512f",),
@@ -63,24 +60,19 @@ class Fallen(NamedTuple):
     now: float
 
 
-def kind(cpuinfo: str, cores: int) -> str:
-    """The kind of a processor, from what /proc/cpuinfo says of it."""
-    facts = {}
-    for line in cpuinfo.splitlines():
-        name, _, value = line.partition(":")
-        facts.setdefault(name.strip(), value.strip())
+def kind(cpuinfo: str | None, cores: int) -> str:
+    """The kind of a processor, from what /proc/cpuinfo says of this one, or is said to say."""
+    facts = processor(cpuinfo)
     flags = set(facts.get("flags", facts.get("Features", "")).split())
-    vendor = facts.get("vendor_id", platform.machine())
     found = [name for name, any_of in FEATURES.items() if flags.intersection(any_of)]
     if "AVX-512" in found:
         found.remove("AVX2")
-    return ", ".join([VENDORS.get(vendor, vendor), *found, f"{cores} cores"])
+    return ", ".join([vendor(facts), *found, f"{cores} cores"])
 
 
 def here() -> str:
     """The kind of this processor."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return kind(cpuinfo.read_text() if cpuinfo.exists() else "", os.cpu_count() or 1)
+    return kind(None, os.cpu_count() or 1)
 
 
 def ratios(one: Mapping[str, Any]) -> dict[str, float]:

@@ -33,6 +33,8 @@ from mistral_core.parameters import shapes
 from mistral_core.quantization import request
 from mistral_core.weights.checkpoint import save
 
+from .common import keep
+
 CONFIG = PRESETS["mistral-7b-v0.1"]
 NUMBERS = sum(math.prod(shape) for shape in shapes(CONFIG, "MistralForCausalLM").values())
 FRAMEWORKS = {"torch": "torch", "flax": "flax", "tf": "tensorflow"}
@@ -41,7 +43,6 @@ PACKED_GB = {"torch": 5.5, "flax": 5.5, "tf": 6.5}
 PACKED_TIME = 1.5
 MEMORY, TIME = 1.15, 1.3
 """The most a load may take, as a multiple of the weights and of reading the file plus the import."""
-RESULT = Path(__file__).parent / "results" / "load_7b.md"
 
 READ = """
 import json, sys, time
@@ -185,17 +186,17 @@ def main() -> int:
         ]
     )
     if arguments.write:
-        result = RESULT.with_stem(f"load_7b_{quantization}") if quantization else RESULT
+        name = f"load_7b_{quantization}.md" if quantization else "load_7b.md"
         how = f" into {quantization}" if quantization else ""
         option = f" --quantization {quantization}" if quantization else ""
-        result.parent.mkdir(exist_ok=True)
-        result.write_text(
+        keep(
+            name,
             f"# Loading a 7B-shaped bfloat16 checkpoint{how}\n\n`python -m benchmarks.load_7b{option} --write`: Python "
             f"{platform.python_version()}, {os.cpu_count()} CPU cores, medians of {arguments.runs}, each load in a "
             f"fresh process from the disk, between two plain reads (numpy.fromfile) of the same {size:.1f} GB. "
             "Skimming reads them through one small buffer: the rest of the time is the system's, for fresh memory. "
             "Arithmetic is packing without reading. Time is (import + load) / (import + read + arithmetic), memory the "
-            f"process' peak / the file, generating a few tokens included where matrices are packed.\n\n{table}\n"
+            f"process' peak / the file, generating a few tokens included where matrices are packed.\n\n{table}\n",
         )
     print(table)
     return 0 if kept else 1

@@ -48,7 +48,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--full", action="store_true", help="without a window too")
-    parser.add_argument("--write", action="store_true", help="keep the table in benchmarks/results/long_texts.md")
+    parser.add_argument("--write", action="store_true", help="keep the table in benchmarks/results")
     arguments = parser.parse_args()
     windows = [int(text) for text in arguments.windows]
     kinds = [

@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--backend", type=listed, default=["torch", "flax", "tf"])
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--child", type=listed, help=argparse.SUPPRESS)
-    parser.add_argument("--write", action="store_true", help="keep the table in results/loss_chunks.md")
+    parser.add_argument("--write", action="store_true", help="keep the table in benchmarks/results")
     arguments = parser.parse_args()
     if arguments.child:
         child(*arguments.child)

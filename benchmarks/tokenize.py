@@ -31,7 +31,7 @@ import sentencepiece
 from mistral_core.text.mistral_common import MistralCommonTokenizer
 from mistral_core.text.tokenizer import MistralTokenizer
 
-from .common import RESULTS
+from .common import keep
 
 DATA = Path(mistral_common.__file__).parent / "data"
 FILES = {
@@ -151,7 +151,7 @@ def main() -> int:
     report = "\n".join(lines) + "\n"
     print(report)
     if options.write:
-        (RESULTS / "tokenize.md").write_text(f"# Tokenizers\n\n{report}")
+        keep("tokenize.md", f"# Tokenizers\n\n{report}")
     return 0
 
 
