@@ -47,7 +47,7 @@ def test_the_kind_of_a_processor(cpuinfo, cores, wanted):
 
 
 def test_a_processor_without_cpuinfo_has_a_kind_too(monkeypatch):
-    monkeypatch.setattr(guard.platform, "machine", lambda: "arm64")
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
     assert guard.kind("", 8) == "arm64, 8 cores"
     assert guard.kind("Features\t: fp sve bf16\n", 4) == "arm64, SVE, bfloat16, 4 cores"
 
