@@ -2,5 +2,6 @@
 
 `build` compiles a source and keeps what it made, `library` calls `rows.c`, few rows times a matrix, with NumPy's arrays
 or with addresses; `xla.c` and `tf.c` hand the same functions to JAX and TensorFlow, whose side is `native.py` of each
-backend. `whole_step` computes a step of decoding in one call, `between` what is between the products of a prompt.
+backend. `whole_step` computes a step of decoding, or a prompt by a processor's tiles, in one call, `between` what is
+between the products of a prompt.
 """
