@@ -108,12 +108,12 @@ class _Loop(NamedTuple):
 
 def _loops(queries: int, keys: int, window: int | None) -> list[_Loop]:
     """The loops over the blocks of a text, which is filled up to whole blocks in front."""
-    count, before = -(-queries // COLUMNS), _blocks_before(queries, keys, window)
-    empty = 0 if window is None else before + count - -(-keys // COLUMNS)
+    count, columns = -(-queries // COLUMNS), _columns_of_keys(queries, keys, window)
+    empty = 0 if window is None else columns // COLUMNS - -(-keys // COLUMNS)
     first = count if window is None else min(empty, count) if empty >= FIRST else 0
     size = max(-(-first // (LOOPS if window is None else FIRST)), 1)
     loops = [
-        _Loop(begin, end - begin, slice(empty * COLUMNS, (before + end) * COLUMNS))
+        _Loop(begin, end - begin, slice(empty * COLUMNS, columns - (count - end) * COLUMNS))
         for begin in range(0, first, size)
         for end in [min(begin + size, first)]
     ]
@@ -122,18 +122,21 @@ def _loops(queries: int, keys: int, window: int | None) -> list[_Loop]:
 
 def _scores(queries: int, keys: int, window: int | None) -> int:
     """How many scores the blocks of a text have."""
-    span = (_blocks_before(queries, keys, window) + 1) * COLUMNS
     return sum(
-        loop.blocks * COLUMNS * (span if loop.keys is None else loop.keys.stop - loop.keys.start)
+        loop.blocks * COLUMNS * (_span(window) * COLUMNS if loop.keys is None else loop.keys.stop - loop.keys.start)
         for loop in _loops(queries, keys, window)
     )
 
 
-def _blocks_before(queries: int, keys: int, window: int | None) -> int:
-    """How many blocks of keys stand before the first block of queries: those that its window shows, or all."""
-    if window is not None:
-        return -(-(window - 1) // COLUMNS)
-    return max(-(-keys // COLUMNS) - -(-queries // COLUMNS), 0)
+def _span(window: int | None) -> int:
+    """How many blocks of keys one block of queries sees that has a span of its own."""
+    return 1 if window is None else -(-(window - 1) // COLUMNS) + 1
+
+
+def _columns_of_keys(queries: int, keys: int, window: int | None) -> int:
+    """The columns of keys, filled up in front: as queries are, with a window to what their first block sees."""
+    count = -(-queries // COLUMNS)
+    return keys + count * COLUMNS - queries if window is None else (_span(window) - 1 + count) * COLUMNS
 
 
 def attend_by_blocks(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, blocks: Blocks, attend: Attend) -> Array:
@@ -157,13 +160,12 @@ def _attend_by_blocks(
         ),
         q_BTNH, k_BSKH, v_BSKH,
     )  # fmt: skip
-    loops, before = _loops(T, seen, window), _blocks_before(T, seen, window)
+    loops, columns = _loops(T, seen, window), _columns_of_keys(T, seen, window)
     of_queries, of_keys = (None, None) if blocks.documents is None else blocks.documents
     count = -(-T // COLUMNS)
     queries = [_in_blocks(x, count, fill) for x, fill in ((q_BTNH, 0), (blocks.query_order_BT, -1), (of_queries, 0))]
     keys = [
-        _filled(x, (before + count) * COLUMNS, fill)
-        for x, fill in ((k_BSKH, 0), (v_BSKH, 0), (blocks.key_order_BS, -1), (of_keys, 0))
+        _filled(x, columns, fill) for x, fill in ((k_BSKH, 0), (v_BSKH, 0), (blocks.key_order_BS, -1), (of_keys, 0))
     ]
 
     @jax.checkpoint
@@ -176,7 +178,7 @@ def _attend_by_blocks(
     for loop in loops:
         some = [None if x is None else x[loop.begin : loop.begin + loop.blocks] for x in queries]
         if loop.keys is None:
-            spans = [None if x is None else _overlapping(x, loop.blocks, before + 1) for x in keys]
+            spans = [None if x is None else _overlapping(x, loop.blocks, _span(window)) for x in keys]
             outputs.append(jax.lax.map(lambda each: of_block(*each), (some, spans)))
         else:
             spans = [None if x is None else x[:, loop.keys] for x in keys]

@@ -1,8 +1,9 @@
 """One compiled layer for all: the layers of a finished model stacked and run by `jax.lax.scan`.
 
 The program and the time to compile it no longer grow with the depth; on a CPU that pays from about 16 layers on, and
-gradients take more memory (benchmarks/results/amd/flax_scan.md). What runs is the same: calls, outputs, caches, dropout,
-gradients and checkpoints. A cached step copies the cache, whose layers are arrays of their own: unscan to decode much.
+gradients take more memory (benchmarks/results/amd/flax_scan.md). What runs is the same: calls, outputs, caches,
+dropout, gradients and checkpoints. A cached step copies the cache, whose layers are arrays of their own: unscan to
+decode much.
 """
 
 from __future__ import annotations
