@@ -438,6 +438,7 @@ typedef struct {
     const float *x_scales;
     const int32_t *x_totals;
     const uint16_t *x_words;
+    const char *x_strips; /* x, or its words, as `in_strips` has them; NULL where its rows are few */
     void *y;
     int y_type, digits;
     int64_t R, stride, rows_of_part;
@@ -769,9 +770,11 @@ static void rows_in_registers(const void *argument, int64_t part)
 /* ---- the product with floats: rows of w beside each other, so that a number of x is read once for all of them ---- */
 
 enum { BESIDE = 4, MOST_BESIDE = 6 }; /* rows of w, and of x at most, that meet */
+enum { STRIP_OF_X = 384, UNDER_STRIPS = 32 }; /* more rows of x meet so many rows of w by strips of columns */
 /* Where x and w are bfloat16 and the processor adds products of pairs, which are exact, to sums in float32; it takes
    numbers below the smallest normal one for 0. */
 enum { PAIRS = FLOAT16 + 1 };
+static int most_beside(int type) { return type == BFLOAT16 ? 4 : MOST_BESIDE; } /* by the registers */
 
 /* Columns of x as bfloat16 are met: of 32, evens and then odds. */
 static void order_for_halves(float *x, int64_t stride)
@@ -790,30 +793,32 @@ static void as_halves(const float *x, int64_t n, uint16_t *to) /* of numbers tha
 }
 #endif
 
-/* y[rows][BESIDE] of rows of x from r on, and of w from o on: those past `end` are the last again. */
+/* totals[rows][BESIDE] += of some columns of rows of x, and of w from o on: those past `end` are the last again. */
 static inline __attribute__((always_inline)) void floats_by(
-    int rows, int type, const Job *job, int64_t r, int64_t o, int64_t end, float *y)
+    int rows, int type, const Matrix *m, const char *x, int64_t x_stride, int64_t o, int64_t end, int64_t first,
+    int64_t columns, int ahead, __m512 *totals)
 {
-    const Matrix *m = job->m;
-    const int64_t columns = type == FLOAT32 ? 16 : 32, size = type == FLOAT32 ? 4 : 2, of_x = type == PAIRS ? 2 : 4;
-    const char *x = (type == PAIRS ? (const char *)job->x_words : (const char *)job->x) + r * job->stride * of_x;
+    const int64_t step = type == FLOAT32 ? 16 : 32, size = type == FLOAT32 ? 4 : 2, of_x = type == PAIRS ? 2 : 4;
     const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
     const uint8_t *codes[BESIDE];
     __m512 total[MOST_BESIDE][BESIDE];
     for (int h = 0; h < BESIDE; h++) {
-        codes[h] = m->codes + (o + h < end ? o + h : end - 1) * m->row_bytes;
-        for (int k = 0; k < rows; k++) total[k][h] = _mm512_setzero_ps();
+        codes[h] = m->codes + (o + h < end ? o + h : end - 1) * m->row_bytes + first * size;
+        for (int k = 0; k < rows; k++) total[k][h] = totals[k * BESIDE + h];
     }
-    for (int64_t i = 0; i < m->I; i += columns) {
-        int64_t left = m->I - i;
+    /* the rows after these, in the order of memory where they are read whole */
+    const char *next = (const char *)codes[0] + BESIDE * m->row_bytes;
+    const int is_whole = columns == m->I;
+    const int64_t further = is_whole ? 64 : m->row_bytes, by = is_whole ? BESIDE * size : size;
+    for (int64_t i = 0; i < columns; i += step) {
+        int64_t left = columns - i;
         __mmask16 words = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
         __mmask32 halves = left >= 32 ? 0xffffffff : (__mmask32)(((uint64_t)1 << left) - 1);
-        const char *next = (const char *)codes[0] + BESIDE * (m->row_bytes + i * size);
         __m512i both[BESIDE];
         __m512 one[BESIDE], two[BESIDE];
         for (int h = 0; h < BESIDE; h++) {
             const uint8_t *at = codes[h] + i * size;
-            _mm_prefetch(next + h * 64, _MM_HINT_T1);
+            if (ahead) _mm_prefetch(next + i * by + h * further, _MM_HINT_T1);
             if (type == FLOAT32) one[h] = _mm512_maskz_loadu_ps(words, at);
             else both[h] = _mm512_maskz_loadu_epi16(halves, at);
             if (type != BFLOAT16) continue;
@@ -821,7 +826,7 @@ static inline __attribute__((always_inline)) void floats_by(
             two[h] = _mm512_castsi512_ps(_mm512_and_si512(both[h], upper));
         }
         for (int k = 0; k < rows; k++) {
-            const char *at = x + (k * job->stride + i) * of_x;
+            const char *at = x + (k * x_stride + i) * of_x;
 #ifdef __AVX512BF16__
             if (type == PAIRS) {
                 __m512bh pairs = (__m512bh)_mm512_load_si512(at);
@@ -829,40 +834,70 @@ static inline __attribute__((always_inline)) void floats_by(
                 continue;
             }
 #endif
-            __m512 first = _mm512_load_ps(at), second = type == FLOAT32 ? first : _mm512_load_ps(at + 64);
+            __m512 odd, even = _mm512_load_ps(at);
+            odd = type == FLOAT32 ? even : _mm512_load_ps(at + 64);
             for (int h = 0; h < BESIDE; h++) {
-                total[k][h] = _mm512_fmadd_ps(one[h], first, total[k][h]);
-                if (type == BFLOAT16) total[k][h] = _mm512_fmadd_ps(two[h], second, total[k][h]);
+                total[k][h] = _mm512_fmadd_ps(one[h], even, total[k][h]);
+                if (type == BFLOAT16) total[k][h] = _mm512_fmadd_ps(two[h], odd, total[k][h]);
             }
         }
     }
     for (int k = 0; k < rows; k++)
-        for (int h = 0; h < BESIDE; h++) y[k * BESIDE + h] = _mm512_reduce_add_ps(total[k][h]);
+        for (int h = 0; h < BESIDE; h++) totals[k * BESIDE + h] = total[k][h];
+}
+
+/* Rows of x beside each other, a strip of columns after another, which stay in the first cache: `to` has as many. */
+static void in_strips(const char *x, int64_t R, int64_t stride, int64_t size, char *to)
+{
+    for (int64_t first = 0; first < stride; first += STRIP_OF_X) {
+        int64_t n = stride - first < STRIP_OF_X ? stride - first : STRIP_OF_X;
+        for (int64_t r = 0; r < R; r++, to += n * size) memcpy(to, x + (r * stride + first) * size, (size_t)(n * size));
+    }
 }
 
 static void rows_of_floats(const void *argument, int64_t part)
 {
     const Job *job = argument;
     const Matrix *m = job->m;
-    int type = job->x_words ? PAIRS : m->scale_type, most = type == BFLOAT16 ? 4 : MOST_BESIDE; /* by the registers */
-    int64_t end = (part + 1) * job->rows_of_part < m->O ? (part + 1) * job->rows_of_part : m->O;
-    float y[MOST_BESIDE * BESIDE];
-    for (int64_t o = part * job->rows_of_part; o < end; o += BESIDE)
-        for (int64_t r = 0; r < job->R;) {
-            int64_t left = job->R - r;
-            int rows = left >= most ? most : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+    int type = job->x_words ? PAIRS : m->scale_type, most = most_beside(type);
+    int64_t end = (part + 1) * job->rows_of_part < m->O ? (part + 1) * job->rows_of_part : m->O, R = job->R;
+    int64_t width = job->x_strips ? STRIP_OF_X : m->I, tall = job->x_strips ? UNDER_STRIPS : BESIDE;
+    int64_t of_x = type == PAIRS ? 2 : 4;
+    __m512 *totals = scratch_of(1, (size_t)(R * tall) * 64);
+    if (!totals) {
+        atomic_store(job->failed, ERROR_MEMORY);
+        return;
+    }
+    for (int64_t o = part * job->rows_of_part; o < end; o += tall) {
+        int64_t high = end - o < tall ? end - o : tall;
+        memset(totals, 0, (size_t)(R * tall) * 64);
+        for (int64_t first = 0; first < m->I; first += width) {
+            int64_t columns = m->I - first < width ? m->I - first : width, stride = job->stride;
+            const char *x = type == PAIRS ? (const char *)job->x_words : (const char *)job->x;
+            if (job->x_strips) {
+                x = job->x_strips + first * R * of_x;
+                stride = job->stride - first < width ? job->stride - first : width;
+            }
+            for (int64_t h = 0; h < high; h += BESIDE)
+                for (int64_t r = 0, rows; r < R; r += rows) {
+                    int64_t left = R - r;
+                    rows = left >= most ? most : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+                    const char *from = x + r * stride * of_x;
+                    __m512 *to = totals + h * R + r * BESIDE;
 #define WITH(n, of) \
-    if (rows == n && type == of) floats_by(n, of, job, r, o, end, y)
-            WITH(1, FLOAT32); WITH(2, FLOAT32); WITH(4, FLOAT32); WITH(6, FLOAT32);
-            WITH(1, BFLOAT16); WITH(2, BFLOAT16); WITH(4, BFLOAT16);
+    if (rows == n && type == of) floats_by(n, of, m, from, stride, o + h, end, first, columns, r == 0, to)
+                    WITH(1, FLOAT32); WITH(2, FLOAT32); WITH(4, FLOAT32); WITH(6, FLOAT32);
+                    WITH(1, BFLOAT16); WITH(2, BFLOAT16); WITH(4, BFLOAT16);
 #ifdef __AVX512BF16__
-            WITH(1, PAIRS); WITH(2, PAIRS); WITH(4, PAIRS); WITH(6, PAIRS);
+                    WITH(1, PAIRS); WITH(2, PAIRS); WITH(4, PAIRS); WITH(6, PAIRS);
 #endif
 #undef WITH
-            for (int k = 0; k < rows; k++)
-                for (int h = 0; h < BESIDE && o + h < end; h++) put(job, r + k, o + h, y[k * BESIDE + h]);
-            r += rows;
+                }
         }
+        for (int64_t h = 0; h < high; h++)
+            for (int64_t r = 0; r < R; r++)
+                put(job, r, o + h, _mm512_reduce_add_ps(totals[h / BESIDE * BESIDE * R + r * BESIDE + h % BESIDE]));
+    }
 }
 
 #endif
@@ -1494,7 +1529,8 @@ int mistral_product(
 #else
     codes_size = rounded ? (size_t)(R * stride) : 0;
 #endif
-    char *memory = scratch_of(0, floats + 2 * codes_size + scales_size + 256);
+    size_t strips_size = kind == FLOATS ? floats : 0;
+    char *memory = scratch_of(0, floats + 2 * codes_size + up_to((int64_t)scales_size, 64) + strips_size + 256);
     if (!memory) return ERROR_MEMORY;
     float *as_floats = (float *)memory;
     int8_t *x_codes = (int8_t *)(memory + floats);
@@ -1529,6 +1565,12 @@ int mistral_product(
 #endif
         if (scale_type == BFLOAT16 && !job.x_words)
             for (int64_t r = 0; r < R; r++) order_for_halves(as_floats + r * stride, stride);
+        if (R > most_beside(job.x_words ? PAIRS : scale_type) && stride > STRIP_OF_X) {
+            char *strips = (char *)scales + up_to((int64_t)scales_size, 64);
+            if (job.x_words) in_strips((const char *)job.x_words, R, stride, 2, strips);
+            else in_strips((const char *)as_floats, R, stride, 4, strips);
+            job.x_strips = strips;
+        }
     } else if (is_plain && (kind == INT8 || kind == FP8)) {
         if (m.G == 1 || wide % 16 == 0) run = rows_in_registers;
     } else if (is_plain && grouping(&m, 128) >= 0) {

@@ -296,6 +296,15 @@ def test_the_first_blocks_of_a_wide_window_see_no_padding(backend):
         assert [loop.keys for loop in backend.module._loops(*(n * BLOCK for n in (queries, keys, window)))] == [None]
 
 
+@pytest.mark.parametrize("backend", ["flax", "tf"], indirect=True)
+def test_a_cache_a_little_longer_than_a_text_is_cut_as_the_text_is(backend):
+    """Each loop sees the keys before it and those up to its own last query, and no block more."""
+    loops = backend.module._loops(4 * BLOCK, 4 * BLOCK + 1, None)
+    assert [loop.keys.stop for loop in loops] == [n * BLOCK + 1 for n in (1, 2, 3, 4)]
+    loops = backend.module._loops(4 * BLOCK - 1, 4 * BLOCK + 1, None)  # the first query has an empty column before it
+    assert [loop.keys.stop for loop in loops] == [n * BLOCK + 2 for n in (1, 2, 3, 4)]
+
+
 LONG_TEXT = 8192
 LAYOUTS = {
     "plain": {},
