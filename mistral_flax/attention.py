@@ -128,18 +128,19 @@ def attend_dot_product(
         return attend_eager(q_BTNH, k_BSKH, v_BSKH, visibility, dropout, rngs)[0], None
     visible_BTS = attention_mask(visibility)
     if jax.default_backend() == "cpu":
-        return _by_rows(q_BTNH, k_BSKH, v_BSKH, visible_BTS), None
-    # without it, float32 is multiplied in less on GPUs and TPUs
-    with jax.default_matmul_precision("highest" if q_BTNH.dtype == jnp.float32 else None):
-        o = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=visible_BTS[:, None])
-    # for a row that sees nothing it returns the mean of v
+        o = _by_rows(q_BTNH, k_BSKH, v_BSKH, visible_BTS)
+    else:
+        # without it, float32 is multiplied in less on GPUs and TPUs
+        with jax.default_matmul_precision("highest" if q_BTNH.dtype == jnp.float32 else None):
+            o = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=visible_BTS[:, None])
+    # for a row that sees nothing it is the mean of v
     return jnp.where(visible_BTS.any(-1)[:, :, None, None], o, 0), None
 
 
 def _by_rows(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visible_BTS: Array) -> Array:
     """The formula with all queries of a key/value head as rows of one product: XLA for CPUs then moves no scores.
 
-    X are the T tokens' G queries of a head.
+    X are the T tokens' G queries of a head. A row that sees nothing has the mean of v.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
@@ -148,13 +149,11 @@ def _by_rows(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visible_BTS: Array) ->
     q_BKXH = q_BTNH.reshape(B, T, K, G, H).swapaxes(1, 2).reshape(B, K, T * G, H)
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
     scores = jnp.einsum("BKXH,BKSH->BKXS", q_BKXH, k_BKSH, precision=highest, preferred_element_type=jnp.float32)
-    scores = scores.reshape(B, K, T, G, -1) * H**-0.5
-    # the lowest float, not -inf: a row that sees nothing stays finite, in its gradient too
+    scores = H**-0.5 * scores.reshape(B, K, T, G, -1)
     scores = jnp.where(visible_BTS[:, None, :, None], scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype).reshape(B, K, T * G, -1)
     o_BKXH = jnp.einsum("BKXS,BKSH->BKXH", weights, v_BKSH, precision=highest, preferred_element_type=jnp.float32)
-    o_BTNH = o_BKXH.astype(v_BSKH.dtype).reshape(B, K, T, G, H).swapaxes(1, 2).reshape(B, T, N, H)
-    return jnp.where(visible_BTS.any(-1)[:, :, None, None], o_BTNH, 0)
+    return o_BKXH.astype(v_BSKH.dtype).reshape(B, K, T, G, H).swapaxes(1, 2).reshape(B, T, N, H)
 
 
 def attend_splash(

@@ -63,12 +63,12 @@ MUTANTS = (
         tf=(_WINDOW, "query - key <= window")), implementation="blocked"),
     Mutant("a block's first keys left out", "whole window", spelled(
         "blocks.py", torch=("begin + keys - queries - window + 1", "begin + keys - queries - window + 2"),
-        flax=("loop.blocks, before + 1)", "loop.blocks, before)"), tf=("loop.blocks, before + 1)", "loop.blocks, before)")),
-        implementation="blocked", raises=True),
+        flax=("loop.blocks, _span(window))", "loop.blocks, _span(window) - 1)"),
+        tf=("loop.blocks, _span(window))", "loop.blocks, _span(window) - 1)")), implementation="blocked", raises=True),
     Mutant("a block's last keys left out", "whole window-none", spelled(
         "blocks.py", torch=("end + keys - queries))", "end + keys - queries - 1))"),
-        flax=("(before + end) * COLUMNS)", "(before + end - 1) * COLUMNS)"),
-        tf=("(before + end) * COLUMNS)", "(before + end - 1) * COLUMNS)")), implementation="blocked", raises=True),
+        flax=("(count - end) * COLUMNS)", "(count - end + 1) * COLUMNS)"),
+        tf=("(count - end) * COLUMNS)", "(count - end + 1) * COLUMNS)")), implementation="blocked", raises=True),
     Mutant("blocks of a text that is not in order", "whole holes", spelled(
         "blocks.py", torch=("return in_order, all_real", "return True, all_real"),
         flax=("return (most <= least).all()", "return (most <= least).all() | True"),
