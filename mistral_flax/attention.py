@@ -120,7 +120,7 @@ def attend_eager(
 def attend_dot_product(
     q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visibility: Visibility, dropout: float, rngs: Array | None
 ) -> tuple[Array, Array | None]:
-    """jax.nn.dot_product_attention; it never returns the weights.
+    """jax.nn.dot_product_attention, on a CPU the same by rows; it never returns the weights.
 
     Below float32 it mixes dtypes, in its gradient while that is compiled: JAX's strict switch has the formula instead.
     """

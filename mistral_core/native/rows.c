@@ -960,8 +960,6 @@ static void put_tiles(const Tiled *job, const float *c, int64_t r, int64_t o)
     }
 }
 
-static void put_bfloat16(uint16_t *to, const float *from, int64_t n);
-
 /* A block of w as its tiles are read. */
 typedef struct {
     const char *rows;
@@ -994,7 +992,7 @@ static Held held_codes(const Job *like, int64_t o, int64_t rows, int64_t first, 
         for (int64_t i = 0; i < columns; i += STRIP) {
             int64_t n = columns - i < STRIP ? columns - i : STRIP;
             decode(m, o + k, first + i, n, scale, zero, w);
-            put_bfloat16((uint16_t *)to + k * columns + i, w, n);
+            for (int64_t c = 0; c < n; c += PAIRED) _mm512_store_si512(to + (k * columns + i + c) * 2, bfloat16_of(w + c));
         }
     }
     return (Held){to, columns * 2, SIDE * columns * 2, 64};
@@ -1628,8 +1626,7 @@ static void put_bfloat16(uint16_t *to, const float *from, int64_t n)
 #ifdef WIDE
     int is_aligned = (uintptr_t)to % 64 == 0;
     for (; i + 32 <= n; i += 32) {
-        __m512i low = halves_rounded(_mm512_loadu_ps(from + i)), high = halves_rounded(_mm512_loadu_ps(from + i + 16));
-        __m512i both = _mm512_permutex2var_epi16(low, odd_halves(), high);
+        __m512i both = bfloat16_of(from + i);
         if (is_aligned) _mm512_stream_si512((void *)(to + i), both);
         else _mm512_storeu_si512(to + i, both);
     }

@@ -22,6 +22,12 @@ static inline __m512i odd_halves(void) /* the place of each upper half among two
                                      33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
     return _mm512_loadu_si512(odd);
 }
+
+static inline __m512i bfloat16_of(const float *x) /* 32 numbers, rounded */
+{
+    __m512i low = halves_rounded(_mm512_loadu_ps(x)), high = halves_rounded(_mm512_loadu_ps(x + 16));
+    return _mm512_permutex2var_epi16(low, odd_halves(), high);
+}
 #endif
 
 #if defined(__AVX512BW__) && defined(__linux__) && \
