@@ -120,14 +120,14 @@ def attend_eager(
 def attend_dot_product(
     q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visibility: Visibility, dropout: float, rngs: Array | None
 ) -> tuple[Array, Array | None]:
-    """jax.nn.dot_product_attention, on a CPU the same by rows; it never returns the weights.
+    """jax.nn.dot_product_attention, on one CPU the same by rows; it never returns the weights.
 
     Below float32 it mixes dtypes, in its gradient while that is compiled: JAX's strict switch has the formula instead.
     """
     if q_BTNH.dtype != jnp.float32 and jax.config.jax_numpy_dtype_promotion == "strict":
         return attend_eager(q_BTNH, k_BSKH, v_BSKH, visibility, dropout, rngs)[0], None
     visible_BTS = attention_mask(visibility)
-    if jax.default_backend() == "cpu":
+    if jax.default_backend() == "cpu" and jax.device_count() == 1:  # XLA cuts heads over devices, and no rows of them
         o = _by_rows(q_BTNH, k_BSKH, v_BSKH, visible_BTS)
     else:
         # without it, float32 is multiplied in less on GPUs and TPUs
