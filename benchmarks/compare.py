@@ -64,10 +64,12 @@ def ours(backend: str, family: str | None = None, *, compiling: str = "auto") ->
     return Program(name, family or backend, "ours", options, everywhere=compiling == "auto")
 
 
-def peer(name: str, family: str, module: str, python: str, *, everywhere: bool = False, **rest: Any) -> Program:
+def peer(
+    name: str, family: str, module: str, python: str, *, dtypes: tuple[str, ...] = FULL, everywhere: bool = False,
+    **options: Any,
+) -> Program:  # fmt: skip
     """A program of others, in an environment of its own."""
-    dtypes = rest.pop("dtypes", FULL)
-    return Program(name, family, module, rest, python, dtypes, everywhere)
+    return Program(name, family, module, options, python, dtypes, everywhere)
 
 
 PROGRAMS = (
@@ -157,10 +159,10 @@ def run(arguments: argparse.Namespace, scratch: str) -> tuple[Found, Limits]:
     return found, limits
 
 
-def attempt(module: str, asked: dict[str, Any], python: str | None, scratch: str) -> dict[str, Any] | None:
+def attempt(module: str, asked: dict[str, Any], python: str, scratch: str) -> dict[str, Any] | None:
     """A program's result; one that cannot do what is asked is reported, and the run goes on."""
     try:
-        return measure(module, asked, python=python or sys.executable, scratch=scratch)
+        return measure(module, asked, python=python, scratch=scratch)
     except MeasurementError as error:
         report(str(error))
         return None
