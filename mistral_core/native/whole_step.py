@@ -155,8 +155,8 @@ class WholeStep:
 
     def takes_prompt(self, ids_BT: np.ndarray, kept: Sequence[Sequence[np.ndarray]], capacity: int | None) -> bool:
         """Whether a prompt of these ids is computed here: of a bfloat16 model of whole tiles, and into such a cache."""
-        if not self._has_tiles or not self._is_laid_out(ids_BT, kept, capacity):
-            return False
+        if not self._has_tiles or not self._is_laid_out(ids_BT, kept, capacity) or ids_BT.shape[1] == 1:
+            return False  # a token of each row would pay for the order of tiles of all keys
         return kept[0][0].dtype.name == "bfloat16" and _prompt() is not None
 
     def _is_laid_out(self, ids_BT: np.ndarray, kept: Sequence[Sequence[np.ndarray]], capacity: int | None) -> bool:
@@ -190,9 +190,10 @@ class WholeStep:
         The rest is `step`'s; what a ring has no room for any more is seen by the new tokens that must, and then gone.
         """
         B, T = ids_BT.shape
-        ends = [np.array_split(x, -(-B * T // CHUNK), axis=1) for x in (ids_BT, mask_BT)]
+        count = min(-(-B * T // CHUNK), T)
+        pieces = zip(*(np.array_split(x, count, axis=1) for x in (ids_BT, mask_BT)), strict=True)
         chunks, length_B = [], np.asarray(length_B, np.int64)
-        for ids, mask in zip(*ends, strict=True):
+        for ids, mask in pieces:
             chunks.append(self._tokens(ids, mask, length_B, every=False))
             length_B = length_B + (mask != 0).sum(1)
         cache, arrays = _cache(kept)

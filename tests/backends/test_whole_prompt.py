@@ -191,6 +191,14 @@ def test_a_prompt_is_the_framework_s(backend, prompts, name, rows):
         assert_same(model, prompts, **ragged(rows, columns))
 
 
+def test_of_more_rows_than_a_chunk_has_tokens(backend, prompts):
+    """Every chunk has a column."""
+    ids = np.random.default_rng(3).integers(3, 90, (60, 2))
+    model = model_of(backend, CONFIGS["all keys"], "bfloat16")
+    assert_same(model, prompts, input_ids=ids, attention_mask=np.ones_like(ids))
+    assert prompts == [(60, 2)]
+
+
 def test_what_comes_after_a_past_sees_it(backend, prompts):
     """The second prompt is longer than the ring, whose tokens its first ones still see."""
     model = model_of(backend, CONFIGS["window"], "bfloat16")
