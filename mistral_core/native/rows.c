@@ -902,40 +902,51 @@ static void rows_of_floats(const void *argument, int64_t part)
 
 #endif
 
-/* ---- the product by tiles, of rows that are bfloat16 ---- */
+/* ---- the product by tiles ---- */
 
 #ifdef TILES
 
-enum { TALL = 2 * SIDE };                  /* rows of w that meet as many of x */
-enum { HELD = 128, HELD_COLUMNS = 2048 };  /* what stays of w in the second cache, */
-enum { MET = 512 };                        /* and the rows of x that it meets */
-enum { FEW_MET = 256 };                    /* so many do not pay for moving w into the order of tiles */
-enum { FIRST_TILED = 2, FIRST_PACKED = 17 }; /* rows of x from which on tiles are faster: of floats, of codes */
+enum { TALL = 2 * SIDE };       /* rows of w that meet as many of x */
+enum { HELD = 128, MET = 512 }; /* rows of w that stay in the second cache, and of x that they meet */
+enum { STEPS_BY_AMX = 64, STEPS_BY_VECTORS = 16 }; /* tiles of a strip: by vectors two panels of x stay in the first */
+enum { FEW_MET = 256 };         /* so many do not pay for moving w into the order of tiles */
 
 typedef struct {
     const Matrix *m;
     const void *x;
-    uint8_t *tiles; /* [rows of x / 16, I / 32] */
+    char *tiles; /* of x, a strip after another: [rows / 16, its tiles across] */
     void *y;
     int x_type, y_type;
-    int64_t R, rows_of_part;
+    Way way;
+    int64_t R, rows_of_part, panels, across, width; /* tiles across of all, and of a strip */
     atomic_int *failed, *more;
 } Tiled;
 
-/* Sixteen rows of x as a panel; `more` is set where a number is no bfloat16. */
-static void pair_rows(const void *argument, int64_t part)
+/* Where a strip of a panel of x begins, and how many tiles it has. */
+static char *strip_of(const Tiled *job, int64_t panel, int64_t first, int64_t *steps)
+{
+    *steps = job->across - first < job->width ? job->across - first : job->width;
+    return job->tiles + (first * job->panels + panel * *steps) * TILE;
+}
+
+/* Sixteen rows of x as a panel; `more` is set where a number of a pair is no bfloat16. */
+static void turn_rows(const void *argument, int64_t part)
 {
     const Tiled *job = argument;
-    int64_t I = job->m->I, first = part * SIDE, size = job->x_type == FLOAT32 ? 4 : 2;
+    int64_t I = job->m->I, first = part * SIDE, size = job->x_type == FLOAT32 ? 4 : 2, columns = columns_of(job->way);
+    int narrows = size == 4 && job->way != BY_VECTORS, widens = size == 2 && job->way == BY_VECTORS;
     __m512i more = _mm512_setzero_si512(), rows[SIDE];
-    for (int64_t i = 0; i < I; i += PAIRED) {
+    for (int64_t i = 0; i < I; i += columns) {
         for (int k = 0; k < SIDE; k++) {
             const char *from = (const char *)job->x + ((first + k) * I + i) * size;
             if (first + k >= job->R) rows[k] = _mm512_setzero_si512();
-            else rows[k] = size == 4 ? halves_of((const float *)from, &more) : _mm512_loadu_si512(from);
+            else if (narrows) rows[k] = halves_of((const float *)from, &more);
+            else if (widens) rows[k] = words_of(from);
+            else rows[k] = _mm512_loadu_si512(from);
         }
         transpose(rows);
-        uint8_t *tile = job->tiles + (part * (I / PAIRED) + i / PAIRED) * TILE;
+        int64_t across = i / columns, strip = across / job->width * job->width, steps;
+        char *tile = strip_of(job, part, strip, &steps) + (across - strip) * TILE;
         for (int k = 0; k < SIDE; k++) _mm512_store_si512(tile + 64 * k, rows[k]);
     }
     if (_mm512_test_epi32_mask(more, _mm512_set1_epi32(0xffff))) atomic_store(job->more, 1);
@@ -963,108 +974,131 @@ static void put_tiles(const Tiled *job, const float *c, int64_t r, int64_t o)
 /* A block of w as its tiles are read. */
 typedef struct {
     const char *rows;
-    int64_t stride, below, step; /* bytes: to the next row of a tile, to the tiles below, to the next tile */
+    int64_t stride, below, step; /* bytes: to the next row, to the rows below these, to the next tile */
 } Held;
 
-/* The block as it lies in memory, or moved to `to`, a tile after another. */
-static Held held_floats(const Matrix *m, int64_t o, int64_t rows, int64_t first, int64_t columns, int moves, char *to)
+/* The block in the order of tiles: where a line of a row goes. */
+static Held ordered(const char *to, Way way, int64_t steps)
 {
-    const char *from = (const char *)m->codes + o * m->row_bytes + first * 2;
-    if (!moves) return (Held){from, m->row_bytes, SIDE * m->row_bytes, 64};
-    int64_t below = columns / PAIRED * TILE;
-    for (int64_t k = 0; k < rows; k++)
-        for (int64_t n = 0; n < columns / PAIRED; n++) {
-            __m512i line = _mm512_loadu_si512(from + k * m->row_bytes + n * 64);
-            _mm512_store_si512(to + k / SIDE * below + n * TILE + k % SIDE * 64, line);
-        }
-    return (Held){to, 64, below, TILE};
+    int64_t rows = rows_of(way);
+    return (Held){to, 64, steps * rows * 64, rows * 64};
 }
 
-/* The block of a packed matrix, rounded to bfloat16. */
-static Held held_codes(const Job *like, int64_t o, int64_t rows, int64_t first, int64_t columns, char *to)
+/* The block as it lies in memory, or moved to `to`, a tile after another. */
+static Held held_floats(
+    const Matrix *m, Way way, int64_t o, int64_t rows, int64_t first, int64_t steps, int moves, char *to)
+{
+    const char *from = (const char *)m->codes + o * m->row_bytes + first * 64;
+    int64_t of_tile = rows_of(way);
+    if (!moves) return (Held){from, m->row_bytes, of_tile * m->row_bytes, 64};
+    Held held = ordered(to, way, steps);
+    for (int64_t k = 0; k < rows; k++)
+        for (int64_t n = 0; n < steps; n++) {
+            __m512i line = _mm512_loadu_si512(from + k * m->row_bytes + n * 64);
+            _mm512_store_si512(to + k / of_tile * held.below + n * held.step + k % of_tile * 64, line);
+        }
+    return held;
+}
+
+/* The block of a packed matrix, as floats or rounded to bfloat16. */
+static Held held_codes(const Job *like, Way way, int64_t o, int64_t rows, int64_t first, int64_t steps, char *to)
 {
     const Matrix *m = like->m;
+    int64_t columns = columns_of(way), all = steps * columns, of_tile = rows_of(way);
+    Held held = ordered(to, way, steps);
     float *zero, *scale;
     if (!(scale = scratch_for_scales(like, 1, STRIP * 4, &zero))) return (Held){0};
     float *w = scale + 2 * up_to(m->G + 16, 16);
     for (int64_t k = 0; k < rows; k++) {
+        char *tile = to + k / of_tile * held.below + k % of_tile * 64;
         row_scales(m, o + k, scale, zero);
-        for (int64_t i = 0; i < columns; i += STRIP) {
-            int64_t n = columns - i < STRIP ? columns - i : STRIP;
-            decode(m, o + k, first + i, n, scale, zero, w);
-            for (int64_t c = 0; c < n; c += PAIRED) _mm512_store_si512(to + (k * columns + i + c) * 2, bfloat16_of(w + c));
+        for (int64_t i = 0; i < all; i += STRIP) {
+            int64_t n = all - i < STRIP ? all - i : STRIP;
+            decode(m, o + k, first * columns + i, n, scale, zero, w);
+            for (int64_t c = 0; c < n; c += columns, tile += held.step)
+                _mm512_store_si512(tile, way == BY_VECTORS ? _mm512_loadu_si512(w + c) : bfloat16_of(w + c));
         }
     }
-    return (Held){to, columns * 2, SIDE * columns * 2, 64};
+    return held;
 }
 
 static void rows_by_tiles(const void *argument, int64_t part)
 {
     const Tiled *job = argument;
     const Matrix *m = job->m;
-    int64_t of_panel = m->I / PAIRED * TILE, end = (part + 1) * job->rows_of_part;
-    int64_t width = job->R > TALL && m->I > HELD_COLUMNS ? HELD_COLUMNS : m->I;
+    int is_floats = m->kind == FLOATS;
+    int64_t all = job->across, width = job->width, end = (part + 1) * job->rows_of_part;
     size_t sums = (size_t)MET * HELD * 4;
-    char *memory = scratch_of(2, sums + (size_t)(HELD * width) * 2);
+    char *memory = scratch_of(2, sums + (size_t)(HELD * width) * 64);
     if (!memory) {
         atomic_store(job->failed, ERROR_MEMORY);
         return;
     }
     Job like = {.m = m, .failed = job->failed};
     Tiling before;
-    use_tiles(&before);
+    use_tiles(job->way, &before);
     if (end > m->O) end = m->O;
     for (int64_t r = 0; r < job->R; r += MET)
         for (int64_t o = part * job->rows_of_part; o < end; o += HELD) {
             int64_t met = job->R - r < MET ? job->R - r : MET, rows = end - o < HELD ? end - o : HELD;
             int64_t calls = up_to(met, TALL) / TALL * (rows / TALL), call = 0;
-            for (int64_t i = 0; i < m->I; i += width, call = 0) {
-                int64_t columns = m->I - i < width ? m->I - i : width, steps = columns / PAIRED;
-                int is_last = i + width >= m->I, is_floats = m->kind == FLOATS;
-                Held w = is_floats ? held_floats(m, o, rows, i, columns, met > FEW_MET, memory + sums)
-                                   : held_codes(&like, o, rows, i, columns, memory + sums);
+            for (int64_t i = 0; i < all; i += width, call = 0) {
+                int64_t steps;
+                const char *of_x = strip_of(job, r / SIDE, i, &steps);
+                int is_last = i + width >= all;
+                Held w = is_floats ? held_floats(m, job->way, o, rows, i, steps, met > FEW_MET, memory + sums)
+                                   : held_codes(&like, job->way, o, rows, i, steps, memory + sums);
                 if (!w.rows) goto done;
                 const char *after = (const char *)m->codes + (is_last ? o + rows : o) * m->row_bytes;
-                if (!is_last) after += (i + width) * 2;
+                if (!is_last) after += (i + width) * 64;
                 for (int64_t x = 0; x < met; x += TALL)
                     for (int64_t k = 0; k < rows; k += TALL, call++) {
-                        const char *of_w = w.rows + k / SIDE * w.below;
-                        const uint8_t *of_x = job->tiles + (r + x) / SIDE * of_panel + i / PAIRED * TILE;
-                        float *c = (float *)memory + (width == m->I ? 0 : x * HELD + k * TALL);
-                        Ahead next = {0}; /* of the block after this one, the part of this call */
-                        if (is_floats && met > TALL) {
+                        Block block = {
+                            .a = w.rows + k / rows_of(job->way) * w.below, .stride = w.stride, .below = w.below,
+                            .step = w.step,
+                            .b = of_x + x / SIDE * steps * TILE, .panel = steps * TILE, .steps = steps,
+                            .c = (float *)memory + (width == all ? 0 : x * HELD + k * TALL), .c_stride = TALL * 4,
+                            .panels = met - x > SIDE ? 2 : 1, .adds = i > 0};
+                        if (is_floats && met > TALL) { /* of the block after this one, the part of this call */
                             int64_t begin = call * rows / calls, stop = (call + 1) * rows / calls;
-                            next = (Ahead){after + begin * m->row_bytes, m->row_bytes, stop - begin};
+                            block.next = (Ahead){after + begin * m->row_bytes, m->row_bytes, stop - begin};
                         }
-#define MULTIPLY(panels) \
-    multiply_tiles(panels, of_w, w.stride, w.below, w.step, of_x, of_panel, steps, i > 0, c, TALL * 4, next)
-                        if (met - x > SIDE) MULTIPLY(2);
-                        else MULTIPLY(1);
-#undef MULTIPLY
-                        if (is_last) put_tiles(job, c, r + x, o + k);
+                        if (met > FEW_MET) { /* and of the rows of x after these */
+                            int64_t lines = TALL * TALL / rows, part = steps * 64;
+                            block.soon = (Ahead){block.b + 2 * steps * TILE + k / TALL * lines * part, part, lines};
+                        }
+                        multiply_tiles(job->way, &block);
+                        if (is_last) put_tiles(job, block.c, r + x, o + k);
                     }
             }
         }
 done:
-    leave_tiles(&before);
+    leave_tiles(job->way, &before);
 }
 
-/* Whether y was computed by tiles: of rows that are bfloat16, and a matrix of whole tiles. Few rows meet packed codes as
-   they are, above. */
+/* Rows of x from which on tiles are faster. */
+static int64_t least_rows(const Matrix *m, Way way)
+{
+    return m->kind == FLOATS && way == BY_AMX ? 2 : 17;
+}
+
+/* Whether y was computed by tiles: of a matrix of whole ones, and of floats, or of rows that are bfloat16. Few rows meet
+   packed codes as they are, above. */
 static int is_done_by_tiles(
     const Matrix *m, const void *x, int x_type, void *y, int y_type, int64_t R, int threads, atomic_int *failed)
 {
-    int is_floats = m->kind == FLOATS, least = is_floats ? FIRST_TILED : FIRST_PACKED;
-    if (R < least || (is_floats && m->scale_type != BFLOAT16) || m->I % PAIRED || m->O % TALL) return 0;
-    if (!is_floats && x_type != BFLOAT16) return 0;
-    if (!are_there_tiles()) return 0;
-    int64_t panels = up_to(R, TALL) / SIDE;
-    uint8_t *tiles = scratch_of(0, (size_t)(panels * SIDE * m->I) * 2);
+    int type = m->kind == FLOATS ? m->scale_type : x_type;
+    Way way = way_of(type == BFLOAT16);
+    if (way == NO_WAY || R < least_rows(m, way) || m->I % columns_of(way) || m->O % TALL) return 0;
+    int64_t panels = up_to(R, TALL) / SIDE, across = m->I / columns_of(way), width = across;
+    if (way == BY_VECTORS && across > STEPS_BY_VECTORS) width = STEPS_BY_VECTORS;
+    if (way == BY_AMX && across > STEPS_BY_AMX && R > TALL) width = STEPS_BY_AMX;
+    char *tiles = scratch_of(0, (size_t)(panels * across * TILE));
     if (!tiles) return 0;
     int64_t size = up_to(m->O / 32 > TALL ? m->O / 32 : TALL, R > TALL ? HELD : TALL);
     atomic_int more = 0;
-    Tiled job = {m, x, tiles, y, x_type, y_type, R, size, failed, &more};
-    run_parts(pair_rows, &job, panels, threads);
+    Tiled job = {m, x, tiles, y, x_type, y_type, way, R, size, panels, across, width, failed, &more};
+    run_parts(turn_rows, &job, panels, threads);
     if (atomic_load(&more)) return 0;
     run_parts(rows_by_tiles, &job, (m->O + size - 1) / size, threads);
     return 1;

@@ -1,8 +1,8 @@
-/* A prompt in one call: many new tokens through all layers of a bfloat16 model, and into its cache, by tiles.
+/* A prompt in one call: many new tokens through all layers of a model, and into its cache, by tiles.
 
    The formulas are those of mistral_core/reference, the numbers those of its contract: sums in float32, each result
-   rounded once to bfloat16, which is what arrays hold here. Products are rows.c's, by address, and so are threads. The
-   weights of attention are rounded before they are divided by their sum.
+   rounded once to the model's type, which is what arrays hold here. Products are rows.c's, by address, and so are
+   threads. The weights of attention are rounded before they are divided by their sum.
 
    Axes: B rows of the batch, T new tokens of each, D hidden size, N query heads, K key/value heads, G = N / K, H head
    dimension, F intermediate size, V vocabulary, L layers, S slots of a ring, J keys that are seen, in their order. */
@@ -17,7 +17,6 @@
 
 #ifdef TILES
 
-static const Ahead NOTHING = {0};
 enum { BLOCK = 2 * SIDE, KEYS = 256, ROWS = 16 }; /* queries and keys that meet; rows that are one part of a job */
 
 /* What one chunk of a prompt is computed in. */
@@ -25,10 +24,11 @@ typedef struct {
     const Model *m;
     const Tokens *of;
     const Cache *cache;
+    Way way;
     int64_t layer, J; /* J: of the row that sees most, in whole blocks */
-    uint16_t *x, *h, *q, *k, *v, *g, *u;
-    uint16_t *weight; /* of a norm */
-    uint8_t *keys, *values; /* [B,K] of [J / 16, H / 32] and of [H / 16, J / 32] tiles */
+    char *x, *h, *q, *k, *v, *g, *u;
+    char *weight; /* of a norm */
+    char *keys, *values; /* [B,K] of J / 16 panels of tiles across H, and of H / 16 across J */
     int64_t *first, *count; /* [B]: the order of the first key that is seen, and how many are */
     int64_t *column; /* [B,T]: where the new token of an order after the past's stands */
     atomic_int *failed;
@@ -37,9 +37,11 @@ typedef struct {
 static int multiply(const Chunk *c, Parallel by, const Weight *w, const void *x, int64_t R, void *y, int y_type)
 {
     return product_by(
-        by, w->kind, w->codes, w->scale, w->scale_type, w->zero, w->O, w->I, w->high, w->wide, x, BFLOAT16, y, y_type,
+        by, w->kind, w->codes, w->scale, w->scale_type, w->zero, w->O, w->I, w->high, w->wide, x, c->m->type, y, y_type,
         R, w->rounded, c->m->threads);
 }
+
+static inline int64_t size_of(const Chunk *c) { return c->m->type == FLOAT32 ? 4 : 2; } /* bytes of a number */
 
 /* ---- rows: each part is some of them ---- */
 
@@ -64,24 +66,34 @@ static void every_row(const Chunk *c, Parallel by, OfRow of_row)
 
 static void embed(const Chunk *c, int64_t r)
 {
-    int64_t D = c->m->D;
-    memcpy(c->x + r * D, (const uint16_t *)c->m->embedding.codes + c->of->ids[r] * D, (size_t)D * 2);
+    int64_t of_row = c->m->D * size_of(c);
+    memcpy(c->x + r * of_row, (const char *)c->m->embedding.codes + c->of->ids[r] * of_row, (size_t)of_row);
 }
 
-static void normed(const Chunk *c, int64_t r)
-{
-    int64_t D = c->m->D;
-    norm_row(BFLOAT16, BFLOAT16, c->x + r * D, c->weight, D, c->m->eps, c->h + r * D);
-}
+/* A function of a row for each type, whose loops then know it. */
+#define OF_ROW(name) \
+    static void name(const Chunk *c, int64_t r) \
+    { \
+        if (c->m->type == FLOAT32) name##_as(FLOAT32, c, r); \
+        else name##_as(BFLOAT16, c, r); \
+    }
 
-/* x += h, and of that the norm. */
-static void added(const Chunk *c, int64_t r)
+static inline __attribute__((always_inline)) void normed_as(int type, const Chunk *c, int64_t r)
+{
+    int64_t D = c->m->D, at = r * D * size_of(c);
+    norm_row(type, type, c->x + at, c->weight, D, c->m->eps, c->h + at);
+}
+OF_ROW(normed)
+
+/* x += h. */
+static inline __attribute__((always_inline)) void added_as(int type, const Chunk *c, int64_t r)
 {
     int64_t D = c->m->D;
-    uint16_t *x = c->x + r * D, *h = c->h + r * D;
+    char *x = c->x + r * D * size_of(c), *h = c->h + r * D * size_of(c);
     for (int64_t i = 0; i < D; i += LANES)
-        given(BFLOAT16, x, i, D, rounded_lanes(taken(BFLOAT16, x, i, D) + taken(BFLOAT16, h, i, D)));
+        given(type, x, i, D, rounded_as(type, taken(type, x, i, D) + taken(type, h, i, D)));
 }
+OF_ROW(added)
 
 static void added_and_normed(const Chunk *c, int64_t r)
 {
@@ -89,64 +101,75 @@ static void added_and_normed(const Chunk *c, int64_t r)
     normed(c, r);
 }
 
-static void turned(const Chunk *c, int64_t r)
+static inline __attribute__((always_inline)) void turned_as(int type, const Chunk *c, int64_t r)
 {
     const Model *m = c->m;
     const float *cos = c->of->cos + r * (m->H / 2), *sin = c->of->sin + r * (m->H / 2);
-    uint16_t *q = c->q + r * m->N * m->H, *k = c->k + r * m->K * m->H;
-    turn_row(BFLOAT16, BFLOAT16, q, cos, sin, m->N, m->H, q);
-    turn_row(BFLOAT16, BFLOAT16, k, cos, sin, m->K, m->H, k);
+    char *q = c->q + r * m->N * m->H * size_of(c), *k = c->k + r * m->K * m->H * size_of(c);
+    turn_row(type, type, q, cos, sin, m->N, m->H, q);
+    turn_row(type, type, k, cos, sin, m->K, m->H, k);
     if (!c->of->query_scale) return;
     for (int64_t i = 0, n = m->N * m->H; i < n; i += LANES)
-        given(BFLOAT16, q, i, n, rounded_lanes(taken(BFLOAT16, q, i, n) * c->of->query_scale[r]));
+        given(type, q, i, n, rounded_as(type, taken(type, q, i, n) * c->of->query_scale[r]));
 }
+OF_ROW(turned)
 
-static void gated(const Chunk *c, int64_t r)
+static inline __attribute__((always_inline)) void gated_as(int type, const Chunk *c, int64_t r)
 {
-    int64_t F = c->m->F;
-    gate_row(BFLOAT16, BFLOAT16, c->g + r * F, c->u + r * F, F, c->g + r * F);
+    int64_t F = c->m->F, at = r * F * size_of(c);
+    gate_row(type, type, c->g + at, c->u + at, F, c->g + at);
 }
+OF_ROW(gated)
 
 /* ---- keys and values that are seen, past and new, in the order of their tokens, as tiles ---- */
 
 /* The key, or value, of column j of those that row b sees: [H] of a head; NULL after the last. */
-static const uint16_t *seen(const Chunk *c, const uint16_t *new, void *const *past, int64_t b, int64_t head, int64_t j)
+static const char *seen(const Chunk *c, const char *new, void *const *past, int64_t b, int64_t head, int64_t j)
 {
     const Model *m = c->m;
-    int64_t order = c->first[b] + j, S = c->cache->slots[c->layer], length = c->of->length[b];
+    int64_t order = c->first[b] + j, S = c->cache->slots[c->layer], length = c->of->length[b], T = c->of->T;
     if (j >= c->count[b]) return NULL;
-    if (order >= length) return new + ((b * c->of->T + c->column[b * c->of->T + order - length]) * m->K + head) * m->H;
-    return (const uint16_t *)past[c->layer] + ((b * S + order % S) * m->K + head) * m->H;
+    int64_t row = order >= length ? b * T + c->column[b * T + order - length] : b * S + order % S;
+    return (order >= length ? new : past[c->layer]) + (row * m->K + head) * m->H * size_of(c);
+}
+
+static inline __m512i line_of(const char *key, int64_t at)
+{
+    return key ? _mm512_loadu_si512(key + at) : _mm512_setzero_si512();
+}
+
+static inline __m512i half_line_of(const char *key, int64_t at)
+{
+    return _mm512_cvtepu16_epi32(key ? _mm256_loadu_si256((const void *)(key + at)) : _mm256_setzero_si256());
 }
 
 /* A part is 32 columns of a row and a head. */
-static void pair_keys(const void *argument, int64_t part)
+static void turn_keys(const void *argument, int64_t part)
 {
     const Chunk *c = argument;
-    int64_t H = c->m->H, blocks = c->J / BLOCK, pair = part / blocks, b = pair / c->m->K, head = pair % c->m->K;
+    int64_t H = c->m->H, size = size_of(c), columns = columns_of(c->way), of_pair = c->J * H * size;
+    int64_t blocks = c->J / BLOCK, pair = part / blocks, b = pair / c->m->K, head = pair % c->m->K;
     int64_t first = part % blocks * BLOCK;
-    uint8_t *keys = c->keys + pair * c->J * H * 2, *values = c->values + pair * c->J * H * 2;
     if (first >= up_to(c->count[b], BLOCK)) return;
-    for (int64_t j = first; j < first + BLOCK; j += SIDE)
-        for (int64_t i = 0; i < H; i += PAIRED) {
+    const char *key[BLOCK], *value[BLOCK];
+    for (int k = 0; k < BLOCK; k++) {
+        key[k] = seen(c, c->k, c->cache->keys, b, head, first + k);
+        value[k] = seen(c, c->v, c->cache->values, b, head, first + k);
+    }
+    for (int j = 0; j < BLOCK; j += SIDE)
+        for (int64_t i = 0; i < H; i += columns) {
             __m512i rows[SIDE];
-            for (int k = 0; k < SIDE; k++) {
-                const uint16_t *key = seen(c, c->k, c->cache->keys, b, head, j + k);
-                rows[k] = key ? _mm512_loadu_si512(key + i) : _mm512_setzero_si512();
-            }
+            for (int k = 0; k < SIDE; k++) rows[k] = line_of(key[j + k], i * size);
             transpose(rows);
-            uint8_t *tile = keys + (j / SIDE * (H / PAIRED) + i / PAIRED) * TILE;
+            char *tile = c->keys + pair * of_pair + ((first + j) / SIDE * (H / columns) + i / columns) * TILE;
             for (int k = 0; k < SIDE; k++) _mm512_store_si512(tile + k * 64, rows[k]);
         }
-    for (int64_t j = 0; j < BLOCK; j += 2) {
-        const uint16_t *even = seen(c, c->v, c->cache->values, b, head, first + j);
-        const uint16_t *odd = seen(c, c->v, c->cache->values, b, head, first + j + 1);
-        for (int64_t i = 0; i < H; i += SIDE) {
-            __m512i both = _mm512_setzero_si512();
-            if (even) both = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(even + i)));
-            if (odd) both = _mm512_or_si512(
-                both, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(odd + i))), 16));
-            _mm512_store_si512(values + (i / SIDE * blocks + first / BLOCK) * TILE + j / 2 * 64, both);
+    for (int64_t i = 0; i < H; i += SIDE) { /* of values a word is of one column, or of two */
+        char *tile = c->values + pair * of_pair + (i / SIDE * c->J + first) / columns * TILE;
+        for (int j = 0; j < BLOCK; j += columns / SIDE, tile += 64) {
+            __m512i words = size == 4 ? line_of(value[j], i * 4) : half_line_of(value[j], i * 2);
+            if (size == 2) words = _mm512_or_si512(words, _mm512_slli_epi32(half_line_of(value[j + 1], i * 2), 16));
+            _mm512_store_si512(tile, words);
         }
     }
 }
@@ -155,13 +178,13 @@ static void pair_keys(const void *argument, int64_t part)
 static void remember(const Chunk *c)
 {
     const Model *m = c->m;
-    int64_t T = c->of->T, S = c->cache->slots[c->layer], size = m->K * m->H;
+    int64_t T = c->of->T, S = c->cache->slots[c->layer], size = m->K * m->H * size_of(c);
     for (int64_t r = 0; r < c->of->B * T; r++) {
         int64_t order = c->of->order[r];
         if (order < 0) continue;
         int64_t to = (r / T * S + order % S) * size;
-        memcpy((uint16_t *)c->cache->keys[c->layer] + to, c->k + r * size, (size_t)size * 2);
-        memcpy((uint16_t *)c->cache->values[c->layer] + to, c->v + r * size, (size_t)size * 2);
+        memcpy((char *)c->cache->keys[c->layer] + to, c->k + r * size, (size_t)size);
+        memcpy((char *)c->cache->values[c->layer] + to, c->v + r * size, (size_t)size);
     }
 }
 
@@ -173,14 +196,14 @@ typedef struct {
 } Seen;
 
 /* Scores of a query as weights, rounded, to the most so far; its output so far follows. */
-static void weigh(
-    Seen *s, int64_t row, int64_t first, int64_t n, float by, float *score, uint16_t *weight, float *o, int64_t H)
+static inline __attribute__((always_inline)) void weigh_as(
+    int type, Seen *s, int64_t row, int64_t first, int64_t n, float by, float *score, void *weight, float *o, int64_t H)
 {
     int64_t from = s->from[row] - first, to = s->to[row] - first;
     const Lanes zeros = {0}, low = zeros - INFINITY;
     const Bits number = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     if (to <= 0 || from >= n) {
-        memset(weight, 0, (size_t)n * 2);
+        memset(weight, 0, (size_t)n * (type == FLOAT32 ? 4 : 2));
         return;
     }
     Lanes most = low, sums = {0};
@@ -198,7 +221,7 @@ static void weigh(
     for (int64_t j = 0; j < n; j += LANES) {
         Lanes e = exp_lanes(lanes_at(score + j) - best);
         sums += e;
-        given(BFLOAT16, weight, j, n, rounded_lanes(e));
+        given(type, weight, j, n, rounded_as(type, e));
     }
     if (best != s->most[row]) {
         Lanes before = low;
@@ -211,6 +234,13 @@ static void weigh(
     s->sum[row] += sum_of(sums);
 }
 
+static void weigh(
+    int type, Seen *s, int64_t row, int64_t first, int64_t n, float by, float *score, void *weight, float *o, int64_t H)
+{
+    if (type == FLOAT32) weigh_as(FLOAT32, s, row, first, n, by, score, weight, o, H);
+    else weigh_as(BFLOAT16, s, row, first, n, by, score, weight, o, H);
+}
+
 static void attend(const void *argument, int64_t part)
 {
     const Chunk *c = argument;
@@ -218,20 +248,22 @@ static void attend(const void *argument, int64_t part)
     int64_t T = c->of->T, G = m->N / m->K, H = m->H, window = m->layers[c->layer].window;
     int64_t blocks = (T * G + BLOCK - 1) / BLOCK, pair = part / blocks, b = pair / m->K, head = pair % m->K;
     int64_t row = part % blocks * BLOCK, rows = T * G - row < BLOCK ? T * G - row : BLOCK;
-    const uint8_t *keys = c->keys + pair * c->J * H * 2, *values = c->values + pair * c->J * H * 2;
+    int64_t size = size_of(c), columns = columns_of(c->way), of_row = H * size;
+    const char *keys = c->keys + pair * c->J * of_row, *values = c->values + pair * c->J * of_row;
     static _Thread_local struct {
         float scores[BLOCK * KEYS] __attribute__((aligned(64)));
-        uint16_t weights[BLOCK * KEYS] __attribute__((aligned(64)));
+        char weights[BLOCK * KEYS * 4] __attribute__((aligned(64)));
     } at;
-    float *o = aligned_alloc(64, (size_t)(BLOCK * H) * 6);
+    size_t memory = (size_t)(BLOCK * H * (4 + size));
+    float *o = aligned_alloc(64, memory);
     if (!o) {
         atomic_store(c->failed, ERROR_MEMORY);
         return;
     }
-    uint16_t *q = (uint16_t *)(o + BLOCK * H);
+    char *q = (char *)(o + BLOCK * H);
     Seen s;
     int64_t from = INT64_MAX, to = 0;
-    memset(o, 0, (size_t)(BLOCK * H) * 6);
+    memset(o, 0, memory);
     for (int64_t n = 0; n < BLOCK; n++) {
         int64_t order = n < rows ? c->of->order[b * T + (row + n) / G] : -1;
         int64_t oldest = window < 0 || order < window ? 0 : order - window + 1;
@@ -239,28 +271,37 @@ static void attend(const void *argument, int64_t part)
         s.from[n] = oldest - c->first[b], s.to[n] = order < 0 ? 0 : order + 1 - c->first[b];
         if (order < 0) continue;
         from = s.from[n] < from ? s.from[n] : from, to = s.to[n] > to ? s.to[n] : to;
-        memcpy(q + n * H, c->q + ((b * T + (row + n) / G) * m->N + head * G + (row + n) % G) * H, (size_t)H * 2);
+        const char *query = c->q + ((b * T + (row + n) / G) * m->N + head * G + (row + n) % G) * of_row;
+        memcpy(q + n * of_row, query, (size_t)of_row);
     }
     Tiling before;
-    use_tiles(&before);
+    use_tiles(c->way, &before);
     for (int64_t j = from / BLOCK * BLOCK; j < to; j += KEYS) {
-        int64_t n = up_to(to - j < KEYS ? to - j : KEYS, BLOCK);
-        for (int64_t k = 0; k < n; k += BLOCK)
-            multiply_tiles(2, q, H * 2, SIDE * H * 2, 64, keys + (j + k) / SIDE * (H / PAIRED) * TILE,
-                           H / PAIRED * TILE, H / PAIRED, 0, at.scores + k, KEYS * 4, NOTHING);
+        int64_t n = up_to(to - j < KEYS ? to - j : KEYS, BLOCK), across = H / columns, down = c->J / columns;
+        for (int64_t k = 0; k < n; k += BLOCK) {
+            Block block = {
+                .a = q, .stride = of_row, .below = rows_of(c->way) * of_row, .step = 64,
+                .b = keys + (j + k) / SIDE * across * TILE, .panel = across * TILE, .steps = across,
+                .c = at.scores + k, .c_stride = KEYS * 4, .panels = 2};
+            multiply_tiles(c->way, &block);
+        }
         for (int64_t i = 0; i < BLOCK; i++)
-            weigh(&s, i, j, n, 1 / sqrtf((float)H), at.scores + i * KEYS, at.weights + i * KEYS, o + i * H, H);
-        for (int64_t i = 0; i < H; i += BLOCK)
-            multiply_tiles(2, at.weights, KEYS * 2, SIDE * KEYS * 2, 64,
-                           values + (i / SIDE * (c->J / BLOCK) + j / BLOCK) * TILE, c->J / BLOCK * TILE, n / BLOCK, 1,
-                           o + i, H * 4, NOTHING);
+            weigh(m->type, &s, i, j, n, 1 / sqrtf((float)H), at.scores + i * KEYS, at.weights + i * KEYS * size,
+                  o + i * H, H);
+        for (int64_t i = 0; i < H; i += BLOCK) {
+            Block block = {
+                .a = at.weights, .stride = KEYS * size, .below = rows_of(c->way) * KEYS * size, .step = 64,
+                .b = values + (i / SIDE * down + j / columns) * TILE, .panel = down * TILE, .steps = n / columns,
+                .c = o + i, .c_stride = H * 4, .panels = 2, .adds = 1};
+            multiply_tiles(c->way, &block);
+        }
     }
-    leave_tiles(&before);
+    leave_tiles(c->way, &before);
     for (int64_t n = 0; n < rows; n++) {
-        uint16_t *y = c->h + ((b * T + (row + n) / G) * m->N + head * G + (row + n) % G) * H;
+        char *y = c->h + ((b * T + (row + n) / G) * m->N + head * G + (row + n) % G) * of_row;
         for (int64_t i = 0; i < H; i += LANES) {
             Lanes mean = s.sum[n] == 0 ? lanes_at(o + n * H + i) : lanes_at(o + n * H + i) / s.sum[n];
-            given(BFLOAT16, y, i, H, rounded_lanes(mean));
+            given(m->type, y, i, H, rounded_as(m->type, mean));
         }
     }
     free(o);
@@ -285,7 +326,8 @@ static void look(Chunk *c)
 
 static void take_weight(const Chunk *c, const float *weight)
 {
-    for (int64_t i = 0, D = c->m->D; i < D; i += LANES) given(BFLOAT16, c->weight, i, D, taken(FLOAT32, weight, i, D));
+    int64_t D = c->m->D;
+    for (int64_t i = 0; i < D; i += LANES) given(c->m->type, c->weight, i, D, taken(FLOAT32, weight, i, D));
 }
 
 static int all_layers(Chunk *c, Parallel by)
@@ -299,23 +341,23 @@ static int all_layers(Chunk *c, Parallel by)
         c->layer = l;
         take_weight(c, layer->input_norm);
         every_row(c, by, normed);
-        code |= multiply(c, by, &layer->q, c->h, R, c->q, BFLOAT16);
-        code |= multiply(c, by, &layer->k, c->h, R, c->k, BFLOAT16);
-        code |= multiply(c, by, &layer->v, c->h, R, c->v, BFLOAT16);
+        code |= multiply(c, by, &layer->q, c->h, R, c->q, m->type);
+        code |= multiply(c, by, &layer->k, c->h, R, c->k, m->type);
+        code |= multiply(c, by, &layer->v, c->h, R, c->v, m->type);
         every_row(c, by, turned);
         look(c);
-        run(by, pair_keys, c, c->of->B * m->K * (c->J / BLOCK), m->threads);
+        run(by, turn_keys, c, c->of->B * m->K * (c->J / BLOCK), m->threads);
         run(by, attend, c, c->of->B * m->K * ((c->of->T * G + BLOCK - 1) / BLOCK), m->threads);
         remember(c);
-        code |= multiply(c, by, &layer->o, c->h, R, c->q, BFLOAT16);
-        uint16_t *heads = c->h;
+        code |= multiply(c, by, &layer->o, c->h, R, c->q, m->type);
+        char *heads = c->h;
         c->h = c->q; /* [R,D], for which there is room */
         take_weight(c, layer->post_norm);
         every_row(c, by, added_and_normed);
-        code |= multiply(c, by, &layer->gate, c->h, R, c->g, BFLOAT16);
-        code |= multiply(c, by, &layer->up, c->h, R, c->u, BFLOAT16);
+        code |= multiply(c, by, &layer->gate, c->h, R, c->g, m->type);
+        code |= multiply(c, by, &layer->up, c->h, R, c->u, m->type);
         every_row(c, by, gated);
-        code |= multiply(c, by, &layer->down, c->g, R, c->h, BFLOAT16);
+        code |= multiply(c, by, &layer->down, c->g, R, c->h, m->type);
         every_row(c, by, added);
         c->q = c->h, c->h = heads;
     }
@@ -324,12 +366,13 @@ static int all_layers(Chunk *c, Parallel by)
 
 #endif
 
-/* Whether prompts are computed here. */
-int mistral_has_tiles(void)
+/* Whether prompts of models of a type are computed here. */
+int mistral_takes_prompts(int type)
 {
 #ifdef TILES
-    return are_there_tiles();
+    return way_of(type == BFLOAT16) != NO_WAY;
 #else
+    (void)type;
     return 0;
 #endif
 }
@@ -354,9 +397,10 @@ int mistral_prompt(const Model *m, const Cache *cache, const Tokens *of, int64_t
             }
     }
     J = up_to(J, BLOCK);
+    int64_t size = m->type == FLOAT32 ? 4 : 2, of_keys = size * m->K * m->H;
     int64_t sizes[12] = {
-        2 * R * m->D, 2 * R * wide, 2 * R * wide, 2 * R * m->K * m->H, 2 * R * m->K * m->H, 2 * R * deep, 2 * R * m->F,
-        2 * m->D, 2 * B * m->K * J * m->H, 2 * B * m->K * J * m->H, 16 * B, 8 * R};
+        size * R * m->D, size * R * wide, size * R * wide, R * of_keys, R * of_keys, size * R * deep, size * R * m->F,
+        size * m->D, B * J * of_keys, B * J * of_keys, 16 * B, 8 * R};
     char *part[12], *memory;
     int64_t total = 0;
     for (int i = 0; i < 12; i++) total += up_to(sizes[i], 64);
@@ -366,15 +410,15 @@ int mistral_prompt(const Model *m, const Cache *cache, const Tokens *of, int64_t
     int code = 0;
     for (int64_t i = 0; i < chunks && !code; i++) {
         Chunk c = {
-            .m = m, .of = of + i, .cache = cache, .x = (void *)part[0], .h = (void *)part[1], .q = (void *)part[2],
-            .k = (void *)part[3], .v = (void *)part[4], .g = (void *)part[5], .u = (void *)part[6],
-            .weight = (void *)part[7], .keys = (void *)part[8], .values = (void *)part[9], .first = (void *)part[10],
-            .count = (int64_t *)part[10] + B, .column = (void *)part[11], .failed = &failed};
+            .m = m, .of = of + i, .cache = cache, .way = way_of(m->type == BFLOAT16), .x = part[0], .h = part[1],
+            .q = part[2], .k = part[3], .v = part[4], .g = part[5], .u = part[6], .weight = part[7], .keys = part[8],
+            .values = part[9], .first = (int64_t *)part[10], .count = (int64_t *)part[10] + B,
+            .column = (int64_t *)part[11], .failed = &failed};
         code = all_layers(&c, by);
         if (!code) code = atomic_load(&failed);
         if (code || i + 1 < chunks) continue;
         for (int64_t b = 0; b < B; b++)
-            memmove(c.x + b * m->D, c.x + ((b + 1) * of[i].T - 1) * m->D, (size_t)m->D * 2);
+            memmove(c.x + b * m->D * size, c.x + ((b + 1) * of[i].T - 1) * m->D * size, (size_t)(m->D * size));
         take_weight(&c, m->norm);
         for (int64_t b = 0; b < B; b++) normed(&c, b);
         code = multiply(&c, by, &m->head, c.h, B, logits, FLOAT32);

@@ -2,7 +2,7 @@
 
 What a framework runs as a hundred operations a layer takes longer to call than to compute, for one token.
 `whole_step.c` computes the same formulas from the same memory: weights and caches are a framework's own arrays. A
-prompt in bfloat16 is `whole_prompt.c`'s where the processor multiplies tiles.
+prompt is `whole_prompt.c`'s: in float32 on a processor with AVX-512, in bfloat16 on one with AMX.
 """
 
 from __future__ import annotations
@@ -76,10 +76,10 @@ class _StepTokens(ctypes.Structure):
 
 
 @functools.cache
-def _prompt() -> Any:
-    """The function of C for prompts, or None where there is no compiler, or no tiles."""
+def _prompt(type: int) -> Any:
+    """The function of C for prompts of models of a type, or None where there is no compiler, or it has no way."""
     code, _ = library.bound(PROMPTS, ())
-    if code is None or not code.mistral_has_tiles():
+    if code is None or not code.mistral_takes_prompts(type):
         return None
     code.mistral_prompt.argtypes = [_P, _P, _P, _I64, _P, _P]
     return code.mistral_prompt
@@ -139,8 +139,8 @@ class WholeStep:
             config.hidden_size, config.head_dim, config.intermediate_size, config.vocab_size,
             config.num_key_value_heads * config.head_dim,
         )  # fmt: skip
-        whole = dtype == "bfloat16" and not any(size % TALL for size in sizes)
-        self._has_tiles = whole and not any(activations.values())
+        whole = not any(size % TALL for size in sizes) and not any(activations.values())
+        self._dtype, self._is_of_tiles = dtype, whole
 
     def takes(self, ids_BT: np.ndarray, kept: Sequence[Sequence[np.ndarray]], capacity: int | None) -> bool:
         """Whether a step of these ids is computed here: few, into rings as C has them, and none that one of them must
@@ -154,10 +154,10 @@ class WholeStep:
         )
 
     def takes_prompt(self, ids_BT: np.ndarray, kept: Sequence[Sequence[np.ndarray]], capacity: int | None) -> bool:
-        """Whether a prompt of these ids is computed here: of a bfloat16 model of whole tiles, and into such a cache."""
-        if not self._has_tiles or not self._is_laid_out(ids_BT, kept, capacity) or ids_BT.shape[1] == 1:
+        """Whether a prompt of these ids is computed here: of a model of whole tiles, and into a cache of its dtype."""
+        if not self._is_of_tiles or not self._is_laid_out(ids_BT, kept, capacity) or ids_BT.shape[1] == 1:
             return False  # a token of each row would pay for the order of tiles of all keys
-        return kept[0][0].dtype.name == "bfloat16" and _prompt() is not None
+        return kept[0][0].dtype.name == self._dtype and _prompt(TYPES[self._dtype]) is not None
 
     def _is_laid_out(self, ids_BT: np.ndarray, kept: Sequence[Sequence[np.ndarray]], capacity: int | None) -> bool:
         """Whether the arrays of a cache are as C has them."""
@@ -200,7 +200,7 @@ class WholeStep:
         tokens = (_StepTokens * len(chunks))(*(each for each, _ in chunks))
         logits = np.empty((B, 1, self.config.vocab_size), np.float32)
         library.check(
-            _prompt()(
+            _prompt(TYPES[self._dtype])(
                 ctypes.byref(self._model), ctypes.byref(cache), tokens, len(chunks), logits.ctypes.data, self._parallel
             )
         )
