@@ -33,6 +33,9 @@ CONFIGS = {
     "window": WHOLE.replace(sliding_window=40),
     "mixed": WHOLE.replace(sliding_window=7, layer_types=("full_attention", "sliding_attention")),
     "wide heads": WHOLE.replace(head_dim=64, num_attention_heads=1, num_key_value_heads=1, tie_word_embeddings=True),
+    "a query that ends before its block": WHOLE.replace(
+        head_dim=64, num_attention_heads=1, num_key_value_heads=1, sliding_window=240
+    ),
     "scaled queries": WHOLE.replace(
         model_type="ministral3", rope_scaling={
             "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4, "llama_4_scaling_beta": 0.1,
@@ -220,7 +223,8 @@ def test_of_packed_weights(backend, tiles, prompts, scheme):
 
 def test_other_models_caches_and_dtypes_are_the_framework_s(backend, tiles, prompts):
     ids = ragged(1, 40)
-    spoken(model_of(backend, TINY, tiles), "auto", **ids)
+    for config in (TINY, WHOLE.replace(head_dim=16), WHOLE.replace(hidden_size=144, head_dim=64)):
+        spoken(model_of(backend, config, tiles), "auto", **ids)
     spoken(model_of(backend, WHOLE, "float16"), "auto", **ids)
     spoken(model_of(backend, WHOLE, tiles), "auto", cache_dtype="int8", **ids)
     assert not prompts
