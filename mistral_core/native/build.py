@@ -93,15 +93,26 @@ def _key(text: bytes, compiler: list[str], flags: tuple[str, ...]) -> str:
     return hashlib.sha256(text + "\0".join(map(str, parts)).encode()).hexdigest()[:32]
 
 
+def is_intel() -> bool:
+    """Whether Intel made the processor, as far as the system says."""
+    return _facts().get("vendor_id") == "GenuineIntel"
+
+
 def _processor() -> str:
     """The processor's name and what it can do: a home directory is seen from several machines."""
+    facts, wanted = _facts(), ("model name", "flags", "Features", "CPU part")
+    if not facts:
+        return f"{platform.machine()} {platform.processor()}"
+    return platform.machine() + "".join(facts.get(name, "") for name in wanted)
+
+
+def _facts() -> dict[str, str]:
+    """What Linux says of the first processor; nothing elsewhere."""
     try:
         lines = reading.head(Path("/proc/cpuinfo"), 16384).decode(errors="replace").splitlines()
     except (OSError, CheckpointError):
-        return f"{platform.machine()} {platform.processor()}"
-    wanted = ("model name", "flags", "Features", "CPU part")
-    found = {name.strip(): value for name, _, value in (line.partition(":") for line in reversed(lines))}
-    return platform.machine() + "".join(found.get(name, "") for name in wanted)
+        return {}
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
 
 
 def _cache() -> Path:

@@ -106,12 +106,13 @@ class WholeStep:
     def __init__(
         self, config: MistralConfig, weights: Mapping[str, np.ndarray | PackedMatrix], *,
         activations: Mapping[str, str | None], dtype: str, memory: Callable[[Any], np.ndarray] = np.asarray,
-        threads: int = 0, parallel: int | None = None,
+        threads: int = 0, parallel: int | None = None, most_tokens: int | None = None,
     ) -> None:  # fmt: skip
         """`weights` are a language model's by canonical name, packed or floats of `dtype`; a tied head has none.
 
         `activations` says of packed ones how what they multiply is rounded. `memory` gives that of a cache's arrays.
-        `parallel` is the address of another library's threads, `rows.c`'s own without it.
+        `parallel` is the address of another library's threads, `rows.c`'s own without it. Prompts of more than
+        `most_tokens` are the framework's.
         """
         self.config, self._memory, self._parallel = config, memory, parallel
         self._table, self._scaling = rotary_table(config), query_scaling(config)
@@ -140,7 +141,7 @@ class WholeStep:
             config.num_key_value_heads * config.head_dim,
         )  # fmt: skip
         whole = not any(size % TALL for size in sizes) and not any(activations.values())
-        self._dtype, self._is_of_tiles = dtype, whole
+        self._dtype, self._is_of_tiles, self._most_tokens = dtype, whole, most_tokens
 
     def takes(self, ids_BT: np.ndarray, kept: Sequence[Sequence[np.ndarray]], capacity: int | None) -> bool:
         """Whether a step of these ids is computed here: few, into rings as C has them, and none that one of them must
@@ -157,6 +158,8 @@ class WholeStep:
         """Whether a prompt of these ids is computed here: of a model of whole tiles, and into a cache of its dtype."""
         if not self._is_of_tiles or not self._is_laid_out(ids_BT, kept, capacity) or ids_BT.shape[1] == 1:
             return False  # a token of each row would pay for the order of tiles of all keys
+        if self._most_tokens is not None and ids_BT.size > self._most_tokens:
+            return False
         return kept[0][0].dtype.name == self._dtype and _prompt(TYPES[self._dtype]) is not None
 
     def _is_laid_out(self, ids_BT: np.ndarray, kept: Sequence[Sequence[np.ndarray]], capacity: int | None) -> bool:
@@ -276,7 +279,7 @@ def _cache(kept: Sequence[Sequence[np.ndarray]]) -> tuple[_StepCache, list[Any]]
 
 def of_model(
     model: Any, *, dtype: str, array: Callable[[str], np.ndarray], memory: Callable[[Any], np.ndarray],
-    threads: int = 0, parallel: int | None = None,
+    threads: int = 0, parallel: int | None = None, most_tokens: int | None = None,
 ) -> WholeStep | None:  # fmt: skip
     """The step of a language model that is made of its own parts alone; None where its arrays are not as C has them.
 
@@ -297,5 +300,6 @@ def of_model(
             return None
     rounded = {name: part.activations for name, part in packed.items()}
     return WholeStep(
-        model.config, weights, activations=rounded, dtype=dtype, memory=memory, threads=threads, parallel=parallel
-    )
+        model.config, weights, activations=rounded, dtype=dtype, memory=memory, threads=threads, parallel=parallel,
+        most_tokens=most_tokens,
+    )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import ml_dtypes
@@ -228,6 +229,20 @@ def test_other_models_caches_and_dtypes_are_the_framework_s(backend, tiles, prom
     spoken(model_of(backend, WHOLE, "float16"), "auto", **ids)
     spoken(model_of(backend, WHOLE, tiles), "auto", cache_dtype="int8", **ids)
     assert not prompts
+
+
+@pytest.mark.parametrize("made_by_intel", [True, False])
+def test_many_tokens_in_float32_are_torch_s_where_mkl_is_at_home(backend, tiles, prompts, monkeypatch, made_by_intel):
+    vendor = "GenuineIntel" if made_by_intel else "AuthenticAMD"
+    monkeypatch.setattr(build, "_facts", lambda: {"vendor_id": vendor})
+    model, torch_s = model_of(backend, WHOLE, tiles), False
+    if backend.__name__ == "mistral_torch":
+        monkeypatch.setattr(importlib.import_module("mistral_torch.native"), "MANY_TOKENS", 40)
+        has_mkl = importlib.import_module("torch").backends.mkl.is_available()
+        torch_s = made_by_intel and has_mkl and tiles == "float32"
+    for columns in (20, 21):
+        spoken(model, "auto", input_ids=np.full((2, columns), 7))
+    assert prompts == ([(2, 20)] if torch_s else [(2, 20), (2, 21)])
 
 
 def test_an_id_that_is_none_is_refused(tiles):
