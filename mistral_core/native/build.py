@@ -106,6 +106,7 @@ def _processor() -> str:
     return platform.machine() + "".join(facts.get(name, "") for name in wanted)
 
 
+@functools.cache
 def _facts() -> dict[str, str]:
     """What Linux says of the first processor; nothing elsewhere."""
     try:
