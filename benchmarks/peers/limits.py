@@ -26,9 +26,9 @@ def reader() -> Callable[[], Any]:
     return lambda: tensor.sum()
 
 
-def numpy_reader() -> Callable[[], Any]:
-    """Reads 1 GiB by NumPy's maximum in a thread a core: the same beside every framework."""
-    parts = np.array_split(np.ones(READ // 8, np.uint64), os.cpu_count() or 1)
+def numpy_reader(size: int = READ) -> Callable[[], Any]:
+    """Reads so many bytes by NumPy's maximum in a thread a core: the same beside every framework."""
+    parts = np.array_split(np.ones(size // 8, np.uint64), os.cpu_count() or 1)
     pool = ThreadPoolExecutor(len(parts))
     return lambda: list(pool.map(np.max, parts))
 

@@ -10,7 +10,8 @@ from benchmarks import guard
 from benchmarks.common import shown
 
 KIND = "AMD, AVX-512, bfloat16, 2 cores"
-KEPT = {guard.BALANCE: 4.0, "float32: decode / read": 0.8, "int4: decode / bfloat16": 2.0}
+BALANCE = guard.BALANCES["float32"]
+KEPT = {BALANCE: 4.0, "float32: decode / read": 0.8, "int4: decode / bfloat16": 2.0}
 AMD = "processor\t: 0\nvendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2 avx512f avx512_bf16\n"
 
 
@@ -59,7 +60,7 @@ def test_exactly_what_fell_by_more_than_the_share_is_named():
     name = "int4: decode / bfloat16"
     assert guard.fallen("tf", KEPT, {**now, name: 2.0 * more}) == [("tf", name, 2.0, 2.0 * more)]
     assert guard.fallen("tf", KEPT, {name: value * 3 for name, value in KEPT.items()}) == []
-    assert guard.fallen("tf", KEPT, {**KEPT, guard.BALANCE: 3.0}) == [], "the machine's own"
+    assert guard.fallen("tf", KEPT, {**KEPT, BALANCE: 3.0}) == [], "the machine's own"
 
 
 def test_a_fall_is_said_with_both_numbers_and_the_status():
@@ -84,22 +85,22 @@ def test_the_nearest_balance_is_compared():
     """A machine that reads faster has other ratios, which are no fall."""
     fast = {name: value / 2 for name, value in KEPT.items()}
     both = kept_of(fast, KEPT)
-    for now, wanted in ((fast, fast), ({**fast, guard.BALANCE: 2.5}, fast), ({**KEPT, guard.BALANCE: 3.5}, KEPT)):
+    for now, wanted in ((fast, fast), ({**fast, BALANCE: 2.5}, fast), ({**KEPT, BALANCE: 3.5}, KEPT)):
         assert guard.nearest(both[KIND]["torch"], now) == wanted
     assert guard.compared(both, KIND, {"torch": [fast]})[1] == 0
-    assert guard.compared(both, KIND, {"torch": [{**fast, guard.BALANCE: 4.0}]})[1] == 1
+    assert guard.compared(both, KIND, {"torch": [{**fast, BALANCE: 4.0}]})[1] == 1
     text, status = guard.compared(kept_of(KEPT), KIND, {"torch": [fast]})
     assert status == 0
-    assert f"no ratios near {shown(2.0)} operations" in text
-    assert f"only at {shown(4.0)};" in text
+    assert f"no ratios near {shown(2.0)} {BALANCE}" in text
+    assert f"only at {shown(4.0)} {BALANCE};" in text
     assert "--write" in text
 
 
 def test_a_run_takes_the_place_of_those_of_its_balance():
-    runs = [{"ratios": {guard.BALANCE: value}} for value in (2.0, 4.0, 8.0)]
-    new = {"ratios": {guard.BALANCE: 4.4}}
+    runs = [{"ratios": {BALANCE: value}} for value in (2.0, 4.0, 8.0)]
+    new = {"ratios": {BALANCE: 4.4}}
     assert guard.with_run(runs, new) == [runs[0], new, runs[2]]
-    new = {"ratios": {guard.BALANCE: 2.83}}
+    new = {"ratios": {BALANCE: 2.83}}
     assert guard.with_run(runs, new) == [runs[0], new, runs[1], runs[2]]
 
 
@@ -125,16 +126,26 @@ def test_ratios_are_of_one_round():
     assert found["float32: decode, batch 16 / 1"] == pytest.approx(4)
     assert found["int8: decode / bfloat16"] == pytest.approx(2)
     assert found["int4: decode / bfloat16"] == pytest.approx(4)
-    assert found["float32: decode / read"] == pytest.approx(2 * found["bfloat16: decode / read"])
-    numbers = 2 * 54.5e6 + 8192 * 2048  # of two layers and the head
-    assert found["float32: decode / read"] == pytest.approx(4 * numbers / 0.1 / 2**30, rel=0.01)
+    assert found["float32: decode / read"] == found["bfloat16: decode / read"] == pytest.approx(1 / 0.1)
     assert found["float32: prompt / matmul"] == pytest.approx(2 * 109e6 * 128 / 0.5 / guard.PRODUCT, rel=0.01)
-    assert found[guard.BALANCE] == pytest.approx(guard.PRODUCT / 2**30)
+    numbers = 2 * 54.5e6 + 8192 * 2048  # of two layers and the head
+    for dtype, size in (("float32", 4), ("bfloat16", 2)):
+        assert guard.moved(dtype) == pytest.approx(size * numbers, rel=0.01)
+        assert found[guard.BALANCES[dtype]] == guard.PRODUCT / guard.moved(dtype)
     slower = guard.ratios(one_round(**{"matmul bfloat16": 2.0, "read beside bfloat16": 3.0}))
     changed = {name: slower[name] / found[name] for name in found if slower[name] != found[name]}
     assert changed == {
-        "bfloat16: decode / read": pytest.approx(3), "bfloat16: prompt / matmul": pytest.approx(2)
+        "bfloat16: decode / read": pytest.approx(3), "bfloat16: prompt / matmul": pytest.approx(2),
+        "bfloat16: operations / byte": pytest.approx(1.5),
     }  # fmt: skip
+
+
+def test_balances_that_both_runs_have_are_compared():
+    """bfloat16 multiplies as fast or as slow as float32 does not: both count, where both were kept."""
+    other = guard.BALANCES["bfloat16"]
+    assert guard.is_near(KEPT, {BALANCE: 4.0, other: 30.0})
+    assert not guard.is_near({BALANCE: 4.0, other: 50.0}, {BALANCE: 4.0, other: 30.0})
+    assert not guard.is_near({BALANCE: 8.0, other: 30.0}, {BALANCE: 4.0, other: 30.0})
 
 
 def test_what_is_kept_in_the_repository_can_be_compared():
@@ -142,5 +153,5 @@ def test_what_is_kept_in_the_repository_can_be_compared():
     for of_kind in json.loads(guard.KEPT.read_text()).values():
         assert of_kind.keys() == {"torch", "flax", "tf"}
         for run in (run for runs in of_kind.values() for run in runs):
-            assert run["ratios"].keys() == wanted
+            assert run["ratios"].keys() | {guard.BALANCES["bfloat16"]} == wanted
             assert all(value > 0 for value in run["ratios"].values())
