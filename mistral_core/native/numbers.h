@@ -138,7 +138,9 @@ static inline __attribute__((always_inline)) void given(int type, void *to, int6
     else memcpy((uint16_t *)to + i, &halves, (size_t)left * 2);
 }
 
+static inline int64_t bytes_of(int type) { return type == FLOAT32 ? 4 : 2; } /* of a number */
+
 static inline const void *at(int type, const void *from, int64_t i)
 {
-    return (const char *)from + i * (type == FLOAT32 ? 4 : 2);
+    return (const char *)from + i * bytes_of(type);
 }

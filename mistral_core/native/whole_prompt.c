@@ -41,7 +41,7 @@ static int multiply(const Chunk *c, Parallel by, const Weight *w, const void *x,
         R, w->rounded, c->m->threads);
 }
 
-static inline int64_t size_of(const Chunk *c) { return c->m->type == FLOAT32 ? 4 : 2; } /* bytes of a number */
+static inline int64_t size_of(const Chunk *c) { return bytes_of(c->m->type); }
 
 /* ---- rows: each part is some of them ---- */
 
@@ -203,7 +203,7 @@ static inline __attribute__((always_inline)) void weigh_as(
     const Lanes zeros = {0}, low = zeros - INFINITY;
     const Bits number = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     if (to <= 0 || from >= n) {
-        memset(weight, 0, (size_t)n * (type == FLOAT32 ? 4 : 2));
+        memset(weight, 0, (size_t)(n * bytes_of(type)));
         return;
     }
     Lanes most = low, sums = {0};
@@ -397,7 +397,7 @@ int mistral_prompt(const Model *m, const Cache *cache, const Tokens *of, int64_t
             }
     }
     J = up_to(J, BLOCK);
-    int64_t size = m->type == FLOAT32 ? 4 : 2, of_keys = size * m->K * m->H;
+    int64_t size = bytes_of(m->type), of_keys = size * m->K * m->H;
     int64_t sizes[12] = {
         size * R * m->D, size * R * wide, size * R * wide, R * of_keys, R * of_keys, size * R * deep, size * R * m->F,
         size * m->D, B * J * of_keys, B * J * of_keys, 16 * B, 8 * R};
