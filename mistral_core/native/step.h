@@ -2,7 +2,15 @@
 
 #include <stdint.h>
 
-enum { CODES = 3 }; /* the type of a cache of int8 codes with scales */
+enum { CODES = 3 };  /* the type of a cache of int8 codes with scales */
+enum { FLOATS = 4 }; /* the kind of a weight that is numbers of the model's type */
+
+/* sgemm of BLAS, c = alpha a b + beta c by columns; whole numbers are small and are read as 32 bits or as 64. */
+typedef void (*Gemm)(
+    const char *turn_a, const char *turn_b, const int64_t *m, const int64_t *n, const int64_t *k, const float *alpha,
+    const float *a, const int64_t *lda, const float *b, const int64_t *ldb, const float *beta, float *c,
+    const int64_t *ldc);
+
 typedef struct {
     int32_t kind, scale_type, rounded, unused;
     const void *codes, *scale;
@@ -24,6 +32,7 @@ typedef struct {
     const Layer *layers;
     const float *norm;
     Weight embedding, head;
+    Gemm gemm; /* what multiplies many rows of a prompt, of a model in float32; NULL: rows.c */
 } Model;
 
 typedef struct {

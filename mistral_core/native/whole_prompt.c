@@ -1,8 +1,8 @@
 /* A prompt in one call: many new tokens through all layers of a model, and into its cache, by tiles.
 
    The formulas are those of mistral_core/reference, the numbers those of its contract: sums in float32, each result
-   rounded once to the model's type, which is what arrays hold here. Products are rows.c's, by address, and so are
-   threads. The weights of attention are rounded before they are divided by their sum.
+   rounded once to the model's type, which is what arrays hold here. Products are rows.c's, by address, or of another
+   library, and so are threads. The weights of attention are rounded before they are divided by their sum.
 
    Axes: B rows of the batch, T new tokens of each, D hidden size, N query heads, K key/value heads, G = N / K, H head
    dimension, F intermediate size, V vocabulary, L layers, S slots of a ring, J keys that are seen, in their order. */
@@ -18,6 +18,7 @@
 #ifdef TILES
 
 enum { BLOCK = 2 * SIDE, KEYS = 256, ROWS = 16 }; /* queries and keys that meet; rows that are one part of a job */
+enum { MANY_ROWS = 256 }; /* the fewest for which another library is asked for a product */
 
 /* What one chunk of a prompt is computed in. */
 typedef struct {
@@ -36,6 +37,11 @@ typedef struct {
 
 static int multiply(const Chunk *c, Parallel by, const Weight *w, const void *x, int64_t R, void *y, int y_type)
 {
+    if (c->m->gemm && R >= MANY_ROWS && w->kind == FLOATS) {
+        const float one = 1, none = 0;
+        c->m->gemm("T", "N", &w->O, &R, &w->I, &one, w->codes, &w->I, x, &w->I, &none, y, &w->O);
+        return 0;
+    }
     return product_by(
         by, w->kind, w->codes, w->scale, w->scale_type, w->zero, w->O, w->I, w->high, w->wide, x, c->m->type, y, y_type,
         R, w->rounded, c->m->threads);

@@ -29,6 +29,8 @@ FEW_TOKENS = 16
 """The most new tokens of all rows together that are faster here than in a framework's products of many rows."""
 CHUNK = 512
 """About how many tokens of a prompt go through all layers at once: what is between them stays in the caches."""
+LARGE_CHUNK = 2048
+"""The same where another library multiplies, which gains by more rows than caches hold."""
 TALL = 32
 """What the sizes of a model are multiples of where tiles compute it."""
 
@@ -58,6 +60,7 @@ class _StepModel(ctypes.Structure):
     _fields_ = [
         *((name, _I64) for name in ("D", "N", "K", "H", "F", "V", "L")), ("type", _I32), ("threads", _I32),
         ("eps", _F), ("unused", _I32), ("layers", _P), ("norm", _P), ("embedding", _StepWeight), ("head", _StepWeight),
+        ("gemm", _P),
     ]  # fmt: skip
 
 
@@ -106,13 +109,13 @@ class WholeStep:
     def __init__(
         self, config: MistralConfig, weights: Mapping[str, np.ndarray | PackedMatrix], *,
         activations: Mapping[str, str | None], dtype: str, memory: Callable[[Any], np.ndarray] = np.asarray,
-        threads: int = 0, parallel: int | None = None, most_tokens: int | None = None,
+        threads: int = 0, parallel: int | None = None, gemm: int | None = None,
     ) -> None:  # fmt: skip
         """`weights` are a language model's by canonical name, packed or floats of `dtype`; a tied head has none.
 
         `activations` says of packed ones how what they multiply is rounded. `memory` gives that of a cache's arrays.
-        `parallel` is the address of another library's threads, `rows.c`'s own without it. Prompts of more than
-        `most_tokens` are the framework's.
+        `parallel` is the address of another library's threads, `rows.c`'s own without it; `gemm` that of a BLAS' sgemm
+        that multiplies many rows faster, where the model is in float32.
         """
         self.config, self._memory, self._parallel = config, memory, parallel
         self._table, self._scaling = rotary_table(config), query_scaling(config)
@@ -133,7 +136,7 @@ class WholeStep:
             config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim,
             config.intermediate_size, config.vocab_size, config.num_hidden_layers, TYPES[dtype], threads,
             config.rms_norm_eps, 0, ctypes.addressof(layers), self._floats(weights["model.norm.weight"]),
-            embedding, head,
+            embedding, head, gemm if dtype == "float32" else None,
         )  # fmt: skip
         self._kept.append(layers)
         sizes = (
@@ -141,7 +144,7 @@ class WholeStep:
             config.num_key_value_heads * config.head_dim,
         )  # fmt: skip
         whole = not any(size % TALL for size in sizes) and not any(activations.values())
-        self._dtype, self._is_of_tiles, self._most_tokens = dtype, whole, most_tokens
+        self._dtype, self._is_of_tiles = dtype, whole
 
     def takes(self, ids_BT: np.ndarray, kept: Sequence[Sequence[np.ndarray]], capacity: int | None) -> bool:
         """Whether a step of these ids is computed here: few, into rings as C has them, and none that one of them must
@@ -158,8 +161,6 @@ class WholeStep:
         """Whether a prompt of these ids is computed here: of a model of whole tiles, and into a cache of its dtype."""
         if not self._is_of_tiles or not self._is_laid_out(ids_BT, kept, capacity) or ids_BT.shape[1] == 1:
             return False  # a token of each row would pay for the order of tiles of all keys
-        if self._most_tokens is not None and ids_BT.size > self._most_tokens:
-            return False
         return kept[0][0].dtype.name == self._dtype and _prompt(TYPES[self._dtype]) is not None
 
     def _is_laid_out(self, ids_BT: np.ndarray, kept: Sequence[Sequence[np.ndarray]], capacity: int | None) -> bool:
@@ -193,7 +194,7 @@ class WholeStep:
         The rest is `step`'s; what a ring has no room for any more is seen by the new tokens that must, and then gone.
         """
         B, T = ids_BT.shape
-        count = min(-(-B * T // CHUNK), T)
+        count = min(-(-B * T // (LARGE_CHUNK if self._model.gemm else CHUNK)), T)
         pieces = zip(*(np.array_split(x, count, axis=1) for x in (ids_BT, mask_BT)), strict=True)
         chunks, length_B = [], np.asarray(length_B, np.int64)
         for ids, mask in pieces:
@@ -279,7 +280,7 @@ def _cache(kept: Sequence[Sequence[np.ndarray]]) -> tuple[_StepCache, list[Any]]
 
 def of_model(
     model: Any, *, dtype: str, array: Callable[[str], np.ndarray], memory: Callable[[Any], np.ndarray],
-    threads: int = 0, parallel: int | None = None, most_tokens: int | None = None,
+    threads: int = 0, parallel: int | None = None, gemm: int | None = None,
 ) -> WholeStep | None:  # fmt: skip
     """The step of a language model that is made of its own parts alone; None where its arrays are not as C has them.
 
@@ -301,5 +302,5 @@ def of_model(
     rounded = {name: part.activations for name, part in packed.items()}
     return WholeStep(
         model.config, weights, activations=rounded, dtype=dtype, memory=memory, threads=threads, parallel=parallel,
-        most_tokens=most_tokens,
+        gemm=gemm,
     )  # fmt: skip

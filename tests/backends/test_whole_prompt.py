@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import itertools
 
@@ -11,6 +12,7 @@ import pytest
 from test_native import random_matrix
 from test_whole_step import EPS, model_of
 
+from conformance.weights import random_parameters
 from mistral_core.config.presets import TINY
 from mistral_core.errors import InputError
 from mistral_core.native import build, library, whole_step
@@ -75,7 +77,8 @@ def prompts(tiles, monkeypatch):
         return of_c(self, ids_BT, *others)
 
     monkeypatch.setattr(whole_step.WholeStep, "prompt", prompt)
-    monkeypatch.setattr(whole_step, "CHUNK", 48)
+    for chunk in ("CHUNK", "LARGE_CHUNK"):
+        monkeypatch.setattr(whole_step, chunk, 48)
     return seen
 
 
@@ -231,23 +234,80 @@ def test_other_models_caches_and_dtypes_are_the_framework_s(backend, tiles, prom
     assert not prompts
 
 
-@pytest.mark.parametrize("made_by_intel", [True, False])
-def test_many_tokens_in_float32_are_torch_s_where_mkl_is_at_home(backend, tiles, prompts, monkeypatch, made_by_intel):
-    vendor = "GenuineIntel" if made_by_intel else "AuthenticAMD"
+SGEMM = ctypes.CFUNCTYPE(
+    None, *[ctypes.c_char_p] * 2, *[ctypes.POINTER(ctypes.c_int64)] * 3, ctypes.POINTER(ctypes.c_float),
+    *[ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64)] * 2, ctypes.POINTER(ctypes.c_float), ctypes.c_void_p,
+    ctypes.POINTER(ctypes.c_int64),
+)  # fmt: skip
+
+
+@pytest.fixture
+def gemm():
+    """A BLAS' sgemm by NumPy, and the sizes R, I, O of what it was asked."""
+    asked = []
+
+    def floats(address, shape):
+        return np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), shape)
+
+    @SGEMM
+    def sgemm(turn_a, turn_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
+        asked.append((n[0], k[0], m[0]))
+        of_by_columns = (turn_a, turn_b, alpha[0], lda[0], ldb[0], beta[0], ldc[0])
+        if of_by_columns == (b"T", b"N", 1, k[0], k[0], 0, m[0]):
+            floats(c, (n[0], m[0]))[:] = floats(b, (n[0], k[0])) @ floats(a, (m[0], k[0])).T
+
+    return sgemm, asked
+
+
+def first_logits(weights, dtype, columns, **options):
+    """Those of a prompt of two rows into an empty cache."""
+    step = whole_step.WholeStep(WHOLE, weights, activations=dict.fromkeys(weights), dtype=dtype, **options)
+    ids = np.random.default_rng(0).integers(3, 90, (2, columns))
+    kept = [[np.zeros((2, columns, 2, 32), dtype) for _ in range(2)] for _ in range(2)]
+    return step.prompt(ids, np.ones_like(ids), np.zeros(2, np.int64), [*kept, (), ()])
+
+
+def test_many_rows_in_float32_are_another_library_s(tiles, gemm, monkeypatch):
+    """Of each chunk of 256 rows and more all products, and the same logits; of few rows and of bfloat16 none."""
+    monkeypatch.setattr(whole_step, "LARGE_CHUNK", 512)
+    sgemm, asked = gemm
+    address = ctypes.cast(sgemm, ctypes.c_void_p).value
+    weights = {name: x.astype(tiles) for name, x in random_parameters(WHOLE, "MistralForCausalLM").items()}
+    of_layer = [(128, 192), (128, 64), (128, 64), (192, 128), (128, 160), (128, 160), (160, 128)]
+    for columns, wanted in (
+        (127, []),
+        (128, [(256, *each) for each in of_layer] * 2),
+        (258, [(258, *each) for each in of_layer] * 4),
+    ):
+        found, own = (first_logits(weights, tiles, columns, **given) for given in ({"gemm": address}, {}))
+        assert asked == (wanted if tiles == "float32" else [])
+        assert np.abs(found - own).max() <= STEPS_OF_ROUNDING[tiles] * EPS[tiles] * np.abs(own).max()
+        asked.clear()
+
+
+def test_packed_matrices_are_not_another_library_s(tiles, gemm):
+    sgemm, asked = gemm
+    weights = {name: x.astype(tiles) for name, x in random_parameters(WHOLE, "MistralForCausalLM").items()}
+    for name in (name for name in weights if name.endswith("proj.weight")):
+        weights[name] = random_matrix("int8", weights[name].shape, (1, None))
+    assert np.isfinite(first_logits(weights, tiles, 130, gemm=ctypes.cast(sgemm, ctypes.c_void_p).value)).all()
+    assert not asked
+
+
+@pytest.mark.parametrize("vendor", ["GenuineIntel", "AuthenticAMD"])
+def test_torch_multiplies_by_mkl_where_it_is_at_home(backend, tiles, prompts, monkeypatch, vendor):
     monkeypatch.setattr(build, "_facts", lambda: {"vendor_id": vendor})
-    model, torch_s = model_of(backend, WHOLE, tiles), False
+    monkeypatch.setattr(whole_step, "LARGE_CHUNK", 512)
+    native, has_one = importlib.import_module(f"{backend.__name__}.native"), False
     if backend.__name__ == "mistral_torch":
-        monkeypatch.setattr(importlib.import_module("mistral_torch.native"), "MANY_TOKENS", 40)
-        has_mkl = importlib.import_module("torch").backends.mkl.is_available()
-        torch_s = made_by_intel and has_mkl and tiles == "float32"
-    for columns in (20, 21):
-        spoken(model, "auto", input_ids=np.full((2, columns), 7))
-    assert prompts == ([(2, 20)] if torch_s else [(2, 20), (2, 21)])
+        has_one = vendor == "GenuineIntel" and importlib.import_module("torch").backends.mkl.is_available()
+        assert (native.sgemm() is not None) == has_one
+    model = model_of(backend, WHOLE, tiles)
+    assert (native.whole_step_of(model)._model.gemm is not None) == (has_one and tiles == "float32")
+    assert_same(tiles, model, prompts, **ragged(2, 300))
 
 
 def test_an_id_that_is_none_is_refused(tiles):
-    from conformance.weights import random_parameters
-
     weights = {name: x.astype(tiles) for name, x in random_parameters(WHOLE, "MistralForCausalLM").items()}
     step = whole_step.WholeStep(WHOLE, weights, activations={}, dtype=tiles)
     kept = [[np.zeros((1, 60, 2, 32), tiles) for _ in range(2)] for _ in range(2)]
