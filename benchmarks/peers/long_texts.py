@@ -1,6 +1,6 @@
 """A loss, a prompt or a training step over one long text of our own, in any backend.
 
-Options: backend, what (score, prefill, train, attend), layout (plain, padded, packed).
+Options: backend, what (score, prefill, train, attend), layout (plain, padded, packed), rows.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ REPEATED = 8192
 """The longest text whose time is the median of three calls."""
 
 
-def inputs(layout: str, *, tokens: int, window: int, vocabulary: int) -> dict[str, np.ndarray]:
+def inputs(layout: str, *, rows: int, tokens: int, window: int, vocabulary: int) -> dict[str, np.ndarray]:
     """Ids, and what says how they are laid out."""
-    rows = 2 if layout == "padded" else 1
     ids = np.random.default_rng(0).integers(3, vocabulary, (rows, tokens // rows))
     if layout == "padded":
         mask = np.ones_like(ids)
@@ -148,7 +147,8 @@ CALLS = {"torch": call_torch, "flax": call_flax, "tf": call_tf}
 def main() -> None:
     asked = task()
     options, tokens, config = asked["options"], asked["tokens"], MistralConfig(**asked["sizes"])
-    given = inputs(options["layout"], tokens=tokens, window=asked["window"], vocabulary=config.vocab_size)
+    sizes = {"rows": options["rows"], "tokens": tokens, "window": asked["window"], "vocabulary": config.vocab_size}
+    given = inputs(options["layout"], **sizes)
     call = CALLS[options["backend"]](config, {**options, "dtype": asked["dtype"]}, given)
     before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     call()
