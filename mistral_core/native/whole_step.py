@@ -27,6 +27,8 @@ TYPES = {"float32": 0, "bfloat16": 1}
 CACHE_TYPES = {**TYPES, "int8": 3}
 FEW_TOKENS = 16
 """The most new tokens of all rows together that are faster here than in a framework's products of many rows."""
+SEVERAL_TOKENS = 64
+"""The same where products are by tiles; of one new token a row there may be any number of rows."""
 CHUNK = 512
 """About how many tokens of a prompt go through all layers at once: what is between them stays in the caches."""
 LARGE_CHUNK = 2048
@@ -146,16 +148,25 @@ class WholeStep:
         whole = not any(size % TALL for size in sizes) and not any(activations.values())
         self._dtype, self._is_of_tiles = dtype, whole
 
-    def takes(self, ids_BT: np.ndarray, kept: Sequence[Sequence[np.ndarray]], capacity: int | None) -> bool:
+    def takes(
+        self, ids_BT: np.ndarray, kept: Sequence[Sequence[np.ndarray]], capacity: int | None, *, every: bool = False
+    ) -> bool:
         """Whether a step of these ids is computed here: few, into rings as C has them, and none that one of them must
         still see is overwritten. `kept` is what `step` takes.
         """
-        if ids_BT.size > FEW_TOKENS or not self._is_laid_out(ids_BT, kept, capacity):
+        if ids_BT.size > FEW_TOKENS and not self._takes_several(ids_BT, every):
+            return False
+        if not self._is_laid_out(ids_BT, kept, capacity):
             return False
         return not any(
             overwrites_visible(x.shape[1], x.shape[1], ids_BT.shape[1], window, capacity)
             for x, window in zip(kept[0], self.config.layer_windows, strict=True)
         )
+
+    def _takes_several(self, ids_BT: np.ndarray, every: bool) -> bool:
+        """Whether more than few ids are a step: of one token a row, or of which all logits are wanted."""
+        is_step = ids_BT.shape[1] == 1 or (every and ids_BT.size <= SEVERAL_TOKENS)
+        return is_step and self._is_of_tiles and _prompt(TYPES[self._dtype]) is not None
 
     def takes_prompt(self, ids_BT: np.ndarray, kept: Sequence[Sequence[np.ndarray]], capacity: int | None) -> bool:
         """Whether a prompt of these ids is computed here: of a model of whole tiles, and into a cache of its dtype."""
@@ -180,7 +191,7 @@ class WholeStep:
             first = int(mask_BT.any(axis=0).argmax())
             ids_BT, mask_BT = ids_BT[:, first:], mask_BT[:, first:]
         kept = [[self._memory(x) for x in xs] for xs in cache._kept()]
-        if self.takes(ids_BT, kept, cache.capacity):
+        if self.takes(ids_BT, kept, cache.capacity, every=every):
             return self.step(ids_BT, mask_BT, self._memory(cache.length), kept, every=every)
         if not every and self.takes_prompt(ids_BT, kept, cache.capacity):
             return self.prompt(ids_BT, mask_BT, self._memory(cache.length), kept)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import importlib
 import itertools
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
 import pytest
 from test_native import random_matrix
-from test_whole_step import EPS, model_of
+from test_whole_step import EPS, NEW, counted, model_of, texts
 
 from conformance.weights import random_parameters
 from mistral_core.config.presets import TINY
@@ -232,6 +233,34 @@ def test_other_models_caches_and_dtypes_are_the_framework_s(backend, tiles, prom
     spoken(model_of(backend, WHOLE, "float16"), "auto", **ids)
     spoken(model_of(backend, WHOLE, tiles), "auto", cache_dtype="int8", **ids)
     assert not prompts
+
+
+@pytest.mark.parametrize("config", [WHOLE, TINY], ids=["tiles", "other sizes"])
+def test_a_token_of_each_of_many_rows_is_a_step_of_c(backend, tiles, monkeypatch, config):
+    model, steps = model_of(backend, config, tiles), counted(monkeypatch)
+    ids, logits = texts(model, "auto", rows=20)
+    assert steps == ([(20, 1)] * (NEW - 1) if config is WHOLE else [])
+    wanted, framework = texts(model, "off", rows=20)
+    same = (ids == wanted).all(axis=1)  # a text that has taken another token has other logits
+    assert same.sum() >= 10
+    most = STEPS_OF_ROUNDING[tiles] * EPS[tiles] * np.abs(framework).max()
+    assert np.abs(logits - framework)[:, same].max() <= most
+
+
+@pytest.mark.parametrize("columns", [17, 64, 65])
+def test_several_tokens_whose_logits_are_all_wanted_are_a_step(tiles, columns):
+    weights = {name: x.astype(tiles) for name, x in random_parameters(WHOLE, "MistralForCausalLM").items()}
+    step = whole_step.WholeStep(WHOLE, weights, activations={}, dtype=tiles)
+    kept = [*([np.zeros((1, 80, 2, 32), tiles) for _ in range(2)] for _ in range(2)), (), ()]
+    cache = SimpleNamespace(_kept=lambda: kept, capacity=80, length=np.zeros(1, np.int64))
+    ids = np.random.default_rng(0).integers(3, 90, (1, columns))
+    logits, last = (step.tried(ids, np.ones_like(ids), cache, every=every) for every in (True, False))
+    assert (logits is None) == (columns > 64)
+    assert last.shape == (1, 1, WHOLE.vocab_size)
+    assert not step.takes(ids, kept, 80), "a prompt is faster as one"
+    if logits is not None:
+        assert logits.shape == (1, columns, WHOLE.vocab_size)
+        assert np.abs(logits[:, -1:] - last).max() <= STEPS_OF_ROUNDING[tiles] * EPS[tiles] * np.abs(last).max()
 
 
 SGEMM = ctypes.CFUNCTYPE(
