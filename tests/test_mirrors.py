@@ -66,6 +66,7 @@ OWN_NAMES = {
     "transformed": "torch: see unwatched",
     "learnt": "torch: see unwatched",
     "openmp": "torch has threads that C takes; XLA and TensorFlow keep theirs",
+    "sgemm": "torch has a product that C asks for many rows; XLA and TensorFlow export none",
     "widened_product": "torch would copy a bfloat16 matrix for a float32 sum; JAX and TensorFlow are told of the sum",
     "has_values": "torch computes at once, and may look at values; JAX and TensorFlow decide in their programs",
     "without_dropout": "torch modules know whether they train; JAX and TensorFlow are told in each call",
