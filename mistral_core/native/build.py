@@ -23,7 +23,7 @@ SECONDS = 120
 """The longest that a compiler is waited for."""
 COMPILERS = ("cc", "gcc", "clang")
 """Looked for in this order where CC names none."""
-FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-pthread")
+FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-pthread", "-Werror=implicit-function-declaration")
 HEADERS = ("bound.h", "numbers.h", "formulas.h", "step.h", "tiles.h")
 """What sources here may include, beside the system's."""
 PROCESSORS = (("-march=native",), ("-mcpu=native",), ())
