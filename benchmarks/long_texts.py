@@ -106,9 +106,9 @@ def table(
                 each = statistics.median(r[key] for r in results) / tokens if results else None
                 values.append(each if each is None or key == "peak" else 1e6 * each)
             later = [v for v, count in zip(values, windows, strict=True) if count >= BASE * ROWS[layout] and v]
-            ratio = max(later) / later[0] if len(later) > 1 else None
+            ratio = max(later) / later[0] if later else None
             if key == "seconds" and not full:
-                flat &= (ratio or 0) <= FLAT and None not in values
+                flat &= ratio is not None and ratio <= FLAT and None not in values
             cells = ["failed" if v is None else shown(float(v)) for v in values]
             lines.append(table_row([name, unit, *cells, "" if ratio is None else f"{ratio:.2f}"]))
     results = [each for several in found.values() for each in several if each]
