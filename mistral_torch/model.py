@@ -20,6 +20,7 @@ from .layers import DecoderLayer, RMSNorm, query_scale, rotary, token_order, tok
 from .outputs import ModelOutput
 from .step import Step, steps_of_layers
 from .weights import PreTrainedModel
+from .whole_call import in_one_call
 
 OfLayers = tuple[list[Tensor], list[Tensor | None], list[Any]]
 """Hidden states before, between and after the layers, attention weights, and the keys and values that are kept."""
@@ -71,8 +72,8 @@ class MistralModel(PreTrainedModel):
             documents_told(others, document_ids),
         )  # fmt: skip
         x_BTD, steps, past = self._start(inputs, past_key_values, use_cache, output_attentions)
-        of_layers = self._run(x_BTD, steps, past)
         with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        of_layers = self._run(x_BTD, steps, past, with_states)
         output = self._output(of_layers, steps[0], past, with_states)
         return self.as_tuple_if_asked(output, return_dict)
 
@@ -103,15 +104,16 @@ class MistralModel(PreTrainedModel):
         )
         return x_BTD, steps_of_layers(step, config.layer_windows, past, self.implementation), past
 
-    def _run(self, x_BTD: Tensor, steps: list[Step], past: KVCache | None) -> OfLayers:
-        """The layers in turn."""
+    @in_one_call
+    def _run(self, x_BTD: Tensor, steps: list[Step], past: KVCache | None, with_states: bool) -> OfLayers:
+        """The layers in turn; of hidden states the last alone, unless all are wanted."""
         hidden_states, attentions, kept = [x_BTD], [], []
         for index, layer in enumerate(self.layers):
             if self.gradient_checkpointing is not None and self.training and torch.is_grad_enabled():
                 layer = checkpointed(layer, self.gradient_checkpointing)
             of_past = None if past is None else past.layer(index)
             x_BTD, weights, keys_values = layer(x_BTD, steps[index], of_past)
-            hidden_states.append(x_BTD)
+            hidden_states = [*hidden_states, x_BTD] if with_states else [x_BTD]
             attentions.append(weights)
             kept.append(keys_values)
         return hidden_states, attentions, kept

@@ -207,15 +207,17 @@ def _dequantised(
 def whole_step_of(model: Any) -> whole_step.WholeStep | None:
     """The step in C of a language model on a CPU; None where it has parts that compute something else, or other dtypes.
 
-    It reads the weights where they are: it is for as long as these stay.
+    It reads the weights where they are: it is for as long as these stay. A model without a head has the layers alone.
     """
     plain = all(is_plain(module) and _is_own(module) for module in model.modules())
-    here = all(type(parameter) is nn.Parameter and parameter.is_cpu for parameter in model.parameters())
+    plain = plain and len(model.base_model.layers) == model.config.num_hidden_layers
+    named = dict(model.named_parameters(remove_duplicate=False))
+    here = all(type(parameter) is nn.Parameter and parameter.is_cpu for parameter in named.values())
     if not plain or not here or not unwatched() or torch.is_autocast_enabled("cpu") or not available():
         return None
     return whole_step.of_model(
-        model, dtype=str(model.dtype).removeprefix("torch."), array=model._array, memory=memory,
-        threads=torch.get_num_threads(), parallel=openmp(), gemm=sgemm(),
+        model, dtype=str(model.dtype).removeprefix("torch."), array=lambda name: memory(named[model._own_name(name)]),
+        memory=memory, threads=torch.get_num_threads(), parallel=openmp(), gemm=sgemm(),
     )  # fmt: skip
 
 

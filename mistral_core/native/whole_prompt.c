@@ -336,38 +336,72 @@ static void take_weight(const Chunk *c, const float *weight)
     for (int64_t i = 0; i < D; i += LANES) given(c->m->type, c->weight, i, D, taken(FLOAT32, weight, i, D));
 }
 
-static int all_layers(Chunk *c, Parallel by)
+/* The layer of a chunk. */
+static int one_layer(Chunk *c, Parallel by)
 {
     const Model *m = c->m;
+    const Layer *layer = &m->layers[c->layer];
     int64_t R = c->of->B * c->of->T, G = m->N / m->K;
     int code = 0;
-    every_row(c, by, embed);
-    for (int64_t l = 0; l < m->L && !code; l++) {
-        const Layer *layer = &m->layers[l];
-        c->layer = l;
-        take_weight(c, layer->input_norm);
-        every_row(c, by, normed);
-        code |= multiply(c, by, &layer->q, c->h, R, c->q, m->type);
-        code |= multiply(c, by, &layer->k, c->h, R, c->k, m->type);
-        code |= multiply(c, by, &layer->v, c->h, R, c->v, m->type);
-        every_row(c, by, turned);
-        look(c);
-        run(by, turn_keys, c, c->of->B * m->K * (c->J / BLOCK), m->threads);
-        run(by, attend, c, c->of->B * m->K * ((c->of->T * G + BLOCK - 1) / BLOCK), m->threads);
-        remember(c);
-        code |= multiply(c, by, &layer->o, c->h, R, c->q, m->type);
-        char *heads = c->h;
-        c->h = c->q; /* [R,D], for which there is room */
-        take_weight(c, layer->post_norm);
-        every_row(c, by, added_and_normed);
-        code |= multiply(c, by, &layer->gate, c->h, R, c->g, m->type);
-        code |= multiply(c, by, &layer->up, c->h, R, c->u, m->type);
-        every_row(c, by, gated);
-        code |= multiply(c, by, &layer->down, c->g, R, c->h, m->type);
-        every_row(c, by, added);
-        c->q = c->h, c->h = heads;
+    take_weight(c, layer->input_norm);
+    every_row(c, by, normed);
+    code |= multiply(c, by, &layer->q, c->h, R, c->q, m->type);
+    code |= multiply(c, by, &layer->k, c->h, R, c->k, m->type);
+    code |= multiply(c, by, &layer->v, c->h, R, c->v, m->type);
+    every_row(c, by, turned);
+    look(c);
+    run(by, turn_keys, c, c->of->B * m->K * (c->J / BLOCK), m->threads);
+    run(by, attend, c, c->of->B * m->K * ((c->of->T * G + BLOCK - 1) / BLOCK), m->threads);
+    remember(c);
+    code |= multiply(c, by, &layer->o, c->h, R, c->q, m->type);
+    char *heads = c->h;
+    c->h = c->q; /* [R,D], for which there is room */
+    take_weight(c, layer->post_norm);
+    every_row(c, by, added_and_normed);
+    code |= multiply(c, by, &layer->gate, c->h, R, c->g, m->type);
+    code |= multiply(c, by, &layer->up, c->h, R, c->u, m->type);
+    every_row(c, by, gated);
+    code |= multiply(c, by, &layer->down, c->g, R, c->h, m->type);
+    every_row(c, by, added);
+    c->q = c->h, c->h = heads;
+    return code ? code : atomic_load(c->failed);
+}
+
+/* ---- the memory of a chunk ---- */
+
+/* Room for the largest of so many chunks, but for x, which is another's where it is given: 0, or an ERROR_. To be freed
+   is `memory`. */
+static int prepare(
+    Chunk *c, const Model *m, const Cache *cache, const Tokens *of, int64_t chunks, int has_x, atomic_int *failed,
+    char **memory)
+{
+    int64_t R = 0, J = 0, B = of->B, deep = m->F > m->D ? m->F : m->D;
+    int64_t wide = m->N * m->H > m->D ? m->N * m->H : m->D;
+    for (int64_t i = 0; i < chunks; i++) {
+        R = B * of[i].T > R ? B * of[i].T : R;
+        for (int64_t l = 0; l < m->L; l++)
+            for (int64_t b = 0; b < B; b++) {
+                int64_t window = m->layers[l].window, past = of[i].length[b];
+                if (window >= 0 && past > window) past = window;
+                J = past + of[i].T > J ? past + of[i].T : J;
+            }
     }
-    return code;
+    J = up_to(J, BLOCK);
+    int64_t size = bytes_of(m->type), of_keys = size * m->K * m->H;
+    int64_t sizes[12] = {
+        has_x ? 0 : size * R * m->D, size * R * wide, size * R * wide, R * of_keys, R * of_keys, size * R * deep,
+        size * R * m->F, size * m->D, B * J * of_keys, B * J * of_keys, 16 * B, 8 * R};
+    char *part[12];
+    int64_t total = 0;
+    for (int i = 0; i < 12; i++) total += up_to(sizes[i], 64);
+    if (!(*memory = aligned_alloc(64, (size_t)total))) return ERROR_MEMORY;
+    for (int64_t i = 0, at = 0; i < 12; at += up_to(sizes[i++], 64)) part[i] = *memory + at;
+    *c = (Chunk){
+        .m = m, .of = of, .cache = cache, .way = way_of(m->type == BFLOAT16), .x = part[0], .h = part[1], .q = part[2],
+        .k = part[3], .v = part[4], .g = part[5], .u = part[6], .weight = part[7], .keys = part[8], .values = part[9],
+        .first = (int64_t *)part[10], .count = (int64_t *)part[10] + B, .column = (int64_t *)part[11],
+        .failed = failed};
+    return 0;
 }
 
 #endif
@@ -388,51 +422,58 @@ int mistral_takes_prompts(int type)
 int mistral_prompt(const Model *m, const Cache *cache, const Tokens *of, int64_t chunks, float *logits, Parallel by)
 {
 #ifdef TILES
-    int64_t R = 0, J = 0, B = of->B, deep = m->F > m->D ? m->F : m->D;
-    int64_t wide = m->N * m->H > m->D ? m->N * m->H : m->D;
-    for (int64_t i = 0; i < chunks; i++) {
-        int64_t rows = B * of[i].T;
-        R = rows > R ? rows : R;
-        for (int64_t r = 0; r < rows; r++)
+    for (int64_t i = 0; i < chunks; i++)
+        for (int64_t r = 0; r < of->B * of[i].T; r++)
             if (of[i].ids[r] < 0 || of[i].ids[r] >= m->V) return ERROR_ARGUMENT;
-        for (int64_t l = 0; l < m->L; l++)
-            for (int64_t b = 0; b < B; b++) {
-                int64_t window = m->layers[l].window, past = of[i].length[b];
-                if (window >= 0 && past > window) past = window;
-                J = past + of[i].T > J ? past + of[i].T : J;
-            }
-    }
-    J = up_to(J, BLOCK);
-    int64_t size = bytes_of(m->type), of_keys = size * m->K * m->H;
-    int64_t sizes[12] = {
-        size * R * m->D, size * R * wide, size * R * wide, R * of_keys, R * of_keys, size * R * deep, size * R * m->F,
-        size * m->D, B * J * of_keys, B * J * of_keys, 16 * B, 8 * R};
-    char *part[12], *memory;
-    int64_t total = 0;
-    for (int i = 0; i < 12; i++) total += up_to(sizes[i], 64);
-    if (!(memory = aligned_alloc(64, (size_t)total))) return ERROR_MEMORY;
-    for (int64_t i = 0, at = 0; i < 12; at += up_to(sizes[i++], 64)) part[i] = memory + at;
+    Chunk c;
+    char *memory;
     atomic_int failed = 0;
-    int code = 0;
+    int code = prepare(&c, m, cache, of, chunks, 0, &failed, &memory);
+    if (code) return code;
     for (int64_t i = 0; i < chunks && !code; i++) {
-        Chunk c = {
-            .m = m, .of = of + i, .cache = cache, .way = way_of(m->type == BFLOAT16), .x = part[0], .h = part[1],
-            .q = part[2], .k = part[3], .v = part[4], .g = part[5], .u = part[6], .weight = part[7], .keys = part[8],
-            .values = part[9], .first = (int64_t *)part[10], .count = (int64_t *)part[10] + B,
-            .column = (int64_t *)part[11], .failed = &failed};
-        code = all_layers(&c, by);
-        if (!code) code = atomic_load(&failed);
-        if (code || i + 1 < chunks) continue;
-        for (int64_t b = 0; b < B; b++)
-            memmove(c.x + b * m->D * size, c.x + ((b + 1) * of[i].T - 1) * m->D * size, (size_t)(m->D * size));
+        c.of = of + i;
+        every_row(&c, by, embed);
+        for (c.layer = 0; c.layer < m->L && !code; c.layer++) code = one_layer(&c, by);
+    }
+    if (!code) {
+        int64_t of_row = m->D * bytes_of(m->type);
+        for (int64_t b = 0; b < of->B; b++)
+            memmove(c.x + b * of_row, c.x + ((b + 1) * c.of->T - 1) * of_row, (size_t)of_row);
         take_weight(&c, m->norm);
-        for (int64_t b = 0; b < B; b++) normed(&c, b);
-        code = multiply(&c, by, &m->head, c.h, B, logits, FLOAT32);
+        for (int64_t b = 0; b < of->B; b++) normed(&c, b);
+        code = multiply(&c, by, &m->head, c.h, of->B, logits, FLOAT32);
     }
     free(memory);
     return code;
 #else
     (void)m, (void)cache, (void)of, (void)chunks, (void)logits, (void)by;
+    return ERROR_ARGUMENT;
+#endif
+}
+
+/* x [B,T,D] of each chunk, one after another, through all layers, in place; new keys and values go into the cache. A
+   layer takes all chunks before the next one does, so that layers which keep nothing may share one ring. 0, or an
+   ERROR_. */
+int mistral_layers(const Model *m, const Cache *cache, const Tokens *of, int64_t chunks, char *x, Parallel by)
+{
+#ifdef TILES
+    Chunk c;
+    char *memory;
+    atomic_int failed = 0;
+    int code = prepare(&c, m, cache, of, chunks, 1, &failed, &memory);
+    if (code) return code;
+    for (c.layer = 0; c.layer < m->L; c.layer++) {
+        c.x = x;
+        for (int64_t i = 0; i < chunks && !code; i++) {
+            c.of = of + i;
+            code = one_layer(&c, by);
+            c.x += of->B * of[i].T * m->D * bytes_of(m->type);
+        }
+    }
+    free(memory);
+    return code;
+#else
+    (void)m, (void)cache, (void)of, (void)chunks, (void)x, (void)by;
     return ERROR_ARGUMENT;
 #endif
 }

@@ -17,7 +17,7 @@ import numpy as np
 from ..config import MistralConfig
 from ..config.rope import query_scaling, rotary_table
 from ..generation.cache_layout import overwrites_visible
-from ..parameters import LM_HEAD, parameters
+from ..parameters import LM_HEAD, shapes
 from ..quantization.matrix import PackedMatrix
 from . import library
 
@@ -81,13 +81,13 @@ class _StepTokens(ctypes.Structure):
 
 
 @functools.cache
-def _prompt(type: int) -> Any:
-    """The function of C for prompts of models of a type, or None where there is no compiler, or it has no way."""
+def _prompts(type: int) -> Any:
+    """The functions of C for prompts of models of a type, or None where there is no compiler, or it has no way."""
     code, _ = library.bound(PROMPTS, ())
     if code is None or not code.mistral_takes_prompts(type):
         return None
-    code.mistral_prompt.argtypes = [_P, _P, _P, _I64, _P, _P]
-    return code.mistral_prompt
+    code.mistral_prompt.argtypes = code.mistral_layers.argtypes = [_P, _P, _P, _I64, _P, _P]
+    return code
 
 
 @functools.cache
@@ -166,13 +166,17 @@ class WholeStep:
     def _takes_several(self, ids_BT: np.ndarray, every: bool) -> bool:
         """Whether more than few ids are a step: of one token a row, or of which all logits are wanted."""
         is_step = ids_BT.shape[1] == 1 or (every and ids_BT.size <= SEVERAL_TOKENS)
-        return is_step and self._is_of_tiles and _prompt(TYPES[self._dtype]) is not None
+        return is_step and self.is_by_tiles()
 
     def takes_prompt(self, ids_BT: np.ndarray, kept: Sequence[Sequence[np.ndarray]], capacity: int | None) -> bool:
         """Whether a prompt of these ids is computed here: of a model of whole tiles, and into a cache of its dtype."""
-        if not self._is_of_tiles or not self._is_laid_out(ids_BT, kept, capacity) or ids_BT.shape[1] == 1:
+        if not self.is_by_tiles() or not self._is_laid_out(ids_BT, kept, capacity) or ids_BT.shape[1] == 1:
             return False  # a token of each row would pay for the order of tiles of all keys
-        return kept[0][0].dtype.name == self._dtype and _prompt(TYPES[self._dtype]) is not None
+        return kept[0][0].dtype.name == self._dtype
+
+    def is_by_tiles(self) -> bool:
+        """Whether many rows are multiplied here by tiles: of a model of whole ones, on a processor that has a way."""
+        return self._is_of_tiles and _prompts(TYPES[self._dtype]) is not None
 
     def _is_laid_out(self, ids_BT: np.ndarray, kept: Sequence[Sequence[np.ndarray]], capacity: int | None) -> bool:
         """Whether the arrays of a cache are as C has them."""
@@ -205,7 +209,7 @@ class WholeStep:
         The rest is `step`'s; what a ring has no room for any more is seen by the new tokens that must, and then gone.
         """
         B, T = ids_BT.shape
-        count = min(-(-B * T // (LARGE_CHUNK if self._model.gemm else CHUNK)), T)
+        count = min(-(-B * T // self._chunk()), T)
         pieces = zip(*(np.array_split(x, count, axis=1) for x in (ids_BT, mask_BT)), strict=True)
         chunks, length_B = [], np.asarray(length_B, np.int64)
         for ids, mask in pieces:
@@ -215,12 +219,45 @@ class WholeStep:
         tokens = (_StepTokens * len(chunks))(*(each for each, _ in chunks))
         logits = np.empty((B, 1, self.config.vocab_size), np.float32)
         library.check(
-            _prompt(TYPES[self._dtype])(
+            _prompts(TYPES[self._dtype]).mistral_prompt(
                 ctypes.byref(self._model), ctypes.byref(cache), tokens, len(chunks), logits.ctypes.data, self._parallel
             )
         )
         del arrays
         return logits
+
+    def layers(
+        self, x_BTD: np.ndarray, order_BT: np.ndarray, length_B: np.ndarray, cos_BTH: np.ndarray, sin_BTH: np.ndarray,
+        query_scale_BT: np.ndarray | None, kept: Sequence[Sequence[np.ndarray]],
+    ) -> None:  # fmt: skip
+        """Hidden states [B, T, D] of many new tokens through all layers, in place, where `is_by_tiles`.
+
+        `order_BT` int64 is the number of real tokens before each in its row, -1 for padding; `length_B` is how many of
+        them are in the rings. cos and sin [B, T, H/2] and the scales of queries are float32. `kept` is `step`'s, of
+        the model's dtype: layers may share one ring where nothing in it is to stay. Raises MemoryError.
+        """
+        B, T, _ = x_BTD.shape
+        rows, count = max(self._chunk() // T, 1), -(-T // self._chunk())
+        for some in (slice(begin, begin + rows) for begin in range(0, B, rows)):
+            cache, arrays = _cache([[x[some] for x in xs] for xs in kept])
+            chunks, length = [], np.asarray(length_B[some], np.int64)
+            for columns in np.array_split(np.arange(T), count):
+                part = some, slice(columns[0], columns[-1] + 1)
+                scale = None if query_scale_BT is None else query_scale_BT[part]
+                chunks.append(_told(None, order_BT[part], length, cos_BTH[part], sin_BTH[part], scale, every=False))
+                length = length + np.sum(order_BT[part] >= 0, axis=1)
+            tokens = (_StepTokens * len(chunks))(*(each for each, _ in chunks))
+            library.check(
+                _prompts(TYPES[self._dtype]).mistral_layers(
+                    ctypes.byref(self._model), ctypes.byref(cache), tokens, len(chunks), x_BTD[some].ctypes.data,
+                    self._parallel,
+                )
+            )  # fmt: skip
+            del arrays
+
+    def _chunk(self) -> int:
+        """About how many tokens go through layers at once."""
+        return LARGE_CHUNK if self._model.gemm else CHUNK
 
     def step(
         self, ids_BT: np.ndarray, mask_BT: np.ndarray, length_B: np.ndarray, kept: Sequence[Sequence[np.ndarray]],
@@ -244,7 +281,6 @@ class WholeStep:
         self, ids_BT: np.ndarray, mask_BT: np.ndarray, length_B: np.ndarray, *, every: bool
     ) -> tuple[_StepTokens, list[np.ndarray | None]]:
         """New tokens as C is told of them, and the arrays to keep meanwhile."""
-        B, T = ids_BT.shape
         length_B = np.ascontiguousarray(length_B, np.int64)
         order_BT = np.where(mask_BT != 0, length_B[:, None] + np.cumsum(mask_BT, 1) - 1, -1).astype(np.int64)
         position_BT = np.maximum(order_BT, 0)
@@ -255,8 +291,7 @@ class WholeStep:
         if self._scaling is not None:
             turns_BT = (position_BT // self._scaling.original_length).astype(np.float32)
             scale_BT = (1 + np.float32(self._scaling.beta) * np.log(1 + turns_BT)).astype(np.float32)
-        arrays = [np.ascontiguousarray(ids_BT, np.int64), order_BT, length_B, cos, sin, scale_BT]
-        return _StepTokens(B, T, *(None if x is None else x.ctypes.data for x in arrays), int(every)), arrays
+        return _told(np.ascontiguousarray(ids_BT, np.int64), order_BT, length_B, cos, sin, scale_BT, every=every)
 
     def _floats(self, array: np.ndarray | PackedMatrix) -> int:
         """The address of a vector as float32."""
@@ -281,6 +316,19 @@ class WholeStep:
         )
 
 
+def _told(
+    ids_BT: np.ndarray | None, order_BT: np.ndarray, length_B: np.ndarray, cos_BTH: np.ndarray, sin_BTH: np.ndarray,
+    query_scale_BT: np.ndarray | None, *, every: bool,
+) -> tuple[_StepTokens, list[np.ndarray | None]]:  # fmt: skip
+    """New tokens as C is told of them, and the arrays to keep meanwhile."""
+    arrays = [
+        None if x is None else np.ascontiguousarray(x)
+        for x in (ids_BT, order_BT, length_B, cos_BTH, sin_BTH, query_scale_BT)
+    ]
+    addresses = (None if x is None else x.ctypes.data for x in arrays)
+    return _StepTokens(*order_BT.shape, *addresses, int(every)), arrays
+
+
 def _cache(kept: Sequence[Sequence[np.ndarray]]) -> tuple[_StepCache, list[Any]]:
     """A cache as C is told of it, and what to keep meanwhile."""
     sizes = np.array([x.shape[1] for x in kept[0]], np.int64)
@@ -293,7 +341,8 @@ def of_model(
     model: Any, *, dtype: str, array: Callable[[str], np.ndarray], memory: Callable[[Any], np.ndarray],
     threads: int = 0, parallel: int | None = None, gemm: int | None = None,
 ) -> WholeStep | None:  # fmt: skip
-    """The step of a language model that is made of its own parts alone; None where its arrays are not as C has them.
+    """The step of a language model, or the layers of any, that is made of its own parts alone; None where its arrays
+    are not as C has them.
 
     `array` gives the memory of a parameter by its canonical name, `memory` that of an array of the framework.
     """
@@ -301,14 +350,16 @@ def of_model(
         return None
     packed = {name: part.packed for name, part in model.packed_parts()}
     weights: dict[str, np.ndarray | PackedMatrix] = {}
-    for name, _ in parameters(model.config, "MistralForCausalLM"):
+    for name, wanted in shapes(model.config, model.architecture).items():
         if name in packed:
             codes, scale, zero, kind, shape, block, _ = packed[name]
             zero = None if zero is None else memory(zero)
             weights[name] = PackedMatrix(kind, memory(codes), memory(scale), zero, shape, block)
-            continue
-        weights[name] = found = array(name)
-        if found.dtype.name != dtype or not found.flags.c_contiguous:
+        else:
+            weights[name] = found = array(name)
+            if found.dtype.name != dtype or not found.flags.c_contiguous:
+                return None
+        if tuple(weights[name].shape) != wanted:  # somebody has cut it smaller
             return None
     rounded = {name: part.activations for name, part in packed.items()}
     return WholeStep(

@@ -1,0 +1,223 @@
+"""A text through all layers in one call of C: what torch's operations give, and nothing that somebody watches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from test_whole_prompt import CONFIGS, STEPS_OF_ROUNDING, WHOLE, ragged, tiles  # noqa: F401
+from test_whole_step import EPS
+from torch.utils.flop_counter import FlopCounterMode
+
+import mistral_torch
+from conformance.weights import random_parameters
+from mistral_core.native import whole_step
+from mistral_torch import KVCache
+
+IDS = torch.arange(100)[None] % 90
+
+
+@pytest.fixture
+def texts(tiles, monkeypatch):  # noqa: F811
+    """The shapes of texts that C computes from now on, in chunks of some tokens."""
+    seen, of_c = [], whole_step.WholeStep.layers
+
+    def layers(self, x_BTD, *others):
+        seen.append(x_BTD.shape[:2])
+        return of_c(self, x_BTD, *others)
+
+    monkeypatch.setattr(whole_step.WholeStep, "layers", layers)
+    for chunk in ("CHUNK", "LARGE_CHUNK"):
+        monkeypatch.setattr(whole_step, chunk, 48)
+    return seen
+
+
+def model_of(config, dtype, architecture="MistralForCausalLM"):
+    arrays = random_parameters(config, architecture)
+    model = getattr(mistral_torch, architecture)(config).load_arrays(arrays)
+    return model.to(getattr(torch, dtype)).eval()
+
+
+def in_c_and_in_torch(texts, call):
+    """The same call twice, without gradients and, by torch's own operations, with them."""
+    with torch.no_grad():
+        found = call()
+    assert len(texts) == 1
+    with torch.enable_grad():
+        wanted = call()
+    assert len(texts) == 1
+    return found, wanted
+
+
+def assert_near(found, wanted, dtype):
+    found, wanted = found.float(), wanted.detach().float()
+    assert found.shape == wanted.shape
+    assert (found - wanted).abs().max() <= STEPS_OF_ROUNDING[dtype] * EPS[dtype] * wanted.abs().max()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 300), (3, 131), (7, 20), (40, 2)])
+def test_states_losses_and_caches_are_torch_s(tiles, texts, name, rows, columns):  # noqa: F811
+    """A row in several chunks, and a chunk of several rows."""
+    model, given = model_of(CONFIGS[name], tiles), ragged(rows, columns)
+    real = torch.from_numpy(given["attention_mask"]) != 0
+    labels = torch.from_numpy(given["input_ids"]).masked_fill(~real, -100)
+    found, wanted = in_c_and_in_torch(texts, lambda: model(**given, labels=labels))
+    assert texts == [(rows, columns)]
+    assert_near(found.logits[real], wanted.logits[real], tiles)
+    assert_near(found.loss, wanted.loss, tiles)
+    after, expected = found.past_key_values, wanted.past_key_values
+    assert torch.equal(after.length, real.sum(1))
+    for layer, window in enumerate(model.config.layer_windows):
+        for of_c, of_torch in ((after.keys, expected.keys), (after.values, expected.values)):
+            assert of_c[layer].shape == of_torch[layer].shape
+            for row, length in enumerate(after.length.tolist()):
+                seen = torch.arange(max(length - (window or length), 0), length) % of_c[layer].shape[1]
+                assert_near(of_c[layer][row, seen], of_torch[layer][row, seen], tiles)
+
+
+@pytest.mark.parametrize("name", ["all keys", "mixed"])
+def test_without_a_cache_layers_share_a_ring(tiles, texts, name):  # noqa: F811
+    model = model_of(CONFIGS[name], tiles)
+    found, wanted = in_c_and_in_torch(texts, lambda: model(**ragged(2, 150), use_cache=False))
+    assert found.past_key_values is None
+    real = torch.from_numpy(ragged(2, 150)["attention_mask"]) != 0
+    assert_near(found.logits[real], wanted.logits[real], tiles)
+
+
+@torch.no_grad()
+def test_a_text_goes_on_after_its_cache(tiles, texts):  # noqa: F811
+    model, ids = model_of(CONFIGS["window"], tiles), ragged(1, 200)["input_ids"]
+    past = model(ids[:, :120]).past_key_values
+    after = model(ids[:, 120:], past_key_values=past)
+    assert texts == [(1, 120)], "what a ring holds is torch's"
+    assert_near(after.logits[:, -1], model(ids).logits[:, -1], tiles)
+
+
+def test_of_other_positions_and_of_embeddings(tiles, texts):  # noqa: F811
+    model = model_of(WHOLE, tiles)
+    positions = 3 * torch.arange(100)[None]
+    found, wanted = in_c_and_in_torch(texts, lambda: model(IDS.expand(2, -1), position_ids=positions).logits)
+    assert_near(found, wanted, tiles)
+    texts.clear()
+    embeds = torch.randn(2, 100, WHOLE.hidden_size, generator=torch.Generator().manual_seed(0)).to(model.dtype)
+    before = embeds.clone()
+    found, wanted = in_c_and_in_torch(texts, lambda: model(inputs_embeds=embeds).logits)
+    assert_near(found, wanted, tiles)
+    assert torch.equal(embeds, before), "what is given stays as it is"
+
+
+@pytest.mark.parametrize("architecture", ["MistralModel", "MistralForSequenceClassification"])
+def test_every_model_s_body(tiles, texts, architecture):  # noqa: F811
+    model = model_of(WHOLE, tiles, architecture)
+    found, wanted = in_c_and_in_torch(texts, lambda: model(**ragged(2, 70))[0])
+    if architecture == "MistralModel":
+        real = torch.from_numpy(ragged(2, 70)["attention_mask"]) != 0
+        found, wanted = found[real], wanted[real]
+    assert_near(found, wanted, tiles)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_of_packed_weights(tiles, texts, scheme):  # noqa: F811
+    model = mistral_torch.quantize(model_of(WHOLE, tiles), scheme)
+    found, wanted = in_c_and_in_torch(texts, lambda: model(IDS).logits)
+    assert_near(found, wanted, tiles)
+
+
+@torch.no_grad()
+def test_weights_are_those_of_the_call(tiles, texts):  # noqa: F811
+    """Norms are copied for C: a later call sees what they are then."""
+    model = model_of(WHOLE, tiles)
+    before = model(IDS).logits
+    for name, parameter in model.named_parameters():
+        parameter.data.mul_(1.25 if name.endswith("norm.weight") else 1)
+    after = model(IDS).logits
+    assert len(texts) == 2
+    assert (after - before).abs().max() > 0.01 * before.abs().max()
+    with torch.enable_grad():
+        assert_near(after, model(IDS).logits, tiles)
+
+
+def hooked(model):
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+
+
+def replaced(model):
+    model.model.layers[1].mlp.forward = type(model.model.layers[1].mlp).forward.__get__(model.model.layers[1].mlp)
+
+
+def shortened(model):
+    model.model.layers = model.model.layers[:1]
+
+
+def narrowed(model):
+    for name, axis in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+        part = getattr(model.model.layers[1].mlp, name)
+        part.weight = torch.nn.Parameter(part.weight.narrow(axis, 0, 96).contiguous())
+
+
+DONE_BEFORE = {"a hook": hooked, "another forward": replaced, "fewer layers": shortened, "a narrower MLP": narrowed}
+ASKED = {
+    "hidden states": {"output_hidden_states": True},
+    "attentions": {"output_attentions": True},
+    "documents": {"document_ids": (torch.arange(100)[None] >= 40).long()},
+    "positions that begin again": {"position_ids": torch.arange(100)[None] % 50},
+    "a cache with a capacity": {"past_key_values": "capacity"},
+    "a cache of another dtype": {"past_key_values": "int8"},
+    "few tokens": {"input_ids": IDS[:, :63]},
+    "a token of each row": {"input_ids": IDS.mT},
+}
+
+
+@pytest.mark.parametrize("what", DONE_BEFORE)
+@torch.no_grad()
+def test_what_was_done_to_a_model_is_seen(tiles, texts, what):  # noqa: F811
+    model = model_of(WHOLE, tiles)
+    DONE_BEFORE[what](model)
+    assert torch.isfinite(model(IDS, use_cache=False).logits).all()
+    assert not texts
+
+
+@pytest.mark.parametrize("what", ASKED)
+@torch.no_grad()
+def test_what_else_is_asked_for_is_torch_s(tiles, texts, what):  # noqa: F811
+    model, given = model_of(WHOLE, tiles), {"input_ids": IDS, **ASKED[what]}
+    caches = {
+        "capacity": KVCache.allocate(WHOLE, 1, 100, dtype=model.dtype),
+        "int8": KVCache.allocate(WHOLE, 1, dtype="int8"),
+    }
+    if "past_key_values" in given:
+        given["past_key_values"] = caches[given["past_key_values"]]
+    model(**given)
+    assert not texts
+    model(IDS)
+    assert texts, "without it it is C's"
+
+
+@torch.no_grad()
+def test_models_that_compute_otherwise_are_torch_s(tiles, texts):  # noqa: F811
+    model_of(WHOLE, "float16")(IDS)
+    model_of(WHOLE.replace(hidden_size=144, head_dim=64), tiles)(IDS)
+    arrays = random_parameters(WHOLE, "MistralForCausalLM")
+    for implementation in ("eager", "blocked"):
+        other = mistral_torch.MistralForCausalLM(WHOLE, attn_implementation=implementation).load_arrays(arrays)
+        other.to(getattr(torch, tiles)).eval()(IDS)
+    model_of(WHOLE.replace(attention_dropout=0.5), tiles).train()(IDS)
+    model = model_of(WHOLE, tiles)
+    with torch.autocast("cpu", dtype=torch.float16):
+        model(IDS)
+    with FlopCounterMode(display=False) as counted:
+        model(IDS)
+    assert counted.get_total_flops() > 0
+    assert not texts
+    model_of(WHOLE.replace(attention_dropout=0.5), tiles)(IDS)
+    assert texts, "nothing is dropped where nothing trains"
+
+
+def test_many_rows_are_multiplied_as_a_prompt_s_are(tiles, texts, monkeypatch):  # noqa: F811
+    """Chunks of 256 rows and more, which are MKL's where a prompt's are."""
+    for chunk in ("CHUNK", "LARGE_CHUNK"):
+        monkeypatch.setattr(whole_step, chunk, 512)
+    model, ids = model_of(WHOLE, tiles), np.random.default_rng(0).integers(3, 90, (2, 700))
+    found, wanted = in_c_and_in_torch(texts, lambda: model(ids).logits)
+    assert_near(found, wanted, tiles)
