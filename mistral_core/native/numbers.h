@@ -95,10 +95,18 @@ static inline float dot(const float *a, const float *b, int64_t n)
 static inline Lanes exp_lanes(Lanes x)
 {
     const Lanes nothing = {0};
+#ifdef __AVX512F__
+    /* what is no number is the second operand, and stays */
+    x = (Lanes)_mm512_min_ps((__m512)(nothing + 88.0f), _mm512_max_ps((__m512)(nothing - 104.0f), (__m512)x));
+    __mmask16 small = _mm512_cmp_ps_mask((__m512)x, (__m512)(nothing - 87.0f), _CMP_LT_OQ);
+    Lanes whole = (Lanes)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT);
+#else
     Bits small = x < -87.0f, large = x > 88.0f;
     x = chosen(small, nothing - 87.0f, chosen(large, nothing + 88.0f, x));
     Bits k = __builtin_convertvector(x * 1.44269504f + chosen(x < 0, nothing - 0.5f, nothing + 0.5f), Bits);
-    Lanes whole = __builtin_convertvector(k, Lanes), r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    Lanes whole = __builtin_convertvector(k, Lanes);
+#endif
+    Lanes r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
     Lanes y = r * (1.0f / 5040) + 1.0f / 720;
     y = y * r + 1.0f / 120;
     y = y * r + 1.0f / 24;
@@ -106,8 +114,11 @@ static inline Lanes exp_lanes(Lanes x)
     y = y * r + 0.5f;
     y = y * r + 1.0f;
     y = y * r + 1.0f;
-    Lanes power = (Lanes)((k + 127) << 23);
-    return chosen(small, nothing, y * power);
+#ifdef __AVX512F__
+    return (Lanes)_mm512_maskz_scalef_ps((__mmask16)~small, (__m512)y, (__m512)whole);
+#else
+    return chosen(small, nothing, y * (Lanes)((k + 127) << 23));
+#endif
 }
 
 /* Numbers i to i + LANES of n, zeros after the last. */

@@ -34,10 +34,18 @@ static inline __m512i odd_halves(void) /* the place of each upper half among two
     return _mm512_loadu_si512(odd);
 }
 
+static inline __m512i bfloat16_of_lanes(__m512 low, __m512 high) /* 32 numbers, rounded */
+{
+#ifdef __AVX512BF16__
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+#else
+    return _mm512_permutex2var_epi16(halves_rounded(low), odd_halves(), halves_rounded(high));
+#endif
+}
+
 static inline __m512i bfloat16_of(const float *x) /* 32 numbers, rounded */
 {
-    __m512i low = halves_rounded(_mm512_loadu_ps(x)), high = halves_rounded(_mm512_loadu_ps(x + 16));
-    return _mm512_permutex2var_epi16(low, odd_halves(), high);
+    return bfloat16_of_lanes(_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16));
 }
 
 /* 32 floats that are bfloat16, as such; what they have more is added to `more`. */

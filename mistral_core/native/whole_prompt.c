@@ -201,33 +201,43 @@ typedef struct {
     int64_t from[BLOCK], to[BLOCK]; /* the columns that it sees */
 } Seen;
 
+/* Which of sixteen columns from j on are in a range. */
+static inline __mmask16 in_range(int64_t j, int64_t from, int64_t to)
+{
+    uint32_t before = from <= j ? 0 : from - j >= LANES ? 0xffff : (1u << (from - j)) - 1;
+    uint32_t up = to <= j ? 0 : to - j >= LANES ? 0xffff : (1u << (to - j)) - 1;
+    return (__mmask16)(up & ~before);
+}
+
 /* Scores of a query as weights, rounded, to the most so far; its output so far follows. */
 static inline __attribute__((always_inline)) void weigh_as(
-    int type, Seen *s, int64_t row, int64_t first, int64_t n, float by, float *score, void *weight, float *o, int64_t H)
+    int type, Seen *s, int64_t row, int64_t first, int64_t n, float by, const float *score, char *weight, float *o,
+    int64_t H)
 {
     int64_t from = s->from[row] - first, to = s->to[row] - first;
-    const Lanes zeros = {0}, low = zeros - INFINITY;
-    const Bits number = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     if (to <= 0 || from >= n) {
         memset(weight, 0, (size_t)(n * bytes_of(type)));
         return;
     }
-    Lanes most = low, sums = {0};
-    for (int64_t j = 0; j < n; j += LANES) {
-        Lanes x = lanes_at(score + j) * by;
-        if (j < from || j + LANES > to) {
-            Bits at = number + (int32_t)j;
-            x = chosen((at >= (int32_t)(from < 0 ? 0 : from)) & (at < (int32_t)(to > n ? n : to)), x, low);
+    const Lanes low = (Lanes){0} - INFINITY;
+    Lanes most[2] = {low, low}, sums[2] = {{0}, {0}};
+    for (int64_t j = 0; j < n; j += 2 * LANES)
+        for (int k = 0; k < 2; k++) {
+            const float *x = score + j + k * LANES;
+            most[k] = (Lanes)_mm512_mask_max_ps(
+                (__m512)most[k], in_range(j + k * LANES, from, to), (__m512)most[k], _mm512_loadu_ps(x));
         }
-        put_lanes(score + j, x);
-        most = chosen((x > most) | (x != x), x, most);
-    }
-    float best = s->most[row];
-    for (int k = 0; k < LANES; k++) best = most[k] > best || most[k] != most[k] ? most[k] : best;
-    for (int64_t j = 0; j < n; j += LANES) {
-        Lanes e = exp_lanes(lanes_at(score + j) - best);
-        sums += e;
-        given(type, weight, j, n, rounded_as(type, e));
+    float best = _mm512_reduce_max_ps(_mm512_max_ps((__m512)most[0], (__m512)most[1])) * by;
+    best = s->most[row] > best ? s->most[row] : best;
+    for (int64_t j = 0; j < n; j += 2 * LANES) {
+        Lanes e[2];
+        for (int k = 0; k < 2; k++) {
+            __m512 less = (__m512)(lanes_at(score + j + k * LANES) * by - best);
+            e[k] = (Lanes)_mm512_maskz_mov_ps(in_range(j + k * LANES, from, to), (__m512)exp_lanes((Lanes)less));
+            sums[k] += e[k];
+        }
+        if (type == BFLOAT16) _mm512_store_si512(weight + j * 2, bfloat16_of_lanes((__m512)e[0], (__m512)e[1]));
+        else put_lanes((float *)weight + j, e[0]), put_lanes((float *)weight + j + LANES, e[1]);
     }
     if (best != s->most[row]) {
         Lanes before = low;
@@ -237,11 +247,12 @@ static inline __attribute__((always_inline)) void weigh_as(
         for (int64_t i = 0; i < H; i += LANES) put_lanes(o + i, lanes_at(o + i) * less);
     }
     s->most[row] = best;
-    s->sum[row] += sum_of(sums);
+    s->sum[row] += sum_of(sums[0] + sums[1]);
 }
 
 static void weigh(
-    int type, Seen *s, int64_t row, int64_t first, int64_t n, float by, float *score, void *weight, float *o, int64_t H)
+    int type, Seen *s, int64_t row, int64_t first, int64_t n, float by, const float *score, char *weight, float *o,
+    int64_t H)
 {
     if (type == FLOAT32) weigh_as(FLOAT32, s, row, first, n, by, score, weight, o, H);
     else weigh_as(BFLOAT16, s, row, first, n, by, score, weight, o, H);
