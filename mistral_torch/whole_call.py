@@ -46,6 +46,9 @@ def _in_c(model: MistralModel, x_BTD: Tensor, step: Step, past: KVCache | None) 
     """What the layers give, of which nothing is kept but the last one's; None where C does not compute them."""
     if not _is_for_c(model, x_BTD, step, past):
         return None
+    begin_BT = None if step.document_ids_BT is None else _beginnings(step.order_BT, step.document_ids_BT)
+    if step.document_ids_BT is not None and begin_BT is None:
+        return None
     whole = native.whole_step_of(model)
     if whole is None or not whole.is_by_tiles():
         return None
@@ -55,14 +58,16 @@ def _in_c(model: MistralModel, x_BTD: Tensor, step: Step, past: KVCache | None) 
     cos_BTH, sin_BTH = (memory(each.expand(B, T, -1)) for each in step.cos_sin)
     scale_BT = None if step.query_scale_BT is None else memory(step.query_scale_BT.expand(B, T))
     kept = [[memory(each) for each in of_layers] for of_layers in rings]
-    of_past = np.zeros(B, np.int64)
-    whole.layers(memory(y_BTD), memory(step.order_BT), of_past, cos_BTH, sin_BTH, scale_BT, [*kept, [], []])
+    whole.layers(
+        memory(y_BTD), memory(step.order_BT), np.zeros(B, np.int64), cos_BTH, sin_BTH, scale_BT,
+        None if begin_BT is None else memory(begin_BT), [*kept, [], []],
+    )  # fmt: skip
     L = len(model.layers)
     return [y_BTD], [None] * L, list(zip(*rings, strict=True))
 
 
 def _is_for_c(model: MistralModel, x_BTD: Tensor, step: Step, past: KVCache | None) -> bool:
-    """Whether C may compute the layers of a call: enough tokens, one text a row, and nothing wanted of what is between.
+    """Whether C may compute the layers of a call: enough tokens, and nothing wanted of what is between.
 
     A cache is none, or a new one that grows. Where gradients are on nothing is in C, whether they go through it or not,
     as in `between`.
@@ -74,13 +79,24 @@ def _is_for_c(model: MistralModel, x_BTD: Tensor, step: Step, past: KVCache | No
     if past is not None and not (past.dtype == x_BTD.dtype and _is_new(past)):
         return False
     drops = model.training and model.config.attention_dropout > 0
-    one_text = step.document_ids_BT is None
-    return model.implementation == DEFAULT and one_text and not step.output_attentions and not drops
+    return model.implementation == DEFAULT and not step.output_attentions and not drops
 
 
 def _is_new(past: KVCache) -> bool:
     """Whether a cache that grows holds nothing yet: it has the spare slots alone."""
     return all(keys.shape[1] == 1 for keys in past.keys)
+
+
+def _beginnings(order_BT: Tensor, document_ids_BT: Tensor) -> Tensor | None:
+    """[B, T]: the order of the first token of each one's document; None where a document goes on after another one."""
+    begin_BT = torch.zeros_like(order_BT)
+    for begin_T, order_T, ids_T in zip(begin_BT, order_BT, document_ids_BT.expand_as(order_BT), strict=True):
+        real = order_T >= 0
+        ids, lengths = ids_T[real].unique_consecutive(return_counts=True)
+        if len(ids.unique()) < len(ids):
+            return None
+        begin_T[real] = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    return begin_BT
 
 
 def _rings(model: MistralModel, x_BTD: Tensor, past: KVCache | None) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

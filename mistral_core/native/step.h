@@ -47,6 +47,7 @@ typedef struct {
     const int64_t *ids, *order, *length; /* [B,T], [B,T] with -1 for padding, [B] before the call */
     const float *cos, *sin;              /* [B,T,H/2] */
     const float *query_scale;            /* [B,T], or NULL */
+    const int64_t *begin;                /* [B,T]: the order of the first token that one sees at most, or NULL */
     int64_t every;                       /* logits of each token, or of the last column */
 } Tokens;
 

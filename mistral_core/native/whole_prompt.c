@@ -284,6 +284,10 @@ static void attend(const void *argument, int64_t part)
     for (int64_t n = 0; n < BLOCK; n++) {
         int64_t order = n < rows ? c->of->order[b * T + (row + n) / G] : -1;
         int64_t oldest = window < 0 || order < window ? 0 : order - window + 1;
+        if (order >= 0 && c->of->begin) {
+            int64_t begin = c->of->begin[b * T + (row + n) / G];
+            oldest = begin > oldest ? begin : oldest;
+        }
         s.most[n] = -INFINITY, s.sum[n] = 0;
         s.from[n] = oldest - c->first[b], s.to[n] = order < 0 ? 0 : order + 1 - c->first[b];
         if (order < 0) continue;

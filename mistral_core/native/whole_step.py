@@ -76,7 +76,7 @@ class _StepCache(ctypes.Structure):
 class _StepTokens(ctypes.Structure):
     _fields_ = [
         ("B", _I64), ("T", _I64), ("ids", _P), ("order", _P), ("length", _P), ("cos", _P), ("sin", _P),
-        ("query_scale", _P), ("every", _I64),
+        ("query_scale", _P), ("begin", _P), ("every", _I64),
     ]  # fmt: skip
 
 
@@ -228,13 +228,14 @@ class WholeStep:
 
     def layers(
         self, x_BTD: np.ndarray, order_BT: np.ndarray, length_B: np.ndarray, cos_BTH: np.ndarray, sin_BTH: np.ndarray,
-        query_scale_BT: np.ndarray | None, kept: Sequence[Sequence[np.ndarray]],
+        query_scale_BT: np.ndarray | None, begin_BT: np.ndarray | None, kept: Sequence[Sequence[np.ndarray]],
     ) -> None:  # fmt: skip
         """Hidden states [B, T, D] of many new tokens through all layers, in place, where `is_by_tiles`.
 
         `order_BT` int64 is the number of real tokens before each in its row, -1 for padding; `length_B` is how many of
-        them are in the rings. cos and sin [B, T, H/2] and the scales of queries are float32. `kept` is `step`'s, of
-        the model's dtype: layers may share one ring where nothing in it is to stay. Raises MemoryError.
+        them are in the rings. cos and sin [B, T, H/2] and the scales of queries are float32. `begin_BT` int64 is the
+        order of the first token of the document of each, of packed ones. `kept` is `step`'s, of the model's dtype:
+        layers may share one ring where nothing in it is to stay. Raises MemoryError.
         """
         B, T, _ = x_BTD.shape
         rows, count = max(self._chunk() // T, 1), -(-T // self._chunk())
@@ -243,9 +244,10 @@ class WholeStep:
             chunks, length = [], np.asarray(length_B[some], np.int64)
             for columns in np.array_split(np.arange(T), count):
                 part = some, slice(columns[0], columns[-1] + 1)
-                scale = None if query_scale_BT is None else query_scale_BT[part]
-                chunks.append(_told(None, order_BT[part], length, cos_BTH[part], sin_BTH[part], scale, every=False))
-                length = length + np.sum(order_BT[part] >= 0, axis=1)
+                scale, begin = (None if x is None else x[part] for x in (query_scale_BT, begin_BT))
+                order, cos, sin = (x[part] for x in (order_BT, cos_BTH, sin_BTH))
+                chunks.append(_told(None, order, length, cos, sin, scale, begin, every=False))
+                length = length + np.sum(order >= 0, axis=1)
             tokens = (_StepTokens * len(chunks))(*(each for each, _ in chunks))
             library.check(
                 _prompts(TYPES[self._dtype]).mistral_layers(
@@ -291,7 +293,7 @@ class WholeStep:
         if self._scaling is not None:
             turns_BT = (position_BT // self._scaling.original_length).astype(np.float32)
             scale_BT = (1 + np.float32(self._scaling.beta) * np.log(1 + turns_BT)).astype(np.float32)
-        return _told(np.ascontiguousarray(ids_BT, np.int64), order_BT, length_B, cos, sin, scale_BT, every=every)
+        return _told(np.ascontiguousarray(ids_BT, np.int64), order_BT, length_B, cos, sin, scale_BT, None, every=every)
 
     def _floats(self, array: np.ndarray | PackedMatrix) -> int:
         """The address of a vector as float32."""
@@ -318,12 +320,12 @@ class WholeStep:
 
 def _told(
     ids_BT: np.ndarray | None, order_BT: np.ndarray, length_B: np.ndarray, cos_BTH: np.ndarray, sin_BTH: np.ndarray,
-    query_scale_BT: np.ndarray | None, *, every: bool,
+    query_scale_BT: np.ndarray | None, begin_BT: np.ndarray | None, *, every: bool,
 ) -> tuple[_StepTokens, list[np.ndarray | None]]:  # fmt: skip
     """New tokens as C is told of them, and the arrays to keep meanwhile."""
     arrays = [
         None if x is None else np.ascontiguousarray(x)
-        for x in (ids_BT, order_BT, length_B, cos_BTH, sin_BTH, query_scale_BT)
+        for x in (ids_BT, order_BT, length_B, cos_BTH, sin_BTH, query_scale_BT, begin_BT)
     ]
     addresses = (None if x is None else x.ctypes.data for x in arrays)
     return _StepTokens(*order_BT.shape, *addresses, int(every)), arrays

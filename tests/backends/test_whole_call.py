@@ -85,6 +85,21 @@ def test_without_a_cache_layers_share_a_ring(tiles, texts, name):  # noqa: F811
     assert_near(found.logits[real], wanted.logits[real], tiles)
 
 
+@pytest.mark.parametrize("name", ["all keys", "window", "mixed"])
+def test_packed_documents_see_themselves(tiles, texts, name):  # noqa: F811
+    """Of any length, one of which a window does not fill, and beside padding."""
+    model, given = model_of(CONFIGS[name], tiles), ragged(2, 150)
+    real = torch.from_numpy(given["attention_mask"]) != 0
+    given["document_ids"] = np.searchsorted([1, 12, 60, 61, 140], np.arange(150), side="right")[None].repeat(2, axis=0)
+    given["document_ids"][1] = 1 - given["document_ids"][1]
+    found, wanted = in_c_and_in_torch(texts, lambda: model(**given).logits)
+    assert_near(found[real], wanted[real], tiles)
+    texts.clear()
+    again = {"input_ids": given["input_ids"], "position_ids": torch.arange(150)[None] % 70}
+    found, wanted = in_c_and_in_torch(texts, lambda: model(**again).logits)
+    assert_near(found, wanted, tiles)
+
+
 @torch.no_grad()
 def test_a_text_goes_on_after_its_cache(tiles, texts):  # noqa: F811
     model, ids = model_of(CONFIGS["window"], tiles), ragged(1, 200)["input_ids"]
@@ -160,8 +175,7 @@ DONE_BEFORE = {"a hook": hooked, "another forward": replaced, "fewer layers": sh
 ASKED = {
     "hidden states": {"output_hidden_states": True},
     "attentions": {"output_attentions": True},
-    "documents": {"document_ids": (torch.arange(100)[None] >= 40).long()},
-    "positions that begin again": {"position_ids": torch.arange(100)[None] % 50},
+    "a document that goes on after another one": {"document_ids": torch.arange(100)[None] // 10 % 3},
     "a cache with a capacity": {"past_key_values": "capacity"},
     "a cache of another dtype": {"past_key_values": "int8"},
     "few tokens": {"input_ids": IDS[:, :63]},
