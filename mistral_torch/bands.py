@@ -68,13 +68,19 @@ def runs_of(
         if document_ids_BT is None:
             found.append(Run(row, slice(first, end), slice(first_key, end + S - T)))
             continue
-        ids, lengths = document_ids_BT[row, first:end].unique_consecutive(return_counts=True)
-        if len(ids.unique()) < len(ids):
-            return None  # a document goes on after another one
+        lengths = document_lengths(document_ids_BT[row, first:end])
+        if lengths is None:
+            return None
         ends = (first + lengths.cumsum(0)).tolist()
         texts = [slice(*each) for each in zip([first, *ends], ends, strict=False)]
         found.extend(Run(row, text, text) for text in texts)
     return tuple(found)
+
+
+def document_lengths(ids_T: Tensor) -> Tensor | None:
+    """How many tokens each document of a row has, in the order of the text; None where one goes on after another."""
+    ids, lengths = ids_T.unique_consecutive(return_counts=True)
+    return lengths if len(ids.unique()) == len(ids) else None
 
 
 def attend_in_bands(

@@ -19,6 +19,7 @@ from mistral_core.generation.cache_layout import grown_slots
 from . import native
 from .arrays import memory
 from .attention import DEFAULT
+from .bands import document_lengths
 from .cache import KVCache
 from .step import Step
 
@@ -92,8 +93,8 @@ def _beginnings(order_BT: Tensor, document_ids_BT: Tensor) -> Tensor | None:
     begin_BT = torch.zeros_like(order_BT)
     for begin_T, order_T, ids_T in zip(begin_BT, order_BT, document_ids_BT.expand_as(order_BT), strict=True):
         real = order_T >= 0
-        ids, lengths = ids_T[real].unique_consecutive(return_counts=True)
-        if len(ids.unique()) < len(ids):
+        lengths = document_lengths(ids_T[real])
+        if lengths is None:
             return None
         begin_T[real] = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
     return begin_BT
