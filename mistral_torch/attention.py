@@ -22,6 +22,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from mistral_core.errors import MissingExtraError, UnsupportedFeatureError
 
 from .arrays import without_autocast
+from .attention_in_c import Told, attend_in_c, told_of
 from .bands import Run, attend_in_bands, runs_of
 from .blocks import Blocks, attend_by_blocks, cut
 from .cache import has_values
@@ -48,6 +49,10 @@ class Visibility(NamedTuple):
     """The tokens of a long text that stand in order, where a kernel takes each such run."""
     is_causal: bool = False
     """Whether it is known that every query sees each key up to itself: queries and keys are the same tokens."""
+    in_c: bool = False
+    """Whether C may be asked, by `attention_in_c.is_for_c`."""
+    told: Told | None = None
+    """What it is told, where it is asked."""
 
 
 def attention_mask(visibility: Visibility) -> Tensor:
@@ -62,11 +67,15 @@ def attention_mask(visibility: Visibility) -> Tensor:
 def prepared(visibility: Visibility, implementation: str) -> Visibility:
     """The same, with what layers share made: the mask, or the blocks of a long text, where attention reads them."""
     if implementation in BY_BLOCKS:
-        if implementation != "blocked" and _is_causal(visibility):
-            return visibility._replace(is_causal=True)
-        runs = None if implementation == "blocked" else runs_of(*visibility[:4])
-        if runs is not None:
-            return visibility._replace(runs=runs)
+        if implementation != "blocked":
+            if _is_causal(visibility):
+                return visibility._replace(is_causal=True)
+            told = told_of(*visibility[:4]) if visibility.in_c else None
+            if told is not None:
+                return visibility._replace(told=told)
+            runs = runs_of(*visibility[:4])
+            if runs is not None:
+                return visibility._replace(runs=runs)
         blocks = cut(*visibility[:4], always=implementation == "blocked")
         if blocks is not None:
             return visibility._replace(blocks=blocks)
@@ -121,6 +130,11 @@ def attend_sdpa(
 ) -> tuple[Tensor, Tensor | None]:
     """torch's fused scaled_dot_product_attention; it never builds the weights."""
     B, T, N, H = q_BTNH.shape
+    if visibility.told is not None:
+        o_BTNH = None if dropout else attend_in_c(q_BTNH, k_BSKH, v_BSKH, visibility.told)
+        if o_BTNH is not None:
+            return o_BTNH, None
+        visibility = prepared(visibility._replace(in_c=False, told=None), DEFAULT)
     if visibility.runs is not None:
         if not dropout and unwatched(q_BTNH, k_BSKH, v_BSKH):
             return attend_in_bands(q_BTNH, k_BSKH, v_BSKH, visibility.runs, visibility.window), None

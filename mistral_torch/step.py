@@ -35,6 +35,8 @@ class Step(NamedTuple):
     """[B, T]: the packed document of each token."""
     output_attentions: bool = False
     """Whether layers return their attention weights."""
+    in_c: bool = False
+    """Whether attention may be computed in C."""
     sight: Sight | None = None
     """What the layer that is called sees; None: it looks by itself."""
 
@@ -42,9 +44,9 @@ class Step(NamedTuple):
 def look(step: Step, window: int | None, past: tuple[Tensor, ...] | None) -> Sight:
     """What a layer of this window, and of such a past, sees in a call."""
     if past is None:
-        return Sight(None, Visibility(step.order_BT, step.order_BT, window, step.document_ids_BT))
+        return Sight(None, Visibility(step.order_BT, step.order_BT, window, step.document_ids_BT, in_c=step.in_c))
     where = place(step.order_BT, past[-1], past[0].shape[1], window=window, capacity=step.capacity)
-    return Sight(where, Visibility(step.order_BT, where.order_BS, window, step.document_ids_BT))
+    return Sight(where, Visibility(step.order_BT, where.order_BS, window, step.document_ids_BT, in_c=step.in_c))
 
 
 def steps_of_layers(step: Step, windows: Sequence[int | None], past: KVCache | None, implementation: str) -> list[Step]:

@@ -19,15 +19,11 @@ from mistral_core.generation.cache_layout import grown_slots
 from . import native
 from .arrays import memory
 from .attention import DEFAULT
-from .bands import document_lengths
 from .cache import KVCache
 from .step import Step
 
 if TYPE_CHECKING:
     from .model import MistralModel, OfLayers
-
-LEAST = 64
-"""The fewest tokens of a call for which C is asked: the weights are looked at anew in each."""
 
 
 def in_one_call(run: Callable[..., OfLayers]) -> Callable[..., OfLayers]:
@@ -47,9 +43,10 @@ def _in_c(model: MistralModel, x_BTD: Tensor, step: Step, past: KVCache | None) 
     """What the layers give, of which nothing is kept but the last one's; None where C does not compute them."""
     if not _is_for_c(model, x_BTD, step, past):
         return None
-    begin_BT = None if step.document_ids_BT is None else _beginnings(step.order_BT, step.document_ids_BT)
-    if step.document_ids_BT is not None and begin_BT is None:
+    told = step.sight.visibility.told if step.sight else None
+    if step.document_ids_BT is not None and told is None:  # a document goes on after another one
         return None
+    begin_BT = None if told is None else told.begin_BT
     whole = native.whole_step_of(model)
     if whole is None or not whole.is_by_tiles():
         return None
@@ -70,12 +67,9 @@ def _in_c(model: MistralModel, x_BTD: Tensor, step: Step, past: KVCache | None) 
 def _is_for_c(model: MistralModel, x_BTD: Tensor, step: Step, past: KVCache | None) -> bool:
     """Whether C may compute the layers of a call: enough tokens, and nothing wanted of what is between.
 
-    A cache is none, or a new one that grows. Where gradients are on nothing is in C, whether they go through it or not,
-    as in `between`.
+    A cache is none, or a new one that grows.
     """
-    if not native.unwatched(x_BTD) or torch.is_grad_enabled():  # a compiler is to see no size asked for
-        return False
-    if x_BTD.shape[:2].numel() < LEAST or x_BTD.dtype != model.dtype or x_BTD.shape[1] == 1:
+    if not step.in_c or x_BTD.dtype != model.dtype:
         return False
     if past is not None and not (past.dtype == x_BTD.dtype and _is_new(past)):
         return False
@@ -86,18 +80,6 @@ def _is_for_c(model: MistralModel, x_BTD: Tensor, step: Step, past: KVCache | No
 def _is_new(past: KVCache) -> bool:
     """Whether a cache that grows holds nothing yet: it has the spare slots alone."""
     return all(keys.shape[1] == 1 for keys in past.keys)
-
-
-def _beginnings(order_BT: Tensor, document_ids_BT: Tensor) -> Tensor | None:
-    """[B, T]: the order of the first token of each one's document; None where a document goes on after another one."""
-    begin_BT = torch.zeros_like(order_BT)
-    for begin_T, order_T, ids_T in zip(begin_BT, order_BT, document_ids_BT.expand_as(order_BT), strict=True):
-        real = order_T >= 0
-        lengths = document_lengths(ids_T[real])
-        if lengths is None:
-            return None
-        begin_T[real] = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-    return begin_BT
 
 
 def _rings(model: MistralModel, x_BTD: Tensor, past: KVCache | None) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

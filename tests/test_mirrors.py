@@ -91,6 +91,7 @@ OWN_FILES = {
     "compiled.py": "torch's compiler is asked for, function by function; JAX and TensorFlow always compile",
     "between.py": "torch runs each operation by itself; XLA makes one pass of a norm, a rotation and a gate",
     "bands.py": "torch's kernel of a CPU tells the sums by which pieces are put together; the others have none",
+    "attention_in_c.py": "torch's kernel of a CPU reads a mask of all keys; JAX and TensorFlow compile blocks",
     "whole_call.py": "torch calls C for all layers of a text; what JAX and TensorFlow compile is one program already",
     "tiles.py": "torch makes each array as it comes to it; XLA and TensorFlow plan their memory",
     "compat.py": "each framework has other guests: torch trainers and adapters, Flax and TF old names of classes",

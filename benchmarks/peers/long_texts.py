@@ -35,10 +35,9 @@ def inputs(layout: str, *, rows: int, tokens: int, window: int, vocabulary: int)
     return {"input_ids": ids}
 
 
-def attending(
-    config: MistralConfig, asked: dict[str, Any], given: dict[str, Any], array: Callable[..., Any], compiled: Any
-) -> Callable[[], Any]:
+def attending(config: MistralConfig, asked: dict[str, Any], given: dict[str, Any], compiled: Any) -> Callable[[], Any]:
     """The attention of one layer alone, as it is by default."""
+    array = importlib.import_module(f"mistral_{asked['backend']}.arrays").from_numpy
     attention = importlib.import_module(f"mistral_{asked['backend']}.attention")
     rows, tokens = given["input_ids"].shape
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
@@ -47,9 +46,10 @@ def attending(
         rng.standard_normal((rows, tokens, n, config.head_dim), np.float32).astype(asked["dtype"]) for n in heads
     ]
     implementation = attention.check_implementation(None)
+    options = {"in_c": True} if asked["backend"] == "torch" else {}  # others have no attention in C
 
     def attend(order_BT: Any, *arrays: Any) -> Any:
-        visibility = attention.Visibility(order_BT, order_BT, config.sliding_window)
+        visibility = attention.Visibility(order_BT, order_BT, config.sliding_window, **options)
         visibility = attention.prepared(visibility, implementation)
         return attention.attend(*arrays, visibility, implementation=implementation)[0]
 
@@ -64,7 +64,7 @@ def call_torch(config: MistralConfig, asked: dict[str, Any], given: dict[str, An
     from mistral_torch import MistralForCausalLM
 
     if asked["what"] == "attend":
-        return torch.no_grad()(attending(config, asked, given, torch.asarray, lambda function: function))
+        return torch.no_grad()(attending(config, asked, given, lambda function: function))
     model = MistralForCausalLM(config).to(getattr(torch, asked["dtype"]))
     tensors = {name: torch.from_numpy(array) for name, array in given.items()}
     if asked["what"] == "prefill":
@@ -93,7 +93,7 @@ def call_flax(config: MistralConfig, asked: dict[str, Any], given: dict[str, Any
     from mistral_flax import MistralForCausalLM
 
     if asked["what"] == "attend":
-        call = attending(config, asked, given, jax.numpy.asarray, jax.jit)
+        call = attending(config, asked, given, jax.jit)
         return lambda: jax.block_until_ready(call())
     model = MistralForCausalLM(config, dtype=asked["dtype"])
     if asked["what"] == "prefill":
@@ -116,7 +116,7 @@ def call_tf(config: MistralConfig, asked: dict[str, Any], given: dict[str, Any])
     from mistral_tf import MistralForCausalLM
 
     if asked["what"] == "attend":
-        call = attending(config, asked, given, tf.constant, tf.function)
+        call = attending(config, asked, given, tf.function)
         return lambda: call().numpy()
     model = MistralForCausalLM(config, dtype=asked["dtype"])
     if asked["what"] == "prefill":

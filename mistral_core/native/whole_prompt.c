@@ -27,11 +27,12 @@ typedef struct {
     const Cache *cache;
     Way way;
     int64_t layer, J; /* J: of the row that sees most, in whole blocks */
+    int64_t new;      /* how many columns k and v have of each row */
     char *x, *h, *q, *k, *v, *g, *u;
     char *weight; /* of a norm */
     char *keys, *values; /* [B,K] of J / 16 panels of tiles across H, and of H / 16 across J */
     int64_t *first, *count; /* [B]: the order of the first key that is seen, and how many are */
-    int64_t *column; /* [B,T]: where the new token of an order after the past's stands */
+    int64_t *column; /* [B,new]: where the new token of an order after the past's stands */
     atomic_int *failed;
 } Chunk;
 
@@ -133,10 +134,11 @@ OF_ROW(gated)
 static const char *seen(const Chunk *c, const char *new, void *const *past, int64_t b, int64_t head, int64_t j)
 {
     const Model *m = c->m;
-    int64_t order = c->first[b] + j, S = c->cache->slots[c->layer], length = c->of->length[b], T = c->of->T;
+    int64_t order = c->first[b] + j, length = c->of->length[b], is_new = order >= length;
     if (j >= c->count[b]) return NULL;
-    int64_t row = order >= length ? b * T + c->column[b * T + order - length] : b * S + order % S;
-    return (order >= length ? new : past[c->layer]) + (row * m->K + head) * m->H * size_of(c);
+    int64_t columns = is_new ? c->new : c->cache->slots[c->layer];
+    int64_t column = is_new ? c->column[b * columns + order - length] : order % columns;
+    return (is_new ? new : past[c->layer]) + ((b * columns + column) * m->K + head) * m->H * size_of(c);
 }
 
 static inline __m512i line_of(const char *key, int64_t at)
@@ -159,8 +161,8 @@ static void turn_keys(const void *argument, int64_t part)
     if (first >= up_to(c->count[b], BLOCK)) return;
     const char *key[BLOCK], *value[BLOCK];
     for (int k = 0; k < BLOCK; k++) {
-        key[k] = seen(c, c->k, c->cache->keys, b, head, first + k);
-        value[k] = seen(c, c->v, c->cache->values, b, head, first + k);
+        key[k] = seen(c, c->k, c->cache ? c->cache->keys : NULL, b, head, first + k);
+        value[k] = seen(c, c->v, c->cache ? c->cache->values : NULL, b, head, first + k);
     }
     for (int j = 0; j < BLOCK; j += SIDE)
         for (int64_t i = 0; i < H; i += columns) {
@@ -328,6 +330,14 @@ static void attend(const void *argument, int64_t part)
     free(o);
 }
 
+/* What queries see, as outputs in h: of every row and key/value head. */
+static void every_pair(const Chunk *c, Parallel by)
+{
+    int64_t pairs = c->of->B * c->m->K, queries = c->of->T * (c->m->N / c->m->K);
+    run(by, turn_keys, c, pairs * (c->J / BLOCK), c->m->threads);
+    run(by, attend, c, pairs * ((queries + BLOCK - 1) / BLOCK), c->m->threads);
+}
+
 /* ---- all layers ---- */
 
 /* Which keys the rows see in a layer. */
@@ -343,6 +353,7 @@ static void look(Chunk *c)
         most = c->count[b] > most ? c->count[b] : most;
     }
     c->J = up_to(most, BLOCK);
+    c->new = T;
 }
 
 static void take_weight(const Chunk *c, const float *weight)
@@ -356,7 +367,7 @@ static int one_layer(Chunk *c, Parallel by)
 {
     const Model *m = c->m;
     const Layer *layer = &m->layers[c->layer];
-    int64_t R = c->of->B * c->of->T, G = m->N / m->K;
+    int64_t R = c->of->B * c->of->T;
     int code = 0;
     take_weight(c, layer->input_norm);
     every_row(c, by, normed);
@@ -365,8 +376,7 @@ static int one_layer(Chunk *c, Parallel by)
     code |= multiply(c, by, &layer->v, c->h, R, c->v, m->type);
     every_row(c, by, turned);
     look(c);
-    run(by, turn_keys, c, c->of->B * m->K * (c->J / BLOCK), m->threads);
-    run(by, attend, c, c->of->B * m->K * ((c->of->T * G + BLOCK - 1) / BLOCK), m->threads);
+    every_pair(c, by);
     remember(c);
     code |= multiply(c, by, &layer->o, c->h, R, c->q, m->type);
     char *heads = c->h;
@@ -383,6 +393,16 @@ static int one_layer(Chunk *c, Parallel by)
 }
 
 /* ---- the memory of a chunk ---- */
+
+/* One piece of memory, to be freed, for so many parts of some bytes, which begin where vectors do; NULL: there is none. */
+static char *room(int count, const int64_t *sizes, char **part)
+{
+    int64_t total = 64, at = 0;
+    for (int i = 0; i < count; i++) total += up_to(sizes[i], 64);
+    char *memory = aligned_alloc(64, (size_t)total);
+    for (int i = 0; memory && i < count; at += up_to(sizes[i++], 64)) part[i] = memory + at;
+    return memory;
+}
 
 /* Room for the largest of so many chunks, but for x, which is another's where it is given: 0, or an ERROR_. To be freed
    is `memory`. */
@@ -407,15 +427,43 @@ static int prepare(
         has_x ? 0 : size * R * m->D, size * R * wide, size * R * wide, R * of_keys, R * of_keys, size * R * deep,
         size * R * m->F, size * m->D, B * J * of_keys, B * J * of_keys, 16 * B, 8 * R};
     char *part[12];
-    int64_t total = 0;
-    for (int i = 0; i < 12; i++) total += up_to(sizes[i], 64);
-    if (!(*memory = aligned_alloc(64, (size_t)total))) return ERROR_MEMORY;
-    for (int64_t i = 0, at = 0; i < 12; at += up_to(sizes[i++], 64)) part[i] = *memory + at;
+    if (!(*memory = room(12, sizes, part))) return ERROR_MEMORY;
     *c = (Chunk){
         .m = m, .of = of, .cache = cache, .way = way_of(m->type == BFLOAT16), .x = part[0], .h = part[1], .q = part[2],
         .k = part[3], .v = part[4], .g = part[5], .u = part[6], .weight = part[7], .keys = part[8], .values = part[9],
         .first = (int64_t *)part[10], .count = (int64_t *)part[10] + B, .column = (int64_t *)part[11],
         .failed = failed};
+    return 0;
+}
+
+/* ---- attention alone ---- */
+
+/* Which keys the rows see, as if all were new: 0, ERROR_MEMORY, or ERROR_ARGUMENT where one of them is missing. */
+static int look_at(Chunk *c, const Seeing *a, int64_t *first, int64_t *count)
+{
+    int64_t most = 0;
+    for (int64_t b = 0; b < a->B; b++) {
+        int64_t lowest = INT64_MAX, highest = -1, missing;
+        for (int64_t t = 0; t < a->T; t++) {
+            int64_t order = a->order[b * a->T + t];
+            if (order < 0) continue;
+            lowest = order < lowest ? order : lowest, highest = order > highest ? order : highest;
+        }
+        first[b] = highest < 0 || a->window < 0 || lowest < a->window ? 0 : lowest - a->window + 1;
+        count[b] = missing = highest < 0 ? 0 : highest + 1 - first[b];
+        if (count[b] > a->S) return ERROR_ARGUMENT;
+        int64_t *column = c->column + b * a->S;
+        for (int64_t j = 0; j < count[b]; j++) column[j] = -1;
+        for (int64_t s = 0; s < a->S; s++) {
+            int64_t j = a->key_order[b * a->S + s] - first[b];
+            if (a->key_order[b * a->S + s] < 0 || j < 0 || j >= count[b]) continue;
+            missing -= column[j] < 0;
+            column[j] = s;
+        }
+        if (missing) return ERROR_ARGUMENT;
+        most = count[b] > most ? count[b] : most;
+    }
+    c->first = first, c->count = count, c->J = up_to(most, BLOCK);
     return 0;
 }
 
@@ -489,6 +537,40 @@ int mistral_layers(const Model *m, const Cache *cache, const Tokens *of, int64_t
     return code;
 #else
     (void)m, (void)cache, (void)of, (void)chunks, (void)x, (void)by;
+    return ERROR_ARGUMENT;
+#endif
+}
+
+/* y [B,T,N,H] = softmax(q k / sqrt(H)) v over the keys that a query sees, 0 where it sees none. 0, or an ERROR_:
+   ERROR_ARGUMENT where a key that is seen is not there. */
+int mistral_attend(const Seeing *a, Parallel by)
+{
+#ifdef TILES
+    int64_t of_tiles = bytes_of(a->type) * a->K * a->H;
+    atomic_int failed = 0;
+    char *part[3], *tiles[2] = {NULL, NULL};
+    int64_t sizes[3] = {8 * a->B, 8 * a->B, 8 * a->B * a->S};
+    char *memory = room(3, sizes, part);
+    if (!memory) return ERROR_MEMORY;
+    int64_t *first = (int64_t *)part[0], *count = (int64_t *)part[1];
+    Layer layer = {.window = a->window};
+    Model m = {.N = a->N, .K = a->K, .H = a->H, .L = 1, .type = a->type, .threads = a->threads, .layers = &layer};
+    Tokens of = {.B = a->B, .T = a->T, .order = a->order, .length = first, .begin = a->begin};
+    Chunk c = {
+        .m = &m, .of = &of, .way = way_of(a->type == BFLOAT16), .new = a->S, .h = a->y, .q = (char *)a->q,
+        .k = (char *)a->k, .v = (char *)a->v, .column = (int64_t *)part[2], .failed = &failed};
+    int code = look_at(&c, a, first, count);
+    if (!code) {
+        char *keys = room(2, (int64_t[]){a->B * c.J * of_tiles, a->B * c.J * of_tiles}, tiles);
+        c.keys = tiles[0], c.values = tiles[1];
+        if (keys) every_pair(&c, by);
+        code = keys ? atomic_load(&failed) : ERROR_MEMORY;
+        free(keys);
+    }
+    free(memory);
+    return code;
+#else
+    (void)a, (void)by;
     return ERROR_ARGUMENT;
 #endif
 }

@@ -81,12 +81,13 @@ class _StepTokens(ctypes.Structure):
 
 
 @functools.cache
-def _prompts(type: int) -> Any:
-    """The functions of C for prompts of models of a type, or None where there is no compiler, or it has no way."""
+def prompts(type: int) -> Any:
+    """The functions of C for many tokens of models of a type, or None where there is no compiler, or it has no way."""
     code, _ = library.bound(PROMPTS, ())
     if code is None or not code.mistral_takes_prompts(type):
         return None
     code.mistral_prompt.argtypes = code.mistral_layers.argtypes = [_P, _P, _P, _I64, _P, _P]
+    code.mistral_attend.argtypes = [_P, _P]
     return code
 
 
@@ -176,7 +177,7 @@ class WholeStep:
 
     def is_by_tiles(self) -> bool:
         """Whether many rows are multiplied here by tiles: of a model of whole ones, on a processor that has a way."""
-        return self._is_of_tiles and _prompts(TYPES[self._dtype]) is not None
+        return self._is_of_tiles and prompts(TYPES[self._dtype]) is not None
 
     def _is_laid_out(self, ids_BT: np.ndarray, kept: Sequence[Sequence[np.ndarray]], capacity: int | None) -> bool:
         """Whether the arrays of a cache are as C has them."""
@@ -219,7 +220,7 @@ class WholeStep:
         tokens = (_StepTokens * len(chunks))(*(each for each, _ in chunks))
         logits = np.empty((B, 1, self.config.vocab_size), np.float32)
         library.check(
-            _prompts(TYPES[self._dtype]).mistral_prompt(
+            prompts(TYPES[self._dtype]).mistral_prompt(
                 ctypes.byref(self._model), ctypes.byref(cache), tokens, len(chunks), logits.ctypes.data, self._parallel
             )
         )
@@ -250,7 +251,7 @@ class WholeStep:
                 length = length + np.sum(order >= 0, axis=1)
             tokens = (_StepTokens * len(chunks))(*(each for each, _ in chunks))
             library.check(
-                _prompts(TYPES[self._dtype]).mistral_layers(
+                prompts(TYPES[self._dtype]).mistral_layers(
                     ctypes.byref(self._model), ctypes.byref(cache), tokens, len(chunks), x_BTD[some].ctypes.data,
                     self._parallel,
                 )

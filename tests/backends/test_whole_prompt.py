@@ -52,12 +52,12 @@ CONFIGS = {
 def tiles(request):
     """The dtype of kernels that multiply tiles: by vectors, by the processor's own, or by emulated ones."""
     flags, (dtype, *emulated) = build.FLAGS, request.param.split()
-    cached = (build._tried, library._loaded, whole_step._step, whole_step._prompts)
+    cached = (build._tried, library._loaded, whole_step._step, whole_step.prompts)
     if emulated:
         build.FLAGS = (*flags, "-DEMULATED_TILES")
         for each in cached:
             each.cache_clear()
-    there = whole_step._prompts(whole_step.TYPES[dtype]) is not None
+    there = whole_step.prompts(whole_step.TYPES[dtype]) is not None
     if there:
         yield dtype
     build.FLAGS = flags

@@ -1,0 +1,49 @@
+"""Attention of many queries in C, by address: of one layer, and of whatever keys there are.
+
+It is what `whole_prompt.c` computes of a prompt: by blocks of queries, which meet only keys that one of them sees, with
+a running softmax (https://arxiv.org/abs/1805.02867), so that a window costs what it shows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+from . import library
+from .whole_step import TALL, prompts
+
+_I32, _I64, _P = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+MISSING = 1
+"""What C gives where a key that is seen is not there."""
+
+
+class _Seeing(ctypes.Structure):
+    _fields_ = [
+        *((name, _I64) for name in ("B", "T", "S", "N", "K", "H", "window")), ("type", _I32), ("threads", _I32),
+        *((name, _P) for name in ("q", "k", "v", "y", "order", "begin", "key_order")),
+    ]  # fmt: skip
+
+
+def available(type: int, head_dim: int) -> bool:
+    """Whether attention is computed here, of numbers of a type of `library.TYPES` and heads of this size.
+
+    The first call compiles it.
+    """
+    return type in (0, 1) and head_dim % TALL == 0 and prompts(type) is not None
+
+
+def attend(
+    type: int, sizes: tuple[int, int, int, int, int, int], window: int | None, q: int, k: int, v: int, y: int,
+    order: int, begin: int | None, key_order: int, *, threads: int = 0, parallel: int | None = None,
+) -> bool:  # fmt: skip
+    """Write y [B, T, N, H] = softmax(q k / sqrt(H)) v: True; False, and no y, where a key that is seen is not there.
+
+    `sizes` are B, T, S, N, K, H; q [B, T, N, H], k and v [B, S, K, H] are addresses of numbers of a type, in one piece,
+    `order` [B, T], `begin` [B, T] and `key_order` [B, S] of int64: how many real tokens of the row are before each
+    query and each key, -1 for none, and before the first that a query sees at most. Raises MemoryError.
+    """
+    shown = -1 if window is None else window
+    given = _Seeing(*sizes, shown, type, threads, q, k, v, y, order, begin, key_order)
+    code = prompts(type).mistral_attend(ctypes.byref(given), parallel)
+    if code != MISSING:
+        library.check(code)
+    return code == 0
