@@ -456,7 +456,7 @@ static int look_at(Chunk *c, const Seeing *a, int64_t *first, int64_t *count)
         for (int64_t j = 0; j < count[b]; j++) column[j] = -1;
         for (int64_t s = 0; s < a->S; s++) {
             int64_t j = a->key_order[b * a->S + s] - first[b];
-            if (a->key_order[b * a->S + s] < 0 || j < 0 || j >= count[b]) continue;
+            if (j < 0 || j >= count[b]) continue;
             missing -= column[j] < 0;
             column[j] = s;
         }

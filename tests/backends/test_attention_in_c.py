@@ -28,12 +28,12 @@ pytestmark = [
 
 @pytest.fixture
 def calls(tiles, monkeypatch):  # noqa: F811
-    """How many queries and keys each call of C has from now on."""
+    """How many queries and keys each call of C has from now on, and whether they were all there."""
     seen, of_c = [], in_c.attend
 
     def attend(type, sizes, *others, **options):
-        seen.append(sizes[1:3])
-        return of_c(type, sizes, *others, **options)
+        seen.append((*sizes[1:3], of_c(type, sizes, *others, **options)))
+        return seen[-1][-1]
 
     monkeypatch.setattr(in_c, "attend", attend)
     return seen
@@ -99,7 +99,7 @@ def test_it_is_the_formula(tiles, calls, name, window, heads):  # noqa: F811
         window = 50  # a ring shows no more
     given = arrays(SIGHTS[name], heads, tiles)
     found = attended(given, *SIGHTS[name], window)
-    assert calls == [(T, SIGHTS[name][1].shape[1])]
+    assert calls == [(T, SIGHTS[name][1].shape[1], True)]
     wanted = attended([x.double() for x in given], *SIGHTS[name], window, implementation="eager")
     assert_near(found, wanted, given, tiles)
     assert (found[SIGHTS[name][0] < 0] == 0).all()
@@ -128,10 +128,10 @@ def test_what_it_is_not_asked_for(tiles, calls):  # noqa: F811
     attended(given, *who, 40, apart)
     for implementation in ("eager", "blocked"):
         assert_near(attended(given, *who, 40, implementation=implementation), wanted.double(), given, tiles)
-    for again in ([x.half() for x in given], [x[..., :24] for x in given], [given[0].double(), *given[1:]]):
-        dtypes = {x.dtype for x in again}
-        if len(dtypes) == 1:
-            assert attended(again, *who, 40).dtype == again[0].dtype
+    for again in ([x.half() for x in given], [x[..., :24] for x in given]):
+        assert attended(again, *who, 40).dtype == again[0].dtype
+    with pytest.raises(RuntimeError, match="dtype"):
+        attended([given[0], *(x.half() for x in given[1:])], *who, 40)
     assert (attended(given, *who, 40, dropout=0.5) != wanted).any()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         attended(given, *who, 40)
@@ -140,15 +140,17 @@ def test_what_it_is_not_asked_for(tiles, calls):  # noqa: F811
     assert calls
 
 
-def test_a_key_that_is_not_there_is_torch_s(tiles, calls):  # noqa: F811
+@pytest.mark.parametrize("instead", [-1, 61])
+def test_a_key_that_is_not_there_is_torch_s(tiles, calls, instead):  # noqa: F811
     query, keys = SIGHTS["after some keys"]
-    keys = torch.where(keys == 60, -1, keys)
+    keys = torch.where(keys == 60, instead, keys)
     given = arrays((query, keys), (6, 2), tiles)
     found = attended(given, query, keys, 40)
-    assert len(calls) == 1
+    assert calls == [(T, 170, False)]
     assert torch.equal(found, attended(given, query, keys, 40, in_c=False))
     given = arrays((query, keys[:, :90]), (6, 2), tiles)  # fewer keys than a row sees
     assert torch.isfinite(attended(given, query, keys[:, :90], None).float()).all()
+    assert calls[1:] == [(T, 90, False)]
 
 
 @pytest.mark.parametrize("watched", ["gradients", "dual", "jvp", "vmap", "make_fx", "trace", "compile"])
