@@ -18,6 +18,7 @@ from jax import Array
 
 from mistral_core.errors import UnsupportedFeatureError
 
+from .attention_in_c import attend_in_c, is_for_c
 from .blocks import Blocks, attend_by_blocks, cut
 from .mask import mask
 from .programs import in_one_program
@@ -77,6 +78,9 @@ def attend(
     """softmax(q k / sqrt(H)) v [B, T, N, H], and the weights [B, N, T, S] where the implementation has them."""
     if rngs is None:
         dropout = 0.0
+    if implementation == "dot_product" and not dropout and _is_for_c(q_BTNH, k_BSKH, v_BSKH, visibility):
+        orders, window = visibility[:2], visibility.window
+        return attend_in_c(q_BTNH, k_BSKH, v_BSKH, *orders, window=window, formula=_formula), None
     if visibility.blocks is not None and not (dropout and implementation in WITHOUT_DROPOUT):
         return attend_by_blocks(q_BTNH, k_BSKH, v_BSKH, visibility.blocks, _of_block), None
     # on a CPU, JAX has no kernel of float16, and for one query the formula takes about two thirds of the kernel's time
@@ -84,6 +88,22 @@ def attend(
     if better_eager or (dropout and implementation in WITHOUT_DROPOUT):
         implementation = "eager"
     return ATTENTION[implementation](q_BTNH, k_BSKH, v_BSKH, visibility, dropout, rngs)
+
+
+def _is_for_c(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visibility: Visibility) -> bool:
+    """Whether C may compute this; a block has a mask alone, and documents are in one piece or not."""
+    is_block = visibility.query_order_BT.shape[1] != q_BTNH.shape[1]
+    return not is_block and visibility.document_ids_BT is None and is_for_c(q_BTNH, k_BSKH, v_BSKH)
+
+
+def _formula(
+    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, query_order_BT: Array, key_order_BS: Array, *, window: int | None
+) -> Array:
+    """What C computes, in JAX' own operations."""
+    visibility = prepared(Visibility(query_order_BT, key_order_BS, window), "dot_product")
+    if visibility.blocks is not None:
+        return attend_by_blocks(q_BTNH, k_BSKH, v_BSKH, visibility.blocks, _of_block)
+    return attend_dot_product(q_BTNH, k_BSKH, v_BSKH, visibility, 0.0, None)[0]
 
 
 def _of_block(q_BCNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BCS: Array) -> Array:

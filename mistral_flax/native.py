@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array
 
 from mistral_core.errors import InputError, MissingExtraError
-from mistral_core.native import library, whole_step
+from mistral_core.native import attention, library, whole_step
 
 from .arrays import memory
 
@@ -25,9 +25,9 @@ _OWN = (jnp.float32, jnp.bfloat16)
 def _registered() -> str:
     """Make the kernels known to XLA; why they cannot be, empty where they are."""
     flags = (f"-I{jax.ffi.include_dir()}", f'-DJAXLIB="{jaxlib.version.__version__}"')
-    code, reason = library.bound("xla.c", flags)
+    code, reason = library.bound("xla.c", flags, attend=attention.address())
     if not reason:
-        for name in ("product", "dequantised"):
+        for name in ("product", "dequantised", "attend"):
             handler = jax.ffi.pycapsule(getattr(code, f"mistral_xla_{name}"))
             jax.ffi.register_ffi_target(f"mistral_{name}", handler, platform="cpu")
     return reason
@@ -36,6 +36,11 @@ def _registered() -> str:
 def available() -> bool:
     """Whether there are kernels for arrays on a CPU; the first call compiles them."""
     return not _registered()
+
+
+def usable() -> bool:
+    """Whether C may compute what is called or traced now: on one CPU, for XLA cannot cut what C does over devices."""
+    return jax.default_backend() == "cpu" and jax.device_count() == 1 and available()
 
 
 def why() -> str:
@@ -98,9 +103,10 @@ def whole_step_of(model: Any) -> whole_step.WholeStep | None:
 
     It reads the weights where they are: it is for as long as these stay.
     """
-    on_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
+    if not usable():
+        return None
     nodes = [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)]
-    if not on_cpu or not all(map(is_plain, nodes)) or not available():
+    if not all(map(is_plain, nodes)):
         return None
     return whole_step.of_model(model, dtype=jnp.dtype(model.dtype).name, array=model._array, memory=memory)
 

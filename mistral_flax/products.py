@@ -183,7 +183,7 @@ _as_a_whole = in_one_program(_differentiable, static_argnums=(2, 3, 4))
 def _packed_product(x: Array, weight: PackedWeight) -> Array:
     """x W^T in float32 as is fastest for these rows: from the packed bytes, or with floats made of the matrix."""
     codes, scale, zero, kind, shape, block, activations = weight
-    in_c = _has_kernels()
+    in_c = native.usable()
     if in_c and _has_few_rows(x, PACKED_ROWS):
         x = x.astype(jnp.float32)
         return native.product(x, codes, scale, zero, kind=kind, shape=shape, block=block, activations=activations)
@@ -205,11 +205,6 @@ def rounded(x: Array) -> Array:
         seen = scale >= jnp.finfo(jnp.float32).tiny
         codes.append(jnp.where(seen, jnp.rint(part / jnp.where(seen, scale, 1)) * scale, 0))
     return jnp.concatenate(codes, axis=-1).astype(x.dtype)
-
-
-def _has_kernels() -> bool:
-    """Whether C multiplies: on one CPU, for XLA cannot cut what C does over devices."""
-    return jax.default_backend() == "cpu" and jax.device_count() == 1 and native.available()
 
 
 def _has_few_rows(x: Array, most: int) -> bool:

@@ -55,6 +55,7 @@ from .heads import (
 )
 from .model import MistralModel
 from .quantize import BitsAndBytesConfig, Quantization, dequantize, quantize
+from .traces import portable
 
 # every dense Mistral is one network: its class by the names that transformers has for each model type
 MinistralForCausalLM = Ministral3ForCausalLM = MistralForCausalLM
@@ -101,6 +102,7 @@ __all__ = [
     "TextIteratorStreamer",
     "TextStreamer",
     "dequantize",
+    "portable",
     "quantize",
 ]
 

@@ -32,7 +32,6 @@ from .losses import (
     cross_entropy,
     divided,
 )
-from .products import portable
 from .saving import SavedModel
 from .strategies import check_strategy, logs_of_replica, rows_of_replica, shared, told
 from .traces import changed, refuse_distribution
@@ -203,13 +202,11 @@ class KerasModel(SavedModel):
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """One step of `fit`."""
-        with portable(self.jit_compile):
-            return logs_of_replica(self, super().train_step(self._unpacked(data)))
+        return logs_of_replica(self, super().train_step(self._unpacked(data)))
 
     def test_step(self, data: Any) -> dict[str, Any]:
         """One step of `evaluate`."""
-        with portable(self.jit_compile):
-            return logs_of_replica(self, super().test_step(self._unpacked(data)))
+        return logs_of_replica(self, super().test_step(self._unpacked(data)))
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
         """What Keras does before the first step under a strategy, of one replica's rows.
@@ -314,8 +311,7 @@ class KerasModel(SavedModel):
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
         if isinstance(x, Mapping):
             x = {name: value for name, value in x.items() if name not in LABELS}
-        with portable(self.jit_compile):
-            output = self(x, training=False)
+        output = self(x, training=False)
         return {
             name: value for name, value in output._asdict().items() if value is not None and name != "past_key_values"
         }

@@ -10,9 +10,10 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from mistral_core.errors import InputError, MissingExtraError
-from mistral_core.native import library, whole_step
+from mistral_core.native import attention, library, whole_step
 
 from .arrays import memory
+from .traces import is_portable
 
 _OWN = (tf.float32, tf.bfloat16)
 """The dtypes of x that kernels take as they are."""
@@ -23,7 +24,7 @@ def _registered() -> tuple[Any, str]:
     """TensorFlow's operations for the kernels, and why there are none: empty where there are."""
     flags = (*tf.sysconfig.get_compile_flags(), *tf.sysconfig.get_link_flags(), f'-DTENSORFLOW="{tf.__version__}"')
     flags = tuple(flag for flag in flags if not flag.startswith("--std="))
-    return library.bound("tf.c", flags, _loaded)
+    return library.bound("tf.c", flags, _loaded, attend=attention.address())
 
 
 def _loaded(path: str) -> Any:
@@ -33,9 +34,24 @@ def _loaded(path: str) -> Any:
         raise RuntimeError(error.message) from error
 
 
+def operations() -> Any:
+    """TensorFlow's operations for what is in C, where there are some."""
+    return _registered()[0]
+
+
 def available() -> bool:
     """Whether there are kernels for tensors on a CPU; the first call compiles them."""
     return not _registered()[1]
+
+
+def usable() -> bool:
+    """Whether C may compute what is called or traced now: on CPUs, and neither to be saved nor compiled by XLA."""
+    return not is_portable() and is_on_cpu() and available()
+
+
+def is_on_cpu() -> bool:
+    """Whether all devices are CPUs."""
+    return all(device.device_type == "CPU" for device in tf.config.list_logical_devices())
 
 
 def why() -> str:
@@ -66,7 +82,7 @@ def product(
     if as_given not in _OWN:
         x = tf.cast(x, tf.float32)
     zeros = [] if zero is None else [zero]
-    return tf.cast(_registered()[0].mistral_packed_product(x, codes, scale, zeros, numbers=numbers), as_given)
+    return tf.cast(operations().mistral_packed_product(x, codes, scale, zeros, numbers=numbers), as_given)
 
 
 def dequantised(
@@ -88,7 +104,7 @@ def dequantised(
     if dtype not in _OWN:
         raise InputError(f"dtype must be float32 or bfloat16, got {dtype.name}.")
     zeros = [] if zero is None else [zero]
-    result = _registered()[0].mistral_dequantised(codes, scale, zeros, numbers=numbers, T=dtype)
+    result = operations().mistral_dequantised(codes, scale, zeros, numbers=numbers, T=dtype)
     return tf.ensure_shape(result, shape)
 
 
@@ -97,9 +113,8 @@ def whole_step_of(model: Any) -> whole_step.WholeStep | None:
 
     It reads the weights where they are: it is for as long as these stay.
     """
-    on_cpu = all(device.device_type == "CPU" for device in tf.config.list_logical_devices())
     plain = all(map(is_plain, model._flatten_layers())) and model.compute_dtype == model.variable_dtype
-    if not on_cpu or not plain or tf.distribute.has_strategy() or not available():
+    if not is_on_cpu() or not plain or tf.distribute.has_strategy() or not available():
         return None
     return whole_step.of_model(
         model, dtype=model.compute_dtype, array=lambda name: memory(model._parameter(name)), memory=memory

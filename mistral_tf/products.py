@@ -5,11 +5,9 @@ A matrix is [out, in], as in every checkpoint.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +27,6 @@ _FEW_ROWS = 2
 """The most rows that are multiplied one by one from packed codes without kernels in C."""
 PACKED_ROWS = 16
 """The most rows that are multiplied from packed bytes in C; for more, floats are made of the matrix first."""
-_portable = ContextVar("portable", default=False)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dtype: Any = None) -> Tensor:
@@ -80,7 +77,7 @@ def as_floats(weight: Tensor | PackedWeight, x_RI: Tensor) -> Tensor:
 def dequantised(weight: PackedWeight, dtype: Any) -> Tensor:
     """The matrix [O, I] in TensorFlow's own operations, computed in float32 and rounded once."""
     dtype = tf.as_dtype(dtype)
-    if not _is_on_cpu():
+    if not native.is_on_cpu():
         return _in_order([tf.cast(numbers, dtype) for _, numbers in _parts(weight)], weight)
     floats = _xla(_floats, _form(weight), dtype)(*weight[:3])
     if floats.dtype == dtype:
@@ -91,7 +88,7 @@ def dequantised(weight: PackedWeight, dtype: Any) -> Tensor:
 def _packed_rows(x_RI: Tensor, weight: PackedWeight, dtype: Any) -> Tensor:
     """x W^T in `dtype` as is fastest for these rows, where tracing knows them: from packed bytes, or with floats."""
     codes, scale, zero, kind, shape, block, activations = weight
-    in_c = _has_kernels() and tf.float64 not in (x_RI.dtype, dtype)
+    in_c = native.usable() and tf.float64 not in (x_RI.dtype, dtype)
     if in_c and x_RI.shape[0] is not None and x_RI.shape[0] <= PACKED_ROWS:
         x_RI = tf.cast(x_RI, tf.float32)
         y_RO = native.product(x_RI, codes, scale, zero, kind=kind, shape=shape, block=block, activations=activations)
@@ -100,7 +97,7 @@ def _packed_rows(x_RI: Tensor, weight: PackedWeight, dtype: Any) -> Tensor:
         x_RI = rounded(x_RI)
     most = _FEW_ROWS if KINDS[weight.kind].is_integer else 1
     few = x_RI.shape[0] is not None and x_RI.shape[0] <= most
-    if few and _is_on_cpu() and tf.float64 not in (x_RI.dtype, dtype):
+    if few and native.is_on_cpu() and tf.float64 not in (x_RI.dtype, dtype):
         return tf.cast(_packed_few_rows(tf.cast(x_RI, tf.float32), weight), dtype)
     kept = x_RI.dtype if dtype == tf.float32 and x_RI.dtype != tf.float64 and not in_c else dtype
     return _rows(x_RI, _made_floats(x_RI, weight, kept), dtype)
@@ -112,7 +109,7 @@ def _made_floats(x_RI: Tensor, weight: PackedWeight, dtype: Any) -> Tensor:
     When x is there, or a program would first make floats of all its matrices.
     """
     with tf.control_dependencies([x_RI]):
-        if dtype in (tf.float32, tf.bfloat16) and _has_kernels():
+        if dtype in (tf.float32, tf.bfloat16) and native.usable():
             codes, scale, zero, kind, shape, block, _ = weight
             return native.dequantised(codes, scale, zero, kind=kind, shape=shape, block=block, dtype=dtype)
         return dequantised(weight, dtype)
@@ -127,21 +124,6 @@ def rounded(x: Tensor) -> Tensor:
         seen = scale >= np.finfo(np.float32).tiny
         codes.append(tf.where(seen, tf.round(part / tf.where(seen, scale, 1.0)) * scale, 0.0))
     return tf.cast(tf.concat(codes, -1), x.dtype)
-
-
-@contextlib.contextmanager
-def portable(asked: bool = True) -> Iterator[None]:
-    """A context in which programs are of TensorFlow's own operations: to be saved, or compiled by XLA."""
-    before = _portable.set(_portable.get() or asked)
-    try:
-        yield
-    finally:
-        _portable.reset(before)
-
-
-def _has_kernels() -> bool:
-    """Whether C multiplies."""
-    return not _portable.get() and _is_on_cpu() and native.available()
 
 
 def _packed_few_rows(x_RI: Tensor, weight: PackedWeight) -> Tensor:
@@ -197,13 +179,9 @@ def _in_order(parts: list[Tensor], weight: PackedWeight) -> Tensor:
     return tf.reshape(tf.stack([even, odd], -1), [weight.shape[0], -1])[:, : weight.shape[1]]
 
 
-def _is_on_cpu() -> bool:
-    return all(device.device_type == "CPU" for device in tf.config.list_logical_devices())
-
-
 def _rows(x_RI: Tensor, weight_OI: Tensor, dtype: Any) -> Tensor:
     """x W^T in `dtype`, as is fastest for these dtypes and this number of rows, where tracing knows it."""
-    on_cpu = _is_on_cpu()
+    on_cpu = native.is_on_cpu()
     if on_cpu and x_RI.shape[0] == 1 and x_RI.dtype == weight_OI.dtype == tf.bfloat16:
         # twice the reading is faster than a float32 copy, which a float32 result needs otherwise
         readings = -(-weight_OI.shape[1] // _XLA_COLUMNS)

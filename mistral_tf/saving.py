@@ -20,8 +20,8 @@ from mistral_core.quantization.matrix import PackedMatrix, packed_codes
 from mistral_core.quantization.storage import Arrangement
 
 from .lora import adapters_config, add_from_config, is_of_adapter
-from .products import portable
 from .quantize import put
+from .traces import portable
 
 
 class SavedModel(keras.Model):

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import keras
 import tensorflow as tf
 from tensorflow import Tensor
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from mistral_core.errors import UnsupportedFeatureError
 
 _traced: weakref.WeakKeyDictionary[Any, dict[str, tuple[Any, list[Any]]]] = weakref.WeakKeyDictionary()
+
+
+_portable = ContextVar("portable", default=False)
 
 
 def sizes(array: Tensor) -> list[Any]:
@@ -20,6 +27,23 @@ def sizes(array: Tensor) -> list[Any]:
     if None not in known:
         return known
     return [found if size is None else size for size, found in zip(known, tf.unstack(tf.shape(array)), strict=True)]
+
+
+@contextlib.contextmanager
+def portable(asked: bool = True) -> Iterator[None]:
+    """A context in which programs are of TensorFlow's own operations: to be saved."""
+    before = _portable.set(_portable.get() or asked)
+    try:
+        yield
+    finally:
+        _portable.reset(before)
+
+
+def is_portable() -> bool:
+    """Whether what is traced now is of TensorFlow's own operations alone: to be saved, or compiled by XLA."""
+    if _portable.get():
+        return True
+    return not tf.executing_eagerly() and GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
 
 
 def refuse_distribution() -> None:

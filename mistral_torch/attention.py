@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from mistral_core.errors import MissingExtraError, UnsupportedFeatureError
 
 from .arrays import without_autocast
-from .attention_in_c import Told, attend_in_c, told_of
+from .attention_in_c import Told, attend_in_c, is_for_c, told_of
 from .bands import Run, attend_in_bands, runs_of
 from .blocks import Blocks, attend_by_blocks, cut
 from .cache import has_values
@@ -50,7 +50,7 @@ class Visibility(NamedTuple):
     is_causal: bool = False
     """Whether it is known that every query sees each key up to itself: queries and keys are the same tokens."""
     in_c: bool = False
-    """Whether C may be asked, by `attention_in_c.is_for_c`."""
+    """Whether C may be asked, by `attention_in_c.may_be_for_c`."""
     told: Told | None = None
     """What it is told, where it is asked."""
 
@@ -131,9 +131,11 @@ def attend_sdpa(
     """torch's fused scaled_dot_product_attention; it never builds the weights."""
     B, T, N, H = q_BTNH.shape
     if visibility.told is not None:
-        o_BTNH = None if dropout else attend_in_c(q_BTNH, k_BSKH, v_BSKH, visibility.told)
-        if o_BTNH is not None:
-            return o_BTNH, None
+        *orders, window, begin_BT = visibility.told
+        if not dropout and is_for_c(q_BTNH, k_BSKH, v_BSKH):
+            o_BTNH = attend_in_c(q_BTNH, k_BSKH, v_BSKH, *orders, window=window, begin_BT=begin_BT)
+            if o_BTNH is not None:
+                return o_BTNH, None
         visibility = prepared(visibility._replace(in_c=False, told=None), DEFAULT)
     if visibility.runs is not None:
         if not dropout and unwatched(q_BTNH, k_BSKH, v_BSKH):

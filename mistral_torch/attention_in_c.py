@@ -1,7 +1,7 @@
-"""Attention in C, on a CPU where gradients are off: of any text, window, padding and past, without a mask.
+"""Attention in C, on CPUs: of any text, window, padding and past, without a mask.
 
-It computes the scores that a query sees, by blocks of queries and keys. torch's fused kernel reads a mask of all of
-them, or computes a window in pieces (`bands`).
+It computes the scores that a query sees, by blocks of queries and keys, where gradients are off. torch's fused kernel
+reads a mask of all of them, or computes a window in pieces (`bands`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LEAST = 64
 class Told(NamedTuple):
     """What C is told of who sees whom, and what layers of one window share: int64, as they lie in memory."""
 
-    order_BT: Tensor
+    query_order_BT: Tensor
     """[B, T]: the number of real tokens before each query in its row, -1 for padding."""
     key_order_BS: Tensor
     """[B, S]: the same of each key."""
@@ -33,8 +33,8 @@ class Told(NamedTuple):
     """[B, T]: the order of the first token of each one's document, where documents are packed."""
 
 
-def is_for_c(x_BTD: Tensor, head_dim: int) -> bool:
-    """Whether C may compute the attention of tokens: enough of a row, and nobody who misses what torch would do.
+def may_be_for_c(x_BTD: Tensor, head_dim: int) -> bool:
+    """Whether C may compute with tokens: enough of them, of its types, and nobody who misses what torch would do.
 
     Where gradients are on nothing is in C, whether they go through it or not, as in `between`.
     """
@@ -46,38 +46,45 @@ def is_for_c(x_BTD: Tensor, head_dim: int) -> bool:
 
 
 def told_of(
-    order_BT: Tensor, key_order_BS: Tensor, window: int | None, document_ids_BT: Tensor | None = None
+    query_order_BT: Tensor, key_order_BS: Tensor, window: int | None, document_ids_BT: Tensor | None = None
 ) -> Told | None:
     """Who sees whom, as C is told; None where rows are short, and where a document goes on after another one."""
-    if order_BT.shape[1] < LEAST or not has_values(order_BT) or not has_values(key_order_BS):
+    if query_order_BT.shape[1] < LEAST or not has_values(query_order_BT) or not has_values(key_order_BS):
         return None
     begin_BT = None
     if document_ids_BT is not None:
-        begin_BT = _beginnings(order_BT, document_ids_BT)
+        begin_BT = _beginnings(query_order_BT, document_ids_BT)
         if begin_BT is None:
             return None
-    orders = (x.to(torch.int64).contiguous() for x in (order_BT, key_order_BS))
+    orders = (x.to(torch.int64).contiguous() for x in (query_order_BT, key_order_BS))
     return Told(*orders, window, begin_BT)
 
 
-def attend_in_c(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, told: Told) -> Tensor | None:
-    """softmax(q k / sqrt(H)) v [B, T, N, H], zeros where nothing is seen; None where C does not compute it."""
-    arrays = (q_BTNH, k_BSKH, v_BSKH)
+def is_for_c(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor) -> bool:
+    """Whether C may compute the attention of tensors: enough queries, of its types, where nobody misses anything."""
+    alike = len({x.dtype for x in (q_BTNH, k_BSKH, v_BSKH)}) == 1 and native.unwatched(q_BTNH, k_BSKH, v_BSKH)
+    return alike and may_be_for_c(q_BTNH.flatten(2), q_BTNH.shape[3])
+
+
+def attend_in_c(
+    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, query_order_BT: Tensor, key_order_BS: Tensor, *, window: int | None,
+    begin_BT: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
+    """softmax(q k / sqrt(H)) v [B, T, N, H], zeros where nothing is seen, for tensors of which `is_for_c` is true.
+
+    The rest is a `Told`'s. None where a key that is seen is not there.
+    """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
-    if not is_for_c(q_BTNH.flatten(2), H) or not native.unwatched(*arrays) or len({x.dtype for x in arrays}) > 1:
-        return None
-    order_BT, key_order_BS, window, begin_BT = told
-    if order_BT.shape != (B, T) or key_order_BS.shape != (B, S):
-        order_BT, key_order_BS = order_BT.expand(B, T).contiguous(), key_order_BS.expand(B, S).contiguous()
-    q, k, v = (x.contiguous() for x in arrays)
-    y_BTNH = torch.empty_like(q)
+    orders = (query_order_BT.expand(B, T).contiguous(), key_order_BS.expand(B, S).contiguous())
+    q, k, v = (x.contiguous() for x in (q_BTNH, k_BSKH, v_BSKH))
+    o_BTNH = torch.empty_like(q)
     there = attention.attend(
         native.TYPES[q.dtype], (B, T, S, N, K, H), window, q.data_ptr(), k.data_ptr(), v.data_ptr(),
-        y_BTNH.data_ptr(), order_BT.data_ptr(), None if begin_BT is None else begin_BT.data_ptr(),
-        key_order_BS.data_ptr(), threads=torch.get_num_threads(), parallel=native.openmp(),
+        o_BTNH.data_ptr(), orders[0].data_ptr(), None if begin_BT is None else begin_BT.data_ptr(),
+        orders[1].data_ptr(), threads=torch.get_num_threads(), parallel=native.openmp(),
     )  # fmt: skip
-    return y_BTNH if there else None
+    return o_BTNH if there else None
 
 
 def _beginnings(order_BT: Tensor, document_ids_BT: Tensor) -> Tensor | None:

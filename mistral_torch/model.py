@@ -12,7 +12,7 @@ from mistral_core.compat.clients import documents_told
 
 from .arrays import Inputs, model_inputs
 from .attention import check_implementation
-from .attention_in_c import is_for_c
+from .attention_in_c import may_be_for_c
 from .cache import KVCache
 from .checkpointing import checkpointed
 from .compat import attention_name
@@ -102,7 +102,7 @@ class MistralModel(PreTrainedModel):
             query_scale_BT=query_scale(position_BT, config),
             document_ids_BT=inputs.document_ids,
             output_attentions=config.output_attentions if output_attentions is None else output_attentions,
-            in_c=is_for_c(x_BTD, config.head_dim),
+            in_c=may_be_for_c(x_BTD, config.head_dim),
         )
         return x_BTD, steps_of_layers(step, config.layer_windows, past, self.implementation), past
 

@@ -27,6 +27,8 @@ FRAMEWORK_PARAMETERS = {
     "mesh": "JAX: the devices, torch: the processes that a model is cut over as it is loaded",
     "rules": "JAX: which axes of a mesh cut what",
     "device": "JAX and TensorFlow place arrays by themselves",
+    "formula": "JAX and TensorFlow: what is differentiated, and in a file; torch's gradients do without C",
+    "begin_BT": "torch: see Told",
     "sample_weight": "Keras' fit takes them",
     "after": "JAX: what an operation waits for; torch runs one after another, TensorFlow has control dependencies",
 }
@@ -62,6 +64,12 @@ OWN_NAMES = {
     "name_or_path": "torch: an attribute of its own, as peft reads it from the instance",
     "param_dtype": "JAX: see the parameter",
     "is_mapped": "torch: torch.func",
+    "usable": "JAX and TensorFlow: whether a program may call C; torch asks of tensors (unwatched)",
+    "is_on_cpu": "TensorFlow: see usable",
+    "operations": "TensorFlow: what its library has; JAX calls C by name",
+    "Told": "torch knows what its orders are before it calls C; JAX and TensorFlow hand them over in their programs",
+    "told_of": "torch: see Told",
+    "may_be_for_c": "torch: see Told; a model asks before it makes masks",
     "unwatched": "torch runs C in place of an operation; JAX and TensorFlow have it as an operation",
     "transformed": "torch: see unwatched",
     "learnt": "torch: see unwatched",
@@ -91,7 +99,6 @@ OWN_FILES = {
     "compiled.py": "torch's compiler is asked for, function by function; JAX and TensorFlow always compile",
     "between.py": "torch runs each operation by itself; XLA makes one pass of a norm, a rotation and a gate",
     "bands.py": "torch's kernel of a CPU tells the sums by which pieces are put together; the others have none",
-    "attention_in_c.py": "torch's kernel of a CPU reads a mask of all keys; JAX and TensorFlow compile blocks",
     "whole_call.py": "torch calls C for all layers of a text; what JAX and TensorFlow compile is one program already",
     "tiles.py": "torch makes each array as it comes to it; XLA and TensorFlow plan their memory",
     "compat.py": "each framework has other guests: torch trainers and adapters, Flax and TF old names of classes",
@@ -111,7 +118,11 @@ OWN_FILES = {
     "traces.py": "TensorFlow: what it traced stays as it was; torch guards it, JAX finds it by its graph",
 }
 
-OWN_EXPORTS = {"parallelize": "torch: a mesh of processes", "shard": "JAX: a mesh of devices"}
+OWN_EXPORTS = {
+    "parallelize": "torch: a mesh of processes",
+    "shard": "JAX: a mesh of devices",
+    "portable": "TensorFlow: what is saved has no operations of ours",
+}
 
 
 def files(package: str) -> set[str]:

@@ -31,6 +31,12 @@ def available(type: int, head_dim: int) -> bool:
     return type in (0, 1) and head_dim % TALL == 0 and prompts(type) is not None
 
 
+def address() -> int | None:
+    """Where attention is, for the libraries of frameworks; None where none is computed here."""
+    code = prompts(0)
+    return None if code is None else ctypes.cast(code.mistral_attend, _P).value
+
+
 def attend(
     type: int, sizes: tuple[int, int, int, int, int, int], window: int | None, q: int, k: int, v: int, y: int,
     order: int, begin: int | None, key_order: int, *, threads: int = 0, parallel: int | None = None,

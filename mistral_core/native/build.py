@@ -24,7 +24,7 @@ SECONDS = 120
 COMPILERS = ("cc", "gcc", "clang")
 """Looked for in this order where CC names none."""
 FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-pthread", "-Werror=implicit-function-declaration")
-HEADERS = ("bound.h", "numbers.h", "formulas.h", "step.h", "tiles.h")
+HEADERS = ("bound.h", "numbers.h", "formulas.h", "seeing.h", "step.h", "tiles.h")
 """What sources here may include, beside the system's."""
 PROCESSORS = (("-march=native",), ("-mcpu=native",), ())
 """How compilers are told to make code for this processor; the first that one takes."""

@@ -86,8 +86,13 @@ def kernels() -> Kernels:
     return found
 
 
-def bound(source: str, flags: tuple[str, ...], load: Callable[[str], Any] = ctypes.CDLL) -> tuple[Any, str]:
-    """A framework's library, made of another source and told where the kernels are, and why there is none: ""."""
+def bound(
+    source: str, flags: tuple[str, ...], load: Callable[[str], Any] = ctypes.CDLL, *, attend: int | None = None
+) -> tuple[Any, str]:
+    """A framework's library, made of another source and told where the kernels are, and why there is none: "".
+
+    `attend` is the address of attention in C, for one that takes it.
+    """
     if not available():
         return None, why()
     path = build.library(source, flags=flags)
@@ -100,6 +105,9 @@ def bound(source: str, flags: tuple[str, ...], load: Callable[[str], Any] = ctyp
         return None, f"{path} cannot be loaded: {error}."
     code.mistral_bind.argtypes = [_P] * 4
     code.mistral_bind(*kernels().addresses)
+    if attend is not None:
+        code.mistral_bind_attend.argtypes = [_P]
+        code.mistral_bind_attend(attend)
     return found, ""
 
 

@@ -51,13 +51,4 @@ typedef struct {
     int64_t every;                       /* logits of each token, or of the last column */
 } Tokens;
 
-/* Attention alone: queries that see keys by the numbers of both among the tokens of their row. */
-typedef struct {
-    int64_t B, T, S, N, K, H, window;
-    int32_t type, threads;
-    const void *q, *k, *v;                   /* [B,T,N,H], [B,S,K,H] */
-    void *y;                                 /* [B,T,N,H] */
-    const int64_t *order, *begin, *key_order; /* [B,T], of `Tokens`, and [B,S]: -1 for none */
-} Seeing;
-
 static inline int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }

@@ -1,4 +1,4 @@
-/* The kernels of rows.c as two operations of TensorFlow: C against TensorFlow's C API. */
+/* The kernels of rows.c, and attention, as operations of TensorFlow: C against TensorFlow's C API. */
 
 #include <stdbool.h>
 #include <stdint.h>
@@ -14,6 +14,11 @@ typedef struct TF_ShapeInferenceContext TF_ShapeInferenceContext;
 #include "tensorflow/c/ops.h"
 
 #include "bound.h"
+#include "seeing.h"
+
+static Attend attend;
+
+void mistral_bind_attend(void *of_attend) { attend = (Attend)of_attend; }
 
 typedef struct {
     int64_t kind, O, I, high, wide, rounded;
@@ -144,8 +149,90 @@ static void registered(const char *name, bool with_x)
     TF_DeleteStatus(status);
 }
 
+/* ---- attention: q, k, v and the orders of queries and keys ---- */
+
+typedef struct {
+    int64_t window;
+} Window;
+
+static void *create_window(TF_OpKernelConstruction *construction)
+{
+    TF_Status *status = TF_NewStatus();
+    Window *window = calloc(1, sizeof *window);
+    TF_OpKernelConstruction_GetAttrInt64(construction, "window", &window->window, status);
+    if (TF_GetCode(status) != TF_OK) TF_OpKernelConstruction_Failure(construction, status);
+    TF_DeleteStatus(status);
+    return window;
+}
+
+/* Whether arrays fit each other, and what C is told of them. */
+static int seen(TF_Tensor *const *inputs, Seeing *a)
+{
+    for (int i = 0; i < 3; i++)
+        if (TF_NumDims(inputs[i]) != 4) return 0;
+    TF_Tensor *q = inputs[0], *k = inputs[1], *v = inputs[2];
+    a->B = TF_Dim(q, 0), a->T = TF_Dim(q, 1), a->N = TF_Dim(q, 2), a->H = TF_Dim(q, 3);
+    a->S = TF_Dim(k, 1), a->K = TF_Dim(k, 2), a->type = number_of(TF_TensorType(q));
+    a->q = data_of(q), a->k = data_of(k), a->v = data_of(v);
+    return attend && TF_Dim(k, 0) == a->B && TF_Dim(k, 3) == a->H && a->K > 0 && a->N % a->K == 0 &&
+           TF_TensorElementCount(v) == TF_TensorElementCount(k) && TF_TensorElementCount(inputs[3]) == a->B * a->T &&
+           TF_TensorElementCount(inputs[4]) == a->B * a->S;
+}
+
+static void compute_attention(void *window, TF_OpKernelContext *context)
+{
+    TF_Status *status = TF_NewStatus();
+    TF_Tensor *inputs[5] = {NULL}, *output = NULL;
+    for (int i = 0; i < 5 && TF_GetCode(status) == TF_OK; i++) TF_GetInput(context, i, &inputs[i], status);
+    Seeing a = {.window = ((const Window *)window)->window};
+    if (TF_GetCode(status) == TF_OK && !seen(inputs, &a))
+        TF_SetStatus(status, TF_INVALID_ARGUMENT, "attention must have arrays that fit each other");
+    if (TF_GetCode(status) == TF_OK) {
+        int64_t shape[4] = {a.B, a.T, a.N, a.H};
+        TF_DataType type = TF_TensorType(inputs[0]);
+        output = TF_AllocateOutput(
+            context, 0, type, shape, 4, (size_t)TF_TensorElementCount(inputs[0]) * TF_DataTypeSize(type), status);
+    }
+    if (TF_GetCode(status) == TF_OK) {
+        a.y = data_of(output);
+        int code = attend_by(attend, &a, data_of(inputs[3]), data_of(inputs[4]));
+        if (code) TF_SetStatus(status, TF_INVALID_ARGUMENT, told_of(code));
+    }
+    if (TF_GetCode(status) != TF_OK) TF_OpKernelContext_Failure(context, status);
+    for (int i = 0; i < 5; i++)
+        if (inputs[i]) TF_DeleteTensor(inputs[i]);
+    if (output) TF_DeleteTensor(output);
+    TF_DeleteStatus(status);
+}
+
+static void shape_of_queries(TF_ShapeInferenceContext *context, TF_Status *status)
+{
+    TF_ShapeHandle *q = TF_NewShapeHandle();
+    TF_ShapeInferenceContextGetInput(context, 0, q, status);
+    if (TF_GetCode(status) == TF_OK) TF_ShapeInferenceContextSetOutput(context, 0, q, status);
+    TF_DeleteShapeHandle(q);
+}
+
+static void register_attention(void)
+{
+    TF_Status *status = TF_NewStatus();
+    TF_OpDefinitionBuilder *operation = TF_NewOpDefinitionBuilder("MistralAttend");
+    for (int i = 0; i < 3; i++) TF_OpDefinitionBuilderAddInput(operation, (const char *[]){"q: T", "k: T", "v: T"}[i]);
+    TF_OpDefinitionBuilderAddInput(operation, "order: int32");
+    TF_OpDefinitionBuilderAddInput(operation, "key_order: int32");
+    TF_OpDefinitionBuilderAddOutput(operation, "y: T");
+    TF_OpDefinitionBuilderAddAttr(operation, "T: {float, bfloat16}");
+    TF_OpDefinitionBuilderAddAttr(operation, "window: int");
+    TF_OpDefinitionBuilderSetShapeInferenceFunction(operation, shape_of_queries);
+    TF_RegisterOpDefinition(operation, status);
+    TF_KernelBuilder *kernel = TF_NewKernelBuilder("MistralAttend", "CPU", create_window, compute_attention, free);
+    if (TF_GetCode(status) == TF_OK) TF_RegisterKernelBuilder("MistralAttend", kernel, status);
+    TF_DeleteStatus(status);
+}
+
 __attribute__((constructor)) static void register_all(void)
 {
     registered("MistralPackedProduct", true);
     registered("MistralDequantised", false);
+    register_attention();
 }

@@ -12,6 +12,7 @@
 
 #include "bound.h"
 #include "formulas.h"
+#include "seeing.h"
 #include "step.h"
 #include "tiles.h"
 

@@ -113,7 +113,7 @@ def test_a_mapped_product_is_the_product(packing):
 def test_xla_writes_no_float32_copy_of_a_matrix(packing, dtype, in_c, monkeypatch):
     rng = np.random.default_rng(5)
     if not in_c:
-        monkeypatch.setattr("mistral_flax.products._has_kernels", lambda: False)
+        monkeypatch.setattr("mistral_flax.native.usable", lambda: False)
     jax.clear_caches()  # what was traced with kernels has them
     size, count = 1024, 6
     parts = [weight((size, size), packing, rng) for _ in range(count)]

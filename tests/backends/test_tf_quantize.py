@@ -15,7 +15,6 @@ from mistral_core.config.presets import TINY
 from mistral_core.errors import UnsupportedFeatureError
 from mistral_core.quantization.matrix import dequantised
 from mistral_tf import MistralForCausalLM, MistralForSequenceClassification, dequantize, quantize
-from mistral_tf.products import portable
 from mistral_tf.quantize import put
 
 # Keras reads its variables so when it saves them
@@ -222,8 +221,7 @@ def test_gradients_of_inputs_are_those_of_the_floats(scheme, compiled, rows):
         return loss, tape.gradient(loss, x)
 
     def packed(x):
-        with portable(bool(compiled)):  # XLA knows no operation of ours
-            return gradient(x, part)
+        return gradient(x, part)
 
     call = packed if compiled is None else tf.function(packed, jit_compile=compiled)
     weight = tf.constant(dequantised(part.matrix))

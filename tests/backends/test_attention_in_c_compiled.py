@@ -1,0 +1,304 @@
+"""Attention in C as an operation of JAX and of TensorFlow: the formula, its gradients, and no part of a file."""
+
+from __future__ import annotations
+
+import importlib
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import mistral_tf
+from mistral_core.native import attention as in_c
+from mistral_core.native import library
+from mistral_core.reference import ops
+
+T, H, HEADS = 100, 32, (6, 2)
+EPS = {"float32": 2**-23, "bfloat16": 2**-7}
+STEPS = {"float32": 8, "bfloat16": 3}
+"""The most that an output may differ, in eps of the largest value; a gradient ten times that, for it sums many."""
+NAMES = {"flax": "dot_product", "tf": "sdpa"}
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def dtype(request):
+    if not in_c.available(library.TYPES[request.param], H):
+        pytest.skip("attention in C needs a compiler and AVX-512, in bfloat16 AMX")
+    return request.param
+
+
+@pytest.fixture(params=list(NAMES))
+def backend(request):
+    """The modules of a backend."""
+    names = ("attention", "attention_in_c", "arrays", "native")
+    modules = {name: importlib.import_module(f"mistral_{request.param}.{name}") for name in names}
+    if not modules["native"].available():
+        pytest.skip(modules["native"].why())
+    return SimpleNamespace(name=request.param, **modules)
+
+
+def ordered(mask, past=0):
+    return np.where(mask, past + mask.cumsum(1) - 1, -1).astype(np.int32)
+
+
+def plain(past=0):
+    query = np.broadcast_to(np.arange(past, past + T, dtype=np.int32), (2, T))
+    return query, np.broadcast_to(np.arange(past + T, dtype=np.int32), (2, past + T))
+
+
+def padded():
+    mask = np.ones((3, T), bool)
+    mask[0, :30] = mask[0, 50:53] = mask[1, 70:] = mask[2] = False
+    return ordered(mask), ordered(mask)
+
+
+def rolled():
+    """A ring of 64 keys in the slots of their orders, and beside it the new tokens."""
+    slots, length = 64, np.array([[150], [10]])
+    kept = np.maximum(length - 1 - (length - 1 - np.arange(slots)) % slots, -1)
+    query = length + np.arange(T)
+    return query.astype(np.int32), np.concatenate([kept, query], 1).astype(np.int32)
+
+
+SIGHTS = {"alone": plain(), "after some keys": plain(70), "padded": padded(), "beside a ring": rolled()}
+
+
+def numbers(orders, seed=0):
+    rng = np.random.default_rng(seed)
+    (B, queries), S = orders[0].shape, orders[1].shape[1]
+    shapes = (B, queries, HEADS[0], H), (B, S, HEADS[1], H), (B, S, HEADS[1], H)
+    return [rng.standard_normal(shape, np.float32) for shape in shapes]
+
+
+def given(backend, dtype, orders, seed=0):
+    import ml_dtypes
+
+    kind = np.float32 if dtype == "float32" else ml_dtypes.bfloat16
+    return [backend.arrays.from_numpy(x.astype(kind)) for x in numbers(orders, seed)]
+
+
+def attended(backend, arrays, orders, window, documents=None, implementation=None):
+    """The output as it is by default, prepared as a model does."""
+    implementation = implementation or NAMES[backend.name]
+    who = [backend.arrays.from_numpy(np.array(x)) for x in orders]
+    documents = None if documents is None else backend.arrays.from_numpy(documents)
+    visibility = backend.attention.Visibility(*who, window, documents)
+    visibility = backend.attention.prepared(visibility, implementation)
+    return backend.attention.attend(*arrays, visibility, implementation=implementation)[0]
+
+
+def expected(arrays, orders, window):
+    """The reference's output, in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in arrays)
+    query, key = (np.asarray(x, np.int64) for x in orders)
+    visible = (query[:, :, None] >= 0) & (key[:, None] >= 0) & (key[:, None] <= query[:, :, None])
+    if window is not None:
+        visible &= key[:, None] > query[:, :, None] - window
+    return ops.attend(q, k, v, visible)[0]
+
+
+def floats(x):
+    return np.asarray(x.numpy() if hasattr(x, "numpy") else x).astype(np.float64)
+
+
+def assert_near(found, wanted, scale, dtype, steps=1):
+    assert found.shape == wanted.shape
+    assert np.abs(floats(found) - wanted).max() <= steps * STEPS[dtype] * EPS[dtype] * np.abs(scale).max()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What asked whether C computes its attention, and what it was told."""
+    seen = []
+    for name in NAMES:
+        module = importlib.import_module(f"mistral_{name}.attention")
+        asked = module.is_for_c
+
+        def is_for_c(*arrays, asked=asked):
+            seen.append(asked(*arrays))
+            return seen[-1]
+
+        monkeypatch.setattr(module, "is_for_c", is_for_c)
+    return seen
+
+
+@pytest.mark.parametrize("window", [None, 1, 33, 64, 1000])
+@pytest.mark.parametrize("name", SIGHTS)
+def test_it_is_the_formula(backend, dtype, calls, name, window):
+    if name == "beside a ring" and (window is None or window > 64):
+        window = 65
+    orders = SIGHTS[name]
+    arrays = given(backend, dtype, orders)
+    found = attended(backend, arrays, orders, window)
+    assert calls == [True]
+    assert_near(found, expected(map(floats, arrays), orders, window), floats(arrays[2]), dtype)
+    assert (floats(found)[orders[0] < 0] == 0).all()
+
+
+def gradients(backend, function, arrays, upstream):
+    """The output and the gradients of queries, keys and values, in a compiled program."""
+    if backend.name == "flax":
+
+        @jax.jit
+        def both(*arrays):
+            output, pullback = jax.vjp(function, *arrays)
+            return [output, *pullback(upstream.astype(output.dtype))]
+
+        return both(*arrays)
+
+    @tf.function
+    def of_tape(*arrays):
+        with tf.GradientTape() as tape:
+            tape.watch(arrays)
+            output = function(*arrays)
+        return [output, *tape.gradient(output, list(arrays), tf.cast(upstream, output.dtype))]
+
+    return of_tape(*arrays)
+
+
+@pytest.mark.parametrize("name", ["padded", "beside a ring"])
+def test_its_gradients_are_the_formula_s(backend, dtype, calls, name):
+    orders = SIGHTS[name]
+    arrays = given(backend, dtype, orders)
+    upstream = numbers(orders, seed=1)[0]
+
+    def function(*arrays, implementation=None):
+        return attended(backend, arrays, orders, 40, implementation=implementation)
+
+    found = gradients(backend, function, arrays, upstream)
+    assert calls[:1] == [True]
+    calls.clear()
+    wanted = gradients(backend, lambda *x: function(*x, implementation="eager"), arrays, upstream)
+    assert not calls
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert_near(ours, floats(theirs), floats(theirs), dtype, steps=10)
+
+
+def test_what_it_is_not_asked_for(backend, dtype, calls):
+    """Short texts, packed documents, other heads, float64's siblings, and every other way to attend."""
+    orders = SIGHTS["padded"]
+    arrays = given(backend, dtype, orders)
+    wanted = expected(map(floats, arrays), orders, 40)
+    for implementation in ("eager", "blocked"):
+        found = attended(backend, arrays, orders, 40, implementation=implementation)
+        assert_near(found, wanted, floats(arrays[2]), dtype)
+    attended(backend, arrays, orders, 40, np.zeros((3, T), np.int32))
+    assert not calls
+    attended(backend, [x[:, :63] for x in arrays], [x[:, :63] for x in orders], 40)
+    attended(backend, [x[..., :24] for x in arrays], orders, 40)
+    cast = (lambda x: x.astype(jnp.float16)) if backend.name == "flax" else (lambda x: tf.cast(x, tf.float16))
+    attended(backend, [cast(x) for x in arrays], orders, 40)
+    assert calls == [False] * 3
+
+
+def test_a_key_that_is_not_there_is_an_error(backend, dtype):
+    query, keys = SIGHTS["after some keys"]
+    orders = query, np.where(keys == 60, -1, keys).astype(np.int32)
+    with pytest.raises(Exception, match="one is not there, for the cache was rolled back further than it remembers"):
+        floats(attended(backend, given(backend, dtype, orders), orders, 40))
+
+
+def test_jax_maps_it_differentiates_it_forward_and_runs_it_by_operations(dtype):
+    backend = SimpleNamespace(
+        name="flax", **{n: importlib.import_module(f"mistral_flax.{n}") for n in ("attention", "arrays")}
+    )
+    orders = SIGHTS["padded"]
+    arrays = given(backend, dtype, orders)
+
+    def function(*arrays):
+        return attended(backend, arrays, orders, 40)
+
+    assert "@mistral_attend" in jax.jit(function).lower(*arrays).as_text()
+    wanted = floats(function(*arrays))
+    twice = jax.vmap(function, in_axes=(0, None, 0))(jnp.stack([arrays[0]] * 2), arrays[1], jnp.stack([arrays[2]] * 2))
+    for found in twice:
+        assert_near(found, wanted, wanted, dtype)
+    tangents = given(backend, dtype, orders, seed=2)
+    value, tangent = jax.jvp(function, tuple(arrays), tuple(tangents))
+    assert_near(value, wanted, wanted, dtype)
+    _, expected_tangent = jax.jvp(
+        lambda *x: attended(backend, x, orders, 40, implementation="eager"), tuple(arrays), tuple(tangents)
+    )
+    assert_near(tangent, floats(expected_tangent), floats(expected_tangent), dtype, steps=10)
+    with jax.disable_jit():
+        assert_near(function(*arrays), wanted, wanted, dtype)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_a_program_of_jax_for_a_file_knows_no_c(dtype, platform):
+    backend = SimpleNamespace(
+        name="flax", **{n: importlib.import_module(f"mistral_flax.{n}") for n in ("attention", "arrays")}
+    )
+    orders = SIGHTS["padded"]
+    arrays = given(backend, dtype, orders)
+    exported = jax.export.export(jax.jit(lambda *x: attended(backend, x, orders, 40)), platforms=[platform])(*arrays)
+    assert "@mistral_attend" not in exported.mlir_module()
+    assert exported.serialize()
+    if platform == "cpu":
+        found = jax.export.deserialize(exported.serialize()).call(*arrays)
+        assert_near(found, expected(map(floats, arrays), orders, 40), floats(arrays[2]), dtype)
+
+
+def test_jax_cuts_arrays_over_devices_by_its_own_operations(dtype, calls, monkeypatch):
+    backend = SimpleNamespace(
+        name="flax", **{n: importlib.import_module(f"mistral_flax.{n}") for n in ("attention", "arrays")}
+    )
+    arrays = given(backend, dtype, SIGHTS["padded"])
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    attended(backend, arrays, SIGHTS["padded"], 40)
+    assert calls == [False]
+
+
+def of_tensorflow(dtype):
+    backend = SimpleNamespace(
+        name="tf", **{n: importlib.import_module(f"mistral_tf.{n}") for n in ("attention", "arrays")}
+    )
+    arrays = given(backend, dtype, SIGHTS["padded"])
+    return arrays, lambda *arrays: attended(backend, arrays, SIGHTS["padded"], 40)
+
+
+@pytest.mark.parametrize("how", ["around", "within", "a step"])
+def test_what_xla_compiles_of_tensorflow_knows_no_c(dtype, calls, how):
+    arrays, function = of_tensorflow(dtype)
+    if how == "around":
+        found = tf.function(function, jit_compile=True)(*arrays)
+    elif how == "within":
+        inner = tf.function(function)
+        found = tf.function(lambda *x: inner(*x), jit_compile=True)(*arrays)
+    else:
+        found = tf.function(function, jit_compile=True).get_concrete_function(*arrays)(*arrays)
+    assert calls == [False]
+    assert_near(found, expected(map(floats, arrays), SIGHTS["padded"], 40), floats(arrays[2]), dtype)
+
+
+@pytest.mark.parametrize("how", ["any size", "portable"])
+def test_tensorflow_saves_no_operation_of_ours(dtype, calls, tmp_path, how):
+    """A function of any size is of TensorFlow's own operations, one of given sizes where that is asked for."""
+    arrays, function = of_tensorflow(dtype)
+    module = tf.Module()
+    any_size = [tf.TensorSpec([None, None, *x.shape[2:]], x.dtype) for x in arrays]
+    given_size = [tf.TensorSpec(x.shape, x.dtype) for x in arrays]
+    with mistral_tf.portable(how == "portable"):
+        module.call = tf.function(function, input_signature=given_size if how == "portable" else any_size)
+        concrete = module.call.get_concrete_function()
+        tf.saved_model.save(module, tmp_path / "saved")
+    assert set(calls) == {False}
+    assert not any("Mistral" in operation.type for operation in concrete.graph.get_operations())
+    found = tf.saved_model.load(tmp_path / "saved").call(*arrays)
+    assert_near(found, expected(map(floats, arrays), SIGHTS["padded"], 40), floats(arrays[2]), dtype)
+
+
+def test_tensorflow_differentiates_it_twice(dtype):
+    arrays, function = of_tensorflow(dtype)
+    with tf.GradientTape() as second:
+        second.watch(arrays)
+        with tf.GradientTape() as first:
+            first.watch(arrays)
+            total = tf.reduce_sum(tf.cast(function(*arrays), tf.float32) ** 2)
+        gradient = first.gradient(total, arrays[0])
+        size = tf.reduce_sum(tf.cast(gradient, tf.float32) ** 2)
+    assert np.isfinite(floats(second.gradient(size, arrays[1]))).all()
