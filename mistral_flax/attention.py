@@ -79,8 +79,9 @@ def attend(
     if rngs is None:
         dropout = 0.0
     if implementation == "dot_product" and not dropout and _is_for_c(q_BTNH, k_BSKH, v_BSKH, visibility):
-        orders, window = visibility[:2], visibility.window
-        return attend_in_c(q_BTNH, k_BSKH, v_BSKH, *orders, window=window, formula=_formula), None
+        *orders, window, document_ids_BT = visibility[:4]
+        told = {"window": window, "document_ids_BT": document_ids_BT}
+        return attend_in_c(q_BTNH, k_BSKH, v_BSKH, *orders, **told, formula=_formula), None
     if visibility.blocks is not None and not (dropout and implementation in WITHOUT_DROPOUT):
         return attend_by_blocks(q_BTNH, k_BSKH, v_BSKH, visibility.blocks, _of_block), None
     # on a CPU, JAX has no kernel of float16, and for one query the formula takes about two thirds of the kernel's time
@@ -91,16 +92,16 @@ def attend(
 
 
 def _is_for_c(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visibility: Visibility) -> bool:
-    """Whether C may compute this; a block has a mask alone, and documents are in one piece or not."""
-    is_block = visibility.query_order_BT.shape[1] != q_BTNH.shape[1]
-    return not is_block and visibility.document_ids_BT is None and is_for_c(q_BTNH, k_BSKH, v_BSKH)
+    """Whether C may compute this; a block has a mask alone."""
+    return visibility.query_order_BT.shape[1] == q_BTNH.shape[1] and is_for_c(q_BTNH, k_BSKH, v_BSKH)
 
 
 def _formula(
-    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, query_order_BT: Array, key_order_BS: Array, *, window: int | None
-) -> Array:
+    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, query_order_BT: Array, key_order_BS: Array,
+    document_ids_BT: Array | None = None, *, window: int | None,
+) -> Array:  # fmt: skip
     """What C computes, in JAX' own operations."""
-    visibility = prepared(Visibility(query_order_BT, key_order_BS, window), "dot_product")
+    visibility = prepared(Visibility(query_order_BT, key_order_BS, window, document_ids_BT), "dot_product")
     if visibility.blocks is not None:
         return attend_by_blocks(q_BTNH, k_BSKH, v_BSKH, visibility.blocks, _of_block)
     return attend_dot_product(q_BTNH, k_BSKH, v_BSKH, visibility, 0.0, None)[0]

@@ -27,7 +27,7 @@ LEAST = 64
 """The fewest queries of each row for which C is asked: it packs all keys first."""
 
 Formula = Callable[..., Array]
-"""The same of queries, keys, values and the orders of both, in JAX' own operations, told the window."""
+"""The same of queries, keys, values, the orders of both and documents or none, in JAX' own operations."""
 
 
 def is_for_c(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array) -> bool:
@@ -42,15 +42,16 @@ def is_for_c(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array) -> bool:
 @functools.partial(in_one_program, static_argnames=("window", "formula"))
 def attend_in_c(
     q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, query_order_BT: Array, key_order_BS: Array, *, window: int | None,
-    formula: Formula,
+    document_ids_BT: Array | None = None, formula: Formula,
 ) -> Array:  # fmt: skip
     """softmax(q k / sqrt(H)) v [B, T, N, H], zeros where nothing is seen, for arrays of which `is_for_c` is true."""
     (B, T), S = q_BTNH.shape[:2], k_BSKH.shape[1]
-    orders = (
-        jnp.broadcast_to(order.astype(jnp.int32), shape)
-        for order, shape in ((query_order_BT, (B, T)), (key_order_BS, (B, S)))
+    numbers = (
+        jnp.broadcast_to(x.astype(jnp.int32), shape)
+        for x, shape in ((query_order_BT, (B, T)), (key_order_BS, (B, S)), (document_ids_BT, (B, S)))
+        if x is not None
     )
-    return _attend.bind(q_BTNH, k_BSKH, v_BSKH, *orders, window=window, formula=formula)
+    return _attend.bind(q_BTNH, k_BSKH, v_BSKH, *numbers, window=window, formula=formula)
 
 
 _attend = Primitive("mistral_attend")

@@ -69,22 +69,19 @@ def attend(
     """softmax(q k / sqrt(H)) v [B, T, N, H], and the weights [B, N, T, S] where the implementation has them."""
     if seed is None:
         dropout = 0.0
-    if implementation == DEFAULT and not dropout and _is_for_c(q_BTNH, k_BSKH, v_BSKH, visibility):
-        orders, window = visibility[:2], visibility.window
-        return attend_in_c(q_BTNH, k_BSKH, v_BSKH, *orders, window=window, formula=_formula), None
+    if implementation == DEFAULT and not dropout and is_for_c(q_BTNH, k_BSKH, v_BSKH):
+        *orders, window, document_ids_BT = visibility[:4]
+        told = {"window": window, "document_ids_BT": document_ids_BT}
+        return attend_in_c(q_BTNH, k_BSKH, v_BSKH, *orders, **told, formula=_formula), None
     return ATTENTION[implementation](q_BTNH, k_BSKH, v_BSKH, visibility, dropout, seed)
 
 
-def _is_for_c(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, visibility: Visibility) -> bool:
-    """Whether C may compute this; documents are in one piece or not."""
-    return visibility.document_ids_BT is None and is_for_c(q_BTNH, k_BSKH, v_BSKH)
-
-
 def _formula(
-    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, query_order_BT: Tensor, key_order_BS: Tensor, *, window: int | None
-) -> Tensor:
+    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, query_order_BT: Tensor, key_order_BS: Tensor,
+    document_ids_BT: Tensor | None = None, *, window: int | None,
+) -> Tensor:  # fmt: skip
     """What C computes, in TensorFlow's own operations."""
-    visibility = prepared(Visibility(query_order_BT, key_order_BS, window), DEFAULT)
+    visibility = prepared(Visibility(query_order_BT, key_order_BS, window, document_ids_BT), DEFAULT)
     return attend_sdpa(q_BTNH, k_BSKH, v_BSKH, visibility, 0.0, None)[0]
 
 

@@ -20,7 +20,7 @@ LEAST = 64
 """The fewest queries of each row for which C is asked: it packs all keys first."""
 
 Formula = Callable[..., Tensor]
-"""The same of queries, keys, values and the orders of both, in TensorFlow's own operations, told the window."""
+"""The same of queries, keys, values, the orders of both and documents or none, in TensorFlow's own operations."""
 
 
 def is_for_c(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor) -> bool:
@@ -33,24 +33,25 @@ def is_for_c(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor) -> bool:
 
 def attend_in_c(
     q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, query_order_BT: Tensor, key_order_BS: Tensor, *, window: int | None,
-    formula: Formula,
+    document_ids_BT: Tensor | None = None, formula: Formula,
 ) -> Tensor:  # fmt: skip
     """softmax(q k / sqrt(H)) v [B, T, N, H], zeros where nothing is seen, for tensors of which `is_for_c` is true."""
     (B, T), S = sizes(q_BTNH)[:2], sizes(k_BSKH)[1]
-    orders = [
-        tf.broadcast_to(tf.cast(order, tf.int32), shape)
-        for order, shape in ((query_order_BT, [B, T]), (key_order_BS, [B, S]))
+    numbers = [
+        tf.broadcast_to(tf.cast(x, tf.int32), shape)
+        for x, shape in ((query_order_BT, [B, T]), (key_order_BS, [B, S]), (document_ids_BT, [B, S]))
+        if x is not None
     ]
+    shown = -1 if window is None else window
 
     @tf.custom_gradient
     def attended(*floats: Tensor) -> tuple[Tensor, Callable[..., list[Tensor]]]:
         def gradient(upstream_BTNH: Tensor) -> list[Tensor]:
             with tf.GradientTape() as tape:
                 tape.watch(floats)
-                o_BTNH = formula(*floats, *orders, window=window)
+                o_BTNH = formula(*floats, *numbers, window=window)
             return tape.gradient(o_BTNH, list(floats), upstream_BTNH)
 
-        shown = -1 if window is None else window
-        return native.operations().mistral_attend(*floats, *orders, window=shown), gradient
+        return native.operations().mistral_attend(*floats, *numbers[:2], numbers[2:], window=shown), gradient
 
     return attended(q_BTNH, k_BSKH, v_BSKH)

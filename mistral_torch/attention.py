@@ -131,9 +131,9 @@ def attend_sdpa(
     """torch's fused scaled_dot_product_attention; it never builds the weights."""
     B, T, N, H = q_BTNH.shape
     if visibility.told is not None:
-        *orders, window, begin_BT = visibility.told
+        *orders, window, document_ids_BT = visibility.told
         if not dropout and is_for_c(q_BTNH, k_BSKH, v_BSKH):
-            o_BTNH = attend_in_c(q_BTNH, k_BSKH, v_BSKH, *orders, window=window, begin_BT=begin_BT)
+            o_BTNH = attend_in_c(q_BTNH, k_BSKH, v_BSKH, *orders, window=window, document_ids_BT=document_ids_BT)
             if o_BTNH is not None:
                 return o_BTNH, None
         visibility = prepared(visibility._replace(in_c=False, told=None), DEFAULT)

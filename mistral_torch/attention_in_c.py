@@ -14,7 +14,6 @@ from torch import Tensor
 from mistral_core.native import attention
 
 from . import native
-from .bands import document_lengths
 from .cache import has_values
 
 LEAST = 64
@@ -29,8 +28,8 @@ class Told(NamedTuple):
     key_order_BS: Tensor
     """[B, S]: the same of each key."""
     window: int | None
-    begin_BT: Tensor | None = None
-    """[B, T]: the order of the first token of each one's document, where documents are packed."""
+    document_ids_BT: Tensor | None = None
+    """[B, T]: the packed document of each token."""
 
 
 def may_be_for_c(x_BTD: Tensor, head_dim: int) -> bool:
@@ -48,16 +47,13 @@ def may_be_for_c(x_BTD: Tensor, head_dim: int) -> bool:
 def told_of(
     query_order_BT: Tensor, key_order_BS: Tensor, window: int | None, document_ids_BT: Tensor | None = None
 ) -> Told | None:
-    """Who sees whom, as C is told; None where rows are short, and where a document goes on after another one."""
+    """Who sees whom, as C is told; None where rows are short."""
     if query_order_BT.shape[1] < LEAST or not has_values(query_order_BT) or not has_values(key_order_BS):
         return None
-    begin_BT = None
-    if document_ids_BT is not None:
-        begin_BT = _beginnings(query_order_BT, document_ids_BT)
-        if begin_BT is None:
-            return None
     orders = (x.to(torch.int64).contiguous() for x in (query_order_BT, key_order_BS))
-    return Told(*orders, window, begin_BT)
+    if document_ids_BT is not None:
+        document_ids_BT = document_ids_BT.expand_as(query_order_BT).to(torch.int64).contiguous()
+    return Told(*orders, window, document_ids_BT)
 
 
 def is_for_c(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor) -> bool:
@@ -68,32 +64,21 @@ def is_for_c(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor) -> bool:
 
 def attend_in_c(
     q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, query_order_BT: Tensor, key_order_BS: Tensor, *, window: int | None,
-    begin_BT: Tensor | None = None,
+    document_ids_BT: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
     """softmax(q k / sqrt(H)) v [B, T, N, H], zeros where nothing is seen, for tensors of which `is_for_c` is true.
 
-    The rest is a `Told`'s. None where a key that is seen is not there.
+    The rest is a `Told`'s, int64. None where a key that is seen is not there.
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
-    orders = (query_order_BT.expand(B, T).contiguous(), key_order_BS.expand(B, S).contiguous())
+    numbers = [query_order_BT.expand(B, T).contiguous(), key_order_BS.expand(B, S).contiguous()]
+    if document_ids_BT is not None:
+        numbers.append(document_ids_BT.expand(B, S).contiguous())
     q, k, v = (x.contiguous() for x in (q_BTNH, k_BSKH, v_BSKH))
     o_BTNH = torch.empty_like(q)
     there = attention.attend(
         native.TYPES[q.dtype], (B, T, S, N, K, H), window, q.data_ptr(), k.data_ptr(), v.data_ptr(),
-        o_BTNH.data_ptr(), orders[0].data_ptr(), None if begin_BT is None else begin_BT.data_ptr(),
-        orders[1].data_ptr(), threads=torch.get_num_threads(), parallel=native.openmp(),
+        o_BTNH.data_ptr(), *(x.data_ptr() for x in numbers), threads=torch.get_num_threads(), parallel=native.openmp(),
     )  # fmt: skip
     return o_BTNH if there else None
-
-
-def _beginnings(order_BT: Tensor, document_ids_BT: Tensor) -> Tensor | None:
-    """[B, T]: the order of the first token of each one's document; None where a document goes on after another one."""
-    begin_BT = torch.zeros_like(order_BT)
-    for begin_T, order_T, ids_T in zip(begin_BT, order_BT, document_ids_BT.expand_as(order_BT), strict=True):
-        real = order_T >= 0
-        lengths = document_lengths(ids_T[real])
-        if lengths is None:
-            return None
-        begin_T[real] = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-    return begin_BT

@@ -19,6 +19,7 @@ from mistral_core.generation.cache_layout import grown_slots
 from . import native
 from .arrays import memory
 from .attention import DEFAULT
+from .bands import document_lengths
 from .cache import KVCache
 from .step import Step
 
@@ -43,10 +44,9 @@ def _in_c(model: MistralModel, x_BTD: Tensor, step: Step, past: KVCache | None) 
     """What the layers give, of which nothing is kept but the last one's; None where C does not compute them."""
     if not _is_for_c(model, x_BTD, step, past):
         return None
-    told = step.sight.visibility.told if step.sight else None
-    if step.document_ids_BT is not None and told is None:  # a document goes on after another one
+    begin_BT = None if step.document_ids_BT is None else _beginnings(step.order_BT, step.document_ids_BT)
+    if step.document_ids_BT is not None and begin_BT is None:
         return None
-    begin_BT = None if told is None else told.begin_BT
     whole = native.whole_step_of(model)
     if whole is None or not whole.is_by_tiles():
         return None
@@ -80,6 +80,18 @@ def _is_for_c(model: MistralModel, x_BTD: Tensor, step: Step, past: KVCache | No
 def _is_new(past: KVCache) -> bool:
     """Whether a cache that grows holds nothing yet: it has the spare slots alone."""
     return all(keys.shape[1] == 1 for keys in past.keys)
+
+
+def _beginnings(order_BT: Tensor, document_ids_BT: Tensor) -> Tensor | None:
+    """[B, T]: the order of the first token of each one's document; None where a document goes on after another one."""
+    begin_BT = torch.zeros_like(order_BT)
+    for begin_T, order_T, ids_T in zip(begin_BT, order_BT, document_ids_BT.expand_as(order_BT), strict=True):
+        real = order_T >= 0
+        lengths = document_lengths(ids_T[real])
+        if lengths is None:
+            return None
+        begin_T[real] = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    return begin_BT
 
 
 def _rings(model: MistralModel, x_BTD: Tensor, past: KVCache | None) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

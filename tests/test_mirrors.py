@@ -28,7 +28,6 @@ FRAMEWORK_PARAMETERS = {
     "rules": "JAX: which axes of a mesh cut what",
     "device": "JAX and TensorFlow place arrays by themselves",
     "formula": "JAX and TensorFlow: what is differentiated, and in a file; torch's gradients do without C",
-    "begin_BT": "torch: see Told",
     "sample_weight": "Keras' fit takes them",
     "after": "JAX: what an operation waits for; torch runs one after another, TensorFlow has control dependencies",
 }

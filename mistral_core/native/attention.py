@@ -19,7 +19,7 @@ MISSING = 1
 class _Seeing(ctypes.Structure):
     _fields_ = [
         *((name, _I64) for name in ("B", "T", "S", "N", "K", "H", "window")), ("type", _I32), ("threads", _I32),
-        *((name, _P) for name in ("q", "k", "v", "y", "order", "begin", "key_order")),
+        *((name, _P) for name in ("q", "k", "v", "y", "order", "key_order", "document")),
     ]  # fmt: skip
 
 
@@ -39,16 +39,17 @@ def address() -> int | None:
 
 def attend(
     type: int, sizes: tuple[int, int, int, int, int, int], window: int | None, q: int, k: int, v: int, y: int,
-    order: int, begin: int | None, key_order: int, *, threads: int = 0, parallel: int | None = None,
+    order: int, key_order: int, document: int | None = None, *, threads: int = 0, parallel: int | None = None,
 ) -> bool:  # fmt: skip
     """Write y [B, T, N, H] = softmax(q k / sqrt(H)) v: True; False, and no y, where a key that is seen is not there.
 
     `sizes` are B, T, S, N, K, H; q [B, T, N, H], k and v [B, S, K, H] are addresses of numbers of a type, in one piece,
-    `order` [B, T], `begin` [B, T] and `key_order` [B, S] of int64: how many real tokens of the row are before each
-    query and each key, -1 for none, and before the first that a query sees at most. Raises MemoryError.
+    `order` [B, T] and `key_order` [B, S] of int64: how many real tokens of the row are before each query and each key,
+    -1 for none; `document` [B, S] is the document of each token, where queries and keys are the same. Raises
+    MemoryError.
     """
     shown = -1 if window is None else window
-    given = _Seeing(*sizes, shown, type, threads, q, k, v, y, order, begin, key_order)
+    given = _Seeing(*sizes, shown, type, threads, q, k, v, y, order, key_order, document)
     code = prompts(type).mistral_attend(ctypes.byref(given), parallel)
     if code != MISSING:
         library.check(code)

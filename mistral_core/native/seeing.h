@@ -8,21 +8,25 @@ typedef struct {
     int32_t type, threads;
     const void *q, *k, *v;                    /* [B,T,N,H], [B,S,K,H] */
     void *y;                                  /* [B,T,N,H] */
-    const int64_t *order, *begin, *key_order; /* [B,T], of `Tokens`, and [B,S]: -1 for none */
+    const int64_t *order, *key_order;         /* [B,T] and [B,S]: how many real tokens are before each, -1 for none */
+    const int64_t *document;                  /* [B,S]: the document of each token, queries and keys alike, or NULL */
 } Seeing;
 
 typedef int (*Attend)(const Seeing *, Parallel);
 
-/* Attention with orders of 32 bits, one after another: what `mistral_attend` gives, or -1 where there is no memory. */
-static inline int attend_by(Attend attend, Seeing *a, const int32_t *order, const int32_t *key_order)
+/* Attention with orders, and documents or NULL, of 32 bits: what `mistral_attend` gives, or -1 where there is no
+   memory. */
+static inline int attend_by(
+    Attend attend, Seeing *a, const int32_t *order, const int32_t *key_order, const int32_t *document)
 {
-    int64_t queries = a->B * a->T, keys = a->B * a->S, *orders = malloc((size_t)(8 * (queries + keys) + 8));
-    if (!orders) return -1;
-    for (int64_t i = 0; i < queries; i++) orders[i] = order[i];
-    for (int64_t i = 0; i < keys; i++) orders[queries + i] = key_order[i];
-    a->order = orders, a->key_order = orders + queries;
+    int64_t queries = a->B * a->T, keys = a->B * a->S, *wide = malloc((size_t)(8 * (queries + 2 * keys) + 8));
+    if (!wide) return -1;
+    for (int64_t i = 0; i < queries; i++) wide[i] = order[i];
+    for (int64_t i = 0; i < keys; i++) wide[queries + i] = key_order[i];
+    for (int64_t i = 0; document && i < keys; i++) wide[queries + keys + i] = document[i];
+    a->order = wide, a->key_order = wide + queries, a->document = document ? wide + queries + keys : NULL;
     int code = attend(a, NULL);
-    free(orders);
+    free(wide);
     return code;
 }
 

@@ -149,7 +149,7 @@ static void registered(const char *name, bool with_x)
     TF_DeleteStatus(status);
 }
 
-/* ---- attention: q, k, v and the orders of queries and keys ---- */
+/* ---- attention: q, k, v, the orders of queries and keys, and the documents of tokens or none ---- */
 
 typedef struct {
     int64_t window;
@@ -166,7 +166,7 @@ static void *create_window(TF_OpKernelConstruction *construction)
 }
 
 /* Whether arrays fit each other, and what C is told of them. */
-static int seen(TF_Tensor *const *inputs, Seeing *a)
+static int seen(TF_Tensor *const *inputs, int count, Seeing *a)
 {
     for (int i = 0; i < 3; i++)
         if (TF_NumDims(inputs[i]) != 4) return 0;
@@ -176,16 +176,18 @@ static int seen(TF_Tensor *const *inputs, Seeing *a)
     a->q = data_of(q), a->k = data_of(k), a->v = data_of(v);
     return attend && TF_Dim(k, 0) == a->B && TF_Dim(k, 3) == a->H && a->K > 0 && a->N % a->K == 0 &&
            TF_TensorElementCount(v) == TF_TensorElementCount(k) && TF_TensorElementCount(inputs[3]) == a->B * a->T &&
-           TF_TensorElementCount(inputs[4]) == a->B * a->S;
+           TF_TensorElementCount(inputs[4]) == a->B * a->S &&
+           (count < 6 || (a->S == a->T && TF_TensorElementCount(inputs[5]) == a->B * a->S));
 }
 
 static void compute_attention(void *window, TF_OpKernelContext *context)
 {
     TF_Status *status = TF_NewStatus();
-    TF_Tensor *inputs[5] = {NULL}, *output = NULL;
-    for (int i = 0; i < 5 && TF_GetCode(status) == TF_OK; i++) TF_GetInput(context, i, &inputs[i], status);
+    TF_Tensor *inputs[6] = {NULL}, *output = NULL;
+    int count = TF_NumInputs(context) < 6 ? TF_NumInputs(context) : 6;
+    for (int i = 0; i < count && TF_GetCode(status) == TF_OK; i++) TF_GetInput(context, i, &inputs[i], status);
     Seeing a = {.window = ((const Window *)window)->window};
-    if (TF_GetCode(status) == TF_OK && !seen(inputs, &a))
+    if (TF_GetCode(status) == TF_OK && !seen(inputs, count, &a))
         TF_SetStatus(status, TF_INVALID_ARGUMENT, "attention must have arrays that fit each other");
     if (TF_GetCode(status) == TF_OK) {
         int64_t shape[4] = {a.B, a.T, a.N, a.H};
@@ -195,11 +197,11 @@ static void compute_attention(void *window, TF_OpKernelContext *context)
     }
     if (TF_GetCode(status) == TF_OK) {
         a.y = data_of(output);
-        int code = attend_by(attend, &a, data_of(inputs[3]), data_of(inputs[4]));
+        int code = attend_by(attend, &a, data_of(inputs[3]), data_of(inputs[4]), data_of(inputs[5]));
         if (code) TF_SetStatus(status, TF_INVALID_ARGUMENT, told_of(code));
     }
     if (TF_GetCode(status) != TF_OK) TF_OpKernelContext_Failure(context, status);
-    for (int i = 0; i < 5; i++)
+    for (int i = 0; i < count; i++)
         if (inputs[i]) TF_DeleteTensor(inputs[i]);
     if (output) TF_DeleteTensor(output);
     TF_DeleteStatus(status);
@@ -220,8 +222,10 @@ static void register_attention(void)
     for (int i = 0; i < 3; i++) TF_OpDefinitionBuilderAddInput(operation, (const char *[]){"q: T", "k: T", "v: T"}[i]);
     TF_OpDefinitionBuilderAddInput(operation, "order: int32");
     TF_OpDefinitionBuilderAddInput(operation, "key_order: int32");
+    TF_OpDefinitionBuilderAddInput(operation, "documents: M * int32");
     TF_OpDefinitionBuilderAddOutput(operation, "y: T");
     TF_OpDefinitionBuilderAddAttr(operation, "T: {float, bfloat16}");
+    TF_OpDefinitionBuilderAddAttr(operation, "M: int >= 0");
     TF_OpDefinitionBuilderAddAttr(operation, "window: int");
     TF_OpDefinitionBuilderSetShapeInferenceFunction(operation, shape_of_queries);
     TF_RegisterOpDefinition(operation, status);

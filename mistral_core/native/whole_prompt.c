@@ -33,6 +33,7 @@ typedef struct {
     char *weight; /* of a norm */
     char *keys, *values; /* [B,K] of J / 16 panels of tiles across H, and of H / 16 across J */
     int64_t *first, *count; /* [B]: the order of the first key that is seen, and how many are */
+    const int32_t *document; /* [B,J]: of each key that is seen, where one goes on after another; else NULL */
     int64_t *column; /* [B,new]: where the new token of an order after the past's stands */
     atomic_int *failed;
 } Chunk;
@@ -202,6 +203,7 @@ static void remember(const Chunk *c)
 typedef struct {
     float most[BLOCK], sum[BLOCK]; /* of each query's scores so far, and of their exponentials */
     int64_t from[BLOCK], to[BLOCK]; /* the columns that it sees */
+    int32_t document[BLOCK];
 } Seen;
 
 /* Which of sixteen columns from j on are in a range. */
@@ -212,11 +214,20 @@ static inline __mmask16 in_range(int64_t j, int64_t from, int64_t to)
     return (__mmask16)(up & ~before);
 }
 
+/* Which of sixteen columns from j on are in a range and of a document, where they are told theirs. */
+static inline __mmask16 are_seen(const int32_t *document, int32_t own, int64_t j, int64_t from, int64_t to)
+{
+    __mmask16 range = in_range(j, from, to);
+    if (!document) return range;
+    return _mm512_mask_cmpeq_epi32_mask(range, _mm512_loadu_si512(document + j), _mm512_set1_epi32(own));
+}
+
 /* Scores of a query as weights, rounded, to the most so far; its output so far follows. */
 static inline __attribute__((always_inline)) void weigh_as(
-    int type, Seen *s, int64_t row, int64_t first, int64_t n, float by, const float *score, char *weight, float *o,
-    int64_t H)
+    int type, Seen *s, int64_t row, int64_t first, int64_t n, const int32_t *document, float by, const float *score,
+    char *weight, float *o, int64_t H)
 {
+    int32_t own = s->document[row];
     int64_t from = s->from[row] - first, to = s->to[row] - first;
     if (to <= 0 || from >= n) {
         memset(weight, 0, (size_t)(n * bytes_of(type)));
@@ -228,7 +239,8 @@ static inline __attribute__((always_inline)) void weigh_as(
         for (int k = 0; k < 2; k++) {
             const float *x = score + j + k * LANES;
             most[k] = (Lanes)_mm512_mask_max_ps(
-                (__m512)most[k], in_range(j + k * LANES, from, to), (__m512)most[k], _mm512_loadu_ps(x));
+                (__m512)most[k], are_seen(document, own, j + k * LANES, from, to), (__m512)most[k],
+                _mm512_loadu_ps(x));
         }
     float best = _mm512_reduce_max_ps(_mm512_max_ps((__m512)most[0], (__m512)most[1])) * by;
     best = s->most[row] > best ? s->most[row] : best;
@@ -236,7 +248,8 @@ static inline __attribute__((always_inline)) void weigh_as(
         Lanes e[2];
         for (int k = 0; k < 2; k++) {
             __m512 less = (__m512)(lanes_at(score + j + k * LANES) * by - best);
-            e[k] = (Lanes)_mm512_maskz_mov_ps(in_range(j + k * LANES, from, to), (__m512)exp_lanes((Lanes)less));
+            e[k] = (Lanes)_mm512_maskz_mov_ps(
+                are_seen(document, own, j + k * LANES, from, to), (__m512)exp_lanes((Lanes)less));
             sums[k] += e[k];
         }
         if (type == BFLOAT16) _mm512_store_si512(weight + j * 2, bfloat16_of_lanes((__m512)e[0], (__m512)e[1]));
@@ -254,11 +267,12 @@ static inline __attribute__((always_inline)) void weigh_as(
 }
 
 static void weigh(
-    int type, Seen *s, int64_t row, int64_t first, int64_t n, float by, const float *score, char *weight, float *o,
-    int64_t H)
+    int type, Seen *s, int64_t row, int64_t first, int64_t n, const int32_t *document, float by, const float *score,
+    char *weight, float *o, int64_t H)
 {
-    if (type == FLOAT32) weigh_as(FLOAT32, s, row, first, n, by, score, weight, o, H);
-    else weigh_as(BFLOAT16, s, row, first, n, by, score, weight, o, H);
+    if (document) weigh_as(type, s, row, first, n, document, by, score, weight, o, H);
+    else if (type == FLOAT32) weigh_as(FLOAT32, s, row, first, n, NULL, by, score, weight, o, H);
+    else weigh_as(BFLOAT16, s, row, first, n, NULL, by, score, weight, o, H);
 }
 
 static void attend(const void *argument, int64_t part)
@@ -291,9 +305,10 @@ static void attend(const void *argument, int64_t part)
             int64_t begin = c->of->begin[b * T + (row + n) / G];
             oldest = begin > oldest ? begin : oldest;
         }
-        s.most[n] = -INFINITY, s.sum[n] = 0;
+        s.most[n] = -INFINITY, s.sum[n] = 0, s.document[n] = 0;
         s.from[n] = oldest - c->first[b], s.to[n] = order < 0 ? 0 : order + 1 - c->first[b];
         if (order < 0) continue;
+        if (c->document) s.document[n] = c->document[b * c->J + order - c->first[b]];
         from = s.from[n] < from ? s.from[n] : from, to = s.to[n] > to ? s.to[n] : to;
         const char *query = c->q + ((b * T + (row + n) / G) * m->N + head * G + (row + n) % G) * of_row;
         memcpy(q + n * of_row, query, (size_t)of_row);
@@ -310,8 +325,8 @@ static void attend(const void *argument, int64_t part)
             multiply_tiles(c->way, &block);
         }
         for (int64_t i = 0; i < BLOCK; i++)
-            weigh(m->type, &s, i, j, n, 1 / sqrtf((float)H), at.scores + i * KEYS, at.weights + i * KEYS * size,
-                  o + i * H, H);
+            weigh(m->type, &s, i, j, n, c->document ? c->document + b * c->J + j : NULL, 1 / sqrtf((float)H),
+                  at.scores + i * KEYS, at.weights + i * KEYS * size, o + i * H, H);
         for (int64_t i = 0; i < H; i += BLOCK) {
             Block block = {
                 .a = at.weights, .stride = KEYS * size, .below = rows_of(c->way) * KEYS * size, .step = 64,
@@ -468,6 +483,45 @@ static int look_at(Chunk *c, const Seeing *a, int64_t *first, int64_t *count)
     return 0;
 }
 
+/* Columns one after another of one document. */
+typedef struct {
+    int64_t id, first, number;
+} Piece;
+
+static int by_document(const void *one, const void *other)
+{
+    const Piece *a = one, *b = other;
+    if (a->id != b->id) return a->id < b->id ? -1 : 1;
+    return a->first < b->first ? -1 : 1;
+}
+
+/* Documents of row b by small numbers, [J] for the columns that are seen, and the order of the first token of each
+   query's, [T]; whether one goes on after another. `piece` and `found` have room for as many as columns. */
+static int look_for_documents(
+    const Chunk *c, const Seeing *a, int64_t b, Piece *piece, int64_t *found, int32_t *document, int64_t *begin)
+{
+    int64_t pieces = 0, number = -1, first = 0;
+    int again = 0;
+    for (int64_t j = 0; j < c->count[b]; j++) {
+        int64_t id = a->document[b * a->S + c->column[b * a->S + j]];
+        if (!pieces || id != piece[pieces - 1].id) piece[pieces] = (Piece){id, j, pieces}, pieces++;
+        document[j] = (int32_t)(pieces - 1);
+    }
+    qsort(piece, (size_t)pieces, sizeof *piece, by_document);
+    for (int64_t i = 0; i < pieces; i++) {
+        int is_same = i && piece[i].id == piece[i - 1].id;
+        if (!is_same) number++, first = piece[i].first;
+        again |= is_same;
+        found[2 * piece[i].number] = number, found[2 * piece[i].number + 1] = first;
+    }
+    for (int64_t t = 0; t < a->T; t++) {
+        int64_t order = a->order[b * a->T + t];
+        begin[t] = order < 0 ? 0 : c->first[b] + found[2 * document[order - c->first[b]] + 1];
+    }
+    for (int64_t j = 0; j < c->count[b]; j++) document[j] = (int32_t)found[2 * document[j]];
+    return again;
+}
+
 #endif
 
 /* Whether prompts of models of a type are computed here. */
@@ -547,26 +601,37 @@ int mistral_layers(const Model *m, const Cache *cache, const Tokens *of, int64_t
 int mistral_attend(const Seeing *a, Parallel by)
 {
 #ifdef TILES
-    int64_t of_tiles = bytes_of(a->type) * a->K * a->H;
+    int64_t of_tiles = bytes_of(a->type) * a->K * a->H, documents = a->document != NULL;
     atomic_int failed = 0;
-    char *part[3], *tiles[2] = {NULL, NULL};
-    int64_t sizes[3] = {8 * a->B, 8 * a->B, 8 * a->B * a->S};
-    char *memory = room(3, sizes, part);
+    char *part[4], *keyed[5];
+    int64_t sizes[4] = {8 * a->B, 8 * a->B, 8 * a->B * a->S, documents * 8 * a->B * a->T};
+    char *memory = room(4, sizes, part);
     if (!memory) return ERROR_MEMORY;
     int64_t *first = (int64_t *)part[0], *count = (int64_t *)part[1];
     Layer layer = {.window = a->window};
     Model m = {.N = a->N, .K = a->K, .H = a->H, .L = 1, .type = a->type, .threads = a->threads, .layers = &layer};
-    Tokens of = {.B = a->B, .T = a->T, .order = a->order, .length = first, .begin = a->begin};
+    int64_t *begin = documents ? (int64_t *)part[3] : NULL;
+    Tokens of = {.B = a->B, .T = a->T, .order = a->order, .length = first, .begin = begin};
     Chunk c = {
         .m = &m, .of = &of, .way = way_of(a->type == BFLOAT16), .new = a->S, .h = a->y, .q = (char *)a->q,
         .k = (char *)a->k, .v = (char *)a->v, .column = (int64_t *)part[2], .failed = &failed};
     int code = look_at(&c, a, first, count);
     if (!code) {
-        char *keys = room(2, (int64_t[]){a->B * c.J * of_tiles, a->B * c.J * of_tiles}, tiles);
-        c.keys = tiles[0], c.values = tiles[1];
-        if (keys) every_pair(&c, by);
-        code = keys ? atomic_load(&failed) : ERROR_MEMORY;
-        free(keys);
+        int64_t of_keys = a->B * c.J * of_tiles, columns = documents * c.J;
+        int64_t each[5] = {of_keys, of_keys, 4 * a->B * columns, (int64_t)sizeof(Piece) * columns, 16 * columns};
+        char *more = room(5, each, keyed);
+        if (!more) {
+            free(memory);
+            return ERROR_MEMORY;
+        }
+        int32_t *document = (int32_t *)keyed[2];
+        c.keys = keyed[0], c.values = keyed[1];
+        for (int64_t b = 0; documents && b < a->B; b++)
+            if (look_for_documents(&c, a, b, (Piece *)keyed[3], (int64_t *)keyed[4], document + b * c.J, begin + b * a->T))
+                c.document = document;
+        every_pair(&c, by);
+        code = atomic_load(&failed);
+        free(more);
     }
     free(memory);
     return code;

@@ -103,20 +103,21 @@ XLA_FFI_Error *mistral_xla_dequantised(XLA_FFI_CallFrame *frame)
     return NULL;
 }
 
-/* q, k, v and the orders of queries and keys, the window an attribute. */
+/* q, k, v, the orders of queries and keys, and the documents of tokens or none; the window is an attribute. */
 XLA_FFI_Error *mistral_xla_attend(XLA_FFI_CallFrame *frame)
 {
     if (is_question(frame)) return NULL;
-    if (frame->args.size != 5 || frame->rets.size != 1 || frame->attrs.size != 1 ||
+    int64_t count = frame->args.size;
+    if (count < 5 || count > 6 || frame->rets.size != 1 || frame->attrs.size != 1 ||
         frame->attrs.types[0] != XLA_FFI_AttrType_ARRAY)
-        return error(frame, "attention must have five arrays and numbers, got others");
+        return error(frame, "attention must have its arrays and numbers, got others");
     XLA_FFI_Array *numbers = frame->attrs.attrs[0];
     XLA_FFI_Buffer **args = (XLA_FFI_Buffer **)frame->args.args, *q = args[0], *k = args[1], *y = frame->rets.rets[0];
     int fits = attend && numbers->dtype == XLA_FFI_DataType_S64 && numbers->size == 1 && q->rank == 4 && k->rank == 4;
     fits = fits && size_of(args[2]) == size_of(k) && size_of(y) == size_of(q) && k->dims[0] == q->dims[0] &&
-           k->dims[3] == q->dims[3] && k->dims[2] > 0 && q->dims[2] % k->dims[2] == 0;
+           k->dims[3] == q->dims[3] && k->dims[2] > 0 && q->dims[2] % k->dims[2] == 0 && (count < 6 || q->dims[1] == k->dims[1]);
     for (int i = 0; i < 3; i++) fits = fits && type_of(args[i]) == type_of(y) && type_of(y) >= 0 && type_of(y) <= 1;
-    for (int i = 3; i < 5; i++)
+    for (int i = 3; i < count; i++)
         fits = fits && args[i]->dtype == XLA_FFI_DataType_S32 &&
                size_of(args[i]) == q->dims[0] * (i == 3 ? q : k)->dims[1];
     if (!fits) return error(frame, "attention must have arrays that fit each other, got others");
@@ -124,6 +125,6 @@ XLA_FFI_Error *mistral_xla_attend(XLA_FFI_CallFrame *frame)
         .B = q->dims[0], .T = q->dims[1], .S = k->dims[1], .N = q->dims[2], .K = k->dims[2], .H = q->dims[3],
         .window = *(const int64_t *)numbers->data, .type = type_of(y), .q = q->data, .k = k->data, .v = args[2]->data,
         .y = y->data};
-    int code = attend_by(attend, &a, args[3]->data, args[4]->data);
+    int code = attend_by(attend, &a, args[3]->data, args[4]->data, count > 5 ? args[5]->data : NULL);
     return code ? error(frame, told_of(code)) : NULL;
 }

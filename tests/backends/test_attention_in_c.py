@@ -105,11 +105,19 @@ def test_it_is_the_formula(tiles, calls, name, window, heads):  # noqa: F811
     assert (found[SIGHTS[name][0] < 0] == 0).all()
 
 
+DOCUMENTS = {
+    "in order": torch.searchsorted(torch.tensor([1, 41, 44, 100]), torch.arange(T), right=True),
+    "some again": torch.arange(T) // 9 % 4 - 1,
+    "each alone": -torch.arange(T),
+}
+
+
 @pytest.mark.parametrize("window", [None, 12])
-def test_packed_documents_see_themselves(tiles, calls, window):  # noqa: F811
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_packed_documents_see_themselves(tiles, calls, window, name):  # noqa: F811
     order, _ = padded()
-    documents = torch.tensor([1, 40, 3, 56]).cumsum(0)
-    documents = torch.searchsorted(documents, torch.arange(T), right=True).expand(3, -1)
+    documents = DOCUMENTS[name].expand(3, -1).clone()
+    documents[1] = documents[1].flip(0)
     given = arrays((order, order), (6, 2), tiles)
     found = attended(given, order, order, window, documents)
     assert len(calls) == 1
@@ -123,9 +131,7 @@ def test_what_it_is_not_asked_for(tiles, calls):  # noqa: F811
     given = arrays(who, (6, 2), tiles)
     wanted = attended(given, *who, 40, in_c=False)
     short = [x[:, :63] for x in who], [x[:, :63] for x in given]
-    apart = torch.arange(T).expand(3, -1) // 10 % 3
     attended(short[1], *short[0], 40)
-    attended(given, *who, 40, apart)
     for implementation in ("eager", "blocked"):
         assert_near(attended(given, *who, 40, implementation=implementation), wanted.double(), given, tiles)
     for again in ([x.half() for x in given], [x[..., :24] for x in given]):

@@ -90,13 +90,15 @@ def attended(backend, arrays, orders, window, documents=None, implementation=Non
     return backend.attention.attend(*arrays, visibility, implementation=implementation)[0]
 
 
-def expected(arrays, orders, window):
+def expected(arrays, orders, window, documents=None):
     """The reference's output, in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in arrays)
     query, key = (np.asarray(x, np.int64) for x in orders)
     visible = (query[:, :, None] >= 0) & (key[:, None] >= 0) & (key[:, None] <= query[:, :, None])
     if window is not None:
         visible &= key[:, None] > query[:, :, None] - window
+    if documents is not None:
+        visible &= documents[:, :, None] == documents[:, None]
     return ops.attend(q, k, v, visible)[0]
 
 
@@ -138,6 +140,22 @@ def test_it_is_the_formula(backend, dtype, calls, name, window):
     assert (floats(found)[orders[0] < 0] == 0).all()
 
 
+@pytest.mark.parametrize("window", [None, 12])
+@pytest.mark.parametrize("name", ["in order", "some again", "each alone"])
+def test_packed_documents_see_themselves(backend, dtype, calls, name, window):
+    orders = SIGHTS["padded"]
+    documents = {
+        "in order": np.searchsorted([1, 41, 44, 100], np.arange(T), side="right"),
+        "some again": np.arange(T) // 9 % 4 - 1,
+        "each alone": -np.arange(T),
+    }[name]
+    documents = np.stack([documents, documents[::-1], documents]).astype(np.int32)
+    arrays = given(backend, dtype, orders)
+    found = attended(backend, arrays, orders, window, documents)
+    assert calls == [True]
+    assert_near(found, expected(map(floats, arrays), orders, window, documents), floats(arrays[2]), dtype)
+
+
 def gradients(backend, function, arrays, upstream):
     """The output and the gradients of queries, keys and values, in a compiled program."""
     if backend.name == "flax":
@@ -159,14 +177,15 @@ def gradients(backend, function, arrays, upstream):
     return of_tape(*arrays)
 
 
-@pytest.mark.parametrize("name", ["padded", "beside a ring"])
-def test_its_gradients_are_the_formula_s(backend, dtype, calls, name):
+@pytest.mark.parametrize(("name", "packed"), [("padded", False), ("padded", True), ("beside a ring", False)])
+def test_its_gradients_are_the_formula_s(backend, dtype, calls, name, packed):
     orders = SIGHTS[name]
+    documents = (np.arange(3 * T) // 17 % 5).astype(np.int32).reshape(3, T) if packed else None
     arrays = given(backend, dtype, orders)
     upstream = numbers(orders, seed=1)[0]
 
     def function(*arrays, implementation=None):
-        return attended(backend, arrays, orders, 40, implementation=implementation)
+        return attended(backend, arrays, orders, 40, documents, implementation=implementation)
 
     found = gradients(backend, function, arrays, upstream)
     assert calls[:1] == [True]
@@ -179,14 +198,13 @@ def test_its_gradients_are_the_formula_s(backend, dtype, calls, name):
 
 
 def test_what_it_is_not_asked_for(backend, dtype, calls):
-    """Short texts, packed documents, other heads, float64's siblings, and every other way to attend."""
+    """Short texts, other heads and dtypes, and every other way to attend."""
     orders = SIGHTS["padded"]
     arrays = given(backend, dtype, orders)
     wanted = expected(map(floats, arrays), orders, 40)
     for implementation in ("eager", "blocked"):
         found = attended(backend, arrays, orders, 40, implementation=implementation)
         assert_near(found, wanted, floats(arrays[2]), dtype)
-    attended(backend, arrays, orders, 40, np.zeros((3, T), np.int32))
     assert not calls
     attended(backend, [x[:, :63] for x in arrays], [x[:, :63] for x in orders], 40)
     attended(backend, [x[..., :24] for x in arrays], orders, 40)
