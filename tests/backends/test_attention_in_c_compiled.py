@@ -197,8 +197,9 @@ def test_its_gradients_are_the_formula_s(backend, dtype, calls, name, packed):
         assert_near(ours, floats(theirs), floats(theirs), dtype, steps=10)
 
 
-def test_what_it_is_not_asked_for(backend, dtype, calls):
-    """Short texts, other heads and dtypes, and every other way to attend."""
+def test_what_it_is_not_asked_for(backend, dtype, calls, monkeypatch):
+    """Short texts, other heads and dtypes, and every other way to attend, of which one has blocks of its own."""
+    monkeypatch.setattr(importlib.import_module(f"mistral_{backend.name}.blocks"), "COLUMNS", 64)
     orders = SIGHTS["padded"]
     arrays = given(backend, dtype, orders)
     wanted = expected(map(floats, arrays), orders, 40)
@@ -232,7 +233,8 @@ def test_jax_maps_it_differentiates_it_forward_and_runs_it_by_operations(dtype):
 
     assert "@mistral_attend" in jax.jit(function).lower(*arrays).as_text()
     wanted = floats(function(*arrays))
-    twice = jax.vmap(function, in_axes=(0, None, 0))(jnp.stack([arrays[0]] * 2), arrays[1], jnp.stack([arrays[2]] * 2))
+    q, v = jnp.stack([arrays[0]] * 2), jnp.stack([arrays[2]] * 2, axis=2)
+    twice = jax.vmap(function, in_axes=(0, None, 2))(q, arrays[1], v)
     for found in twice:
         assert_near(found, wanted, wanted, dtype)
     tangents = given(backend, dtype, orders, seed=2)
