@@ -12,6 +12,8 @@ import pytest
 import tensorflow as tf
 
 import mistral_tf
+from conformance.weights import random_parameters
+from mistral_core.config.presets import TINY
 from mistral_core.native import attention as in_c
 from mistral_core.native import library
 from mistral_core.reference import ops
@@ -189,6 +191,7 @@ def test_its_gradients_are_the_formula_s(backend, dtype, calls, name, packed):
 
     found = gradients(backend, function, arrays, upstream)
     assert calls[:1] == [True]
+    assert (floats(found[0]) == floats(function(*arrays))).all(), "to the bit what it is without gradients"
     calls.clear()
     wanted = gradients(backend, lambda *x: function(*x, implementation="eager"), arrays, upstream)
     assert not calls
@@ -322,3 +325,86 @@ def test_tensorflow_differentiates_it_twice(dtype):
         gradient = first.gradient(total, arrays[0])
         size = tf.reduce_sum(tf.cast(gradient, tf.float32) ** 2)
     assert np.isfinite(floats(second.gradient(size, arrays[1]))).all()
+
+
+CONFIG = TINY.replace(
+    hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=32, vocab_size=96,
+    num_hidden_layers=2, sliding_window=40,
+)  # fmt: skip
+
+
+def losses(model, layout):
+    """The losses of a text and of what comes after it, as functions of nothing, in a model of either framework."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(3, 96, (2, 160))
+    mask = np.ones_like(ids)
+    mask[0, :20] = 0
+    if layout == "packed":
+        return model(input_ids=ids, document_ids=np.arange(160)[None].repeat(2, 0) // 23 % 5, labels=ids).loss
+    if layout == "padded":
+        return model(input_ids=ids, attention_mask=mask, labels=np.where(mask == 0, -100, ids)).loss
+    first = model(input_ids=ids[:, :90], attention_mask=mask[:, :90], use_cache=True)
+    options = {"attention_mask": mask[:, 90:], "past_key_values": first.past_key_values}
+    return model(input_ids=ids[:, 90:], labels=ids[:, 90:], **options).loss
+
+
+@pytest.mark.parametrize(
+    ("layout", "how"), [("after a cache", "plain"), ("padded", "checkpointed"), ("packed", "in a scan")]
+)
+def test_a_model_of_jax_learns_the_same(dtype, calls, monkeypatch, layout, how):
+    from mistral_flax import MistralForCausalLM, attention_in_c
+    from mistral_flax.scan import scan_layers
+
+    model = MistralForCausalLM(CONFIG, dtype=dtype, param_dtype="float32")
+    model.load_arrays(random_parameters(CONFIG, "MistralForCausalLM"))
+    if how == "checkpointed":
+        model.gradient_checkpointing_enable()
+    if how == "in a scan":
+        scan_layers(model)
+
+    def both():
+        def loss(params):
+            return losses(lambda **given: model(**given, params=params), layout)
+
+        return jax.jit(jax.value_and_grad(loss))(model.params), jax.jit(loss)(model.params)
+
+    (value, found), alone = both()
+    assert any(calls)
+    assert value == alone or dtype == "bfloat16", "a text that is learnt has the loss of one that is not"
+    monkeypatch.setattr(attention_in_c, "LEAST", 1000)
+    calls.clear()
+    (wanted_value, wanted), _ = both()
+    assert not any(calls)
+    assert abs(value - wanted_value) <= 20 * EPS[dtype] * abs(wanted_value)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert_near(ours, floats(theirs), floats(theirs), dtype, steps=20)
+
+
+@pytest.mark.parametrize(
+    ("layout", "how"), [("after a cache", "eager"), ("padded", "traced"), ("packed", "checkpointed")]
+)
+def test_a_model_of_tensorflow_learns_the_same(dtype, calls, monkeypatch, layout, how):
+    from mistral_tf import MistralForCausalLM, attention_in_c
+
+    model = MistralForCausalLM(CONFIG, dtype="float32" if dtype == "float32" else "mixed_bfloat16")
+    model.load_arrays(random_parameters(CONFIG, "MistralForCausalLM"))
+    if how == "checkpointed":
+        model.gradient_checkpointing_enable()
+
+    def both():
+        def learn():
+            with tf.GradientTape() as tape:
+                loss = losses(model, layout)
+            return loss, [tf.convert_to_tensor(x) for x in tape.gradient(loss, model.trainable_variables)]
+
+        return learn() if how == "eager" else tf.function(learn)()
+
+    value, found = both()
+    assert any(calls)
+    monkeypatch.setattr(attention_in_c, "LEAST", 1000)
+    calls.clear()
+    wanted_value, wanted = both()
+    assert not any(calls)
+    assert abs(value - wanted_value) <= 20 * EPS[dtype] * abs(wanted_value)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert_near(ours, floats(theirs), floats(theirs), dtype, steps=20)
