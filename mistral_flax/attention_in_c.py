@@ -64,7 +64,7 @@ def _formula(*arrays: Array, window: int | None, formula: Formula) -> Array:
 
 @_attend.def_abstract_eval
 def _shape(q_BTNH: Any, *_: Any, window: int | None, formula: Formula) -> Any:
-    return jax.core.ShapedArray(q_BTNH.shape, q_BTNH.dtype)
+    return q_BTNH
 
 
 def _differentiated(

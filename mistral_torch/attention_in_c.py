@@ -32,16 +32,16 @@ class Told(NamedTuple):
     """[B, T]: the packed document of each token."""
 
 
-def may_be_for_c(x_BTD: Tensor, head_dim: int) -> bool:
+def may_be_for_c(x_BT: Tensor, head_dim: int) -> bool:
     """Whether C may compute with tokens: enough of them, of its types, and nobody who misses what torch would do.
 
     Where gradients are on nothing is in C, whether they go through it or not, as in `between`.
     """
-    if not native.unwatched(x_BTD) or torch.is_grad_enabled():  # a compiler is to see no size asked for
+    if not native.unwatched(x_BT) or torch.is_grad_enabled():  # a compiler is to see no size asked for
         return False
-    if x_BTD.shape[:2].numel() < LEAST or x_BTD.shape[1] == 1 or x_BTD.dtype not in native.OWN:
+    if x_BT.shape[:2].numel() < LEAST or x_BT.shape[1] == 1 or x_BT.dtype not in native.OWN:
         return False
-    return not torch.is_autocast_enabled("cpu") and attention.available(native.TYPES[x_BTD.dtype], head_dim)
+    return not torch.is_autocast_enabled("cpu") and attention.available(native.TYPES[x_BT.dtype], head_dim)
 
 
 def told_of(
@@ -59,7 +59,7 @@ def told_of(
 def is_for_c(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor) -> bool:
     """Whether C may compute the attention of tensors: enough queries, of its types, where nobody misses anything."""
     alike = len({x.dtype for x in (q_BTNH, k_BSKH, v_BSKH)}) == 1 and native.unwatched(q_BTNH, k_BSKH, v_BSKH)
-    return alike and may_be_for_c(q_BTNH.flatten(2), q_BTNH.shape[3])
+    return alike and may_be_for_c(q_BTNH, q_BTNH.shape[3])
 
 
 def attend_in_c(

@@ -115,7 +115,7 @@ class KVCache(NamedTuple):
         kept = ([x.index_select(0, row_B) for x in xs] for xs in self._kept())
         return self._with(kept, self.length[row_B], self.capacity)
 
-    def grown(self, slots: tuple[int, ...], capacity: int) -> KVCache:
+    def grown(self, slots: tuple[int, ...], capacity: int | None) -> KVCache:
         """A copy with larger rings, as `cache_layout.grown_layout` allows."""
         return self._with((map(_grown, xs, slots) for xs in self._kept()), self.length, capacity)
 

@@ -569,10 +569,11 @@ int mistral_prompt(const Model *m, const Cache *cache, const Tokens *of, int64_t
 #endif
 }
 
-/* x [B,T,D] of each chunk, one after another, through all layers, in place; new keys and values go into the cache. A
-   layer takes all chunks before the next one does, so that layers which keep nothing may share one ring. 0, or an
-   ERROR_. */
-int mistral_layers(const Model *m, const Cache *cache, const Tokens *of, int64_t chunks, char *x, Parallel by)
+/* x [B,T,D] of each chunk, one after another, through all layers, in place, and what each but the last one gives into
+   `states`, where these are wanted; new keys and values go into the cache. A layer takes all chunks before the next one
+   does, so that layers which keep nothing may share one ring. 0, or an ERROR_. */
+int mistral_layers(
+    const Model *m, const Cache *cache, const Tokens *of, int64_t chunks, char *x, char *const *states, Parallel by)
 {
 #ifdef TILES
     Chunk c;
@@ -587,11 +588,12 @@ int mistral_layers(const Model *m, const Cache *cache, const Tokens *of, int64_t
             code = one_layer(&c, by);
             c.x += of->B * of[i].T * m->D * bytes_of(m->type);
         }
+        if (states && c.layer < m->L - 1) memcpy(states[c.layer], x, (size_t)(c.x - x));
     }
     free(memory);
     return code;
 #else
-    (void)m, (void)cache, (void)of, (void)chunks, (void)x, (void)by;
+    (void)m, (void)cache, (void)of, (void)chunks, (void)x, (void)states, (void)by;
     return ERROR_ARGUMENT;
 #endif
 }

@@ -86,7 +86,8 @@ def prompts(type: int) -> Any:
     code, _ = library.bound(PROMPTS, ())
     if code is None or not code.mistral_takes_prompts(type):
         return None
-    code.mistral_prompt.argtypes = code.mistral_layers.argtypes = [_P, _P, _P, _I64, _P, _P]
+    code.mistral_prompt.argtypes = [_P, _P, _P, _I64, _P, _P]
+    code.mistral_layers.argtypes = [_P, _P, _P, _I64, _P, _P, _P]
     code.mistral_attend.argtypes = [_P, _P]
     return code
 
@@ -230,13 +231,15 @@ class WholeStep:
     def layers(
         self, x_BTD: np.ndarray, order_BT: np.ndarray, length_B: np.ndarray, cos_BTH: np.ndarray, sin_BTH: np.ndarray,
         query_scale_BT: np.ndarray | None, begin_BT: np.ndarray | None, kept: Sequence[Sequence[np.ndarray]],
+        states: Sequence[np.ndarray] = (),
     ) -> None:  # fmt: skip
         """Hidden states [B, T, D] of many new tokens through all layers, in place, where `is_by_tiles`.
 
         `order_BT` int64 is the number of real tokens before each in its row, -1 for padding; `length_B` is how many of
         them are in the rings. cos and sin [B, T, H/2] and the scales of queries are float32. `begin_BT` int64 is the
         order of the first token of the document of each, of packed ones. `kept` is `step`'s, of the model's dtype:
-        layers may share one ring where nothing in it is to stay. Raises MemoryError.
+        layers may share one ring where nothing in it is to stay. What each layer but the last one gives is written into
+        `states` [B, T, D], where there are any. Raises MemoryError.
         """
         B, T, _ = x_BTD.shape
         rows, count = max(self._chunk() // T, 1), -(-T // self._chunk())
@@ -250,10 +253,11 @@ class WholeStep:
                 chunks.append(_told(None, order, length, cos, sin, scale, begin, every=False))
                 length = length + np.sum(order >= 0, axis=1)
             tokens = (_StepTokens * len(chunks))(*(each for each, _ in chunks))
+            to = (_P * len(states))(*(x[some].ctypes.data for x in states)) if states else None
             library.check(
                 prompts(TYPES[self._dtype]).mistral_layers(
                     ctypes.byref(self._model), ctypes.byref(cache), tokens, len(chunks), x_BTD[some].ctypes.data,
-                    self._parallel,
+                    to, self._parallel,
                 )
             )  # fmt: skip
             del arrays

@@ -251,6 +251,34 @@ def test_jax_maps_it_differentiates_it_forward_and_runs_it_by_operations(dtype):
         assert_near(function(*arrays), wanted, wanted, dtype)
 
 
+@pytest.mark.parametrize("how", ["shard_map", "shard_map without its check", "a mesh"])
+def test_jax_has_it_on_a_mesh_of_one_device(dtype, calls, how):
+    backend = SimpleNamespace(
+        name="flax", **{n: importlib.import_module(f"mistral_flax.{n}") for n in ("attention", "arrays")}
+    )
+    arrays, orders = given(backend, dtype, SIGHTS["alone"]), [jnp.asarray(x) for x in SIGHTS["alone"]]
+    wanted = floats(attended(backend, arrays, SIGHTS["alone"], 40))
+
+    def function(*arrays):
+        *arrays, query, key = arrays
+        visibility = backend.attention.prepared(backend.attention.Visibility(query, key, 40), "dot_product")
+        return backend.attention.attend(*arrays, visibility, implementation="dot_product")[0]
+
+    kind = jax.sharding.AxisType.Explicit if how == "a mesh" else jax.sharding.AxisType.Auto
+    mesh, spec = jax.make_mesh((1,), ("data",), axis_types=(kind,)), jax.sharding.PartitionSpec("data")
+    given_arrays = [jax.device_put(x, jax.NamedSharding(mesh, spec)) for x in (*arrays, *orders)]
+    if how == "a mesh":
+        with jax.set_mesh(mesh):
+            found = jax.jit(function)(*given_arrays)
+            assert jax.typeof(found).sharding.spec[0] == "data"
+    else:
+        check = how == "shard_map"
+        mapped = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check)
+        found = jax.jit(mapped)(*given_arrays)
+    assert all(calls)
+    assert (floats(found) == wanted).all()
+
+
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_a_program_of_jax_for_a_file_knows_no_c(dtype, platform):
     backend = SimpleNamespace(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mistral_torch
 from conformance.weights import random_parameters
+from mistral_core.errors import InputError
 from mistral_core.native import whole_step
 from mistral_torch import KVCache
 
@@ -66,14 +69,8 @@ def test_states_losses_and_caches_are_torch_s(tiles, texts, name, rows, columns)
     assert texts == [(rows, columns)]
     assert_near(found.logits[real], wanted.logits[real], tiles)
     assert_near(found.loss, wanted.loss, tiles)
-    after, expected = found.past_key_values, wanted.past_key_values
-    assert torch.equal(after.length, real.sum(1))
-    for layer, window in enumerate(model.config.layer_windows):
-        for of_c, of_torch in ((after.keys, expected.keys), (after.values, expected.values)):
-            assert of_c[layer].shape == of_torch[layer].shape
-            for row, length in enumerate(after.length.tolist()):
-                seen = torch.arange(max(length - (window or length), 0), length) % of_c[layer].shape[1]
-                assert_near(of_c[layer][row, seen], of_torch[layer][row, seen], tiles)
+    assert torch.equal(found.past_key_values.length, real.sum(1))
+    kept_alike(found.past_key_values, wanted.past_key_values, model.config.layer_windows, tiles)
 
 
 @pytest.mark.parametrize("name", ["all keys", "mixed"])
@@ -100,13 +97,91 @@ def test_packed_documents_see_themselves(tiles, texts, name):  # noqa: F811
     assert_near(found, wanted, tiles)
 
 
+def kept_alike(found, wanted, windows, dtype):
+    """Caches hold the same where a later token sees it."""
+    assert torch.equal(found.length, wanted.length)
+    for layer, window in enumerate(windows):
+        for of_c, of_torch in ((found.keys, wanted.keys), (found.values, wanted.values)):
+            assert of_c[layer].shape == of_torch[layer].shape
+            for row, length in enumerate(found.length.tolist()):
+                seen = torch.arange(max(length - (window or length), 0), length) % of_c[layer].shape[1]
+                assert_near(of_c[layer][row, seen], of_torch[layer][row, seen], dtype)
+
+
+@pytest.mark.parametrize("name", ["all keys", "window", "mixed"])
+@pytest.mark.parametrize("cuts", [(70,), (10, 80), (100, 164), (80, 145)])
+def test_a_text_goes_on_after_its_cache(tiles, texts, name, cuts):  # noqa: F811
+    """In C and in torch in turn: rings that grow, that are full, and that a piece of a text turns over."""
+    model, given = model_of(CONFIGS[name], tiles), ragged(2, 230)
+    real = torch.from_numpy(given["attention_mask"]) != 0
+    pieces = [slice(*each) for each in itertools.pairwise((0, *cuts, 230))]
+
+    def run():
+        past, logits = None, []
+        for piece in pieces:
+            some = {name: array[:, piece] for name, array in given.items()}
+            output = model(**some, past_key_values=past, use_cache=True)
+            past = output.past_key_values
+            logits.append(output.logits)
+        return torch.cat(logits, 1), past
+
+    with torch.no_grad():
+        found, after = run()
+    assert texts == [(2, each.stop - each.start) for each in pieces if each.stop - each.start > 31]
+    with torch.enable_grad():
+        wanted, expected = run()
+    assert_near(found[real], wanted[real], tiles)
+    kept_alike(after, expected, model.config.layer_windows, tiles)
+
+
 @torch.no_grad()
-def test_a_text_goes_on_after_its_cache(tiles, texts):  # noqa: F811
-    model, ids = model_of(CONFIGS["window"], tiles), ragged(1, 200)["input_ids"]
-    past = model(ids[:, :120]).past_key_values
-    after = model(ids[:, 120:], past_key_values=past)
-    assert texts == [(1, 120)], "what a ring holds is torch's"
-    assert_near(after.logits[:, -1], model(ids).logits[:, -1], tiles)
+def test_a_cache_that_is_laid_out_otherwise_is_continued(tiles, texts):  # noqa: F811
+    model, ids = model_of(CONFIGS["mixed"], tiles), ragged(2, 200)["input_ids"]
+    past = model(ids[:, :100]).past_key_values
+    turned = past._replace(
+        keys=tuple(x.mT.contiguous().mT for x in past.keys), values=tuple(x.mT.contiguous().mT for x in past.values)
+    )
+    assert not turned.keys[0].is_contiguous()
+    wanted = model(ids[:, 100:], past_key_values=past.select_rows(torch.arange(2)))
+    found = model(ids[:, 100:], past_key_values=turned)
+    assert len(texts) == 3
+    assert torch.equal(found.logits, wanted.logits)
+
+
+@torch.no_grad()
+def test_a_cache_of_other_rows_or_heads_is_torch_s_to_refuse(tiles, texts):  # noqa: F811
+    model = model_of(WHOLE, tiles)
+    past = model(IDS.expand(2, -1)).past_key_values
+    texts.clear()
+    wrong = {
+        "rows": past.select_rows(torch.tensor([0, 1, 1])),
+        "heads": past._replace(keys=tuple(x[:, :, :1] for x in past.keys)),
+        "head size": past._replace(values=tuple(x[..., :16] for x in past.values)),
+    }
+    for each in wrong.values():
+        with pytest.raises((RuntimeError, IndexError, InputError)):
+            model(IDS.expand(2, -1), past_key_values=each)
+    model(IDS.expand(2, -1), past_key_values=past._replace(values=tuple(x[:, :50] for x in past.values)))
+    assert not texts
+
+
+@pytest.mark.parametrize("past", [False, True])
+def test_hidden_states_are_those_of_each_layer(tiles, texts, past):  # noqa: F811
+    model, given = model_of(WHOLE.replace(num_hidden_layers=3), tiles), ragged(3, 131)
+    real = torch.from_numpy(given["attention_mask"]) != 0
+
+    def run():
+        first = model(**ragged(3, 90)).past_key_values if past else None
+        return model(**given, past_key_values=first, output_hidden_states=True).hidden_states
+
+    with torch.no_grad():
+        found = run()
+    assert len(texts) == 1 + past
+    with torch.enable_grad():
+        wanted = run()
+    assert len(found) == len(wanted) == 4
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert_near(ours[real], theirs[real], tiles)
 
 
 def test_of_other_positions_and_of_embeddings(tiles, texts):  # noqa: F811
@@ -173,7 +248,6 @@ def narrowed(model):
 
 DONE_BEFORE = {"a hook": hooked, "another forward": replaced, "fewer layers": shortened, "a narrower MLP": narrowed}
 ASKED = {
-    "hidden states": {"output_hidden_states": True},
     "attentions": {"output_attentions": True},
     "a document that goes on after another one": {"document_ids": torch.arange(100)[None] // 10 % 3},
     "a cache with a capacity": {"past_key_values": "capacity"},
