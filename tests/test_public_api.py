@@ -45,7 +45,7 @@ BACKEND = {
     "dequantize",
     "quantize",
 }
-OWN = {"mistral_torch": {"parallelize"}, "mistral_flax": {"shard"}, "mistral_tf": set()}
+OWN = {"mistral_torch": {"parallelize"}, "mistral_flax": {"shard"}, "mistral_tf": {"portable"}}
 """What one backend has and the others have not: each framework's own way to several devices."""
 CORE = {
     "AttentionMaskVisualizer",
