@@ -46,7 +46,7 @@ BACKEND = {
     "quantize",
 }
 OWN = {"mistral_torch": {"parallelize"}, "mistral_flax": {"shard"}, "mistral_tf": {"portable"}}
-"""What one backend has and the others have not: each framework's own way to several devices."""
+"""What one backend has and the others have not: each framework's own way to several devices, TensorFlow's to files."""
 CORE = {
     "AttentionMaskVisualizer",
     "AttentionVisualizer",
