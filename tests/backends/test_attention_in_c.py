@@ -17,8 +17,10 @@ from mistral_torch.attention import Visibility
 
 T, H = 100, 32
 EPS = {"float32": 2**-23, "bfloat16": 2**-7}
-STEPS = {"float32": 8, "bfloat16": 2}
-"""The most that an output may differ, in eps of the largest value: 2.6 and 1.01 were seen on an Intel Xeon."""
+STEPS = {"float32": 2, "bfloat16": 1}
+"""The most that an output may differ, in eps of the largest value: 1.02 and 0.45 were seen on an Intel Xeon."""
+STEPS_OF_A_MODEL = {"float32": 24, "bfloat16": 4}
+"""The same of logits: 11.4 and 2.0 were seen."""
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning"),
@@ -222,7 +224,7 @@ def test_a_model_s_layers_one_by_one(tiles, calls, monkeypatch, name):  # noqa: 
     monkeypatch.setattr(attention_in_c, "LEAST", 1000)
     wanted = logits()
     assert len(calls) == 2 * config.num_hidden_layers
-    assert (found - wanted).abs().max() <= 24 * EPS[tiles] * wanted.abs().max()
+    assert (found - wanted).abs().max() <= STEPS_OF_A_MODEL[tiles] * EPS[tiles] * wanted.abs().max()
 
 
 def test_which_calls_are_for_c(tiles):  # noqa: F811

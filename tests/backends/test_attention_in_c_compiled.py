@@ -20,8 +20,14 @@ from mistral_core.reference import ops
 
 T, H, HEADS = 100, 32, (6, 2)
 EPS = {"float32": 2**-23, "bfloat16": 2**-7}
-STEPS = {"float32": 8, "bfloat16": 3}
-"""The most that an output may differ, in eps of the largest value; a gradient ten times that, for it sums many."""
+OUTPUT = {"float32": 4, "bfloat16": 1}
+"""The most that an output may differ, in eps of the largest value: 2.03 and 0.61 were seen on an Intel Xeon."""
+GRADIENT = {"float32": 8, "bfloat16": 2}
+"""The same of gradients, which sum over many: 4.8 and 0.9 were seen."""
+OF_A_MODEL = {"float32": 40, "bfloat16": 10}
+"""The same of gradients of a model of two layers: 24.7 and 5.4 were seen."""
+LOSS = {"float32": 2, "bfloat16": 0.25}
+"""The same of its loss: 0.72 and 0.03 were seen."""
 NAMES = {"flax": "dot_product", "tf": "sdpa"}
 
 
@@ -108,9 +114,9 @@ def floats(x):
     return np.asarray(x.numpy() if hasattr(x, "numpy") else x).astype(np.float64)
 
 
-def assert_near(found, wanted, scale, dtype, steps=1):
+def assert_near(found, wanted, scale, dtype, steps=OUTPUT):
     assert found.shape == wanted.shape
-    assert np.abs(floats(found) - wanted).max() <= steps * STEPS[dtype] * EPS[dtype] * np.abs(scale).max()
+    assert np.abs(floats(found) - wanted).max() <= steps[dtype] * EPS[dtype] * np.abs(scale).max()
 
 
 @pytest.fixture
@@ -197,7 +203,7 @@ def test_its_gradients_are_the_formula_s(backend, dtype, calls, name, packed):
     assert not calls
     for ours, theirs in zip(found, wanted, strict=True):
         assert ours.dtype == theirs.dtype
-        assert_near(ours, floats(theirs), floats(theirs), dtype, steps=10)
+        assert_near(ours, floats(theirs), floats(theirs), dtype, steps=GRADIENT)
 
 
 def test_what_it_is_not_asked_for(backend, dtype, calls, monkeypatch):
@@ -246,7 +252,7 @@ def test_jax_maps_it_differentiates_it_forward_and_runs_it_by_operations(dtype):
     _, expected_tangent = jax.jvp(
         lambda *x: attended(backend, x, orders, 40, implementation="eager"), tuple(arrays), tuple(tangents)
     )
-    assert_near(tangent, floats(expected_tangent), floats(expected_tangent), dtype, steps=10)
+    assert_near(tangent, floats(expected_tangent), floats(expected_tangent), dtype, steps=GRADIENT)
     with jax.disable_jit():
         assert_near(function(*arrays), wanted, wanted, dtype)
 
@@ -403,9 +409,9 @@ def test_a_model_of_jax_learns_the_same(dtype, calls, monkeypatch, layout, how):
     calls.clear()
     (wanted_value, wanted), _ = both()
     assert not any(calls)
-    assert abs(value - wanted_value) <= 20 * EPS[dtype] * abs(wanted_value)
+    assert abs(value - wanted_value) <= LOSS[dtype] * EPS[dtype] * abs(wanted_value)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        assert_near(ours, floats(theirs), floats(theirs), dtype, steps=20)
+        assert_near(ours, floats(theirs), floats(theirs), dtype, steps=OF_A_MODEL)
 
 
 @pytest.mark.parametrize(
@@ -433,6 +439,6 @@ def test_a_model_of_tensorflow_learns_the_same(dtype, calls, monkeypatch, layout
     calls.clear()
     wanted_value, wanted = both()
     assert not any(calls)
-    assert abs(value - wanted_value) <= 20 * EPS[dtype] * abs(wanted_value)
+    assert abs(value - wanted_value) <= LOSS[dtype] * EPS[dtype] * abs(wanted_value)
     for ours, theirs in zip(found, wanted, strict=True):
-        assert_near(ours, floats(theirs), floats(theirs), dtype, steps=20)
+        assert_near(ours, floats(theirs), floats(theirs), dtype, steps=OF_A_MODEL)
