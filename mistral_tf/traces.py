@@ -16,8 +16,6 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 from mistral_core.errors import UnsupportedFeatureError
 
 _traced: weakref.WeakKeyDictionary[Any, dict[str, tuple[Any, list[Any]]]] = weakref.WeakKeyDictionary()
-
-
 _portable = ContextVar("portable", default=False)
 
 

@@ -73,13 +73,13 @@ def _is_for_c(model: MistralModel, x_BTD: Tensor, step: Step, past: KVCache | No
     """
     if not step.in_c or x_BTD.dtype != model.dtype:
         return False
-    if past is not None and not _is_for_c_too(model, x_BTD, past):
+    if past is not None and not _is_continued_in_c(model, x_BTD, past):
         return False
     drops = model.training and model.config.attention_dropout > 0
     return model.implementation == DEFAULT and not step.output_attentions and not drops
 
 
-def _is_for_c_too(model: MistralModel, x_BTD: Tensor, past: KVCache) -> bool:
+def _is_continued_in_c(model: MistralModel, x_BTD: Tensor, past: KVCache) -> bool:
     """Whether a cache grows, and is what this model keeps of so many rows, in the dtype of the hidden states."""
     config, rings = model.config, (*past.keys, *past.values)
     ring = x_BTD.shape[0], config.num_key_value_heads, config.head_dim

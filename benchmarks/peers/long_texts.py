@@ -46,7 +46,7 @@ def attending(config: MistralConfig, asked: dict[str, Any], given: dict[str, Any
         rng.standard_normal((rows, tokens, n, config.head_dim), np.float32).astype(asked["dtype"]) for n in heads
     ]
     implementation = attention.check_implementation(None)
-    options = {"in_c": True} if asked["backend"] == "torch" else {}  # others have no attention in C
+    options = {"in_c": True} if asked["backend"] == "torch" else {}  # JAX and TensorFlow ask by themselves
 
     def attend(order_BT: Any, *arrays: Any) -> Any:
         visibility = attention.Visibility(order_BT, order_BT, config.sliding_window, **options)

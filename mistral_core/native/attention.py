@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 
 from . import library
-from .whole_step import TALL, prompts
+from .whole_step import TALL, TYPES, prompts
 
 _I32, _I64, _P = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 MISSING = 1
@@ -28,12 +28,12 @@ def available(type: int, head_dim: int) -> bool:
 
     The first call compiles it.
     """
-    return type in (0, 1) and head_dim % TALL == 0 and prompts(type) is not None
+    return type in TYPES.values() and head_dim % TALL == 0 and prompts(type) is not None
 
 
 def address() -> int | None:
     """Where attention is, for the libraries of frameworks; None where none is computed here."""
-    code = prompts(0)
+    code = prompts(TYPES["float32"])
     return None if code is None else ctypes.cast(code.mistral_attend, _P).value
 
 

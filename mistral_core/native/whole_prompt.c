@@ -410,7 +410,8 @@ static int one_layer(Chunk *c, Parallel by)
 
 /* ---- the memory of a chunk ---- */
 
-/* One piece of memory, to be freed, for so many parts of some bytes, which begin where vectors do; NULL: there is none. */
+/* One piece of memory, to be freed, for so many parts of some bytes, which begin where vectors do; NULL where there is
+   none. */
 static char *room(int count, const int64_t *sizes, char **part)
 {
     int64_t total = 64, at = 0;
@@ -454,7 +455,7 @@ static int prepare(
 
 /* ---- attention alone ---- */
 
-/* Which keys the rows see, as if all were new: 0, ERROR_MEMORY, or ERROR_ARGUMENT where one of them is missing. */
+/* Which keys the rows see, as if all were new: 0, or ERROR_ARGUMENT where one of them is missing. */
 static int look_at(Chunk *c, const Seeing *a, int64_t *first, int64_t *count)
 {
     int64_t most = 0;
@@ -628,9 +629,11 @@ int mistral_attend(const Seeing *a, Parallel by)
         }
         int32_t *document = (int32_t *)keyed[2];
         c.keys = keyed[0], c.values = keyed[1];
-        for (int64_t b = 0; documents && b < a->B; b++)
-            if (look_for_documents(&c, a, b, (Piece *)keyed[3], (int64_t *)keyed[4], document + b * c.J, begin + b * a->T))
-                c.document = document;
+        for (int64_t b = 0; documents && b < a->B; b++) {
+            Piece *piece = (Piece *)keyed[3];
+            int64_t *found = (int64_t *)keyed[4];
+            if (look_for_documents(&c, a, b, piece, found, document + b * c.J, begin + b * a->T)) c.document = document;
+        }
         every_pair(&c, by);
         code = atomic_load(&failed);
         free(more);

@@ -115,7 +115,8 @@ XLA_FFI_Error *mistral_xla_attend(XLA_FFI_CallFrame *frame)
     XLA_FFI_Buffer **args = (XLA_FFI_Buffer **)frame->args.args, *q = args[0], *k = args[1], *y = frame->rets.rets[0];
     int fits = attend && numbers->dtype == XLA_FFI_DataType_S64 && numbers->size == 1 && q->rank == 4 && k->rank == 4;
     fits = fits && size_of(args[2]) == size_of(k) && size_of(y) == size_of(q) && k->dims[0] == q->dims[0] &&
-           k->dims[3] == q->dims[3] && k->dims[2] > 0 && q->dims[2] % k->dims[2] == 0 && (count < 6 || q->dims[1] == k->dims[1]);
+           k->dims[3] == q->dims[3] && k->dims[2] > 0 && q->dims[2] % k->dims[2] == 0 &&
+           (count < 6 || q->dims[1] == k->dims[1]);
     for (int i = 0; i < 3; i++) fits = fits && type_of(args[i]) == type_of(y) && type_of(y) >= 0 && type_of(y) <= 1;
     for (int i = 3; i < count; i++)
         fits = fits && args[i]->dtype == XLA_FFI_DataType_S32 &&

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -38,14 +39,18 @@ def dtype(request):
     return request.param
 
 
+def modules(name):
+    """The modules of a backend that attend; it is skipped where it has no kernels."""
+    names = ("attention", "arrays", "blocks", "native")
+    found = SimpleNamespace(name=name, **{each: importlib.import_module(f"mistral_{name}.{each}") for each in names})
+    if not found.native.available():
+        pytest.skip(found.native.why())
+    return found
+
+
 @pytest.fixture(params=list(NAMES))
 def backend(request):
-    """The modules of a backend."""
-    names = ("attention", "attention_in_c", "arrays", "native")
-    modules = {name: importlib.import_module(f"mistral_{request.param}.{name}") for name in names}
-    if not modules["native"].available():
-        pytest.skip(modules["native"].why())
-    return SimpleNamespace(name=request.param, **modules)
+    return modules(request.param)
 
 
 def ordered(mask, past=0):
@@ -82,8 +87,6 @@ def numbers(orders, seed=0):
 
 
 def given(backend, dtype, orders, seed=0):
-    import ml_dtypes
-
     kind = np.float32 if dtype == "float32" else ml_dtypes.bfloat16
     return [backend.arrays.from_numpy(x.astype(kind)) for x in numbers(orders, seed)]
 
@@ -208,7 +211,7 @@ def test_its_gradients_are_the_formula_s(backend, dtype, calls, name, packed):
 
 def test_what_it_is_not_asked_for(backend, dtype, calls, monkeypatch):
     """Short texts, other heads and dtypes, and every other way to attend, of which one has blocks of its own."""
-    monkeypatch.setattr(importlib.import_module(f"mistral_{backend.name}.blocks"), "COLUMNS", 64)
+    monkeypatch.setattr(backend.blocks, "COLUMNS", 64)
     orders = SIGHTS["padded"]
     arrays = given(backend, dtype, orders)
     wanted = expected(map(floats, arrays), orders, 40)
@@ -231,9 +234,7 @@ def test_a_key_that_is_not_there_is_an_error(backend, dtype):
 
 
 def test_jax_maps_it_differentiates_it_forward_and_runs_it_by_operations(dtype):
-    backend = SimpleNamespace(
-        name="flax", **{n: importlib.import_module(f"mistral_flax.{n}") for n in ("attention", "arrays")}
-    )
+    backend = modules("flax")
     orders = SIGHTS["padded"]
     arrays = given(backend, dtype, orders)
 
@@ -259,9 +260,7 @@ def test_jax_maps_it_differentiates_it_forward_and_runs_it_by_operations(dtype):
 
 @pytest.mark.parametrize("how", ["shard_map", "shard_map without its check", "a mesh"])
 def test_jax_has_it_on_a_mesh_of_one_device(dtype, calls, how):
-    backend = SimpleNamespace(
-        name="flax", **{n: importlib.import_module(f"mistral_flax.{n}") for n in ("attention", "arrays")}
-    )
+    backend = modules("flax")
     arrays, orders = given(backend, dtype, SIGHTS["alone"]), [jnp.asarray(x) for x in SIGHTS["alone"]]
     wanted = floats(attended(backend, arrays, SIGHTS["alone"], 40))
 
@@ -287,9 +286,7 @@ def test_jax_has_it_on_a_mesh_of_one_device(dtype, calls, how):
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_a_program_of_jax_for_a_file_knows_no_c(dtype, platform):
-    backend = SimpleNamespace(
-        name="flax", **{n: importlib.import_module(f"mistral_flax.{n}") for n in ("attention", "arrays")}
-    )
+    backend = modules("flax")
     orders = SIGHTS["padded"]
     arrays = given(backend, dtype, orders)
     exported = jax.export.export(jax.jit(lambda *x: attended(backend, x, orders, 40)), platforms=[platform])(*arrays)
@@ -301,9 +298,7 @@ def test_a_program_of_jax_for_a_file_knows_no_c(dtype, platform):
 
 
 def test_jax_cuts_arrays_over_devices_by_its_own_operations(dtype, calls, monkeypatch):
-    backend = SimpleNamespace(
-        name="flax", **{n: importlib.import_module(f"mistral_flax.{n}") for n in ("attention", "arrays")}
-    )
+    backend = modules("flax")
     arrays = given(backend, dtype, SIGHTS["padded"])
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     attended(backend, arrays, SIGHTS["padded"], 40)
@@ -311,9 +306,7 @@ def test_jax_cuts_arrays_over_devices_by_its_own_operations(dtype, calls, monkey
 
 
 def of_tensorflow(dtype):
-    backend = SimpleNamespace(
-        name="tf", **{n: importlib.import_module(f"mistral_tf.{n}") for n in ("attention", "arrays")}
-    )
+    backend = modules("tf")
     arrays = given(backend, dtype, SIGHTS["padded"])
     return arrays, lambda *arrays: attended(backend, arrays, SIGHTS["padded"], 40)
 
