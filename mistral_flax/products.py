@@ -6,6 +6,7 @@ A matrix is [out, in], as in every checkpoint.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from jax import Array
 from mistral_core.quantization.matrix import KINDS, ROUNDED_COLUMNS
 
 from . import native
-from .programs import in_one_program
+from .programs import by_c, in_one_program
 
 FUSED = 4095
 """The longest contraction that XLA for CPUs runs as one loop over W; a longer one makes it write W out in float32."""
@@ -76,11 +77,12 @@ def _dequantised(arrays: tuple[Array | None, ...], layout: tuple[Any, ...], dtyp
     return _interleaved(jax.lax.optimization_barrier(parts), weight.shape[1])
 
 
-def _weight(arrays: tuple[Array | None, ...], layout: tuple[Any, ...]) -> PackedWeight:
-    codes, scale, zero = arrays
+def _weight(arrays: Sequence[Array | None], layout: tuple[Any, ...]) -> PackedWeight:
+    """A matrix of its arrays, of which the last one may be left out, and of the fields after them."""
+    codes, scale, *zero = arrays
     assert codes is not None
     assert scale is not None
-    return PackedWeight(codes, scale, zero, *layout)
+    return PackedWeight(codes, scale, *(zero or [None]), *layout)
 
 
 def _parts(weight: PackedWeight) -> list[Array]:
@@ -182,18 +184,32 @@ _as_a_whole = in_one_program(_differentiable, static_argnums=(2, 3, 4))
 
 def _packed_product(x: Array, weight: PackedWeight) -> Array:
     """x W^T in float32 as is fastest for these rows: from the packed bytes, or with floats made of the matrix."""
-    codes, scale, zero, kind, shape, block, activations = weight
-    in_c = native.usable()
-    if in_c and _has_few_rows(x, PACKED_ROWS):
+    arrays, layout = [array for array in weight[:3] if array is not None], tuple(weight[3:])
+    if not native.usable():
+        return _by_jax(x, *arrays, layout=layout)
+    shape = (*x.shape[:-1], weight.shape[0])
+    return by_c(_by_kernels, _by_jax, x, *arrays, shape=shape, dtype=jnp.float32, layout=layout)
+
+
+def _by_kernels(x: Array, *arrays: Array, layout: tuple[Any, ...]) -> Array:
+    """The product by the kernels in C, of many rows with the floats that they make."""
+    codes, scale, zero, kind, shape, block, activations = weight = _weight(arrays, layout)
+    if _has_few_rows(x, PACKED_ROWS):
         x = x.astype(jnp.float32)
         return native.product(x, codes, scale, zero, kind=kind, shape=shape, block=block, activations=activations)
-    if activations is not None:
-        x = rounded(x)
-    if not in_c and jax.default_backend() == "cpu" and _has_few_rows(x, FEW):
+    x = x if activations is None else rounded(x)
+    return _many_packed_rows(x, weight, in_c=x.dtype in (jnp.float32, jnp.bfloat16))
+
+
+def _by_jax(x: Array, *arrays: Array, layout: tuple[Any, ...]) -> Array:
+    """The product in JAX' own operations."""
+    weight = _weight(arrays, layout)
+    x = x if weight.activations is None else rounded(x)
+    if jax.default_backend() == "cpu" and _has_few_rows(x, FEW):
         rows = x.reshape(-1, x.shape[-1])
         products = [_one_packed_row(rows[i : i + 1], weight) for i in range(len(rows))]
         return jnp.concatenate(products).reshape(*x.shape[:-1], -1)
-    return _many_packed_rows(x, weight, in_c=in_c and x.dtype in (jnp.float32, jnp.bfloat16))
+    return _many_packed_rows(x, weight, in_c=False)
 
 
 def rounded(x: Array) -> Array:

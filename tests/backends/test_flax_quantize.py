@@ -212,6 +212,18 @@ def test_a_packed_model_is_split_merged_cloned_and_bound():
     assert set(model.params) == set(PARAMETERS)
 
 
+@pytest.mark.parametrize("size", ["1, 2", "batch, length"])
+@packings
+def test_a_program_for_a_file_knows_no_kernel(packing, size):
+    model = packed(packing)
+    forward = jax.jit(lambda params, ids: model(ids, params=params, use_cache=False).logits)
+    ids = jax.ShapeDtypeStruct(jax.export.symbolic_shape(size), jnp.int32)
+    exported = jax.export.export(forward, platforms=["cpu", "tpu"])(model.params, ids)
+    loaded = jax.export.deserialize(exported.serialize())
+    ids = jnp.asarray(IDS[:1, :2] if size == "1, 2" else IDS, jnp.int32)
+    assert close(loaded.call(model.params, ids), forward(model.params, ids))
+
+
 def test_models_of_one_packing_share_their_programs():
     engines = [generate.Engine(packed(packing), "auto") for packing in ("int4", "int4", "int8")]
     assert engines[0]._step is engines[1]._step
