@@ -6,6 +6,7 @@ It computes the scores that a query sees, by blocks of queries and keys, where t
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -45,11 +46,22 @@ def attend_in_c(
         for x, shape in ((query_order_BT, (B, T)), (key_order_BS, (B, S)), (document_ids_BT, (B, S)))
         if x is not None
     )
-    like = {"shape": q_BTNH.shape, "dtype": q_BTNH.dtype}
-    return by_c(_attended, formula, q_BTNH, k_BSKH, v_BSKH, *numbers, **like, window=window)
+    like = jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype)
+    arrays = (q_BTNH, k_BSKH, v_BSKH, *numbers)
+    return by_c(_attended, formula, *arrays, like=like, gradient=_gradient, window=window)
 
 
-def _attended(q_BTNH: Array, *others: Array, window: int | None) -> Array:
-    result = jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype)
-    call = jax.ffi.ffi_call("mistral_attend", result, vmap_method="sequential")
-    return call(q_BTNH, *others, numbers=np.array([-1 if window is None else window], np.int64))
+def _attended(*arrays: Array, window: int | None) -> Array:
+    return _call("mistral_attend", arrays, arrays[:1], window)[0]
+
+
+def _gradient(upstream_BTNH: Array, y_BTNH: Array, *arrays: Array, window: int | None) -> tuple[Array, ...]:
+    """The gradients of queries, keys and values."""
+    floats, numbers = arrays[:3], arrays[3:]
+    return _call("mistral_attention_gradients", (*floats, y_BTNH, upstream_BTNH, *numbers), floats, window)
+
+
+def _call(name: str, arrays: Sequence[Array], like: Sequence[Array], window: int | None) -> tuple[Array, ...]:
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like]
+    call = jax.ffi.ffi_call(name, results, vmap_method="sequential")
+    return tuple(call(*arrays, numbers=np.array([-1 if window is None else window], np.int64)))

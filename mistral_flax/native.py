@@ -25,9 +25,9 @@ _OWN = (jnp.float32, jnp.bfloat16)
 def _registered() -> str:
     """Make the kernels known to XLA; why they cannot be, empty where they are."""
     flags = (f"-I{jax.ffi.include_dir()}", f'-DJAXLIB="{jaxlib.version.__version__}"')
-    code, reason = library.bound("xla.c", flags, attend=attention.address())
+    code, reason = library.bound("xla.c", flags, attention=attention.addresses())
     if not reason:
-        for name in ("product", "dequantised", "attend"):
+        for name in ("product", "dequantised", "attend", "attention_gradients"):
             handler = jax.ffi.pycapsule(getattr(code, f"mistral_xla_{name}"))
             jax.ffi.register_ffi_target(f"mistral_{name}", handler, platform="cpu")
     return reason

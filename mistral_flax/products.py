@@ -187,8 +187,8 @@ def _packed_product(x: Array, weight: PackedWeight) -> Array:
     arrays, layout = [array for array in weight[:3] if array is not None], tuple(weight[3:])
     if not native.usable():
         return _by_jax(x, *arrays, layout=layout)
-    shape = (*x.shape[:-1], weight.shape[0])
-    return by_c(_by_kernels, _by_jax, x, *arrays, shape=shape, dtype=jnp.float32, layout=layout)
+    like = jax.ShapeDtypeStruct((*x.shape[:-1], weight.shape[0]), jnp.float32)
+    return by_c(_by_kernels, _by_jax, x, *arrays, like=like, layout=layout)
 
 
 def _by_kernels(x: Array, *arrays: Array, layout: tuple[Any, ...]) -> Array:

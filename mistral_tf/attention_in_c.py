@@ -1,12 +1,14 @@
 """Attention in C, on CPUs: of any text, window, padding and past, without a mask.
 
-It computes the scores that a query sees, by blocks of queries and keys. Its gradient is the formula's, and it is the
-formula in a program that is saved or that XLA compiles.
+It computes the scores that a query sees, by blocks of queries and keys, forth and back. It is the formula in a program
+that is saved or that XLA compiles, and in gradients of gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import tensorflow as tf
 from tensorflow import Tensor
@@ -42,16 +44,34 @@ def attend_in_c(
         for x, shape in ((query_order_BT, [B, T]), (key_order_BS, [B, S]), (document_ids_BT, [B, S]))
         if x is not None
     ]
-    shown = -1 if window is None else window
+    shown = {"window": -1 if window is None else window}
+    others = (*numbers[:2], numbers[2:])
+
+    def by_formula(*floats: Tensor) -> Tensor:
+        return formula(*floats, *numbers, window=window)
 
     @tf.custom_gradient
-    def attended(*floats: Tensor) -> tuple[Tensor, Callable[..., list[Tensor]]]:
-        def gradient(upstream_BTNH: Tensor) -> list[Tensor]:
-            with tf.GradientTape() as tape:
-                tape.watch(floats)
-                o_BTNH = formula(*floats, *numbers, window=window)
-            return tape.gradient(o_BTNH, list(floats), upstream_BTNH)
+    def attended(*floats: Tensor) -> tuple[Tensor, Callable[..., Sequence[Tensor]]]:
+        y_BTNH = native.operations().mistral_attend(*floats, *others, **shown)
+        return y_BTNH, lambda upstream_BTNH: gradients(*floats, y_BTNH, upstream_BTNH)
 
-        return native.operations().mistral_attend(*floats, *numbers[:2], numbers[2:], window=shown), gradient
+    @tf.custom_gradient
+    def gradients(*given: Tensor) -> tuple[Sequence[Tensor], Callable[..., Sequence[Tensor | None]]]:
+        *floats, _, upstream_BTNH = given
+
+        def again(*upstream: Tensor) -> Sequence[Tensor | None]:
+            once = functools.partial(_gradients, by_formula)
+            *of_floats, of_upstream = _gradients(lambda *x: once(x[:3], x[3]), (*floats, upstream_BTNH), upstream)
+            return (*of_floats, None, of_upstream)
+
+        return tuple(native.operations().mistral_attention_gradients(*given, *others, **shown)), again
 
     return attended(q_BTNH, k_BSKH, v_BSKH)
+
+
+def _gradients(function: Callable[..., Any], floats: Sequence[Tensor], upstream: Any) -> Sequence[Tensor]:
+    """The gradients of a function's results in its arguments."""
+    with tf.GradientTape() as tape:
+        tape.watch(floats)
+        found = function(*floats)
+    return tape.gradient(found, list(floats), upstream)

@@ -24,7 +24,7 @@ def _registered() -> tuple[Any, str]:
     """TensorFlow's operations for the kernels, and why there are none: empty where there are."""
     flags = (*tf.sysconfig.get_compile_flags(), *tf.sysconfig.get_link_flags(), f'-DTENSORFLOW="{tf.__version__}"')
     flags = tuple(flag for flag in flags if not flag.startswith("--std="))
-    return library.bound("tf.c", flags, _loaded, attend=attention.address())
+    return library.bound("tf.c", flags, _loaded, attention=attention.addresses())
 
 
 def _loaded(path: str) -> Any:

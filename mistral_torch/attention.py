@@ -68,11 +68,11 @@ def prepared(visibility: Visibility, implementation: str) -> Visibility:
     """The same, with what layers share made: the mask, or the blocks of a long text, where attention reads them."""
     if implementation in BY_BLOCKS:
         if implementation != "blocked":
-            if _is_causal(visibility):
-                return visibility._replace(is_causal=True)
             told = told_of(*visibility[:4]) if visibility.in_c else None
             if told is not None:
                 return visibility._replace(told=told)
+            if _is_causal(visibility):
+                return visibility._replace(is_causal=True)
             runs = runs_of(*visibility[:4])
             if runs is not None:
                 return visibility._replace(runs=runs)
@@ -133,7 +133,8 @@ def attend_sdpa(
     if visibility.told is not None:
         *orders, window, document_ids_BT = visibility.told
         if not dropout and is_for_c(q_BTNH, k_BSKH, v_BSKH):
-            o_BTNH = attend_in_c(q_BTNH, k_BSKH, v_BSKH, *orders, window=window, document_ids_BT=document_ids_BT)
+            given, told = (q_BTNH, k_BSKH, v_BSKH, *orders), {"window": window, "document_ids_BT": document_ids_BT}
+            o_BTNH = attend_in_c(*given, **told, formula=_formula)
             if o_BTNH is not None:
                 return o_BTNH, None
         visibility = prepared(visibility._replace(in_c=False, told=None), DEFAULT)
@@ -160,6 +161,20 @@ def attend_sdpa(
     q = q_BTNH.transpose(1, 2)
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=visible_BTS[:, None], dropout_p=dropout, **_grouped(q, k))
     return o.transpose(1, 2), None
+
+
+def _formula(
+    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, query_order_BT: Tensor, key_order_BS: Tensor,
+    document_ids_BT: Tensor | None = None, *, window: int | None,
+) -> Tensor:  # fmt: skip
+    """What C computes, as the formula, of whose gradients there are gradients too."""
+    visibility = Visibility(query_order_BT, key_order_BS, window, document_ids_BT)
+    blocks = cut(*visibility[:4])
+
+    def of_block(q: Tensor, k: Tensor, v: Tensor, mask_BCS: Tensor | None = None) -> Tensor:
+        return attend_eager(q, k, v, visibility._replace(mask_BTS=mask_BCS), 0.0)[0]
+
+    return attend_by_blocks(q_BTNH, k_BSKH, v_BSKH, blocks, of_block) if blocks else of_block(q_BTNH, k_BSKH, v_BSKH)
 
 
 def _grouped(q_BNTH: Tensor, k_BKSH: Tensor) -> dict[str, bool]:

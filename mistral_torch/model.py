@@ -102,7 +102,7 @@ class MistralModel(PreTrainedModel):
             query_scale_BT=query_scale(position_BT, config),
             document_ids_BT=inputs.document_ids,
             output_attentions=config.output_attentions if output_attentions is None else output_attentions,
-            in_c=may_be_for_c(x_BTD, config.head_dim),
+            in_c=not (self.training and config.attention_dropout) and may_be_for_c(x_BTD, config.head_dim),
         )
         return x_BTD, steps_of_layers(step, config.layer_windows, past, self.implementation), past
 

@@ -45,7 +45,8 @@ def unwatched(*tensors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or transformed():
         return False
-    return all(type(x) in (Tensor, nn.Parameter) and x.is_cpu for x in tensors)
+    batched = torch._C._functorch.is_legacy_batchedtensor  # the one of gradients of several losses at once
+    return all(type(x) in (Tensor, nn.Parameter) and x.is_cpu and not batched(x) for x in tensors)
 
 
 def transformed() -> bool:

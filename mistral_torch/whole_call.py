@@ -71,12 +71,11 @@ def _is_for_c(model: MistralModel, x_BTD: Tensor, step: Step, past: KVCache | No
 
     A cache is none, or one that grows.
     """
-    if not step.in_c or x_BTD.dtype != model.dtype:
+    if not step.in_c or torch.is_grad_enabled() or x_BTD.dtype != model.dtype:
         return False
     if past is not None and not _is_continued_in_c(model, x_BTD, past):
         return False
-    drops = model.training and model.config.attention_dropout > 0
-    return model.implementation == DEFAULT and not step.output_attentions and not drops
+    return model.implementation == DEFAULT and not step.output_attentions
 
 
 def _is_continued_in_c(model: MistralModel, x_BTD: Tensor, past: KVCache) -> bool:

@@ -87,11 +87,12 @@ def kernels() -> Kernels:
 
 
 def bound(
-    source: str, flags: tuple[str, ...], load: Callable[[str], Any] = ctypes.CDLL, *, attend: int | None = None
-) -> tuple[Any, str]:
+    source: str, flags: tuple[str, ...], load: Callable[[str], Any] = ctypes.CDLL, *,
+    attention: tuple[int, int] | None = None,
+) -> tuple[Any, str]:  # fmt: skip
     """A framework's library, made of another source and told where the kernels are, and why there is none: "".
 
-    `attend` is the address of attention in C, for one that takes it.
+    `attention` are the addresses of attention in C and of its gradients, for one that takes them.
     """
     if not available():
         return None, why()
@@ -105,9 +106,9 @@ def bound(
         return None, f"{path} cannot be loaded: {error}."
     code.mistral_bind.argtypes = [_P] * 4
     code.mistral_bind(*kernels().addresses)
-    if attend is not None:
-        code.mistral_bind_attend.argtypes = [_P]
-        code.mistral_bind_attend(attend)
+    if attention is not None:
+        code.mistral_bind_attention.argtypes = [_P] * 2
+        code.mistral_bind_attention(*attention)
     return found, ""
 
 

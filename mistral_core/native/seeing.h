@@ -1,4 +1,4 @@
-/* Attention alone: the structure of attention.py, and what frameworks' libraries are told of it. */
+/* Attention alone: the structures of attention.py, and what frameworks' libraries are told of it. */
 
 #include <stdint.h>
 #include <stdlib.h>
@@ -12,7 +12,16 @@ typedef struct {
     const int64_t *document;                  /* [B,S]: the document of each token, queries and keys alike, or NULL */
 } Seeing;
 
+/* Its gradients in q, k and v: `of` has what it was given, but for orders and documents, and the y that it gave. */
+typedef struct {
+    Seeing of;
+    const void *dy; /* the gradient of a loss in y */
+    void *dq, *dk, *dv;
+    const int32_t *order, *key_order, *document; /* as those of `of` */
+} Gradients;
+
 typedef int (*Attend)(const Seeing *, Parallel);
+typedef int (*AttentionGradients)(const Gradients *, Parallel);
 
 /* Attention with orders, and documents or NULL, of 32 bits: what `mistral_attend` gives, or -1 where there is no
    memory. */

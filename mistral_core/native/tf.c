@@ -17,8 +17,13 @@ typedef struct TF_ShapeInferenceContext TF_ShapeInferenceContext;
 #include "seeing.h"
 
 static Attend attend;
+static AttentionGradients attention_gradients;
 
-void mistral_bind_attend(void *of_attend) { attend = (Attend)of_attend; }
+void mistral_bind_attention(void *of_attend, void *of_gradients)
+{
+    attend = (Attend)of_attend;
+    attention_gradients = (AttentionGradients)of_gradients;
+}
 
 typedef struct {
     int64_t kind, O, I, high, wide, rounded;
@@ -149,7 +154,10 @@ static void registered(const char *name, bool with_x)
     TF_DeleteStatus(status);
 }
 
-/* ---- attention: q, k, v, the orders of queries and keys, and the documents of tokens or none ---- */
+/* ---- attention: of q, k, v, the orders of queries and keys, and the documents of tokens or none; its gradients are of
+   what it gave and of what comes from above too, after v ---- */
+
+enum { ATTEND = 3, GRADIENTS = 5 }; /* an operation by how many of its inputs are floats */
 
 typedef struct {
     int64_t window;
@@ -165,72 +173,107 @@ static void *create_window(TF_OpKernelConstruction *construction)
     return window;
 }
 
-/* Whether arrays fit each other, and what C is told of them. */
-static int seen(TF_Tensor *const *inputs, int count, Seeing *a)
+/* Whether arrays fit each other, and what C is told of the first ones. */
+static int seen(TF_Tensor *const *inputs, int count, int floats, Seeing *a)
 {
-    for (int i = 0; i < 3; i++)
+    TF_Tensor *q = inputs[0], *k = inputs[1], *v = inputs[2], *const *numbers = inputs + floats;
+    for (int i = 0; i < floats; i++)
         if (TF_NumDims(inputs[i]) != 4) return 0;
-    TF_Tensor *q = inputs[0], *k = inputs[1], *v = inputs[2];
+    for (int i = ATTEND; i < floats; i++)
+        if (TF_TensorElementCount(inputs[i]) != TF_TensorElementCount(q)) return 0;
     a->B = TF_Dim(q, 0), a->T = TF_Dim(q, 1), a->N = TF_Dim(q, 2), a->H = TF_Dim(q, 3);
     a->S = TF_Dim(k, 1), a->K = TF_Dim(k, 2), a->type = number_of(TF_TensorType(q));
     a->q = data_of(q), a->k = data_of(k), a->v = data_of(v);
     return attend && TF_Dim(k, 0) == a->B && TF_Dim(k, 3) == a->H && a->K > 0 && a->N % a->K == 0 &&
-           TF_TensorElementCount(v) == TF_TensorElementCount(k) && TF_TensorElementCount(inputs[3]) == a->B * a->T &&
-           TF_TensorElementCount(inputs[4]) == a->B * a->S &&
-           (count < 6 || (a->S == a->T && TF_TensorElementCount(inputs[5]) == a->B * a->S));
+           TF_TensorElementCount(v) == TF_TensorElementCount(k) && TF_TensorElementCount(numbers[0]) == a->B * a->T &&
+           TF_TensorElementCount(numbers[1]) == a->B * a->S &&
+           (count < floats + 3 || (a->S == a->T && TF_TensorElementCount(numbers[2]) == a->B * a->S));
 }
 
-static void compute_attention(void *window, TF_OpKernelContext *context)
+/* An output of the shape and type of an input. */
+static TF_Tensor *output_like(TF_OpKernelContext *context, int index, const TF_Tensor *input, TF_Status *status)
+{
+    int64_t shape[4];
+    if (TF_GetCode(status) != TF_OK) return NULL;
+    for (int i = 0; i < 4; i++) shape[i] = TF_Dim(input, i);
+    TF_DataType type = TF_TensorType(input);
+    size_t bytes = (size_t)TF_TensorElementCount(input) * TF_DataTypeSize(type);
+    return TF_AllocateOutput(context, index, type, shape, 4, bytes, status);
+}
+
+static void compute_attention(const Window *window, TF_OpKernelContext *context, int floats)
 {
     TF_Status *status = TF_NewStatus();
-    TF_Tensor *inputs[6] = {NULL}, *output = NULL;
-    int count = TF_NumInputs(context) < 6 ? TF_NumInputs(context) : 6;
+    TF_Tensor *inputs[GRADIENTS + 3] = {NULL}, *outputs[3] = {NULL}, **numbers = inputs + floats;
+    int count = TF_NumInputs(context) < floats + 3 ? TF_NumInputs(context) : floats + 3;
+    int results = floats == ATTEND ? 1 : 3;
     for (int i = 0; i < count && TF_GetCode(status) == TF_OK; i++) TF_GetInput(context, i, &inputs[i], status);
-    Seeing a = {.window = ((const Window *)window)->window};
-    if (TF_GetCode(status) == TF_OK && !seen(inputs, count, &a))
+    Seeing a = {.window = window->window};
+    if (TF_GetCode(status) == TF_OK && !seen(inputs, count, floats, &a))
         TF_SetStatus(status, TF_INVALID_ARGUMENT, "attention must have arrays that fit each other");
+    for (int i = 0; i < results; i++) outputs[i] = output_like(context, i, inputs[i], status);
     if (TF_GetCode(status) == TF_OK) {
-        int64_t shape[4] = {a.B, a.T, a.N, a.H};
-        TF_DataType type = TF_TensorType(inputs[0]);
-        output = TF_AllocateOutput(
-            context, 0, type, shape, 4, (size_t)TF_TensorElementCount(inputs[0]) * TF_DataTypeSize(type), status);
-    }
-    if (TF_GetCode(status) == TF_OK) {
-        a.y = data_of(output);
-        int code = attend_by(attend, &a, data_of(inputs[3]), data_of(inputs[4]), data_of(inputs[5]));
+        const int32_t *order = data_of(numbers[0]), *key_order = data_of(numbers[1]), *document = data_of(numbers[2]);
+        int code;
+        if (floats == ATTEND) {
+            a.y = data_of(outputs[0]);
+            code = attend_by(attend, &a, order, key_order, document);
+        } else {
+            a.y = data_of(inputs[3]);
+            Gradients of = {
+                .of = a, .dy = data_of(inputs[4]), .dq = data_of(outputs[0]), .dk = data_of(outputs[1]),
+                .dv = data_of(outputs[2]), .order = order, .key_order = key_order, .document = document};
+            code = attention_gradients(&of, NULL);
+        }
         if (code) TF_SetStatus(status, TF_INVALID_ARGUMENT, told_of(code));
     }
     if (TF_GetCode(status) != TF_OK) TF_OpKernelContext_Failure(context, status);
     for (int i = 0; i < count; i++)
         if (inputs[i]) TF_DeleteTensor(inputs[i]);
-    if (output) TF_DeleteTensor(output);
+    for (int i = 0; i < results; i++)
+        if (outputs[i]) TF_DeleteTensor(outputs[i]);
     TF_DeleteStatus(status);
 }
 
-static void shape_of_queries(TF_ShapeInferenceContext *context, TF_Status *status)
+static void compute_attend(void *window, TF_OpKernelContext *context) { compute_attention(window, context, ATTEND); }
+static void compute_gradients(void *window, TF_OpKernelContext *context)
 {
-    TF_ShapeHandle *q = TF_NewShapeHandle();
-    TF_ShapeInferenceContextGetInput(context, 0, q, status);
-    if (TF_GetCode(status) == TF_OK) TF_ShapeInferenceContextSetOutput(context, 0, q, status);
-    TF_DeleteShapeHandle(q);
+    compute_attention(window, context, GRADIENTS);
 }
 
-static void register_attention(void)
+/* Results are like the first inputs. */
+static void shape_like(TF_ShapeInferenceContext *context, TF_Status *status, int results)
+{
+    TF_ShapeHandle *shape = TF_NewShapeHandle();
+    for (int i = 0; i < results && TF_GetCode(status) == TF_OK; i++) {
+        TF_ShapeInferenceContextGetInput(context, i, shape, status);
+        if (TF_GetCode(status) == TF_OK) TF_ShapeInferenceContextSetOutput(context, i, shape, status);
+    }
+    TF_DeleteShapeHandle(shape);
+}
+
+static void shape_of_attend(TF_ShapeInferenceContext *context, TF_Status *status) { shape_like(context, status, 1); }
+static void shape_of_gradients(TF_ShapeInferenceContext *context, TF_Status *status) { shape_like(context, status, 3); }
+
+static void register_attention(const char *name, int floats)
 {
     TF_Status *status = TF_NewStatus();
-    TF_OpDefinitionBuilder *operation = TF_NewOpDefinitionBuilder("MistralAttend");
-    for (int i = 0; i < 3; i++) TF_OpDefinitionBuilderAddInput(operation, (const char *[]){"q: T", "k: T", "v: T"}[i]);
+    TF_OpDefinitionBuilder *operation = TF_NewOpDefinitionBuilder(name);
+    const char *inputs[] = {"q: T", "k: T", "v: T", "y: T", "dy: T"}, *gradients[] = {"dq: T", "dk: T", "dv: T"};
+    for (int i = 0; i < floats; i++) TF_OpDefinitionBuilderAddInput(operation, inputs[i]);
     TF_OpDefinitionBuilderAddInput(operation, "order: int32");
     TF_OpDefinitionBuilderAddInput(operation, "key_order: int32");
     TF_OpDefinitionBuilderAddInput(operation, "documents: M * int32");
-    TF_OpDefinitionBuilderAddOutput(operation, "y: T");
+    if (floats == ATTEND) TF_OpDefinitionBuilderAddOutput(operation, "y: T");
+    for (int i = 0; floats == GRADIENTS && i < 3; i++) TF_OpDefinitionBuilderAddOutput(operation, gradients[i]);
     TF_OpDefinitionBuilderAddAttr(operation, "T: {float, bfloat16}");
     TF_OpDefinitionBuilderAddAttr(operation, "M: int >= 0");
     TF_OpDefinitionBuilderAddAttr(operation, "window: int");
-    TF_OpDefinitionBuilderSetShapeInferenceFunction(operation, shape_of_queries);
+    TF_OpDefinitionBuilderSetShapeInferenceFunction(operation, floats == ATTEND ? shape_of_attend : shape_of_gradients);
     TF_RegisterOpDefinition(operation, status);
-    TF_KernelBuilder *kernel = TF_NewKernelBuilder("MistralAttend", "CPU", create_window, compute_attention, free);
-    if (TF_GetCode(status) == TF_OK) TF_RegisterKernelBuilder("MistralAttend", kernel, status);
+    void (*computes)(void *, TF_OpKernelContext *) = floats == ATTEND ? compute_attend : compute_gradients;
+    TF_KernelBuilder *kernel = TF_NewKernelBuilder(name, "CPU", create_window, computes, free);
+    if (TF_GetCode(status) == TF_OK) TF_RegisterKernelBuilder(name, kernel, status);
     TF_DeleteStatus(status);
 }
 
@@ -238,5 +281,6 @@ __attribute__((constructor)) static void register_all(void)
 {
     registered("MistralPackedProduct", true);
     registered("MistralDequantised", false);
-    register_attention();
+    register_attention("MistralAttend", ATTEND);
+    register_attention("MistralAttentionGradients", GRADIENTS);
 }

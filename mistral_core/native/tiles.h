@@ -89,6 +89,43 @@ static inline __attribute__((always_inline)) void transpose(__m512i r[SIDE])
     }
 }
 
+static inline __m512i line_of(const char *row, int64_t at)
+{
+    return row ? _mm512_loadu_si512(row + at) : _mm512_setzero_si512();
+}
+
+static inline __m512i half_line_of(const char *row, int64_t at)
+{
+    return _mm512_cvtepu16_epi32(row ? _mm256_loadu_si256((const void *)(row + at)) : _mm256_setzero_si256());
+}
+
+/* 32 rows of H numbers as tiles across H, [2][H / columns]: turned, so that products are sums over H. A row that is NULL
+   is zeros. */
+static inline void turn_across(Way way, const char *const row[2 * SIDE], int64_t H, char *to)
+{
+    int64_t columns = columns_of(way), size = 64 / columns;
+    for (int j = 0; j < 2 * SIDE; j += SIDE)
+        for (int64_t i = 0; i < H; i += columns, to += TILE) {
+            __m512i lines[SIDE];
+            for (int k = 0; k < SIDE; k++) lines[k] = line_of(row[j + k], i * size);
+            transpose(lines);
+            for (int k = 0; k < SIDE; k++) _mm512_store_si512(to + k * 64, lines[k]);
+        }
+}
+
+/* The same as tiles down the rows, each `panel` bytes after the one of the sixteen columns before, so that products are
+   sums over rows: a word is of one row, or of two. */
+static inline void turn_down(Way way, const char *const row[2 * SIDE], int64_t H, char *to, int64_t panel)
+{
+    int64_t together = columns_of(way) / SIDE;
+    for (int64_t i = 0; i < H; i += SIDE, to += panel)
+        for (int64_t j = 0; j < 2 * SIDE; j += together) {
+            __m512i words = together == 1 ? line_of(row[j], i * 4) : half_line_of(row[j], i * 2);
+            if (together == 2) words = _mm512_or_si512(words, _mm512_slli_epi32(half_line_of(row[j + 1], i * 2), 16));
+            _mm512_store_si512(to + j / together * 64, words);
+        }
+}
+
 /* ---- AMX ---- */
 
 #if defined(__linux__) && (defined(EMULATED_TILES) || (defined(__AMX_TILE__) && defined(__AMX_BF16__)))

@@ -143,16 +143,6 @@ static const char *seen(const Chunk *c, const char *new, void *const *past, int6
     return (is_new ? new : past[c->layer]) + ((b * columns + column) * m->K + head) * m->H * size_of(c);
 }
 
-static inline __m512i line_of(const char *key, int64_t at)
-{
-    return key ? _mm512_loadu_si512(key + at) : _mm512_setzero_si512();
-}
-
-static inline __m512i half_line_of(const char *key, int64_t at)
-{
-    return _mm512_cvtepu16_epi32(key ? _mm256_loadu_si256((const void *)(key + at)) : _mm256_setzero_si256());
-}
-
 /* A part is 32 columns of a row and a head. */
 static void turn_keys(const void *argument, int64_t part)
 {
@@ -166,22 +156,8 @@ static void turn_keys(const void *argument, int64_t part)
         key[k] = seen(c, c->k, c->cache ? c->cache->keys : NULL, b, head, first + k);
         value[k] = seen(c, c->v, c->cache ? c->cache->values : NULL, b, head, first + k);
     }
-    for (int j = 0; j < BLOCK; j += SIDE)
-        for (int64_t i = 0; i < H; i += columns) {
-            __m512i rows[SIDE];
-            for (int k = 0; k < SIDE; k++) rows[k] = line_of(key[j + k], i * size);
-            transpose(rows);
-            char *tile = c->keys + pair * of_pair + ((first + j) / SIDE * (H / columns) + i / columns) * TILE;
-            for (int k = 0; k < SIDE; k++) _mm512_store_si512(tile + k * 64, rows[k]);
-        }
-    for (int64_t i = 0; i < H; i += SIDE) { /* of values a word is of one column, or of two */
-        char *tile = c->values + pair * of_pair + (i / SIDE * c->J + first) / columns * TILE;
-        for (int j = 0; j < BLOCK; j += columns / SIDE, tile += 64) {
-            __m512i words = size == 4 ? line_of(value[j], i * 4) : half_line_of(value[j], i * 2);
-            if (size == 2) words = _mm512_or_si512(words, _mm512_slli_epi32(half_line_of(value[j + 1], i * 2), 16));
-            _mm512_store_si512(tile, words);
-        }
-    }
+    turn_across(c->way, key, H, c->keys + pair * of_pair + first / SIDE * (H / columns) * TILE);
+    turn_down(c->way, value, H, c->values + pair * of_pair + first / columns * TILE, c->J / columns * TILE);
 }
 
 /* New keys and values into the ring, each in the slot of its order; of one slot's the newest. */

@@ -8,8 +8,13 @@
 #include "seeing.h"
 
 static Attend attend;
+static AttentionGradients attention_gradients;
 
-void mistral_bind_attend(void *of_attend) { attend = (Attend)of_attend; }
+void mistral_bind_attention(void *of_attend, void *of_gradients)
+{
+    attend = (Attend)of_attend;
+    attention_gradients = (AttentionGradients)of_gradients;
+}
 
 static XLA_FFI_Error *error(XLA_FFI_CallFrame *frame, const char *message)
 {
@@ -103,29 +108,56 @@ XLA_FFI_Error *mistral_xla_dequantised(XLA_FFI_CallFrame *frame)
     return NULL;
 }
 
-/* q, k, v, the orders of queries and keys, and the documents of tokens or none; the window is an attribute. */
+/* Of floats, q, k, v and perhaps more like q; of numbers, the orders of queries and keys, and the documents of tokens or
+   none; the window is an attribute, and results are like the first floats. Whether they fit each other. */
+static int seen(XLA_FFI_CallFrame *frame, int64_t floats, int64_t results, Seeing *a, XLA_FFI_Buffer *number[3])
+{
+    int64_t count = frame->args.size;
+    XLA_FFI_Buffer **args = (XLA_FFI_Buffer **)frame->args.args, *q = args[0], *k = args[1];
+    if (!attend || count < floats + 2 || count > floats + 3 || frame->rets.size != results) return 0;
+    if (frame->attrs.size != 1 || frame->attrs.types[0] != XLA_FFI_AttrType_ARRAY) return 0;
+    XLA_FFI_Array *numbers = frame->attrs.attrs[0];
+    if (numbers->dtype != XLA_FFI_DataType_S64 || numbers->size != 1 || q->rank != 4 || k->rank != 4) return 0;
+    *a = (Seeing){
+        .B = q->dims[0], .T = q->dims[1], .S = k->dims[1], .N = q->dims[2], .K = k->dims[2], .H = q->dims[3],
+        .window = *(const int64_t *)numbers->data, .type = type_of(q), .q = q->data, .k = k->data, .v = args[2]->data};
+    int fits = a->type >= 0 && a->type <= 1 && k->dims[0] == a->B && k->dims[3] == a->H && a->K > 0 && a->N % a->K == 0;
+    for (int64_t i = 0; i < floats + results; i++) {
+        XLA_FFI_Buffer *each = i < floats ? args[i] : frame->rets.rets[i - floats];
+        int64_t like = i < floats ? i : i - floats;
+        fits = fits && type_of(each) == a->type && size_of(each) == size_of(like == 1 || like == 2 ? k : q);
+    }
+    for (int64_t i = 0; i < 3; i++) {
+        number[i] = floats + i < count ? args[floats + i] : NULL;
+        int64_t length = i == 0 ? a->T : a->S;
+        fits = fits && (!number[i] || (number[i]->dtype == XLA_FFI_DataType_S32 && size_of(number[i]) == a->B * length));
+    }
+    return fits && (!number[2] || a->S == a->T);
+}
+
+static const void *data_of(const XLA_FFI_Buffer *buffer) { return buffer ? buffer->data : NULL; }
+
 XLA_FFI_Error *mistral_xla_attend(XLA_FFI_CallFrame *frame)
 {
     if (is_question(frame)) return NULL;
-    int64_t count = frame->args.size;
-    if (count < 5 || count > 6 || frame->rets.size != 1 || frame->attrs.size != 1 ||
-        frame->attrs.types[0] != XLA_FFI_AttrType_ARRAY)
-        return error(frame, "attention must have its arrays and numbers, got others");
-    XLA_FFI_Array *numbers = frame->attrs.attrs[0];
-    XLA_FFI_Buffer **args = (XLA_FFI_Buffer **)frame->args.args, *q = args[0], *k = args[1], *y = frame->rets.rets[0];
-    int fits = attend && numbers->dtype == XLA_FFI_DataType_S64 && numbers->size == 1 && q->rank == 4 && k->rank == 4;
-    fits = fits && size_of(args[2]) == size_of(k) && size_of(y) == size_of(q) && k->dims[0] == q->dims[0] &&
-           k->dims[3] == q->dims[3] && k->dims[2] > 0 && q->dims[2] % k->dims[2] == 0 &&
-           (count < 6 || q->dims[1] == k->dims[1]);
-    for (int i = 0; i < 3; i++) fits = fits && type_of(args[i]) == type_of(y) && type_of(y) >= 0 && type_of(y) <= 1;
-    for (int i = 3; i < count; i++)
-        fits = fits && args[i]->dtype == XLA_FFI_DataType_S32 &&
-               size_of(args[i]) == q->dims[0] * (i == 3 ? q : k)->dims[1];
-    if (!fits) return error(frame, "attention must have arrays that fit each other, got others");
-    Seeing a = {
-        .B = q->dims[0], .T = q->dims[1], .S = k->dims[1], .N = q->dims[2], .K = k->dims[2], .H = q->dims[3],
-        .window = *(const int64_t *)numbers->data, .type = type_of(y), .q = q->data, .k = k->data, .v = args[2]->data,
-        .y = y->data};
-    int code = attend_by(attend, &a, args[3]->data, args[4]->data, count > 5 ? args[5]->data : NULL);
+    Seeing a;
+    XLA_FFI_Buffer *number[3];
+    if (!seen(frame, 3, 1, &a, number)) return error(frame, "attention must have arrays that fit each other, got others");
+    a.y = ((XLA_FFI_Buffer *)frame->rets.rets[0])->data;
+    int code = attend_by(attend, &a, number[0]->data, number[1]->data, data_of(number[2]));
+    return code ? error(frame, told_of(code)) : NULL;
+}
+
+XLA_FFI_Error *mistral_xla_attention_gradients(XLA_FFI_CallFrame *frame)
+{
+    if (is_question(frame)) return NULL;
+    Seeing a;
+    XLA_FFI_Buffer *number[3], **args = (XLA_FFI_Buffer **)frame->args.args, **rets = (XLA_FFI_Buffer **)frame->rets.rets;
+    if (!seen(frame, 5, 3, &a, number)) return error(frame, "attention must have arrays that fit each other, got others");
+    a.y = args[3]->data;
+    Gradients of = {
+        .of = a, .dy = args[4]->data, .dq = rets[0]->data, .dk = rets[1]->data, .dv = rets[2]->data,
+        .order = number[0]->data, .key_order = number[1]->data, .document = data_of(number[2])};
+    int code = attention_gradients(&of, NULL);
     return code ? error(frame, told_of(code)) : NULL;
 }

@@ -241,7 +241,7 @@ def test_jax_maps_it_differentiates_it_forward_and_runs_it_by_operations(dtype):
     def function(*arrays):
         return attended(backend, arrays, orders, 40)
 
-    assert "@mistral_attend" in jax.jit(function).lower(*arrays).as_text()
+    assert "@mistral_attend(" in jax.jit(function).lower(*arrays).as_text()
     wanted = floats(function(*arrays))
     q, v = jnp.stack([arrays[0]] * 2), jnp.stack([arrays[2]] * 2, axis=2)
     twice = jax.vmap(function, in_axes=(0, None, 2))(q, arrays[1], v)
@@ -256,6 +256,52 @@ def test_jax_maps_it_differentiates_it_forward_and_runs_it_by_operations(dtype):
     assert_near(tangent, floats(expected_tangent), floats(expected_tangent), dtype, steps=GRADIENT)
     with jax.disable_jit():
         assert_near(function(*arrays), wanted, wanted, dtype)
+
+
+def test_jax_has_its_gradients_in_c_and_maps_them(dtype):
+    backend = modules("flax")
+    orders = SIGHTS["padded"]
+    arrays = given(backend, dtype, orders)
+    upstream = jnp.asarray(numbers(orders, seed=1)[0]).astype(dtype)
+
+    def back(q, k, v, upstream):
+        return jax.vjp(lambda *x: attended(backend, x, orders, 40), q, k, v)[1](upstream)
+
+    assert jax.jit(back).lower(*arrays, upstream).as_text().count("@mistral_attention_gradients(") == 1
+    wanted = back(*arrays, upstream)
+    q, v = jnp.stack([arrays[0]] * 2), jnp.stack([arrays[2]] * 2, axis=2)
+    both = jax.jit(jax.vmap(back, in_axes=(0, None, 2, None)))(q, arrays[1], v, upstream)
+    for found, once in zip(both, wanted, strict=True):
+        for each in found:
+            assert_near(each, floats(once), floats(once), dtype)
+    function = jax.jit(lambda *x: back(*x, upstream))
+    exported = jax.export.export(function, platforms=["cpu", "tpu"])(*arrays)
+    assert "@mistral_attention" not in exported.mlir_module()
+    loaded = jax.export.deserialize(exported.serialize()).call(*arrays)
+    for found, once in zip(loaded, wanted, strict=True):
+        assert_near(found, floats(once), floats(once), dtype, steps=GRADIENT)
+
+
+@pytest.mark.parametrize("how", ["backward", "forward"])
+def test_jax_differentiates_it_twice(dtype, how):
+    backend = modules("flax")
+    orders = SIGHTS["padded"]
+    arrays, tangents = (given(backend, dtype, orders, seed=seed) for seed in (0, 2))
+
+    def twice(implementation):
+        def total(*x):
+            o = attended(backend, x, orders, 40, implementation=implementation)
+            return (o.astype(jnp.float32) ** 2).sum()
+
+        def size(*x):
+            return sum((g.astype(jnp.float32) ** 2).sum() for g in jax.grad(total, argnums=(0, 1, 2))(*x))
+
+        if how == "backward":
+            return jax.jit(jax.grad(size, argnums=(0, 1, 2)))(*arrays)
+        return jax.jit(lambda *x: jax.jvp(jax.grad(total, argnums=(0, 1, 2)), x, tuple(tangents))[1])(*arrays)
+
+    for found, wanted in zip(twice(NAMES["flax"]), twice("eager"), strict=True):
+        assert_near(found, floats(wanted), floats(wanted), dtype, steps=GRADIENT)
 
 
 @pytest.mark.parametrize("how", ["shard_map", "shard_map without its check", "a mesh"])
@@ -342,16 +388,40 @@ def test_tensorflow_saves_no_operation_of_ours(dtype, calls, tmp_path, how):
     assert_near(found, expected(map(floats, arrays), SIGHTS["padded"], 40), floats(arrays[2]), dtype)
 
 
-def test_tensorflow_differentiates_it_twice(dtype):
+def test_tensorflow_has_its_gradients_in_c(dtype):
     arrays, function = of_tensorflow(dtype)
-    with tf.GradientTape() as second:
-        second.watch(arrays)
-        with tf.GradientTape() as first:
-            first.watch(arrays)
+
+    @tf.function
+    def back(*arrays):
+        with tf.GradientTape() as tape:
+            tape.watch(arrays)
             total = tf.reduce_sum(tf.cast(function(*arrays), tf.float32) ** 2)
-        gradient = first.gradient(total, arrays[0])
-        size = tf.reduce_sum(tf.cast(gradient, tf.float32) ** 2)
-    assert np.isfinite(floats(second.gradient(size, arrays[1]))).all()
+        return tape.gradient(total, list(arrays))
+
+    kinds = [operation.type for operation in back.get_concrete_function(*arrays).graph.get_operations()]
+    assert kinds.count("MistralAttentionGradients") == 1
+
+
+@pytest.mark.parametrize("how", ["eager", "traced"])
+def test_tensorflow_differentiates_it_twice(dtype, how):
+    arrays, function = of_tensorflow(dtype)
+
+    def twice(function):
+        with tf.GradientTape() as second:
+            second.watch(arrays)
+            with tf.GradientTape() as first:
+                first.watch(arrays)
+                total = tf.reduce_sum(tf.cast(function(*arrays), tf.float32) ** 2)
+            gradients = first.gradient(total, arrays)
+            size = tf.add_n([tf.reduce_sum(tf.cast(x, tf.float32) ** 2) for x in gradients])
+        return second.gradient(size, arrays)
+
+    def by_formula(*arrays):
+        return attended(modules("tf"), arrays, SIGHTS["padded"], 40, implementation="eager")
+
+    found = twice(function) if how == "eager" else tf.function(lambda: twice(function))()
+    for ours, theirs in zip(found, twice(by_formula), strict=True):
+        assert_near(ours, floats(theirs), floats(theirs), dtype, steps=GRADIENT)
 
 
 CONFIG = TINY.replace(

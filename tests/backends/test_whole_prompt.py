@@ -16,7 +16,7 @@ from test_whole_step import EPS, NEW, counted, model_of, texts
 from conformance.weights import random_parameters
 from mistral_core.config.presets import TINY
 from mistral_core.errors import InputError
-from mistral_core.native import build, library, whole_step
+from mistral_core.native import attention, build, library, whole_step
 from mistral_core.quantization import matrix as matrices
 
 BFLOAT16 = ml_dtypes.bfloat16
@@ -52,7 +52,7 @@ CONFIGS = {
 def tiles(request):
     """The dtype of kernels that multiply tiles: by vectors, by the processor's own, or by emulated ones."""
     flags, (dtype, *emulated) = build.FLAGS, request.param.split()
-    cached = (build._tried, library._loaded, whole_step._step, whole_step.prompts)
+    cached = (build._tried, library._loaded, whole_step._step, whole_step.prompts, attention._gradients)
     if emulated:
         build.FLAGS = (*flags, "-DEMULATED_TILES")
         for each in cached:
