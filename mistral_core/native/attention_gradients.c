@@ -21,6 +21,7 @@
 #ifdef TILES
 
 enum { BLOCK = 2 * SIDE, MANY = 256 }; /* rows and columns that meet, and the columns whose numbers are held at once */
+enum { TOGETHER = 4 }; /* blocks of a part, which meet the same columns while a cache has them */
 
 /* What some queries see, or where some keys are: orders and documents. */
 typedef struct {
@@ -101,6 +102,8 @@ static inline __mmask16 see(
 
 /* ---- rows as tiles ---- */
 
+static inline int64_t parts_of(int64_t rows) { return (rows + TOGETHER * BLOCK - 1) / (TOGETHER * BLOCK); }
+
 static inline int64_t of_row(const Work *w) { return w->a->H * bytes_of(w->a->type); }
 
 /* Row r of the queries of row b and a key/value head, of q, y, dy or dq; NULL after the last. */
@@ -178,22 +181,22 @@ static inline void put_two(int type, char *to, int64_t j, const Lanes two[2]) /*
     else put_lanes((float *)to + j, two[0]), put_lanes((float *)to + j + LANES, two[1]);
 }
 
-/* The next blocks that some meet, at most MANY of J columns from *j on: how many columns, 0 at the end. */
-static int64_t next_blocks(const Span *some, const Span *blocks, int64_t J, int64_t *j)
+/* The next blocks that some meet, of columns from *j on and before the last: how many columns, 0 at the end. */
+static int64_t next_blocks(const Span *some, const Span *blocks, int64_t last, int64_t *j)
 {
     int64_t n = 0;
-    while (*j < J && !meet(some, blocks + *j / BLOCK)) *j += BLOCK;
-    while (n < MANY && *j + n < J && meet(some, blocks + (*j + n) / BLOCK)) n += BLOCK;
+    while (*j < last && !meet(some, blocks + *j / BLOCK)) *j += BLOCK;
+    while (*j + n < last && meet(some, blocks + (*j + n) / BLOCK)) n += BLOCK;
     return n;
 }
 
-/* Rows to `to`, where they are, and zeros elsewhere. */
-static void gather(const Work *w, const char *const row[BLOCK], char *to)
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* A row to `to`, or zeros where there is none. */
+static void gather(const Work *w, const char *row, char *to)
 {
-    for (int n = 0; n < BLOCK; n++, to += of_row(w)) {
-        if (row[n]) memcpy(to, row[n], (size_t)of_row(w));
-        else memset(to, 0, (size_t)of_row(w));
-    }
+    if (row) memcpy(to, row, (size_t)of_row(w));
+    else memset(to, 0, (size_t)of_row(w));
 }
 
 /* Sums times a number as a row of an array. */
@@ -204,10 +207,10 @@ static void put_row(const Work *w, const float *sums, float by, char *row)
         given(type, row, i, w->a->H, rounded_as(type, lanes_at(sums + i) * by));
 }
 
-/* Memory for two blocks of sums and two of numbers, to be freed; NULL where there is none. */
+/* Memory for sums of a part, twice, and for numbers of it, twice, to be freed; NULL where there is none. */
 static float *held(const Work *w, char **one, char **other)
 {
-    size_t sums = (size_t)(BLOCK * w->a->H) * 4, numbers = (size_t)(BLOCK * of_row(w));
+    size_t sums = (size_t)(TOGETHER * BLOCK * w->a->H) * 4, numbers = (size_t)(TOGETHER * BLOCK * of_row(w));
     float *memory = aligned_alloc(64, 2 * (sums + numbers));
     if (!memory) {
         atomic_store(w->failed, ERROR_MEMORY);
@@ -218,7 +221,7 @@ static float *held(const Work *w, char **one, char **other)
     return memory;
 }
 
-/* ---- dq: a part is a block of queries of a row and a key/value head ---- */
+/* ---- dq: a part is some blocks of queries of a row and a key/value head ---- */
 
 /* Scores of query n, and what a unit of each weight is worth, as ds times the sum of exponentials, rounded. */
 static inline __attribute__((always_inline)) void learn_as(
@@ -257,52 +260,58 @@ static inline __attribute__((always_inline)) void learn_as(
     *sum += sum_of(sums);
 }
 
+/* A block of queries from `first` on meets n keys from j on. */
+static void learn(
+    const Work *w, int64_t pair, int64_t first, int64_t j, int64_t n, const char *q, const char *dy, float *sum, float *dq)
+{
+    int64_t b = pair / w->a->K, H = w->a->H, of_keys = pair * w->J * of_row(w), keys = b * w->J + j;
+    int64_t of_query = pair * w->R + first, query = b * w->R + first;
+    float by = 1 / sqrtf((float)H);
+    meet_across(w, q, w->keys_across + of_keys, j, n, met.scores);
+    meet_across(w, dy, w->values_across + of_keys, j, n, met.slopes);
+    for (int i = 0; i < BLOCK; i++) {
+        if (w->a->type == FLOAT32) learn_as(FLOAT32, w, i, of_query + i, query + i, keys, n, by, sum + i, dq + i * H);
+        else learn_as(BFLOAT16, w, i, of_query + i, query + i, keys, n, by, sum + i, dq + i * H);
+    }
+    meet_down(w, met.weights, w->keys_down + of_keys, w->J, j, n, dq);
+}
+
 static void of_queries(const void *argument, int64_t part)
 {
     const Work *w = argument;
     const Seeing *a = w->a;
-    int64_t blocks = w->R / BLOCK, pair = part / blocks, b = pair / a->K, head = pair % a->K;
-    int64_t first = part % blocks * BLOCK;
-    int64_t of_keys = pair * w->J * of_row(w), one_of = pair * w->R + first, query = b * w->R + first;
-    float by = 1 / sqrtf((float)a->H), sum[BLOCK] = {0};
-    const char *row[BLOCK], *slope[BLOCK];
+    int64_t parts = parts_of(w->R), pair = part / parts, b = pair / a->K, head = pair % a->K, H = a->H;
+    int64_t first = part % parts * TOGETHER * BLOCK, rows = least(TOGETHER * BLOCK, w->R - first);
+    float sum[TOGETHER * BLOCK] = {0};
     char *q, *dy;
     float *dq = held(w, &q, &dy);
     if (!dq) return;
-    for (int n = 0; n < BLOCK; n++) {
-        const char *y = query_of(w, a->y, b, head, first + n);
-        row[n] = query_of(w, a->q, b, head, first + n), slope[n] = query_of(w, w->g->dy, b, head, first + n);
+    for (int64_t n = 0; n < rows; n++) {
+        const char *y = query_of(w, a->y, b, head, first + n), *slope = query_of(w, w->g->dy, b, head, first + n);
         Lanes mean = {0};
-        for (int64_t i = 0; y && i < a->H; i += LANES)
-            mean += taken(a->type, y, i, a->H) * taken(a->type, slope[n], i, a->H);
-        w->mean[one_of + n] = sum_of(mean), w->most[one_of + n] = -INFINITY;
+        for (int64_t i = 0; y && i < H; i += LANES) mean += taken(a->type, y, i, H) * taken(a->type, slope, i, H);
+        w->mean[pair * w->R + first + n] = sum_of(mean), w->most[pair * w->R + first + n] = -INFINITY;
+        gather(w, query_of(w, a->q, b, head, first + n), q + n * of_row(w));
+        gather(w, slope, dy + n * of_row(w));
     }
-    gather(w, row, q);
-    gather(w, slope, dy);
     Tiling before;
     use_tiles(w->way, &before);
-    const Span *span = w->of_queries + query / BLOCK, *keys = w->of_keys + b * (w->J / BLOCK);
-    for (int64_t j = 0, n; (n = next_blocks(span, keys, w->J, &j)); j += n) {
-        meet_across(w, q, w->keys_across + of_keys, j, n, met.scores);
-        meet_across(w, dy, w->values_across + of_keys, j, n, met.slopes);
-        for (int i = 0; i < BLOCK; i++) {
-            if (a->type == FLOAT32)
-                learn_as(FLOAT32, w, i, one_of + i, query + i, b * w->J + j, n, by, sum + i, dq + i * a->H);
-            else learn_as(BFLOAT16, w, i, one_of + i, query + i, b * w->J + j, n, by, sum + i, dq + i * a->H);
-        }
-        meet_down(w, met.weights, w->keys_down + of_keys, w->J, j, n, dq);
-    }
+    const Span *span = w->of_queries + (b * w->R + first) / BLOCK, *keys = w->of_keys + b * (w->J / BLOCK);
+    for (int64_t from = 0; from < w->J; from += MANY)
+        for (int64_t i = 0; i < rows; i += BLOCK)
+            for (int64_t j = from, n; (n = next_blocks(span + i / BLOCK, keys, least(from + MANY, w->J), &j)); j += n)
+                learn(w, pair, first + i, j, n, q + i * of_row(w), dy + i * of_row(w), sum + i, dq + i * H);
     leave_tiles(w->way, &before);
-    for (int n = 0; n < BLOCK; n++) {
+    for (int64_t n = 0; n < rows; n++) {
         float share = sum[n] == 0 ? 0 : 1 / sum[n];
-        put_row(w, dq + n * a->H, by * share, query_of(w, w->g->dq, b, head, first + n));
-        w->share[one_of + n] = share;
-        if (sum[n] == 0) w->most[one_of + n] = 0;
+        put_row(w, dq + n * H, share / sqrtf((float)H), query_of(w, w->g->dq, b, head, first + n));
+        w->share[pair * w->R + first + n] = share;
+        if (sum[n] == 0) w->most[pair * w->R + first + n] = 0;
     }
     free(dq);
 }
 
-/* ---- dk and dv: a part is a block of keys of a row and a key/value head ---- */
+/* ---- dk and dv: a part is some blocks of keys of a row and a key/value head ---- */
 
 /* The weights that queries give to key n, and ds, rounded. */
 static inline __attribute__((always_inline)) void teach_as(
@@ -324,39 +333,46 @@ static inline __attribute__((always_inline)) void teach_as(
     }
 }
 
+/* A block of keys from `first` on meets n queries from r on. */
+static void teach(
+    const Work *w, int64_t pair, int64_t first, int64_t r, int64_t n, const char *k, const char *v, float *dk, float *dv)
+{
+    int64_t b = pair / w->a->K, of_queries = pair * w->R * of_row(w), key = b * w->J + first;
+    float by = 1 / sqrtf((float)w->a->H);
+    meet_across(w, k, w->queries_across + of_queries, r, n, met.scores);
+    meet_across(w, v, w->slopes_across + of_queries, r, n, met.slopes);
+    for (int i = 0; i < BLOCK; i++) {
+        if (w->a->type == FLOAT32) teach_as(FLOAT32, w, i, key + i, pair * w->R + r, b * w->R + r, n, by);
+        else teach_as(BFLOAT16, w, i, key + i, pair * w->R + r, b * w->R + r, n, by);
+    }
+    meet_down(w, met.weights, w->slopes_down + of_queries, w->R, r, n, dv);
+    meet_down(w, met.shares, w->queries_down + of_queries, w->R, r, n, dk);
+}
+
 static void of_keys(const void *argument, int64_t part)
 {
     const Work *w = argument;
     const Seeing *a = w->a;
-    int64_t blocks = w->J / BLOCK, pair = part / blocks, b = pair / a->K, head = pair % a->K;
-    int64_t first = part % blocks * BLOCK;
-    int64_t of_pair = pair * w->R * of_row(w), key = b * w->J + first;
-    float by = 1 / sqrtf((float)a->H);
-    const char *row[BLOCK], *value[BLOCK];
+    int64_t parts = parts_of(w->J), pair = part / parts, b = pair / a->K, head = pair % a->K, H = a->H;
+    int64_t first = part % parts * TOGETHER * BLOCK, rows = least(TOGETHER * BLOCK, w->J - first);
     char *k, *v;
-    float *dk = held(w, &k, &v), *dv = dk ? dk + BLOCK * a->H : NULL;
+    float *dk = held(w, &k, &v), *dv = dk ? dk + TOGETHER * BLOCK * H : NULL;
     if (!dk) return;
-    for (int n = 0; n < BLOCK; n++)
-        row[n] = key_of(w, a->k, b, head, first + n), value[n] = key_of(w, a->v, b, head, first + n);
-    gather(w, row, k);
-    gather(w, value, v);
+    for (int64_t n = 0; n < rows; n++) {
+        gather(w, key_of(w, a->k, b, head, first + n), k + n * of_row(w));
+        gather(w, key_of(w, a->v, b, head, first + n), v + n * of_row(w));
+    }
     Tiling before;
     use_tiles(w->way, &before);
-    const Span *span = w->of_keys + key / BLOCK, *queries = w->of_queries + b * (w->R / BLOCK);
-    for (int64_t r = 0, n; (n = next_blocks(span, queries, w->R, &r)); r += n) {
-        meet_across(w, k, w->queries_across + of_pair, r, n, met.scores);
-        meet_across(w, v, w->slopes_across + of_pair, r, n, met.slopes);
-        for (int i = 0; i < BLOCK; i++) {
-            if (a->type == FLOAT32) teach_as(FLOAT32, w, i, key + i, pair * w->R + r, b * w->R + r, n, by);
-            else teach_as(BFLOAT16, w, i, key + i, pair * w->R + r, b * w->R + r, n, by);
-        }
-        meet_down(w, met.weights, w->slopes_down + of_pair, w->R, r, n, dv);
-        meet_down(w, met.shares, w->queries_down + of_pair, w->R, r, n, dk);
-    }
+    const Span *span = w->of_keys + (b * w->J + first) / BLOCK, *queries = w->of_queries + b * (w->R / BLOCK);
+    for (int64_t from = 0; from < w->R; from += MANY)
+        for (int64_t i = 0; i < rows; i += BLOCK)
+            for (int64_t r = from, n; (n = next_blocks(span + i / BLOCK, queries, least(from + MANY, w->R), &r)); r += n)
+                teach(w, pair, first + i, r, n, k + i * of_row(w), v + i * of_row(w), dk + i * H, dv + i * H);
     leave_tiles(w->way, &before);
-    for (int n = 0; n < BLOCK; n++) {
-        put_row(w, dk + n * a->H, by, key_of(w, w->g->dk, b, head, first + n));
-        put_row(w, dv + n * a->H, 1, key_of(w, w->g->dv, b, head, first + n));
+    for (int64_t n = 0; n < rows; n++) {
+        put_row(w, dk + n * H, 1 / sqrtf((float)H), key_of(w, w->g->dk, b, head, first + n));
+        put_row(w, dv + n * H, 1, key_of(w, w->g->dv, b, head, first + n));
     }
     free(dk);
 }
@@ -401,8 +417,8 @@ int mistral_attention_gradients(const Gradients *g, Parallel by)
     int64_t pairs = a->B * a->K;
     for (int64_t b = 0; b < a->B; b++) look(&w, b);
     run(by, turn, &w, pairs * ((w.R + w.J) / BLOCK), a->threads);
-    run(by, of_queries, &w, pairs * (w.R / BLOCK), a->threads);
-    run(by, of_keys, &w, pairs * (w.J / BLOCK), a->threads);
+    run(by, of_queries, &w, pairs * parts_of(w.R), a->threads);
+    run(by, of_keys, &w, pairs * parts_of(w.J), a->threads);
     free(memory);
     return atomic_load(&failed);
 #else
