@@ -8,9 +8,12 @@ CLIENTS := .venv-clients
 # what is wrong is still said, that a folder of the environment holds no package is not; Python compiles what is imported
 PIP := -m pip install --quiet --quiet --disable-pip-version-check --no-compile
 # compilers find again what they compiled before, in this run or an earlier one: the key is the whole program; to keep
-# what JAX compiles in less than a tenth of a second takes longer than to compile it
+# what JAX compiles in less than a tenth of a second takes longer than to compile it; Python keeps what it imports there
+# too, also where the environment (a container's, often) tells it to keep nothing: each of the many processes would
+# compile a framework for seconds
 KEPT := $(CURDIR)/.cache
-PYTEST = OMP_NUM_THREADS=1 JAX_COMPILATION_CACHE_DIR=$(KEPT)/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1 \
+PYTEST = PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX=$(KEPT)/python OMP_NUM_THREADS=1 \
+    JAX_COMPILATION_CACHE_DIR=$(KEPT)/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1 \
     JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 TORCHINDUCTOR_CACHE_DIR=$(KEPT)/inductor $(SOON) $(BIN)/python -m pytest -q --durations=25
 # a test runs once what it compiles: XLA, in JAX and in TensorFlow, makes plain code in a third of the time
 test test-quick: SOON = XLA_FLAGS="--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"

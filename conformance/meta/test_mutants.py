@@ -25,6 +25,7 @@ EACH = [pytest.param(name, marks=together) for name, together in TOGETHER.items(
 def copy_of(tmp_path, monkeypatch):
     """A function that copies a backend's package under another name, with an edit."""
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # a copy is imported once
     made = []
 
     def copy(backend, name, edit=None):
