@@ -15,8 +15,10 @@ KEPT := $(CURDIR)/.cache
 PYTEST = PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX=$(KEPT)/python OMP_NUM_THREADS=1 \
     JAX_COMPILATION_CACHE_DIR=$(KEPT)/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1 \
     JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 TORCHINDUCTOR_CACHE_DIR=$(KEPT)/inductor $(SOON) $(BIN)/python -m pytest -q --durations=25
-# a test runs once what it compiles: XLA, in JAX and in TensorFlow, makes plain code in a third of the time
-test test-quick: SOON = XLA_FLAGS="--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# a test runs once what it compiles: XLA, in JAX and in TensorFlow, makes plain code in a third of the time, and cuts no
+# small program into pieces for several threads
+test test-quick: SOON = XLA_FLAGS="--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false \
+    --xla_cpu_parallel_codegen_split_count=1"
 # processes after each other, so that none keeps what all three frameworks have compiled; the files that take longest
 # are named first, or one process would be left alone with the last of them
 PARTS := "--no-loadscope-reorder tests/test_readme.py tests/test_editor.py tests/test_embedded.py tests/test_imports.py tests \
