@@ -29,8 +29,8 @@ def by_c(
     """`code(*arrays, **options)` in a program that runs here on a CPU, `formula` of the same in any other one.
 
     Both give arrays as `like` has them, a ShapeDtypeStruct or a tuple of some. Derivatives are the formula's, for which
-    nothing but the arrays is kept, and integers among them have none. With a `gradient`, those that go backwards are
-    `gradient(*upstream, *results, *arrays, **options)` where `code` is used: a tuple for the arrays of floats.
+    nothing but arrays and results is kept, and integers have none. With a `gradient`, those that go backwards are
+    `gradient(*upstream, *results, *arrays, **options)` where `code` is used: a tuple, of the arrays of floats.
     """
     results = like if isinstance(like, tuple) else (like,)
     shapes, named = tuple((each.shape, jnp.dtype(each.dtype)) for each in results), tuple(sorted(options.items()))

@@ -119,7 +119,7 @@ class _Attended(torch.autograd.Function):
         again = torch.is_grad_enabled()
         if again or not native.unwatched(upstream_BTNH):
             with torch.enable_grad():
-                floats = floats if again else [x.detach().requires_grad_() for x in floats]
+                floats = [x if again and x.requires_grad else x.detach().requires_grad_() for x in floats]
                 o_BTNH = ctx.formula(*floats, *ctx.numbers, window=ctx.window)
                 gradients = torch.autograd.grad(o_BTNH, floats, upstream_BTNH, create_graph=again)
         else:
@@ -141,9 +141,7 @@ def _attended(
 ) -> Tensor | None:
     given = [x.contiguous() for x in (q_BTNH, k_BSKH, v_BSKH)]
     o_BTNH = torch.empty_like(given[0])
-    there = attention.attend(
-        *_described(*given[:2], window), *_addresses(*given, o_BTNH, *numbers), **_threads()
-    )  # fmt: skip
+    there = attention.attend(*_described(*given[:2], window), *_addresses(*given, o_BTNH, *numbers), **_threads())
     return o_BTNH if there else None
 
 

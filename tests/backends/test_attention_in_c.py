@@ -223,6 +223,17 @@ def test_gradients_of_gradients_are_the_formula_s(tiles, learnt, monkeypatch, lo
     assert not learnt
 
 
+def test_queries_alone_may_learn(tiles, learnt):  # noqa: F811
+    (q, *others), _, upstream = learning(SIGHTS["padded"], (6, 2), tiles)
+    given = [q, *(x.detach() for x in others)]
+    o = attended(given, *SIGHTS["padded"], 40)
+    (once,) = torch.autograd.grad(o, q, upstream, retain_graph=True)
+    assert len(learnt) == 1
+    (again,) = torch.autograd.grad(o, q, upstream, create_graph=True)
+    assert (again - once).abs().max() <= STEPS_OF_GRADIENTS[tiles] * EPS[tiles] * once.abs().max()
+    assert torch.autograd.grad(again.sum(), q)[0].abs().max() > 0
+
+
 def test_gradients_of_several_losses_at_once_are_torch_s(tiles, learnt):  # noqa: F811
     given, _, upstream = learning(SIGHTS["padded"], (6, 2), tiles)
     wanted = gradients(given, upstream, *SIGHTS["padded"], 40)
