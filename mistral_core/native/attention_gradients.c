@@ -145,8 +145,8 @@ static void turn(const void *argument, int64_t part)
 /* ---- products: 32 rows, and columns in whole blocks ---- */
 
 static _Thread_local struct {
-    float scores[BLOCK * MANY], slopes[BLOCK * MANY];
-    char weights[BLOCK * MANY * 4], shares[BLOCK * MANY * 4];
+    float scores[BLOCK * MANY], slopes[BLOCK * MANY]; /* q k before it is scaled, and dp */
+    char weights[BLOCK * MANY * 4], shares[BLOCK * MANY * 4]; /* p or ds, and ds, as numbers of the type */
 } met __attribute__((aligned(64)));
 
 /* c[32,n] = a[32,H] b[n,H]^T, where b is turned across, from row j on. */
@@ -223,7 +223,8 @@ static float *held(const Work *w, char **one, char **other)
 
 /* ---- dq: a part is some blocks of queries of a row and a key/value head ---- */
 
-/* Scores of query n, and what a unit of each weight is worth, as ds times the sum of exponentials, rounded. */
+/* ds of query n, times the sum of its exponentials, rounded, from scores and dp, to the most so far; its dq so far
+   follows. */
 static inline __attribute__((always_inline)) void learn_as(
     int type, const Work *w, int64_t n, int64_t of_query, int64_t query, int64_t keys, int64_t count, float by,
     float *sum, float *dq)
@@ -313,7 +314,7 @@ static void of_queries(const void *argument, int64_t part)
 
 /* ---- dk and dv: a part is some blocks of keys of a row and a key/value head ---- */
 
-/* The weights that queries give to key n, and ds, rounded. */
+/* p and ds of key n with some queries, rounded. */
 static inline __attribute__((always_inline)) void teach_as(
     int type, const Work *w, int64_t n, int64_t key, int64_t of_queries, int64_t queries, int64_t count, float by)
 {
