@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,8 +64,21 @@ def _floats(arrays: Sequence[Any]) -> list[int]:
 
 _either = Primitive("mistral_by_c")
 _either.multiple_results = True
-_either.def_impl(_formula)
 _either.def_abstract_eval(_results)
+
+
+@_either.def_impl
+def _run(*arrays: Array, **parameters: Any) -> Sequence[Array]:
+    if jax.config.jax_disable_jit:
+        return _formula(*arrays, **parameters)
+    return _program(tuple(sorted(parameters.items())))(*arrays)
+
+
+@functools.lru_cache
+def _program(parameters: Any) -> Function:
+    """What is bound outside of any program, as one."""
+    return jax.jit(lambda *arrays: _either.bind(*arrays, **dict(parameters)))
+
 
 _as_formula = mlir.lower_fun(_formula, multiple_results=True)
 _as_code = mlir.lower_fun(_code, multiple_results=True)
@@ -168,17 +181,22 @@ def _back(upstream: Sequence[Any], *given: Any, count: int, **parameters: Any) -
     arrays, tangents = given[:count], given[count + results :]
     _, floats = _of_floats(formula, arrays, options)
     like = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in floats)
-    by_formula = functools.partial(_gradient, formula, results)
+    by_formula = _Gradient(formula, results)
     from_above = (*map(ad.instantiate_zeros, upstream), *given[count : count + results], *arrays)
     found = by_c(parameters["gradient"] or by_formula, by_formula, *from_above, like=like, **dict(options))
     wanted = [g if ad.is_undefined_primal(tangent) else None for g, tangent in zip(found, tangents, strict=True)]
     return [None] * (count + results) + wanted
 
 
-def _gradient(formula: Function, results: int, *given: Array, **options: Hashable) -> tuple[Array, ...]:
+class _Gradient(NamedTuple):
     """The gradients by a formula: of what comes from above, its results, and its arrays."""
-    of_floats, floats = _of_floats(formula, given[2 * results :], tuple(options.items()))
-    return jax.vjp(of_floats, *floats)[1](given[:results])
+
+    formula: Function
+    results: int
+
+    def __call__(self, *given: Array, **options: Hashable) -> tuple[Array, ...]:
+        of_floats, floats = _of_floats(self.formula, given[2 * self.results :], tuple(options.items()))
+        return jax.vjp(of_floats, *floats)[1](given[: self.results])
 
 
 ad.primitive_transposes[_slope] = _back

@@ -282,6 +282,24 @@ def test_jax_has_its_gradients_in_c_and_maps_them(dtype):
         assert_near(found, floats(once), floats(once), dtype, steps=GRADIENT)
 
 
+def test_jax_has_its_gradients_in_c_outside_of_programs(dtype, monkeypatch):
+    from mistral_flax import attention_in_c, programs
+
+    backend, called, call = modules("flax"), [], attention_in_c._call
+    monkeypatch.setattr(attention_in_c, "_call", lambda name, *others: called.append(name) or call(name, *others))
+    orders = SIGHTS["padded"]
+    arrays = given(backend, dtype, orders)
+    programs._program.cache_clear()
+
+    def total(*x):
+        return attended(backend, x, orders, 41).astype(jnp.float32).sum()
+
+    jax.grad(total)(*arrays)
+    assert called == ["mistral_attend", "mistral_attention_gradients"]
+    jax.grad(total)(*arrays)
+    assert len(called) == 2, "compiled once"
+
+
 @pytest.mark.parametrize("how", ["backward", "forward"])
 def test_jax_differentiates_it_twice(dtype, how):
     backend = modules("flax")
