@@ -124,6 +124,17 @@ CAUSAL = (
     _causal("embeddings", "inputs_embeds instead of ids", {"input_ids": None, "inputs_embeds": _EMBEDS}),
 )  # fmt: skip
 
+_LATE = (np.arange(80) >= np.array([[0], [19], [10]])).astype(np.int64)
+_PIECES = np.arange(80) // np.array([[23], [31], [80]])
+
+LONG = _causal(
+    "long",
+    "what is in C of 64 tokens and more: rows that begin late, documents, a window that ends within them",
+    {"input_ids": token_ids(shape=(3, 80)), "labels": np.where(_LATE != 0, token_ids(seed=1, shape=(3, 80)), -100),
+     "attention_mask": _LATE, "document_ids": _PIECES},
+    head_dim=32, sliding_window=13,
+)  # fmt: skip
+
 INT8 = _causal(
     "int8",
     "the cache in int8: scales shared over heads or tokens, a token that sees itself unrounded, pads that count",

@@ -123,9 +123,9 @@ def expected_int8(rolling: bool) -> Any:
 
 def by_name(name: str) -> Case:
     """The case of a name."""
-    from .cases import HEADS
+    from .cases import HEADS, LONG
 
-    return next(case for case in (*CAUSAL, *HEADS, *PACKED, ROUNDED) if case.name == name)
+    return next(case for case in (*CAUSAL, *HEADS, LONG, *PACKED, ROUNDED) if case.name == name)
 
 
 class Subject:

@@ -13,7 +13,7 @@ from mistral_core.config.presets import TINY
 from mistral_core.devices import CPU
 
 from . import adapter_pieces, adapters, packed_pieces, pieces, sampling
-from .cases import CAUSAL, HEADS, PACKED, T
+from .cases import CAUSAL, HEADS, LONG, PACKED, T
 from .compare import Comparison
 from .pieces import Subject
 
@@ -61,7 +61,7 @@ def _checks() -> Iterator[Check]:
     yield Check("functions", pieces.functions)
     yield Check("blocks", _partial(pieces.blocks, pieces.by_name("left-padding")))
     yield Check("blocks query-scale", _partial(pieces.blocks, pieces.by_name("query-scale")))
-    for case in (*CAUSAL, *HEADS):
+    for case in (*CAUSAL, *HEADS, LONG):
         yield Check(f"whole {case.name}", _partial(pieces.whole, case))
     for case in CACHED:
         for chunking in pieces.CHUNKINGS[1:]:
@@ -94,7 +94,7 @@ def _checks() -> Iterator[Check]:
     yield Check("nothing to choose", sampling.nothing_to_choose, ("float32",), attention=False)
     for name, options in sampling.TEXTS.items():
         yield Check(name, _partial(sampling.texts, options), ("float32",), attention=False)
-    for case in (*CAUSAL, *HEADS):
+    for case in (*CAUSAL, *HEADS, LONG):
         if "labels" in case.inputs or "start_positions" in case.inputs:
             yield Check(f"gradients {case.name}", _partial(pieces.gradients, case), ("float32",))
     for name in ("window", "tied", "left-padding"):

@@ -48,6 +48,7 @@ REPRESENTATIVES = {
         "sequence",
         "token",
         "question",
+        "long",
     ),
     "cached": (
         "window 7+1+3+6",
@@ -59,7 +60,7 @@ REPRESENTATIVES = {
     ),
     "prompt": (f"of {suite.WINDOW + 1}", f"of {2 * suite.WINDOW}"),
     "rollback": ("of 2",),
-    "gradients": ("window", "multi-query", "left-padding", "all-padding"),
+    "gradients": ("window", "multi-query", "left-padding", "all-padding", "long"),
     "packed": ("int8 row", "int4 32", "int4 asymmetric", "nf4 64", "fp8 block", "tied"),
     "packed-cached": ("int4 32",),
     "packed-greedy": ("int4 32",),
