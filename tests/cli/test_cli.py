@@ -35,11 +35,11 @@ def random_checkpoint(directory, **changes):
 
 
 def plant_a_narrow_window(monkeypatch):
-    import mistral_torch.attention
+    import mistral_torch.step
 
-    right = mistral_torch.attention.attention_mask
-    wrong = lambda visibility: right(visibility._replace(window=visibility.window - 1))  # noqa: E731
-    monkeypatch.setattr(mistral_torch.attention, "attention_mask", wrong)
+    right = mistral_torch.step.prepared
+    wrong = lambda visibility, name: right(visibility._replace(window=visibility.window - 1), name)  # noqa: E731
+    monkeypatch.setattr(mistral_torch.step, "prepared", wrong)
 
 
 def test_help_names_every_command():
