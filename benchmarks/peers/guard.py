@@ -7,7 +7,6 @@ was measured within seconds, for a machine that is shared is another one a minut
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,13 +22,14 @@ def soonest(function: Callable[[], Any]) -> float:
 
 
 def speaking(model: Any, asked: dict[str, Any]) -> Callable[[], dict[str, float]]:
-    """A call of generate, greedy, to the last token: its time to the first token, and a step's."""
-    ids, options = prompt_ids(asked), {"max_new_tokens": asked["new"], "do_sample": False, "eos_token_id": None}
+    """Calls of generate, greedy: the time to the first token, and, to the last one, a step's."""
+    ids, options = prompt_ids(asked), {"do_sample": False, "eos_token_id": None}
 
     def call() -> dict[str, float]:
-        stamps, start = Stamps(), time.perf_counter()
-        model.generate(ids, streamer=stamps, **options)
-        return {"first": stamps.times[1] - start, "step": statistics.median(stamps.steps)}
+        stamps = Stamps()
+        first = soonest(lambda: model.generate(ids, max_new_tokens=1, **options))
+        model.generate(ids, max_new_tokens=asked["new"], streamer=stamps, **options)
+        return {"first": first, "step": statistics.median(stamps.steps)}
 
     return call
 
@@ -48,7 +48,7 @@ def measurements(backend: str, asked: dict[str, Any]) -> dict[str, Callable[[], 
             found[f"{name} {batch}"] = speaking(model, {**asked, **rows})
         if quantization is None:
             product = limits.product(backend, dtype)
-            found[f"matmul {dtype}"] = lambda product=product: timed(product)
+            found[f"matmul {dtype}"] = lambda product=product: soonest(product)
     return found
 
 
