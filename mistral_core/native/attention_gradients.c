@@ -207,18 +207,43 @@ static void put_row(const Work *w, const float *sums, float by, char *row)
         given(type, row, i, w->a->H, rounded_as(type, lanes_at(sums + i) * by));
 }
 
-/* Memory for sums of a part, twice, and for numbers of it, twice, to be freed; NULL where there is none. */
-static float *held(const Work *w, char **one, char **other)
+/* Some blocks of queries, or of keys, of a row and a key/value head. */
+typedef struct {
+    int64_t pair, b, head, first, rows;
+    char *one, *other; /* [rows,H]: q and dy, or k and v */
+    float *sums, *more; /* [rows,H]: dq, or dk and dv */
+    float sum[TOGETHER * BLOCK]; /* of each query's exponentials so far */
+} Part;
+
+/* A part of so many rows, with memory to be freed at `sums`; whether there is some. */
+static int begin(const Work *w, int64_t part, int64_t length, Part *p)
 {
+    int64_t parts = parts_of(length), pair = part / parts, first = part % parts * TOGETHER * BLOCK;
     size_t sums = (size_t)(TOGETHER * BLOCK * w->a->H) * 4, numbers = (size_t)(TOGETHER * BLOCK * of_row(w));
-    float *memory = aligned_alloc(64, 2 * (sums + numbers));
-    if (!memory) {
+    *p = (Part){
+        .pair = pair, .b = pair / w->a->K, .head = pair % w->a->K, .first = first,
+        .rows = least(TOGETHER * BLOCK, length - first), .sums = aligned_alloc(64, 2 * (sums + numbers))};
+    if (!p->sums) {
         atomic_store(w->failed, ERROR_MEMORY);
-        return NULL;
+        return 0;
     }
-    memset(memory, 0, 2 * sums);
-    *one = (char *)memory + 2 * sums, *other = *one + numbers;
-    return memory;
+    memset(p->sums, 0, 2 * sums);
+    p->more = p->sums + sums / 4, p->one = (char *)(p->more + sums / 4), p->other = p->one + numbers;
+    return 1;
+}
+
+/* The blocks of a part from row i on meet n columns from j on: those of `all` that one of `own` meets. */
+static void meet_all(
+    const Work *w, Part *p, const Span *own, const Span *all, int64_t length,
+    void (*met)(const Work *, Part *, int64_t i, int64_t j, int64_t n))
+{
+    Tiling before;
+    use_tiles(w->way, &before);
+    for (int64_t from = 0; from < length; from += MANY)
+        for (int64_t i = 0; i < p->rows; i += BLOCK)
+            for (int64_t j = from, n; (n = next_blocks(own + i / BLOCK, all, least(from + MANY, length), &j)); j += n)
+                met(w, p, i, j, n);
+    leave_tiles(w->way, &before);
 }
 
 /* ---- dq: a part is some blocks of queries of a row and a key/value head ---- */
@@ -261,18 +286,16 @@ static inline __attribute__((always_inline)) void learn_as(
     *sum += sum_of(sums);
 }
 
-/* A block of queries from `first` on meets n keys from j on. */
-static void learn(
-    const Work *w, int64_t pair, int64_t first, int64_t j, int64_t n, const char *q, const char *dy, float *sum, float *dq)
+static void learn(const Work *w, Part *p, int64_t i, int64_t j, int64_t n)
 {
-    int64_t b = pair / w->a->K, H = w->a->H, of_keys = pair * w->J * of_row(w), keys = b * w->J + j;
-    int64_t of_query = pair * w->R + first, query = b * w->R + first;
-    float by = 1 / sqrtf((float)H);
-    meet_across(w, q, w->keys_across + of_keys, j, n, met.scores);
-    meet_across(w, dy, w->values_across + of_keys, j, n, met.slopes);
-    for (int i = 0; i < BLOCK; i++) {
-        if (w->a->type == FLOAT32) learn_as(FLOAT32, w, i, of_query + i, query + i, keys, n, by, sum + i, dq + i * H);
-        else learn_as(BFLOAT16, w, i, of_query + i, query + i, keys, n, by, sum + i, dq + i * H);
+    int64_t H = w->a->H, of_keys = p->pair * w->J * of_row(w), keys = p->b * w->J + j;
+    int64_t of_query = p->pair * w->R + p->first + i, query = p->b * w->R + p->first + i;
+    float by = 1 / sqrtf((float)H), *sum = p->sum + i, *dq = p->sums + i * H;
+    meet_across(w, p->one + i * of_row(w), w->keys_across + of_keys, j, n, met.scores);
+    meet_across(w, p->other + i * of_row(w), w->values_across + of_keys, j, n, met.slopes);
+    for (int r = 0; r < BLOCK; r++) {
+        if (w->a->type == FLOAT32) learn_as(FLOAT32, w, r, of_query + r, query + r, keys, n, by, sum + r, dq + r * H);
+        else learn_as(BFLOAT16, w, r, of_query + r, query + r, keys, n, by, sum + r, dq + r * H);
     }
     meet_down(w, met.weights, w->keys_down + of_keys, w->J, j, n, dq);
 }
@@ -281,35 +304,27 @@ static void of_queries(const void *argument, int64_t part)
 {
     const Work *w = argument;
     const Seeing *a = w->a;
-    int64_t parts = parts_of(w->R), pair = part / parts, b = pair / a->K, head = pair % a->K, H = a->H;
-    int64_t first = part % parts * TOGETHER * BLOCK, rows = least(TOGETHER * BLOCK, w->R - first);
-    float sum[TOGETHER * BLOCK] = {0};
-    char *q, *dy;
-    float *dq = held(w, &q, &dy);
-    if (!dq) return;
-    for (int64_t n = 0; n < rows; n++) {
-        const char *y = query_of(w, a->y, b, head, first + n), *slope = query_of(w, w->g->dy, b, head, first + n);
+    Part p;
+    if (!begin(w, part, w->R, &p)) return;
+    int64_t H = a->H, of_query = p.pair * w->R + p.first;
+    for (int64_t n = 0; n < p.rows; n++) {
+        const char *y = query_of(w, a->y, p.b, p.head, p.first + n);
+        const char *slope = query_of(w, w->g->dy, p.b, p.head, p.first + n);
         Lanes mean = {0};
         for (int64_t i = 0; y && i < H; i += LANES) mean += taken(a->type, y, i, H) * taken(a->type, slope, i, H);
-        w->mean[pair * w->R + first + n] = sum_of(mean), w->most[pair * w->R + first + n] = -INFINITY;
-        gather(w, query_of(w, a->q, b, head, first + n), q + n * of_row(w));
-        gather(w, slope, dy + n * of_row(w));
+        w->mean[of_query + n] = sum_of(mean), w->most[of_query + n] = -INFINITY;
+        gather(w, query_of(w, a->q, p.b, p.head, p.first + n), p.one + n * of_row(w));
+        gather(w, slope, p.other + n * of_row(w));
     }
-    Tiling before;
-    use_tiles(w->way, &before);
-    const Span *span = w->of_queries + (b * w->R + first) / BLOCK, *keys = w->of_keys + b * (w->J / BLOCK);
-    for (int64_t from = 0; from < w->J; from += MANY)
-        for (int64_t i = 0; i < rows; i += BLOCK)
-            for (int64_t j = from, n; (n = next_blocks(span + i / BLOCK, keys, least(from + MANY, w->J), &j)); j += n)
-                learn(w, pair, first + i, j, n, q + i * of_row(w), dy + i * of_row(w), sum + i, dq + i * H);
-    leave_tiles(w->way, &before);
-    for (int64_t n = 0; n < rows; n++) {
-        float share = sum[n] == 0 ? 0 : 1 / sum[n];
-        put_row(w, dq + n * H, share / sqrtf((float)H), query_of(w, w->g->dq, b, head, first + n));
-        w->share[pair * w->R + first + n] = share;
-        if (sum[n] == 0) w->most[pair * w->R + first + n] = 0;
+    const Span *own = w->of_queries + (p.b * w->R + p.first) / BLOCK;
+    meet_all(w, &p, own, w->of_keys + p.b * (w->J / BLOCK), w->J, learn);
+    for (int64_t n = 0; n < p.rows; n++) {
+        float share = p.sum[n] == 0 ? 0 : 1 / p.sum[n];
+        put_row(w, p.sums + n * H, share / sqrtf((float)H), query_of(w, w->g->dq, p.b, p.head, p.first + n));
+        w->share[of_query + n] = share;
+        if (p.sum[n] == 0) w->most[of_query + n] = 0;
     }
-    free(dq);
+    free(p.sums);
 }
 
 /* ---- dk and dv: a part is some blocks of keys of a row and a key/value head ---- */
@@ -334,48 +349,38 @@ static inline __attribute__((always_inline)) void teach_as(
     }
 }
 
-/* A block of keys from `first` on meets n queries from r on. */
-static void teach(
-    const Work *w, int64_t pair, int64_t first, int64_t r, int64_t n, const char *k, const char *v, float *dk, float *dv)
+static void teach(const Work *w, Part *p, int64_t i, int64_t r, int64_t n)
 {
-    int64_t b = pair / w->a->K, of_queries = pair * w->R * of_row(w), key = b * w->J + first;
-    float by = 1 / sqrtf((float)w->a->H);
-    meet_across(w, k, w->queries_across + of_queries, r, n, met.scores);
-    meet_across(w, v, w->slopes_across + of_queries, r, n, met.slopes);
-    for (int i = 0; i < BLOCK; i++) {
-        if (w->a->type == FLOAT32) teach_as(FLOAT32, w, i, key + i, pair * w->R + r, b * w->R + r, n, by);
-        else teach_as(BFLOAT16, w, i, key + i, pair * w->R + r, b * w->R + r, n, by);
+    int64_t H = w->a->H, pair = p->pair, of_queries = pair * w->R * of_row(w), key = p->b * w->J + p->first + i;
+    float by = 1 / sqrtf((float)H);
+    meet_across(w, p->one + i * of_row(w), w->queries_across + of_queries, r, n, met.scores);
+    meet_across(w, p->other + i * of_row(w), w->slopes_across + of_queries, r, n, met.slopes);
+    for (int k = 0; k < BLOCK; k++) {
+        if (w->a->type == FLOAT32) teach_as(FLOAT32, w, k, key + k, pair * w->R + r, p->b * w->R + r, n, by);
+        else teach_as(BFLOAT16, w, k, key + k, pair * w->R + r, p->b * w->R + r, n, by);
     }
-    meet_down(w, met.weights, w->slopes_down + of_queries, w->R, r, n, dv);
-    meet_down(w, met.shares, w->queries_down + of_queries, w->R, r, n, dk);
+    meet_down(w, met.shares, w->queries_down + of_queries, w->R, r, n, p->sums + i * H);
+    meet_down(w, met.weights, w->slopes_down + of_queries, w->R, r, n, p->more + i * H);
 }
 
 static void of_keys(const void *argument, int64_t part)
 {
     const Work *w = argument;
     const Seeing *a = w->a;
-    int64_t parts = parts_of(w->J), pair = part / parts, b = pair / a->K, head = pair % a->K, H = a->H;
-    int64_t first = part % parts * TOGETHER * BLOCK, rows = least(TOGETHER * BLOCK, w->J - first);
-    char *k, *v;
-    float *dk = held(w, &k, &v), *dv = dk ? dk + TOGETHER * BLOCK * H : NULL;
-    if (!dk) return;
-    for (int64_t n = 0; n < rows; n++) {
-        gather(w, key_of(w, a->k, b, head, first + n), k + n * of_row(w));
-        gather(w, key_of(w, a->v, b, head, first + n), v + n * of_row(w));
+    Part p;
+    if (!begin(w, part, w->J, &p)) return;
+    for (int64_t n = 0; n < p.rows; n++) {
+        gather(w, key_of(w, a->k, p.b, p.head, p.first + n), p.one + n * of_row(w));
+        gather(w, key_of(w, a->v, p.b, p.head, p.first + n), p.other + n * of_row(w));
     }
-    Tiling before;
-    use_tiles(w->way, &before);
-    const Span *span = w->of_keys + (b * w->J + first) / BLOCK, *queries = w->of_queries + b * (w->R / BLOCK);
-    for (int64_t from = 0; from < w->R; from += MANY)
-        for (int64_t i = 0; i < rows; i += BLOCK)
-            for (int64_t r = from, n; (n = next_blocks(span + i / BLOCK, queries, least(from + MANY, w->R), &r)); r += n)
-                teach(w, pair, first + i, r, n, k + i * of_row(w), v + i * of_row(w), dk + i * H, dv + i * H);
-    leave_tiles(w->way, &before);
-    for (int64_t n = 0; n < rows; n++) {
-        put_row(w, dk + n * H, 1 / sqrtf((float)H), key_of(w, w->g->dk, b, head, first + n));
-        put_row(w, dv + n * H, 1, key_of(w, w->g->dv, b, head, first + n));
+    const Span *own = w->of_keys + (p.b * w->J + p.first) / BLOCK;
+    meet_all(w, &p, own, w->of_queries + p.b * (w->R / BLOCK), w->R, teach);
+    for (int64_t n = 0; n < p.rows; n++) {
+        float by = 1 / sqrtf((float)a->H);
+        put_row(w, p.sums + n * a->H, by, key_of(w, w->g->dk, p.b, p.head, p.first + n));
+        put_row(w, p.more + n * a->H, 1, key_of(w, w->g->dv, p.b, p.head, p.first + n));
     }
-    free(dk);
+    free(p.sums);
 }
 
 /* The memory of all parts in one piece, to be freed; NULL where there is none. */
