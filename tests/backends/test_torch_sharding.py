@@ -31,6 +31,9 @@ CASES = {
     "data 2 x fsdp 2": {"sizes": {"data": 2, "fsdp": 2}, "K": 2},
 }
 
+FURTHER = ("tensor 4", "tensor 4, one key/value head, tied", "fsdp 4")
+"""Meshes for which others stand: heads that divide, one that is shared, and whole rows are in those of two axes."""
+
 PROGRAM = r"""
 import contextlib, datetime, json, logging, math, os, sys, tempfile, time
 import numpy as np, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
@@ -422,15 +425,15 @@ def run(program, folder, given="", *, seconds=300):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(tmp_path_factory, asked_for):
     """What each of four processes found."""
     folder = tmp_path_factory.mktemp("processes")
-    code, errors = run(PROGRAM, folder, json.dumps(CASES))
+    code, errors = run(PROGRAM, folder, json.dumps(asked_for(CASES)))
     assert code == 0, errors[-6000:]
     return [json.loads((folder / f"found{rank}.json").read_text()) for rank in range(4)]
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow if name in FURTHER else ()) for name in CASES])
 def each(request, found):
     """A case, and what each of four processes found of it."""
     return CASES[request.param], [of_rank[request.param] for of_rank in found]
