@@ -95,14 +95,16 @@ SEEN: dict[tuple[str, str], tuple[list, dict]] = {}
 
 
 @pytest.mark.feature("Training: all weights, LoRA, QLoRA, DPO")
+@pytest.mark.others(learns=("text, all", "text, nf4", "preference, adapter", "classification, all", "tokens, adapter"))
 @pytest.mark.parametrize(
-    ("kind", "what"),
+    "learns",
     [
-        ("text", "all"), ("text", "adapter"), ("text", "nf4"), ("preference", "adapter"), ("preference", "int4"),
-        ("classification", "all"), ("classification", "adapter"), ("tokens", "all"), ("tokens", "adapter"),
+        "text, all", "text, adapter", "text, nf4", "preference, adapter", "preference, int4",
+        "classification, all", "classification, adapter", "tokens, all", "tokens, adapter",
     ],
 )  # fmt: skip
-def test_frameworks_learn_the_same(backend, data, tmp_path, kind, what):
+def test_frameworks_learn_the_same(backend, data, tmp_path, learns):
+    kind, what = learns.split(", ")
     packed = what if what in ("nf4", "int4") else None
     learner = made(backend, kind, lora=None if what == "all" else LORA, packed=packed)
     train(learner, feed(data, kind), tmp_path / "run", settings=SETTINGS, validation=data[kind])
@@ -134,6 +136,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.others(case=("bfloat16", "dropout"))
 @pytest.mark.parametrize("case", ["all", "bfloat16", "dropout"])
 def test_a_killed_run_is_resumed_to_the_bit(backend, data, tmp_path, case):
     lora, config = None, CONFIG

@@ -48,6 +48,10 @@ CONFIGS = {
 }  # fmt: skip
 
 
+OWN = "bfloat16" if "amx_bf16" in build._facts().get("flags", "") else "bfloat16 emulated"
+"""How bfloat16 is multiplied here: a framework asks C for the same whichever it is."""
+
+
 @pytest.fixture(scope="module", params=["float32", "bfloat16", "bfloat16 emulated"])
 def tiles(request):
     """The dtype of kernels that multiply tiles: by vectors, by the processor's own, or by emulated ones."""
@@ -189,6 +193,7 @@ def lengths(given):
     return given["attention_mask"].sum(1)
 
 
+@pytest.mark.others(tiles=("float32", OWN), name=("all keys", "mixed", "scaled queries"), rows=(3,))
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_prompt_is_the_framework_s(backend, tiles, prompts, name, rows):
@@ -198,6 +203,7 @@ def test_a_prompt_is_the_framework_s(backend, tiles, prompts, name, rows):
         assert_same(tiles, model, prompts, **ragged(rows, columns))
 
 
+@pytest.mark.others(tiles=("float32", OWN))
 def test_of_more_rows_than_a_chunk_has_tokens(backend, tiles, prompts):
     """Every chunk has a column."""
     ids = np.random.default_rng(3).integers(3, 90, (60, 2))
@@ -206,6 +212,7 @@ def test_of_more_rows_than_a_chunk_has_tokens(backend, tiles, prompts):
     assert prompts == [(60, 2)]
 
 
+@pytest.mark.others(tiles=("float32", OWN))
 def test_what_comes_after_a_past_sees_it(backend, tiles, prompts):
     """The second prompt is longer than the ring, whose tokens its first ones still see."""
     model = model_of(backend, CONFIGS["window"], tiles)
@@ -220,12 +227,14 @@ def test_what_comes_after_a_past_sees_it(backend, tiles, prompts):
     assert np.abs(found[0] - found[1]).max() <= STEPS_OF_ROUNDING[tiles] * EPS[tiles] * np.abs(found[1]).max()
 
 
+@pytest.mark.others(tiles=("float32", OWN), scheme=("int4",))
 @pytest.mark.parametrize("scheme", ["int8", "int4", "nf4"])
 def test_of_packed_weights(backend, tiles, prompts, scheme):
     model = backend.quantize(model_of(backend, CONFIGS["all keys"], tiles), scheme)
     assert_same(tiles, model, prompts, **ragged(2, 70))
 
 
+@pytest.mark.others(tiles=("float32", OWN))
 def test_other_models_caches_and_dtypes_are_the_framework_s(backend, tiles, prompts):
     ids = ragged(1, 40)
     for config in (TINY, WHOLE.replace(head_dim=16), WHOLE.replace(hidden_size=144, head_dim=64)):
@@ -235,6 +244,7 @@ def test_other_models_caches_and_dtypes_are_the_framework_s(backend, tiles, prom
     assert not prompts
 
 
+@pytest.mark.others(tiles=("float32", OWN))
 @pytest.mark.parametrize("config", [WHOLE, TINY], ids=["tiles", "other sizes"])
 def test_a_token_of_each_of_many_rows_is_a_step_of_c(backend, tiles, monkeypatch, config):
     model, steps = model_of(backend, config, tiles), counted(monkeypatch)
@@ -323,6 +333,7 @@ def test_packed_matrices_are_not_another_library_s(tiles, gemm):
     assert not asked
 
 
+@pytest.mark.others(tiles=("float32", OWN))
 @pytest.mark.parametrize("vendor", ["GenuineIntel", "AuthenticAMD"])
 def test_torch_multiplies_by_mkl_where_it_is_at_home(backend, tiles, prompts, monkeypatch, vendor):
     monkeypatch.setattr(build, "_facts", lambda: {"vendor_id": vendor})
