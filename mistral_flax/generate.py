@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from mistral_core.classes import runs_its_own
 from mistral_core.generation import driver
 from mistral_core.generation.sampling import Rule, Values
 
@@ -39,7 +40,7 @@ class Engine:
         self.fixed_prompts = self.fixed_caches = compile != "off"
         self.processes = model._processes()
         graph, self.state = nnx.split(as_program(model))
-        self._step, self._loop = _compiled(graph) if self.fixed_caches else _plain(graph)
+        self._step, self._loop = _compiled(graph, *_put_in(model)) if self.fixed_caches else _plain(graph)
         self._whole = native.whole_step_of(model) if compile == "auto" else None
 
     def allocate(self, batch: int, capacity: int, *, rolling: bool, lookback: int, dtype: str) -> KVCache:
@@ -134,13 +135,19 @@ _chosen = jax.jit(choose, static_argnames="rule")
 
 
 @functools.lru_cache(maxsize=32)
-def _compiled(graph: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The compiled step and loop of all models of this graph: what a model is apart from its arrays."""
+def _compiled(graph: Any, *put_in: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The compiled step and loop of all models of this graph, a model apart from its arrays, and of these calls."""
     step, loop = _plain(graph)
     return (
         jax.jit(step, static_argnames="rule", donate_argnums=3),
         jax.jit(loop, static_argnames=("rule", "room"), donate_argnums=3),
     )
+
+
+def _put_in(model: MistralForCausalLM) -> list[Any]:
+    """What was put into classes of a model's modules in place of their own calls, of which a graph says nothing."""
+    nodes = [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)]
+    return [type(node).__call__ for node in nodes if not runs_its_own(node, "__call__")]
 
 
 def _plain(graph: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:

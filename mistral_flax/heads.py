@@ -10,6 +10,7 @@ from flax import nnx
 from jax import Array
 
 from mistral_core import MistralConfig, validate
+from mistral_core.classes import runs_its_own
 from mistral_core.generation.mixin import Generates
 from mistral_core.loss_chunks import chunk_rows
 from mistral_core.outputs import (
@@ -121,7 +122,7 @@ def _kept(x: Array, logits_to_keep: Any) -> Array:
 
 def _factor(head: nnx.Module) -> Array | PackedWeight | None:
     """The matrix of a head that is this matrix and nothing else: not wrapped or cut."""
-    return head.factor if hasattr(type(head), "factor") else None
+    return head.factor if hasattr(type(head), "factor") and runs_its_own(head, "__call__") else None
 
 
 class MistralForSequenceClassification(PreTrainedModel):

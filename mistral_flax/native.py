@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from mistral_core.classes import runs_its_own
 from mistral_core.errors import InputError, MissingExtraError
 from mistral_core.native import attention, library, whole_step
 
@@ -112,10 +113,10 @@ def whole_step_of(model: Any) -> whole_step.WholeStep | None:
 
 
 def is_plain(module: nnx.Module) -> bool:
-    """Whether calling a module does what its class says and no more."""
+    """Whether calling a module does what its class says, as it was written, and no more."""
     own = type(module).__module__.partition(".")[0] == __package__ or type(module) is nnx.Dict
     in_turn = getattr(getattr(module, "run_layers", None), "__name__", "one_by_one") == "one_by_one"
-    return own and in_turn and not getattr(module, "adds", ())
+    return own and in_turn and runs_its_own(module, "__call__") and not getattr(module, "adds", ())
 
 
 def _checked(

@@ -8,6 +8,7 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from mistral_core import MistralConfig, validate
+from mistral_core.classes import runs_its_own
 from mistral_core.generation.mixin import Generates
 from mistral_core.loss_chunks import chunk_rows
 from mistral_core.outputs import (
@@ -122,7 +123,7 @@ def _kept(x: Tensor, logits_to_keep: Any) -> Tensor:
 
 def _factor(head: tf.Module) -> Tensor | PackedWeight | None:
     """The matrix of a head that is this matrix and nothing else: not wrapped or cut."""
-    return head.factor if hasattr(type(head), "factor") else None
+    return head.factor if hasattr(type(head), "factor") and runs_its_own(head, "call") else None
 
 
 class MistralForSequenceClassification(PreTrainedModel):

@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 from tensorflow import Tensor
 
+from mistral_core.classes import runs_its_own
 from mistral_core.errors import InputError, MissingExtraError
 from mistral_core.native import attention, library, whole_step
 
@@ -122,10 +123,11 @@ def whole_step_of(model: Any) -> whole_step.WholeStep | None:
 
 
 def is_plain(module: keras.layers.Layer) -> bool:
-    """Whether calling a module does what its class says and no more."""
+    """Whether calling a module does what its class says, as it was written, and no more."""
     return (
         type(module).__module__.partition(".")[0] == __package__
         and "call" not in vars(module)
+        and runs_its_own(module, "call")
         and not getattr(module, "adds", ())
     )
 

@@ -58,8 +58,8 @@ def refuse_distribution() -> None:
 def changed(model: Any, function: str) -> bool:
     """Whether a model has other layers or variables than when last asked for a function's sake, or another config.
 
-    Of the config only what a program depends on counts; of layers, how packed ones round what they multiply, and which
-    adapters they add.
+    Of the config only what a program depends on counts; of layers, how packed ones round what they multiply, which
+    adapters they add, and what their classes call.
     Raises UnsupportedFeatureError where a `keras.distribution` is set, of which what is traced would say nothing.
     """
     refuse_distribution()
@@ -72,4 +72,4 @@ def changed(model: Any, function: str) -> bool:
 
 
 def _settings(layer: Any) -> tuple[Any, ...]:
-    return getattr(layer, "activations", None), getattr(layer, "adds", None), layer.trainable
+    return getattr(layer, "activations", None), getattr(layer, "adds", None), layer.trainable, type(layer).call

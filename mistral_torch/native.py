@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from mistral_core.classes import runs_its_own
 from mistral_core.errors import InputError
 from mistral_core.native import build, library, whole_step
 
@@ -223,9 +224,10 @@ def whole_step_of(model: Any) -> whole_step.WholeStep | None:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling a module does what its class says and no more."""
+    """Whether calling a module does what its class says, as it was written, and no more."""
     hooks = module._forward_hooks or module._forward_pre_hooks or nn.modules.module._has_any_global_hook()
-    return "forward" not in vars(module) and not hooks and not getattr(module, "adds", ())
+    own = "forward" not in vars(module) and runs_its_own(module, "forward")
+    return own and not hooks and not getattr(module, "adds", ())
 
 
 def _is_own(module: nn.Module) -> bool:

@@ -59,6 +59,8 @@ def favouring(backend, head):
     return Favouring()
 
 
+METHODS = {"mistral_torch": "forward", "mistral_flax": "__call__", "mistral_tf": "call"}
+"""The method of a module that computes."""
 WAYS = {
     "greedy": {},
     "not compiled": {"compile": "off"},
@@ -107,6 +109,28 @@ def test_a_tied_head_that_is_replaced(backend):
     other = model_of(backend)
     model.set_output_embeddings(favouring(backend, other.get_output_embeddings()))
     assert (np.asarray(model.generate(IDS, max_new_tokens=2, eos_token_id=None))[:, 9:] == FAVOURED).all()
+
+
+def test_what_is_put_into_the_class_of_a_head_is_called(backend, monkeypatch):
+    """As libraries do that patch a model's classes: what C computes, and losses in chunks, call no head otherwise."""
+    model = model_of(backend)
+    kind, method = type(model.get_output_embeddings()), METHODS[backend.__name__]
+    written = getattr(kind, method)
+
+    def loss(chunk):
+        found = model(IDS, labels=IDS, loss_chunk=chunk).loss
+        return float(found.detach() if backend.__name__ == "mistral_torch" else found)
+
+    plain = loss(4)
+
+    def favour(self, x):
+        scores = written(self, x)
+        return scores + importlib.import_module(f"{backend.__name__}.arrays").from_numpy(LIKES_IT[None, None])
+
+    monkeypatch.setattr(kind, method, favour)
+    assert (np.asarray(model.generate(IDS, max_new_tokens=3, eos_token_id=None))[:, 9:] == FAVOURED).all()
+    assert abs(loss(4) - loss(0)) <= 1e-6 * loss(0)
+    assert loss(0) > 100 * plain
 
 
 def test_a_linear_layer_adds_its_bias_flax_tf(backend):

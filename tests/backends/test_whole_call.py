@@ -266,6 +266,17 @@ def test_what_was_done_to_a_model_is_seen(tiles, texts, what):  # noqa: F811
     assert not texts
 
 
+@torch.no_grad()
+def test_what_was_put_into_a_class_is_called(tiles, texts, monkeypatch):  # noqa: F811
+    model = model_of(WHOLE, tiles)
+    kind, before = type(model.model.layers[1].mlp), model(IDS, use_cache=False).logits
+    assert texts
+    texts.clear()
+    monkeypatch.setattr(kind, "forward", lambda self, x: torch.zeros_like(x))
+    assert (model(IDS, use_cache=False).logits - before).abs().max() > 0.01 * before.abs().max()
+    assert not texts
+
+
 @pytest.mark.parametrize("what", ASKED)
 @torch.no_grad()
 def test_what_else_is_asked_for_is_torch_s(tiles, texts, what):  # noqa: F811

@@ -18,6 +18,8 @@ from mistral_core.parameters import LM_HEAD
 from mistral_core.reference import engine
 from mistral_core.weights.loading import dtype_of
 
+METHODS = {"mistral_torch": "forward", "mistral_flax": "__call__", "mistral_tf": "call"}
+"""The method of a module that computes."""
 needs_compiler = pytest.mark.skipif(not whole_step.available(), reason="no compiler for C is here")
 EPS = {"float32": float(np.finfo(np.float32).eps), "bfloat16": 2.0**-8}
 STEPS_OF_ROUNDING = {"float32": 16, "bfloat16": 8}
@@ -178,6 +180,27 @@ def test_it_is_not_for_what_the_model_is_not(backend, native):
     mlp = first_mlp(replaced)
     mlp.__class__ = type("Other", (type(mlp),), {"__module__": __name__})
     assert native.whole_step_of(replaced) is None
+
+
+@needs_compiler
+@pytest.mark.parametrize("what", ["MLP", "norm", "matrix"])
+def test_it_is_not_for_a_class_into_which_another_method_was_put(backend, native, monkeypatch, what):
+    """As libraries do that patch a model's classes; what they put there is called."""
+    model = model_of(backend, TIED)
+    part = {"MLP": first_mlp(model), "norm": model.model.norm, "matrix": first_mlp(model).up_proj}[what]
+    kind, method = type(part), METHODS[backend.__name__]
+    before, written, called = texts(model, "auto")[0], getattr(kind, method), []
+
+    def patched(self, x):
+        called.append(type(self))
+        return written(self, x)
+
+    monkeypatch.setattr(kind, method, patched)
+    assert native.whole_step_of(model) is None
+    assert np.array_equal(texts(model, "auto")[0], before)
+    assert kind in called
+    monkeypatch.undo()
+    assert native.whole_step_of(model) is not None
 
 
 def first_mlp(model):
