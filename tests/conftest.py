@@ -7,35 +7,22 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import itertools
 import os
 import signal
 
 import pytest
-from frameworks import PACKAGES, REQUESTED
+from frameworks import PACKAGES, REQUESTED, leave_further
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """The tests of a file go to one process, for what the first of them makes is there for the others.
-
-    Of a product that PyTorch has whole, the other frameworks have what `others` names; the rest is `slow`.
-    """
-    whole_files = not any("::" in argument for argument in config.args)
+    """The tests of a file go to one process, for what the first of them makes is there for the others."""
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.relative_to(item.config.rootpath).as_posix()))
-    marked = (item for item in items if item.get_closest_marker("others"))
-    for function, points in itertools.groupby(marked, key=lambda item: item.nodeid.partition("[")[0]):
-        points = list(points)
-        for name, stand in points[0].get_closest_marker("others").kwargs.items():
-            if whole_files and not {*stand} <= {point.callspec.params[name] for point in points}:
-                raise pytest.UsageError(f"{function}: not all of {stand} are values of {name}")
-            for point in points:
-                if point.callspec.params["backend"] != "torch" and point.callspec.params[name] not in stand:
-                    point.add_marker(pytest.mark.slow)
+    leave_further(items, of_whole_files=not any("::" in argument for argument in config.args))
 
 
 @pytest.fixture(scope="session", autouse=True)
