@@ -40,6 +40,11 @@ class Check(NamedTuple):
         with subject.adapter.short_blocks():
             return list(self.compared(subject))
 
+    def fails(self, subject: Subject) -> bool:
+        """Whether something that it compares is not right; what comes after the first of that kind is not computed."""
+        with subject.adapter.short_blocks():
+            return any(not item.passed for item in self.compared(subject))
+
     def suits(self, implementation: str, dtype: str) -> bool:
         """Whether it says anything of a subject that another one does not."""
         kind = "bfloat16" if dtype in ASKED_FOR else dtype
