@@ -34,7 +34,7 @@ def _flax(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     from flax import nnx
 
     wrt = nnx.DiffState(0, nnx.LoRAParam)
-    loss, state = nnx.value_and_grad(lambda model: model(**inputs).loss, argnums=wrt)(model)
+    loss, state = nnx.jit(nnx.value_and_grad(lambda model: model(**inputs).loss, argnums=wrt))(model)
     return loss, {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
