@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from mistral_core.classes import runs_its_own
+from mistral_core.classes import is_as_written
 from mistral_core.generation import driver
 from mistral_core.generation.sampling import Rule, Values
 
@@ -40,7 +40,7 @@ class Engine:
         self.fixed_prompts = self.fixed_caches = compile != "off"
         self.processes = model._processes()
         graph, self.state = nnx.split(as_program(model))
-        self._step, self._loop = _compiled(graph, *_put_in(model)) if self.fixed_caches else _plain(graph)
+        self._step, self._loop = _compiled(graph, *_put_in(graph)) if self.fixed_caches else _plain(graph)
         self._whole = native.whole_step_of(model) if compile == "auto" else None
 
     def allocate(self, batch: int, capacity: int, *, rolling: bool, lookback: int, dtype: str) -> KVCache:
@@ -144,10 +144,10 @@ def _compiled(graph: Any, *put_in: Any) -> tuple[Callable[..., Any], Callable[..
     )
 
 
-def _put_in(model: MistralForCausalLM) -> list[Any]:
-    """What was put into classes of a model's modules in place of their own calls, of which a graph says nothing."""
-    nodes = [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)]
-    return [type(node).__call__ for node in nodes if not runs_its_own(node, "__call__")]
+def _put_in(graph: Any) -> list[Any]:
+    """What was put into a graph's classes in place of their own calls: a graph names the classes alone."""
+    kinds = dict.fromkeys(kind for node in graph.nodes if isinstance(kind := getattr(node, "type", None), type))
+    return [kind.__call__ for kind in kinds if not is_as_written(kind, "__call__")]
 
 
 def _plain(graph: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:

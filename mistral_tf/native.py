@@ -126,7 +126,6 @@ def is_plain(module: keras.layers.Layer) -> bool:
     """Whether calling a module does what its class says, as it was written, and no more."""
     return (
         type(module).__module__.partition(".")[0] == __package__
-        and "call" not in vars(module)
         and runs_its_own(module, "call")
         and not getattr(module, "adds", ())
     )

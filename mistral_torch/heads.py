@@ -118,7 +118,7 @@ def _kept(x: Tensor, logits_to_keep: Any) -> Tensor:
 def _factor(head: nn.Module) -> Tensor | PackedWeight | None:
     """The matrix of a head that is this matrix and nothing else: not wrapped, hooked, compiled or cut."""
     hooks = head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks
-    own = hasattr(type(head), "factor") and "forward" not in vars(head) and runs_its_own(head, "forward")
+    own = hasattr(type(head), "factor") and runs_its_own(head, "forward")
     if not own or head._compiled_call_impl or any(hooks):
         return None
     return None if isinstance(head.factor, Tensor) and is_traced(head.factor) else head.factor

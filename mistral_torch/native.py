@@ -226,8 +226,7 @@ def whole_step_of(model: Any) -> whole_step.WholeStep | None:
 def is_plain(module: nn.Module) -> bool:
     """Whether calling a module does what its class says, as it was written, and no more."""
     hooks = module._forward_hooks or module._forward_pre_hooks or nn.modules.module._has_any_global_hook()
-    own = "forward" not in vars(module) and runs_its_own(module, "forward")
-    return own and not hooks and not getattr(module, "adds", ())
+    return runs_its_own(module, "forward") and not hooks and not getattr(module, "adds", ())
 
 
 def _is_own(module: nn.Module) -> bool:

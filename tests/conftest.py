@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(config, items):
     """The tests of a file go to one process, for what the first of them makes is there for the others."""
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(item.config.rootpath).as_posix()))
+            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(config.rootpath).as_posix()))
     leave_further(items, of_whole_files=not any("::" in argument for argument in config.args))
 
 

@@ -9,6 +9,8 @@ import pytest
 
 PACKAGES = {"torch": "torch", "flax": "flax", "tf": "tensorflow"}
 """Backend -> the package that it needs."""
+METHODS = {"mistral_torch": "forward", "mistral_flax": "__call__", "mistral_tf": "call"}
+"""The method of a module that computes."""
 REQUESTED = tuple(os.environ.get("MISTRAL_TEST_BACKENDS", ",".join(PACKAGES)).split(","))
 
 

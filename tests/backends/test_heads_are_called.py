@@ -6,6 +6,7 @@ import importlib
 
 import numpy as np
 import pytest
+from frameworks import METHODS
 from scripted import Characters
 
 from conformance.weights import random_parameters
@@ -59,8 +60,6 @@ def favouring(backend, head):
     return Favouring()
 
 
-METHODS = {"mistral_torch": "forward", "mistral_flax": "__call__", "mistral_tf": "call"}
-"""The method of a module that computes."""
 WAYS = {
     "greedy": {},
     "not compiled": {"compile": "off"},

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from frameworks import METHODS
 
 from conformance.weights import random_parameters
 from mistral_core.config.presets import TINY
@@ -18,8 +19,6 @@ from mistral_core.parameters import LM_HEAD
 from mistral_core.reference import engine
 from mistral_core.weights.loading import dtype_of
 
-METHODS = {"mistral_torch": "forward", "mistral_flax": "__call__", "mistral_tf": "call"}
-"""The method of a module that computes."""
 needs_compiler = pytest.mark.skipif(not whole_step.available(), reason="no compiler for C is here")
 EPS = {"float32": float(np.finfo(np.float32).eps), "bfloat16": 2.0**-8}
 STEPS_OF_ROUNDING = {"float32": 16, "bfloat16": 8}
