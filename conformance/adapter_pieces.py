@@ -99,7 +99,7 @@ def gradients(subject: Subject) -> Iterator[Comparison]:
 def adapted(subject: Subject, way: str) -> tuple[Any, Any]:
     """A backend's model with an adapter that trains, read from peft's files, and the backend's module of adapters."""
     lora, case = importlib.import_module(f"{subject.adapter.package.__name__}.lora"), case_of(way)
-    model = subject.model(case)
+    model = subject.own_model(case)
     with tempfile.TemporaryDirectory() as folder:
         files.save(folder, adapter_of(way), case.config, case.architecture)
         lora.load_adapter(model, folder, is_trainable=True)

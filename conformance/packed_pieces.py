@@ -101,7 +101,7 @@ def _in_file(parts: Mapping[str, Array], name: str, matrix: PackedMatrix) -> tup
 
 def rounded_text(subject: Subject) -> Iterator[Comparison]:
     """The logits of a text whose rows each product rounds to eight bits, given at once, and its last token alone."""
-    model, ids = round_activations(subject.model(ROUNDED), "int8"), ROUNDED.inputs["input_ids"]
+    model, ids = round_activations(subject.own_model(ROUNDED), "int8"), ROUNDED.inputs["input_ids"]
     wanted = expected_rounded().logits
     yield subject.compare(ROUNDED.name, "logits", subject.adapter.call(model, input_ids=ids).logits, wanted)
     past = subject.adapter.allocate(ROUNDED.config, 1, ids.shape[1], subject.dtype)

@@ -134,9 +134,20 @@ class Subject:
     def __init__(self, adapter: Adapter, implementation: str, dtype: str) -> None:
         self.adapter, self.implementation, self.dtype = adapter, implementation, dtype
         self.key = adapter.name, implementation, dtype
+        self.models: dict[Any, Any] = {}
 
     def model(self, case: Case) -> Any:
-        """The case's model."""
+        """The case's model, for a check that only calls it: all of them share it, as making one costs more than a call.
+
+        `models` holds them by class, config and, where matrices are packed, case.
+        """
+        key = case.architecture, case.config, case.packing and case.name
+        if key not in self.models:
+            self.models[key] = self.own_model(case)
+        return self.models[key]
+
+    def own_model(self, case: Case) -> Any:
+        """The case's model, for a check that changes it, or the way that it is compiled."""
         parameters = weights(case.config, case.architecture, self.dtype)
         model = self.adapter.model(case.architecture, case.config, parameters, self.dtype, self.implementation)
         return self.adapter.pack(model, matrices(case.name, self.dtype)) if case.packing else model
@@ -233,10 +244,9 @@ def blocks(subject: Subject, case: Case) -> Iterator[Comparison]:
 def whole(subject: Subject, case: Case) -> Iterator[Comparison]:
     """One pass: hidden states, attention weights, scores, loss."""
     wanted, exact = expected(case.name, subject.dtype, False), expected(case.name, subject.dtype, True)
-    out = subject.adapter.call(
-        subject.model(case), **subject.inputs(case), output_hidden_states=True, output_attentions=True
-    )
-    plain = subject.adapter.call(subject.model(case), **subject.inputs(case))
+    instance, inputs = subject.model(case), subject.inputs(case)
+    out = subject.adapter.call(instance, **inputs, output_hidden_states=True, output_attentions=True)
+    plain = subject.adapter.call(instance, **inputs)
     for index, states in enumerate(zip(out.hidden_states, wanted.hidden_states, exact.hidden_states, strict=True)):
         yield subject.compare(case.name, f"hidden_states {index}", *states)
     for index, attention in enumerate(zip(out.attentions, wanted.attentions, exact.attentions, strict=True)):
@@ -384,7 +394,7 @@ def _greedy(subject: Subject) -> Iterator[Comparison]:
     config = TINY
     parameters = weights(config, "MistralForCausalLM", subject.dtype)
     case = Case("greedy", "14, 16: padded rows, rows that ended", config, "MistralForCausalLM", {})
-    instance = subject.model(case)
+    instance = subject.own_model(case)
     ids = token_ids(config)
     rounds = ops.exact if subject.dtype == "float32" else ops.rounding(subject.dtype)
     for side in ("left", "right"):
@@ -475,7 +485,7 @@ def parts(subject: Subject, case: Case) -> Iterator[Comparison]:
 def modules(subject: Subject, case: Case) -> Iterator[Comparison]:
     """How many modules that own a parameter are called, by a call and by `generate`, where each has been replaced."""
     adapter, calls = subject.adapter, Counter[str]()
-    instance, inputs = subject.model(case), subject.inputs(case)
+    instance, inputs = subject.own_model(case), subject.inputs(case)
     names = {name.rpartition(".")[0] for name in weights(case.config, case.architecture, subject.dtype)}
     for name in names:
         adapter.record(instance, name, calls)

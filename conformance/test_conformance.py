@@ -10,7 +10,7 @@ import pytest
 from mistral_core.reference import cache, quantized
 
 from . import adapters, suite
-from .cases import INT8, INT8_MARGIN, ROUNDED_MARGIN
+from .cases import CAUSAL, HEADS, INT8, INT8_MARGIN, LONG, PACKED, ROUNDED_MARGIN
 from .compare import compare
 from .pieces import by_name, expected_int8, expected_rounded
 from .tolerances import MODEL, Tolerance
@@ -126,6 +126,31 @@ def test_conformance(subject, dtype, check):
     found = check.run(suite.subject(*subject, dtype))
     assert found, "the check compared nothing"
     assert not [item for item in found if not item.passed], "\n".join(str(i) for i in found if not i.passed)
+
+
+@pytest.mark.xdist_group("torch")
+@pytest.mark.parametrize(
+    "check", ["modules window", "adapters", "gradients of adapters", "packed-rounded", "greedy", "greedy in C"]
+)
+def test_a_check_that_changes_a_model_has_its_own(check):
+    subject = suite.Subject(adapters.get("torch"), "eager", "float32")
+    assert suite.CHECKS[check].run(subject)
+    assert not subject.models
+
+
+@pytest.mark.xdist_group("torch")
+def test_no_check_changes_a_model_that_others_call():
+    subject = suite.subject("torch", "eager", "float32")  # in a whole run it has run all checks
+    for check in ("parts window", "chunked window", "cached window 7+1+3+6", "sampled", "packed int4 32"):
+        assert suite.CHECKS[check].run(subject)
+    for case in (*CAUSAL, *HEADS, LONG, *PACKED):
+        found, made = subject.model(case), subject.own_model(case)
+        assert [(name, type(part)) for name, part in found.named_modules()] == [
+            (name, type(part)) for name, part in made.named_modules()
+        ]
+        for (name, array), (other, wanted) in zip(found.named_arrays(), made.named_arrays(), strict=True):
+            assert name == other
+            assert array.tobytes() == wanted.tobytes(), name
 
 
 def test_no_code_of_the_int8_text_lies_near_another(monkeypatch):
