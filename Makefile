@@ -84,6 +84,8 @@ $(CLIENTS)/installed: pyproject.toml constraints.txt tests/clients/constraints.t
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
+	# the pip that comes with Python 3.11 looks for packages half as fast
+	$(BIN)/python $(PIP) --upgrade pip
 	$(BIN)/python $(PIP) -c constraints.txt torch
 	$(BIN)/python $(PIP) -c constraints.txt -e '.[torch,flax,tf,convert,orbax,chat,pictures,fast,mistral-common,docs,dev]'
 	touch $(STAMP)
