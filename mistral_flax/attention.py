@@ -82,8 +82,11 @@ def attend(
         *orders, window, document_ids_BT = visibility[:4]
         told = {"window": window, "document_ids_BT": document_ids_BT}
         return attend_in_c(q_BTNH, k_BSKH, v_BSKH, *orders, **told, formula=_formula), None
-    if visibility.blocks is not None and not (dropout and implementation in WITHOUT_DROPOUT):
-        return attend_by_blocks(q_BTNH, k_BSKH, v_BSKH, visibility.blocks, _of_block), None
+    if dropout and implementation == "splash":
+        implementation, visibility = "dot_product", prepared(visibility, "dot_product")
+    if visibility.blocks is not None:
+        told = {"dropout": dropout, "rngs": rngs}
+        return attend_by_blocks(q_BTNH, k_BSKH, v_BSKH, visibility.blocks, _of_block, **told), None
     # on a CPU, JAX has no kernel of float16, and for one query the formula takes about two thirds of the kernel's time
     better_eager = jax.default_backend() == "cpu" and (q_BTNH.dtype == jnp.float16 or q_BTNH.shape[1] == 1)
     if better_eager or (dropout and implementation in WITHOUT_DROPOUT):
@@ -107,12 +110,13 @@ def _formula(
     return attend_dot_product(q_BTNH, k_BSKH, v_BSKH, visibility, 0.0, None)[0]
 
 
-def _of_block(q_BCNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BCS: Array) -> Array:
+def _of_block(
+    q_BCNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BCS: Array, dropout: float, rngs: Array | None
+) -> Array:
     """The output of a block's queries."""
     nobody = jnp.zeros((*mask_BCS.shape[:1], 0), jnp.int32)
-    return attend(q_BCNH, k_BSKH, v_BSKH, Visibility(nobody, nobody, mask_BTS=mask_BCS), implementation="dot_product")[
-        0
-    ]
+    told = {"implementation": "dot_product", "dropout": dropout, "rngs": rngs}
+    return attend(q_BCNH, k_BSKH, v_BSKH, Visibility(nobody, nobody, mask_BTS=mask_BCS), **told)[0]
 
 
 @functools.partial(in_one_program, static_argnames="dropout")

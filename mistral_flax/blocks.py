@@ -30,8 +30,9 @@ its last block sees."""
 FIRST = 4
 """The same of the first blocks of a window, which reach beyond the text's begin, where they are so many."""
 
-Attend = Callable[[Array, Array, Array, Array], Array]
-"""Queries [B, C, N, H], keys and values [B, S, K, H] and a mask that broadcasts to [B, C, S], to outputs."""
+Attend = Callable[[Array, Array, Array, Array, float, Array | None], Array]
+"""Queries [B, C, N, H], keys and values [B, S, K, H], a mask that broadcasts to [B, C, S], and the share of weights
+that is dropped and the key that says which, to outputs."""
 
 
 class Blocks(NamedTuple):
@@ -139,18 +140,29 @@ def _columns_of_keys(queries: int, keys: int, window: int | None) -> int:
     return keys + count * COLUMNS - queries if window is None else (_span(window) - 1 + count) * COLUMNS
 
 
-def attend_by_blocks(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, blocks: Blocks, attend: Attend) -> Array:
-    """The output [B, T, N, H], block after block.
+def attend_by_blocks(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    blocks: Blocks,
+    attend: Attend,
+    *,
+    dropout: float = 0.0,
+    rngs: Array | None = None,
+) -> Array:
+    """The output [B, T, N, H], block after block, of which each draws by a key of its own what is dropped.
 
     For gradients the scores and the masks of a block are not kept but computed again.
     """
-    return _attend_by_blocks(q_BTNH, k_BSKH, v_BSKH, blocks._replace(window=None), window=blocks.window, attend=attend)
+    told = {"window": blocks.window, "attend": attend, "dropout": dropout}
+    return _attend_by_blocks(q_BTNH, k_BSKH, v_BSKH, blocks._replace(window=None), rngs if dropout else None, **told)
 
 
-@functools.partial(in_one_program, static_argnames=("window", "attend"))
+@functools.partial(in_one_program, static_argnames=("window", "attend", "dropout"))
 def _attend_by_blocks(
-    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, blocks: Blocks, *, window: int | None, attend: Attend
-) -> Array:
+    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, blocks: Blocks, rngs: Array | None,
+    *, window: int | None, attend: Attend, dropout: float,
+) -> Array:  # fmt: skip
     T, seen = q_BTNH.shape[1], blocks.key_order_BS.shape[1]
     q_BTNH, k_BSKH, v_BSKH = jax.lax.cond(
         blocks.in_order,
@@ -164,15 +176,16 @@ def _attend_by_blocks(
     of_queries, of_keys = (None, None) if blocks.documents is None else blocks.documents
     count = -(-T // COLUMNS)
     queries = [_in_blocks(x, count, fill) for x, fill in ((q_BTNH, 0), (blocks.query_order_BT, -1), (of_queries, 0))]
+    queries.append(None if rngs is None else jax.random.split(rngs, count))
     keys = [
         _filled(x, columns, fill) for x, fill in ((k_BSKH, 0), (v_BSKH, 0), (blocks.key_order_BS, -1), (of_keys, 0))
     ]
 
     @jax.checkpoint
     def of_block(of_queries: list[Array | None], of_keys: list[Array | None]) -> Array:
-        (q, query_order_BC, of_query), (k, v, key_order_BS, of_key) = of_queries, of_keys
+        (q, query_order_BC, of_query, rngs), (k, v, key_order_BS, of_key) = of_queries, of_keys
         documents = None if of_query is None or of_key is None else (of_query, of_key)
-        return attend(q, k, v, mask(query_order_BC, key_order_BS, window, documents))
+        return attend(q, k, v, mask(query_order_BC, key_order_BS, window, documents), dropout, rngs)
 
     outputs = []
     for loop in loops:

@@ -109,22 +109,26 @@ def attend_sdpa(
 ) -> tuple[Tensor, Tensor | None]:
     """The formula, of a long text by blocks of queries, whose weights it does not return."""
     blocks = visibility.blocks
-    if blocks is None or dropout:
-        return attend_eager(q_BTNH, k_BSKH, v_BSKH, visibility, dropout, seed)
+
+    def whole() -> Tensor:
+        return attend_eager(q_BTNH, k_BSKH, v_BSKH, visibility, dropout, seed)[0]
 
     def by_blocks() -> Tensor:
-        return attend_by_blocks(q_BTNH, k_BSKH, v_BSKH, blocks, _of_block)
+        return attend_by_blocks(q_BTNH, k_BSKH, v_BSKH, blocks, _of_block, dropout=dropout, seed=seed)
 
+    if blocks is None:
+        return attend_eager(q_BTNH, k_BSKH, v_BSKH, visibility, dropout, seed)
     if blocks.is_long is None:
         return by_blocks(), None
-    o_BTNH = tf.cond(blocks.is_long, by_blocks, lambda: attend_eager(q_BTNH, k_BSKH, v_BSKH, visibility, 0.0, None)[0])
-    return o_BTNH, None
+    return tf.cond(blocks.is_long, by_blocks, whole), None
 
 
-def _of_block(q_BCNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask_BCS: Tensor) -> Tensor:
+def _of_block(
+    q_BCNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask_BCS: Tensor, dropout: float, seed: Tensor | None
+) -> Tensor:
     """The output of a block's queries."""
     nobody = tf.zeros([1, 0], tf.int32)
-    return attend_eager(q_BCNH, k_BSKH, v_BSKH, Visibility(nobody, nobody, mask_BTS=mask_BCS), 0.0, None)[0]
+    return attend_eager(q_BCNH, k_BSKH, v_BSKH, Visibility(nobody, nobody, mask_BTS=mask_BCS), dropout, seed)[0]
 
 
 ATTENTION = {"eager": attend_eager, "sdpa": attend_sdpa, "blocked": attend_sdpa}

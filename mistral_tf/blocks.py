@@ -29,8 +29,9 @@ sees."""
 FIRST = 4
 """The same of the first blocks of a window, which reach beyond the text's begin, where they are so many."""
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""Queries [B, C, N, H], keys and values [B, S, K, H] and a mask that broadcasts to [B, C, S], to outputs."""
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
+"""Queries [B, C, N, H], keys and values [B, S, K, H], a mask that broadcasts to [B, C, S], and the share of weights
+that is dropped and the seed that says which, to outputs."""
 
 
 class Blocks(NamedTuple):
@@ -51,7 +52,7 @@ class Blocks(NamedTuple):
     """Whether the columns are taken as they stand, for which nothing is moved."""
     is_long: Tensor | None
     """Whether the text is taken by blocks, where its columns are not known when it is traced; None: it is."""
-    programs: dict[Attend, Callable[..., Tensor]]
+    programs: dict[tuple[Attend, float], Callable[..., Tensor]]
     """What layers that see alike have in common in a graph: the blocks, and their gradients, traced once."""
 
 
@@ -146,19 +147,33 @@ def _least(one: Any, other: Any) -> Any:
     return min(one, other) if are_known else tf.minimum(one, other)
 
 
-def attend_by_blocks(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, blocks: Blocks, attend: Attend) -> Tensor:
-    """The output [B, T, N, H], block after block.
+def attend_by_blocks(
+    q_BTNH: Tensor,
+    k_BSKH: Tensor,
+    v_BSKH: Tensor,
+    blocks: Blocks,
+    attend: Attend,
+    *,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """The output [B, T, N, H], block after block, of which each draws by a seed of its own what is dropped.
 
     For gradients the scores and the masks of a block are not kept but computed again.
     """
+    seed, told = seed if dropout else None, {"attend": attend, "dropout": dropout}
     if tf.executing_eagerly():
-        return _attended(q_BTNH, k_BSKH, v_BSKH, blocks, attend)
-    if attend not in blocks.programs:
-        blocks.programs[attend] = tf.function(functools.partial(_attended, attend=attend), autograph=False)
-    return blocks.programs[attend](q_BTNH, k_BSKH, v_BSKH, blocks._replace(programs={}))
+        return _attended(q_BTNH, k_BSKH, v_BSKH, blocks, seed, **told)
+    key = attend, dropout
+    if key not in blocks.programs:
+        blocks.programs[key] = tf.function(functools.partial(_attended, **told), autograph=False)
+    return blocks.programs[key](q_BTNH, k_BSKH, v_BSKH, blocks._replace(programs={}), seed)
 
 
-def _attended(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, blocks: Blocks, attend: Attend) -> Tensor:
+def _attended(
+    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, blocks: Blocks, seed: Tensor | None,
+    *, attend: Attend, dropout: float,
+) -> Tensor:  # fmt: skip
     window = blocks.window
     T, seen = sizes(q_BTNH)[1], sizes(blocks.key_order_BS)[1]
     q_BTNH, k_BSKH, v_BSKH = tf.cond(
@@ -170,14 +185,15 @@ def _attended(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, blocks: Blocks, at
     of_queries, of_keys = (None, None) if blocks.documents is None else blocks.documents
     count = -(-T // COLUMNS)
     queries = [_in_blocks(x, count, fill) for x, fill in ((q_BTNH, 0), (blocks.query_order_BT, -1), (of_queries, 0))]
+    queries.append(None if seed is None else _seeds(seed, count))
     keys = [
         _filled(x, columns, fill) for x, fill in ((k_BSKH, 0), (v_BSKH, 0), (blocks.key_order_BS, -1), (of_keys, 0))
     ]
 
     def of_block(floats: Sequence[Tensor], numbers: Sequence[Tensor | None]) -> Tensor:
-        query_order_BC, of_query, key_order_BS, of_key = numbers
+        query_order_BC, of_query, seed, key_order_BS, of_key = numbers
         documents = None if of_query is None or of_key is None else (of_query, of_key)
-        return attend(*floats, mask(query_order_BC, key_order_BS, window, documents))
+        return attend(*floats, mask(query_order_BC, key_order_BS, window, documents), dropout, seed)
 
     outputs = []
     for loop in loops:
@@ -250,6 +266,12 @@ def _in_turn(
         return outputs.stack(), gradient
 
     return run(q, *keys_values)
+
+
+def _seeds(seed: Tensor, count: Any) -> Tensor:
+    """[count, 2]: a seed of each block."""
+    blocks = tf.range(count, dtype=seed.dtype)
+    return tf.map_fn(lambda block: tf.random.experimental.stateless_fold_in(seed, block), blocks)
 
 
 def _taken(x_BS: Tensor, column_BS: Tensor) -> Tensor:

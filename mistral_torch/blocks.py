@@ -157,10 +157,19 @@ def _mask(blocks: Blocks, block: _Span) -> Tensor:
     return mask(blocks.query_order_BT[:, queries], blocks.key_order_BS[:, keys], blocks.window, documents)
 
 
-def attend_by_blocks(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, blocks: Blocks, attend: Attend) -> Tensor:
+def attend_by_blocks(
+    q_BTNH: Tensor,
+    k_BSKH: Tensor,
+    v_BSKH: Tensor,
+    blocks: Blocks,
+    attend: Attend,
+    *,
+    keeps_scores: bool = False,
+) -> Tensor:
     """The output [B, T, N, H], block after block.
 
-    For gradients the scores and the masks of a block are not kept but computed again.
+    For gradients the scores and the masks of a block are not kept but computed again; `keeps_scores` says that `attend`
+    would keep them even of a mask that blocks share.
     """
     if blocks.query_column_BT is None or blocks.key_column_BS is None:
         seen = blocks.key_order_BS.shape[1]
@@ -169,14 +178,14 @@ def attend_by_blocks(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, blocks: Blo
         q_BTNH = _columns(q_BTNH, blocks.query_column_BT)
         k_BSKH, v_BSKH = (_columns(x, blocks.key_column_BS) for x in (k_BSKH, v_BSKH))
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTNH, k_BSKH, v_BSKH))
-    # as what is added to scores, kernels keep a shared mask for gradients as it is
+    # as what is added to scores, most kernels keep a shared mask for gradients as it is, and nothing as large beside it
     added = {sizes: _added(visible, q_BTNH.dtype) for sizes, visible in blocks.masks.items()}
 
     def of_block(q_BCNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, span: _Span) -> Tensor:
         return attend(q_BCNH, k_BSKH, v_BSKH, added[span.sizes] if added else _mask(blocks, span))
 
     run: Callable[..., Tensor] = of_block
-    if learns and not added and not is_mapped():
+    if learns and (keeps_scores or not added) and not is_mapped():
         run = functools.partial(checkpoint, of_block, use_reentrant=False)
     queries = q_BTNH.split(COLUMNS, dim=1)
     keys, values = (_of_spans(x, blocks.spans, learns) for x in (k_BSKH, v_BSKH))

@@ -43,16 +43,23 @@ class Torch:
         self.attention, self.module = (importlib.import_module(f"mistral_torch.{n}") for n in ("attention", "blocks"))
         self.array = torch.from_numpy
 
-    def run(self, implementation, visibility, arrays, upstream):
+    def run(self, implementation, visibility, arrays, upstream, **dropped):
         import torch
 
         arrays = [torch.from_numpy(x).requires_grad_() for x in arrays]
-        output = self.attend(implementation, visibility, *arrays)
+        output = self.attend(implementation, visibility, *arrays, **dropped)
         return [x.detach().numpy() for x in (output, *torch.autograd.grad(output, arrays, self.array(upstream)))]
 
-    def attend(self, implementation, visibility, *arrays):
+    def attend(self, implementation, visibility, *arrays, **dropped):
         prepared = self.attention.prepared(visibility, implementation)
-        return self.attention.attend(*arrays, prepared, implementation=implementation)[0]
+        return self.attention.attend(*arrays, prepared, implementation=implementation, **dropped)[0]
+
+    def dropped(self, share, seed):
+        """The options of a call that drops weights."""
+        import torch
+
+        torch.manual_seed(seed)
+        return {"dropout": share}
 
 
 class Flax(Torch):
@@ -62,11 +69,16 @@ class Flax(Torch):
         self.attention, self.module = (importlib.import_module(f"mistral_flax.{n}") for n in ("attention", "blocks"))
         self.array = lambda x: jnp.asarray(x, jnp.int32 if x.dtype.kind == "i" else x.dtype)
 
-    def run(self, implementation, visibility, arrays, upstream):
+    def run(self, implementation, visibility, arrays, upstream, **dropped):
         import jax
 
-        output, back = jax.vjp(lambda *each: self.attend(implementation, visibility, *each), *arrays)
+        output, back = jax.vjp(lambda *each: self.attend(implementation, visibility, *each, **dropped), *arrays)
         return [np.asarray(x) for x in (output, *back(self.array(upstream)))]
+
+    def dropped(self, share, seed):
+        import jax
+
+        return {"dropout": share, "rngs": jax.random.key(seed)}
 
 
 class Tf(Torch):
@@ -76,14 +88,19 @@ class Tf(Torch):
         self.attention, self.module = (importlib.import_module(f"mistral_tf.{n}") for n in ("attention", "blocks"))
         self.array = lambda x: tf.constant(x, tf.int32 if x.dtype.kind == "i" else x.dtype)
 
-    def run(self, implementation, visibility, arrays, upstream):
+    def run(self, implementation, visibility, arrays, upstream, **dropped):
         import tensorflow as tf
 
         arrays = [*map(tf.constant, arrays)]
         with tf.GradientTape() as tape:
             tape.watch(arrays)
-            output = self.attend(implementation, visibility, *arrays)
+            output = self.attend(implementation, visibility, *arrays, **dropped)
         return [x.numpy() for x in (output, *tape.gradient(output, arrays, self.array(upstream)))]
+
+    def dropped(self, share, seed):
+        import tensorflow as tf
+
+        return {"dropout": share, "seed": tf.constant([seed, 0])}
 
 
 @pytest.fixture(params=["torch", "flax", "tf"])
@@ -122,6 +139,35 @@ def test_blocks_are_the_formula(backend, T, past, window, padding, packed):
     assert not got[0][query < 0].any(), "padding sees nothing"
 
 
+@pytest.mark.parametrize("window", [3, 7, None])
+def test_blocks_drop_weights_as_the_formula_does(backend, window):
+    """The share that is told, each block others, and the same again where a gradient computes a block once more.
+
+    Values are the rows of an identity, so that an output is the weights themselves.
+    """
+    T, share = 17, 0.4
+    rng = np.random.default_rng(0)
+    order = backend.array(orders("left", T, 0)[0])
+    visibility = backend.attention.Visibility(order, order, window)
+    values = np.broadcast_to(np.eye(T, dtype="f")[None, :, None], (B, T, K, T)).copy()
+    arrays = [*(rng.standard_normal((B, T, heads, T)).astype("f") for heads in (N, K)), values]
+    upstream = rng.standard_normal(arrays[0].shape).astype("f")
+    weights = backend.run("eager", visibility, arrays, upstream)[0]
+    found, _, _, of_values = backend.run("blocked", visibility, arrays, upstream, **backend.dropped(share, 1))
+    kept = found != 0
+    np.testing.assert_allclose(found[kept], weights[kept] / (1 - share), rtol=2e-5)
+    assert abs(1 - kept[weights != 0].mean() - share) < 0.1
+    by_group = [x.reshape(B, T, K, N // K, T) for x in (found, upstream)]
+    np.testing.assert_allclose(of_values, np.einsum("BTKGS,BTKGH->BSKH", *by_group), atol=1e-5)
+    last, before = (kept[0, t, :, t - 2 : t + 1] for t in (T - 1, T - 1 - BLOCK))
+    assert (last != before).any(), "the same place of two blocks"
+    again, other = (
+        backend.run("blocked", visibility, arrays, upstream, **backend.dropped(share, seed))[0] for seed in (1, 2)
+    )
+    assert np.array_equal(again, found)
+    assert ((other != 0) != kept).any()
+
+
 def test_a_long_text_is_cut_where_that_pays(backend, monkeypatch):
     """Of itself no short text is cut, nor one whose window shows nearly all of it; a mask is then made."""
     monkeypatch.setattr(backend.module, "LONG", 4 * BLOCK)
@@ -156,7 +202,7 @@ def test_a_block_sees_no_more_than_its_window(backend):
         blocks = backend.module.cut(order, order, 2 * BLOCK, always=True)
         scores = []
 
-        def attend(q, k, v, mask, scores=scores):
+        def attend(q, k, v, mask, *dropped, scores=scores):
             assert tuple(mask.shape[1:]) == (q.shape[1], k.shape[1])
             scores.append(q.shape[1] * k.shape[1])
             return q
@@ -315,7 +361,7 @@ LAYOUTS = {
 }
 
 
-def made_by_torch(model, given):
+def made_by_torch(model, given, *, trains=False):
     """The numbers of each array that an operation of torch gives."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -329,11 +375,11 @@ def made_by_torch(model, given):
             return y
 
     with Told():
-        model(**{name: torch.from_numpy(x) for name, x in given.items()}).loss.backward()
+        model.train(trains)(**{name: torch.from_numpy(x) for name, x in given.items()}).loss.backward()
     return found
 
 
-def made_by_flax(model, given):
+def made_by_flax(model, given, *, trains=False):
     """The same of a program of JAX."""
     import jax
     from jax.extend.core import jaxprs_in_params
@@ -345,17 +391,18 @@ def made_by_flax(model, given):
                 yield from walk(inner)
 
     arrays = {name: jax.numpy.asarray(x, "int32") for name, x in given.items()}
-    loss = jax.grad(lambda params, arrays: model(**arrays, params=params, use_cache=False).loss)
+    rngs = {"rngs": jax.random.key(0)} if trains else {}
+    loss = jax.grad(lambda params, arrays: model(**arrays, params=params, use_cache=False, **rngs).loss)
     return list(walk(jax.make_jaxpr(loss)(model.params, arrays).jaxpr))
 
 
-def made_by_tf(model, given):
+def made_by_tf(model, given, *, trains=False):
     """The same of a graph of TensorFlow, and of what it calls."""
     import tensorflow as tf
 
     def step(arrays):
         with tf.GradientTape() as tape:
-            loss = model(**arrays, use_cache=False, training=False).loss
+            loss = model(**arrays, use_cache=False, training=trains).loss
         return tape.gradient(loss, model.trainable_variables)
 
     given = {name: tf.TensorSpec(x.shape, tf.int32) for name, x in given.items()}
@@ -365,17 +412,29 @@ def made_by_tf(model, given):
     return [x.shape.num_elements() or 0 for x in outputs if x.shape.rank is not None]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["torch", "flax", "tf"])
-def test_nothing_of_a_long_text_is_as_large_as_its_square(name, layout):
-    """Of a whole model's loss and gradients, whatever tells where rows and documents begin."""
+def made(name, layout="plain", **options):
+    """The same of a small model with one head, of its loss and gradients of a long text."""
     package = importlib.import_module(f"mistral_{name}")
     config = package.MistralConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, sliding_window=1024, max_position_embeddings=LONG_TEXT,
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=LONG_TEXT, **{"sliding_window": 1024, **options},
     )  # fmt: skip
     ids = np.arange(LONG_TEXT)[None] % 29
     given = {"input_ids": ids, "labels": ids, **LAYOUTS[layout]}
-    made = globals()[f"made_by_{name}"](package.MistralForCausalLM(config), given)
-    assert len(made) > 100
-    assert max(made) < LONG_TEXT**2 / 8
+    found = globals()[f"made_by_{name}"](package.MistralForCausalLM(config), given, trains=config.attention_dropout > 0)
+    assert len(found) > 100
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["torch", "flax", "tf"])
+def test_nothing_of_a_long_text_is_as_large_as_its_square(name, layout):
+    """Whatever tells where rows and documents begin."""
+    assert max(made(name, layout)) < LONG_TEXT**2 / 16
+
+
+@pytest.mark.parametrize("window", [1024, None])
+@pytest.mark.parametrize("name", ["torch", "flax", "tf"])
+def test_nothing_of_a_long_text_is_as_large_as_its_square_where_weights_are_dropped(name, window):
+    """Nor with all tokens in sight: a block's scores are of so many queries."""
+    assert max(made(name, sliding_window=window, attention_dropout=0.1)) <= LONG_TEXT**2 / 16
