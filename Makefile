@@ -21,11 +21,12 @@ test test-quick: SOON = XLA_FLAGS="--xla_backend_optimization_level=0 --xla_cpu_
     --xla_cpu_parallel_codegen_split_count=1"
 # processes after each other, so that none keeps what all three frameworks have compiled; the files that take longest
 # are named first, or one process would be left alone with the last of them
-PARTS := "--no-loadscope-reorder tests/test_readme.py tests/test_editor.py tests/test_embedded.py tests/test_imports.py tests \
+PARTS := "tests/test_readme.py tests/test_editor.py tests/test_embedded.py tests/test_imports.py tests \
     --ignore=tests/backends" "conformance" \
-    "--no-loadscope-reorder tests/backends/test_loss_parts.py tests/backends/test_generate.py tests/backends \
+    "tests/backends/test_loss_parts.py tests/backends/test_generate.py tests/backends \
     --ignore-glob=*/test_[p-z]*" \
-    "--no-loadscope-reorder tests/backends/test_torch_compile.py tests/backends --ignore-glob=*/test_[a-o]*"
+    "tests/backends/test_torch_compile.py tests/backends/test_tf_strategies.py tests/backends/test_whole_prompt.py \
+    tests/backends/test_training.py tests/backends --ignore-glob=*/test_[a-o]*"
 
 demo: $(STAMP)
 	$(BIN)/mistral demo
@@ -34,7 +35,9 @@ test: TIER = not sweep and not slow
 test-all: TIER = not sweep
 # the types of the sources are one of the tests, beside others
 test test-all: style
-	failed=0; for part in $(PARTS); do $(PYTEST) -n 2 --dist loadgroup -m "$(TIER)" $$part || failed=1; done; exit $$failed
+	failed=0; for part in $(PARTS); do \
+	    $(PYTEST) -n 2 --dist loadgroup --no-loadscope-reorder -m "$(TIER)" $$part || failed=1; \
+	done; exit $$failed
 
 # the core, and the pieces of one backend, for a change that is being made: make test-quick BACKEND=flax
 BACKEND ?= torch

@@ -89,8 +89,9 @@ PACKED_IN_BFLOAT16 = ("packed int4 32", "packed nf4 64", "packed-product")
 
 
 def marks(subject, dtype, check):
-    """The marks of a point: one process for a backend, and `slow` where a representative stands for it."""
-    together = pytest.mark.xdist_group(subject[0])
+    """The marks of a point: one process for what compiles the same, and `slow` where a representative stands for it."""
+    # torch compiles nothing here, so that its points can go where there is time
+    together = pytest.mark.xdist_group("-".join(subject) if subject[0] == "torch" else subject[0])
     kind, _, case = check.name.partition(" ")
     first = subject[1] == "eager" and dtype == "float32" and not kind.startswith("packed")
     if kind.startswith("packed") and dtype != "float32":
@@ -128,7 +129,7 @@ def test_conformance(subject, dtype, check):
     assert not [item for item in found if not item.passed], "\n".join(str(i) for i in found if not i.passed)
 
 
-@pytest.mark.xdist_group("torch")
+@pytest.mark.xdist_group("torch-eager")
 @pytest.mark.parametrize(
     "check", ["modules window", "adapters", "gradients of adapters", "packed-rounded", "greedy", "greedy in C"]
 )
@@ -138,7 +139,7 @@ def test_a_check_that_changes_a_model_has_its_own(check):
     assert not subject.models
 
 
-@pytest.mark.xdist_group("torch")
+@pytest.mark.xdist_group("torch-eager")
 def test_no_check_changes_a_model_that_others_call():
     subject = suite.subject("torch", "eager", "float32")  # in a whole run it has run all checks
     for check in ("parts window", "chunked window", "cached window 7+1+3+6", "sampled", "packed int4 32"):
