@@ -157,7 +157,7 @@ def attend_by_blocks(
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """The output [B, T, N, H], block after block, of which each draws by a seed of its own what is dropped.
+    """The output [B, T, N, H], block after block, of which each draws what is dropped for itself.
 
     For gradients the scores and the masks of a block are not kept but computed again.
     """

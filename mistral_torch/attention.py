@@ -138,20 +138,18 @@ def attend_sdpa(
             if o_BTNH is not None:
                 return o_BTNH, None
         visibility = prepared(visibility._replace(in_c=False, told=None), DEFAULT)
-    by_formula = bool(dropout) and q_BTNH.device.type == "cpu"  # where no kernel drops weights
     if visibility.runs is not None:
         if not dropout and unwatched(q_BTNH, k_BSKH, v_BSKH):
             return attend_in_bands(q_BTNH, k_BSKH, v_BSKH, visibility.runs, visibility.window), None
         visibility = visibility._replace(blocks=cut(*visibility[:4]))
-    if visibility.is_causal and by_formula:
+    if visibility.is_causal and dropout and q_BTNH.device.type == "cpu":  # where no kernel drops weights
         visibility = visibility._replace(is_causal=False, blocks=cut(*visibility[:4]))
     if visibility.blocks is not None:
 
         def of_block(q: Tensor, k: Tensor, v: Tensor, mask_BCS: Tensor) -> Tensor:
             return attend_sdpa(q, k, v, Visibility(*visibility[:2], mask_BTS=mask_BCS), dropout)[0]
 
-        given = q_BTNH, k_BSKH, v_BSKH, visibility.blocks, of_block
-        return attend_by_blocks(*given, keeps_scores=by_formula), None
+        return attend_by_blocks(q_BTNH, k_BSKH, v_BSKH, visibility.blocks, of_block, dropout=dropout), None
     k, v = k_BSKH.transpose(1, 2), v_BSKH.transpose(1, 2)
     if visibility.is_causal:
         q = q_BTNH.transpose(1, 2)

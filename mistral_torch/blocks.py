@@ -164,12 +164,12 @@ def attend_by_blocks(
     blocks: Blocks,
     attend: Attend,
     *,
-    keeps_scores: bool = False,
+    dropout: float = 0.0,
 ) -> Tensor:
-    """The output [B, T, N, H], block after block.
+    """The output [B, T, N, H], block after block, of which each draws what is dropped for itself.
 
-    For gradients the scores and the masks of a block are not kept but computed again; `keeps_scores` says that `attend`
-    would keep them even of a mask that blocks share.
+    For gradients the scores and the masks of a block are not kept but computed again. `dropout` is the share of weights
+    that `attend` drops.
     """
     if blocks.query_column_BT is None or blocks.key_column_BS is None:
         seen = blocks.key_order_BS.shape[1]
@@ -178,7 +178,8 @@ def attend_by_blocks(
         q_BTNH = _columns(q_BTNH, blocks.query_column_BT)
         k_BSKH, v_BSKH = (_columns(x, blocks.key_column_BS) for x in (k_BSKH, v_BSKH))
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTNH, k_BSKH, v_BSKH))
-    # as what is added to scores, most kernels keep a shared mask for gradients as it is, and nothing as large beside it
+    # as what is added to scores, kernels keep a shared mask for gradients as it is; none of a CPU drops weights
+    keeps_scores = bool(dropout) and q_BTNH.device.type == "cpu"
     added = {sizes: _added(visible, q_BTNH.dtype) for sizes, visible in blocks.masks.items()}
 
     def of_block(q_BCNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, span: _Span) -> Tensor:
