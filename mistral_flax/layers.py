@@ -23,13 +23,19 @@ from .programs import in_one_program
 from .step import Step, look
 
 
+@functools.partial(in_one_program, static_argnames=("shape", "dtype"))
+def _normal(key: Array, *, shape: tuple[int, ...], dtype: Any, std: float) -> Array:
+    """Random numbers of this deviation around 0."""
+    return jax.random.normal(key, shape, dtype) * std
+
+
 class Linear(nnx.Module):
     """x W^T + b in the dtype of x, with W [out, in] as in every checkpoint."""
 
     def __init__(
         self, size_in: int, size_out: int, *, bias: bool = False, param_dtype: Any, rngs: nnx.Rngs, std: float
     ) -> None:
-        self.weight = nnx.Param(jax.random.normal(rngs.params(), (size_out, size_in), param_dtype) * std)
+        self.weight = nnx.Param(_normal(rngs.params(), shape=(size_out, size_in), dtype=param_dtype, std=std))
         self.bias = nnx.Param(jnp.zeros(size_out, param_dtype)) if bias else None
 
     def __call__(self, x: Array) -> Array:
@@ -40,7 +46,7 @@ class Embedding(nnx.Module):
     """The rows [V, D] that token ids pick, in the dtype that the model computes in."""
 
     def __init__(self, size: int, width: int, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs, std: float) -> None:
-        self.weight = nnx.Param(jax.random.normal(rngs.params(), (size, width), param_dtype) * std)
+        self.weight = nnx.Param(_normal(rngs.params(), shape=(size, width), dtype=param_dtype, std=std))
         self.dtype = dtype
 
     def __call__(self, ids_BT: Array) -> Array:
