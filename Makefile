@@ -19,14 +19,9 @@ PYTEST = PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX=$(KEPT)/python OMP_NUM_THR
 # small program into pieces for several threads
 test test-quick: SOON = XLA_FLAGS="--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false \
     --xla_cpu_parallel_codegen_split_count=1"
-# processes after each other, so that none keeps what all three frameworks have compiled; the files that take longest
-# are named first, or one process would be left alone with the last of them
-PARTS := "tests/test_readme.py tests/test_editor.py tests/test_embedded.py tests/test_imports.py tests \
-    --ignore=tests/backends" "conformance" \
-    "tests/backends/test_loss_parts.py tests/backends/test_generate.py tests/backends \
-    --ignore-glob=*/test_[p-z]*" \
-    "tests/backends/test_torch_compile.py tests/backends/test_tf_strategies.py tests/backends/test_whole_prompt.py \
-    tests/backends/test_training.py tests/backends --ignore-glob=*/test_[a-o]*"
+# processes after each other, so that none keeps what all three frameworks have compiled
+PARTS := "tests --ignore=tests/backends" "conformance" "tests/backends --ignore-glob=*/test_[p-z]*" \
+    "tests/backends --ignore-glob=*/test_[a-o]*"
 
 demo: $(STAMP)
 	$(BIN)/mistral demo

@@ -12,17 +12,18 @@ import signal
 
 import pytest
 from frameworks import PACKAGES, REQUESTED, leave_further
+from sharing import begin_with_the_longest, group
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """The tests of a file go to one process, for what the first of them makes is there for the others."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(config.rootpath).as_posix()))
+    group(items, root=config.rootpath)
     leave_further(items, of_whole_files=not any("::" in argument for argument in config.args))
+    yield
+    if hasattr(config, "workerinput"):  # of pytest-xdist
+        begin_with_the_longest(items)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,8 +16,8 @@ from conformance import suite
 from conformance.meta.mutants import BACKENDS, CORE, MUTANTS, PACKED, Everywhere
 
 ROOT = Path(__file__).parents[2]
-TOGETHER = {name: pytest.mark.xdist_group(name) for name in BACKENDS}
-"""One process for a backend, which loads no other framework and compiles each program once."""
+TOGETHER = {name: pytest.mark.xdist_group(f"mutants-{name}") for name in BACKENDS}
+"""One process for a backend's, which loads no other framework."""
 EACH = [pytest.param(name, marks=together) for name, together in TOGETHER.items()]
 
 
