@@ -82,7 +82,7 @@ def attend(
         *orders, window, document_ids_BT = visibility[:4]
         told = {"window": window, "document_ids_BT": document_ids_BT}
         return attend_in_c(q_BTNH, k_BSKH, v_BSKH, *orders, **told, formula=_formula), None
-    if dropout and implementation == "splash":
+    if dropout and implementation == "splash":  # which has prepared nothing that the formula reads
         implementation, visibility = "dot_product", prepared(visibility, "dot_product")
     if visibility.blocks is not None:
         told = {"dropout": dropout, "rngs": rngs}
@@ -269,7 +269,7 @@ ATTENTION = {
     "splash": attend_splash,
 }
 ALIASES = {"sdpa": "dot_product"}
-WITHOUT_DROPOUT = ("dot_product", "blocked", "splash")
+WITHOUT_DROPOUT = ("dot_product", "blocked")
 MASKED = ("eager", "dot_product", "blocked")
 """Those that read the mask."""
 BY_BLOCKS = ("dot_product", "blocked")

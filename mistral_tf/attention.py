@@ -8,6 +8,7 @@ and, where it has them, the weights [B, N, T, S]. TensorFlow has no fused kernel
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -109,18 +110,14 @@ def attend_sdpa(
 ) -> tuple[Tensor, Tensor | None]:
     """The formula, of a long text by blocks of queries, whose weights it does not return."""
     blocks = visibility.blocks
-
-    def whole() -> Tensor:
-        return attend_eager(q_BTNH, k_BSKH, v_BSKH, visibility, dropout, seed)[0]
+    whole = functools.partial(attend_eager, q_BTNH, k_BSKH, v_BSKH, visibility, dropout, seed)
+    if blocks is None:
+        return whole()
 
     def by_blocks() -> Tensor:
         return attend_by_blocks(q_BTNH, k_BSKH, v_BSKH, blocks, _of_block, dropout=dropout, seed=seed)
 
-    if blocks is None:
-        return attend_eager(q_BTNH, k_BSKH, v_BSKH, visibility, dropout, seed)
-    if blocks.is_long is None:
-        return by_blocks(), None
-    return tf.cond(blocks.is_long, by_blocks, whole), None
+    return by_blocks() if blocks.is_long is None else tf.cond(blocks.is_long, by_blocks, lambda: whole()[0]), None
 
 
 def _of_block(

@@ -185,7 +185,7 @@ def _attended(
     of_queries, of_keys = (None, None) if blocks.documents is None else blocks.documents
     count = -(-T // COLUMNS)
     queries = [_in_blocks(x, count, fill) for x, fill in ((q_BTNH, 0), (blocks.query_order_BT, -1), (of_queries, 0))]
-    queries.append(None if seed is None else _seeds(seed, count))
+    queries.append(None if seed is None else tf.random.split(seed, count))
     keys = [
         _filled(x, columns, fill) for x, fill in ((k_BSKH, 0), (v_BSKH, 0), (blocks.key_order_BS, -1), (of_keys, 0))
     ]
@@ -266,12 +266,6 @@ def _in_turn(
         return outputs.stack(), gradient
 
     return run(q, *keys_values)
-
-
-def _seeds(seed: Tensor, count: Any) -> Tensor:
-    """[count, 2]: a seed of each block."""
-    blocks = tf.range(count, dtype=seed.dtype)
-    return tf.map_fn(lambda block: tf.random.experimental.stateless_fold_in(seed, block), blocks)
 
 
 def _taken(x_BS: Tensor, column_BS: Tensor) -> Tensor:
