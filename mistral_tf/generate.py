@@ -122,7 +122,7 @@ class Engine:
         return to_numpy(x) if tf.is_tensor(x) else np.asarray(x)
 
 
-_chosen = tf.function(choose)
+_chosen = tf.function(choose, autograph=False)
 
 
 def _tensors(values: Values) -> Values:
@@ -135,8 +135,8 @@ def _traced(model: MistralForCausalLM) -> tuple[Callable[..., Any], ...]:
         prefill, decode, loop = _plain(weakref.proxy(model))
         # XLA on a CPU runs a small step faster, copies 16-bit weights to float32, and packed ones too
         whole = _is_float32_on_cpu(model) and not any(model.packed_parts())
-        small = tf.function(decode, jit_compile=True) if whole else tf.function(decode)
-        _compiled[model] = tf.function(prefill), small, tf.function(loop)
+        small = tf.function(decode, jit_compile=True if whole else None, autograph=False)
+        _compiled[model] = tf.function(prefill, autograph=False), small, tf.function(loop, autograph=False)
     return _compiled[model]
 
 

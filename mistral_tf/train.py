@@ -49,8 +49,9 @@ class Learner:
         )  # fmt: skip
         self._optimizer.exclude_from_weight_decay(var_list=[each for each in wide if len(each.shape) < 2])
         self._optimizer.build(wide)
-        self._gradients, self._measured = tf.function(self._gradients_of), tf.function(self._measured_of)
-        self._moved = tf.function(self._moved_by)
+        self._gradients, self._measured, self._moved = (
+            tf.function(each, autograph=False) for each in (self._gradients_of, self._measured_of, self._moved_by)
+        )
 
     def step(self, batches: Sequence[Mapping[str, np.ndarray]], *, items: int, rate: float, number: int) -> StepOutcome:
         """Learn from the batches as from one; where a loss or the gradients are no finite numbers, nothing is moved."""

@@ -53,6 +53,21 @@ def test_tf_function_of_any_length_is_traced_once(model):
     assert traced.experimental_get_tracing_count() == 1
 
 
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 0}, {"on_device_loop": True}])
+def test_what_is_traced_here_is_written_as_it_runs(options, monkeypatch):
+    """AutoGraph would write the source of all that is called anew first, which takes longer than to trace it."""
+    seen = []
+    model, call = MistralForCausalLM(CONFIG), MistralForCausalLM.call
+
+    def told(self, *arguments, **given):
+        seen.append((tf.inside_function(), tf.__internal__.autograph.control_status_ctx().status.name))
+        return call(self, *arguments, **given)
+
+    monkeypatch.setattr(MistralForCausalLM, "call", told)
+    model.generate(IDS, max_new_tokens=3, eos_token_id=None, compile="on", **options)
+    assert {status for inside, status in seen if inside} == {"DISABLED"}
+
+
 @pytest.mark.feature("Cache in a compiled step")
 def test_a_cache_goes_in_and_out_of_tf_function(model):
     step = tf.function(lambda ids, past: model(ids, past_key_values=past))
