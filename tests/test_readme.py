@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,10 +28,7 @@ import numpy as np
 import pictures_page
 import pytest
 from PIL import Image
-
-from mistral_core.data import TINY_CHECKPOINT
-from mistral_core.parameters import parameters
-from mistral_core.weights import checkpoint, loading
+from shallow import first_layers
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -86,8 +82,13 @@ CASES = {
     **{key: case for name, text in PAGES.items() for key, case in in_page(name, text).items()},
     **{name: in_script(name, text) for name, text in SCRIPTS.items()},
 }
-SHALLOW = ("docs/keras.md 2 tf", "examples/fit_keras.py", "examples/mirrored_keras.py")
-"""Examples that Keras traces for training, prediction and export: they get the first layer of the checkpoint only."""
+SHALLOW = (
+    "docs/jax.md 2 flax", "docs/jax.md 4 flax", "docs/keras.md 2 tf", "docs/launchers/jax-distributed.md 1 flax",
+    "docs/launchers/tf-distribute.md 1 tf", "docs/learning.md 3 flax", "docs/learning.md 3 tf",
+    "docs/learning.md 4 flax", "docs/learning.md 4 tf", "examples/fit_keras.py", "examples/mirrored_keras.py",
+    "examples/train_step_jax.py",
+)  # fmt: skip
+"""Examples of training, prediction and export, which trace each layer: they get the checkpoint's first one only."""
 ALONE = ("examples/shard_jax.py", "examples/mirrored_keras.py")
 """Examples that say how many devices there are, before a framework looks: each has a process of its own."""
 RUN = """
@@ -156,7 +157,7 @@ def outputs(name: str, *, whole: bool = False, alone: str = "") -> dict[str, tup
     `whole` runs those of SHALLOW alone, with all layers; `alone` is the only example that runs.
     """
     with tempfile.TemporaryDirectory() as directory:
-        first = first_layer(f"{directory}/first") if name == "tf" and not whole else ""
+        first = "" if name == "torch" or whole else first_layers(f"{directory}/first")
         chosen = [alone] if alone else [key for key in CASES if key not in ALONE and (key in SHALLOW or not whole)]
         cases = [(key, CASES[key]) for key in chosen if CASES[key].framework == name]
         jobs = [
@@ -173,17 +174,6 @@ def outputs(name: str, *, whole: bool = False, alone: str = "") -> dict[str, tup
         )
     assert result.returncode == 0, result.stderr
     return {key: (printed, failed) for key, printed, failed in map(json.loads, result.stdout.splitlines())}
-
-
-def first_layer(directory: str) -> str:
-    """The embedded checkpoint without the layers after the first, and its tokenizer."""
-    loaded = loading.load_pretrained(TINY_CHECKPOINT, "MistralForCausalLM", dtype="float32")
-    config = loaded.config.replace(num_hidden_layers=1)
-    kept = {name for name, _ in parameters(config, "MistralForCausalLM")}
-    checkpoint.save(directory, config, [(name, array) for name, array in loaded.tensors if name in kept])
-    for path in TINY_CHECKPOINT.glob("tokenizer*"):
-        shutil.copy(path, directory)
-    return directory
 
 
 def indented(text: str) -> list[str]:

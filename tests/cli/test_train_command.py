@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from shallow import first_layers
 
 from mistral_core.cli import main
 from mistral_core.cli.train import Teller
@@ -42,9 +43,15 @@ def files(tmp_path):
     return {kind: write(tmp_path / f"{kind}.jsonl", each) for kind, each in rows.items()}
 
 
-def trained(capsys, *arguments, status=0):
-    assert main(["train", str(TINY_CHECKPOINT), *arguments]) == status
+def trained(capsys, *arguments, model=TINY_CHECKPOINT, status=0):
+    assert main(["train", str(model), *arguments]) == status
     return capsys.readouterr()
+
+
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory):
+    """A model of one layer: each framework traces, or compiles, every layer of what it trains."""
+    return first_layers(str(tmp_path_factory.mktemp("shallow") / "model"))
 
 
 CASES = {
@@ -59,11 +66,11 @@ CASES = {
 @pytest.mark.filterwarnings("ignore:.* are initialised")
 @pytest.mark.others(kind=("chat", "text"))  # what each kind is to a framework, test_training.py has
 @pytest.mark.parametrize("kind", CASES)
-def test_a_kind_of_examples_is_learnt(backend, files, tmp_path, capsys, kind):
+def test_a_kind_of_examples_is_learnt(backend, shallow, files, tmp_path, capsys, kind):
     name = backend.__name__.removeprefix("mistral_")
     out = tmp_path / "run"
     given = (files[kind], "--out", str(out), "--backend", name, "--validation", files[kind], *FEW, *CASES[kind])
-    said = trained(capsys, *given)
+    said = trained(capsys, *given, model=shallow)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = max(line["step"] for line in lines)
     assert f"{steps} steps, all epochs; the record is in {out}" in said.out
@@ -73,13 +80,13 @@ def test_a_kind_of_examples_is_learnt(backend, files, tmp_path, capsys, kind):
     measured = [line["validation_loss"] for line in lines if "validation_loss" in line]
     assert len(measured) == 2
     about = json.loads((out / "run.json").read_text())
-    assert about["about"]["model"] == str(TINY_CHECKPOINT)
+    assert about["about"]["model"] == shallow
     assert name in about["made_with"]["backend"] or name in ("tf", "flax")
     architecture = {
         "classification": "MistralForSequenceClassification",
         "tokens": "MistralForTokenClassification",
     }.get(kind, "MistralForCausalLM")
-    base = {} if kind == "classification" else {"base": TINY_CHECKPOINT}
+    base = {} if kind == "classification" else {"base": shallow}
     if kind == "tokens":
         base |= {"id2label": {0: "O", 1: "PER"}}
     model = getattr(backend, architecture).from_pretrained(out / "final", **base)
@@ -151,11 +158,15 @@ def test_progress_tells_speed_and_time_left(capsys, monkeypatch):
 COMMAND = ("--rows", "1", "--accumulate", "2", "--length", "64", "--rate", "1e-2", "--epochs", "8", "--save-every", "2")
 
 
+def command(data, out, backend, *more):
+    given = (str(TINY_CHECKPOINT), data, "--out", str(out), "--backend", backend, "--validation", data)
+    return ["train", *given, *COMMAND, *more]
+
+
 def start(data, out, backend, *more):
-    arguments = [str(TINY_CHECKPOINT), data, "--out", str(out), "--backend", backend, "--validation", data, *COMMAND]
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
     return subprocess.Popen(
-        [sys.executable, "-m", "mistral_core.cli", "train", *arguments, *more], env=environment,
+        [sys.executable, "-m", "mistral_core.cli", *command(data, out, backend, *more)], env=environment,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -175,8 +186,7 @@ def wait_for(path, lines, process):
 
 
 def test_ctrl_c_keeps_the_step_and_resume_goes_on(files, tmp_path):
-    whole = start(files["text"], tmp_path / "whole", "torch", "--lora", "4")
-    assert whole.communicate()[0]
+    assert main(command(files["text"], tmp_path / "whole", "torch", "--lora", "4")) == 0
     process = start(files["text"], tmp_path / "parts", "torch", "--lora", "4")
     wait_for(tmp_path / "parts/metrics.jsonl", 5, process)
     process.send_signal(signal.SIGINT)
@@ -184,9 +194,7 @@ def test_ctrl_c_keeps_the_step_and_resume_goes_on(files, tmp_path):
     if process.returncode != 0:  # it may have been done
         assert process.returncode == 130, said
         assert "go on with the same command and --resume" in said
-    again = start(files["text"], tmp_path / "parts", "torch", "--lora", "4", "--resume")
-    assert again.communicate()[0]
-    assert again.returncode == 0
+    assert main(command(files["text"], tmp_path / "parts", "torch", "--lora", "4", "--resume")) == 0
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
