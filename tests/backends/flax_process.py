@@ -38,6 +38,14 @@ MASK = np.ones_like(IDS)
 MASK[1, :3] = 0
 LABELS = np.where(MASK == 0, -100, IDS)
 LABELS[2:, 1:6] = -100
+WAYS = {
+    "left pads": {"attention_mask": MASK},
+    "sampled": {"do_sample": True, "seed": 5, "top_k": 20},
+    "guessed": {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1},
+    "loop": {"on_device_loop": True},
+    "beams": {"num_beams": 2},
+    "global": {},
+}
 STARTED = time.monotonic()
 
 
@@ -106,8 +114,24 @@ def killed_at(count, call):
     return killed
 
 
-def everything(rank, directory, mesh, one):
+def learnt(model):
+    """The losses of three steps, and the weights after them."""
+    optimizer = nnx.Optimizer(model, optax.adamw(1e-2, eps=1e-6), wrt=nnx.Param)
+    return [float(trained(model, optimizer)[0]) for _ in range(3)], flat(nnx.state(model, nnx.Param))
+
+
+def alone(one):
+    """What one device says, chooses and learns."""
+    logits = np.asarray(one(IDS, MASK).logits)
+    texts = {name: np.asarray(one.generate(IDS, max_new_tokens=12, **options)) for name, options in WAYS.items()}
+    loss, gradients = nnx.value_and_grad(loss_of)(one)
+    losses, weights = learnt(MistralForCausalLM(CONFIG).load_arrays(one.params))
+    return jax.tree.map(np.asarray, (logits, texts, loss, flat(gradients), losses, weights))
+
+
+def everything(rank, directory, mesh, one, expected):
     """What the model says, chooses, saves and learns, beside one device."""
+    logits, texts, expected_loss, expected_gradients, expected_losses, expected_weights = expected
     found = {}
     # loading: each process reads what its devices hold, and no more
     read, cast = [], loading.cast
@@ -129,30 +153,20 @@ def everything(rank, directory, mesh, one):
         name: jax.make_array_from_process_local_data(rows, np.asarray(array[share], np.int32))
         for name, array in (("ids", IDS), ("mask", MASK), ("labels", LABELS))
     }
-    found["eager"] = apart(whole(cut(IDS, MASK).logits), one(IDS, MASK).logits)
+    found["eager"] = apart(whole(cut(IDS, MASK).logits), logits)
     found["refused"] = raised(lambda: cut(IDS + 96))
     loss, gradients = nnx.value_and_grad(loss_of)(cut)
-    expected_loss, expected = nnx.value_and_grad(loss_of)(one)
-    found["loss"] = apart(float(loss), float(expected_loss))
-    found["global loss"] = apart(float(loss_of(cut, **given)), float(expected_loss))
-    found["gradients"] = furthest(flat(gradients), flat(expected))
+    found["loss"] = apart(float(loss), expected_loss)
+    found["global loss"] = apart(float(loss_of(cut, **given)), expected_loss)
+    found["gradients"] = furthest(flat(gradients), expected_gradients)
     tell("eager calls")
 
     # text
-    ways = {
-        "left pads": {"attention_mask": MASK},
-        "sampled": {"do_sample": True, "seed": 5, "top_k": 20},
-        "guessed": {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1},
-        "loop": {"on_device_loop": True},
-        "beams": {"num_beams": 2},
+    said = {
+        name: cut.generate(given["ids"] if name == "global" else IDS, max_new_tokens=12, **options)
+        for name, options in WAYS.items()
     }
-    found["text"] = {
-        name: bool(np.array_equal(*(model.generate(IDS, max_new_tokens=12, **options) for model in (cut, one))))
-        for name, options in ways.items()
-    }
-    found["text"]["global"] = bool(
-        np.array_equal(*(model.generate(ids, max_new_tokens=12) for model, ids in ((cut, given["ids"]), (one, IDS))))
-    )
+    found["text"] = {name: bool(np.array_equal(text, texts[name])) for name, text in said.items()}
     found["unseeded"] = np.asarray(cut.generate(IDS, max_new_tokens=6, do_sample=True)).tolist()
     late = cut.generate(IDS, max_new_tokens=6, max_time=1000 if rank else 1e-9)
     asked = cut.generate(IDS, max_new_tokens=6, streamer=Asked(3) if rank else None)
@@ -178,12 +192,8 @@ def everything(rank, directory, mesh, one):
     tell("saved")
 
     # steps of training
-    results = []
-    for model in (one, cut):
-        optimizer = nnx.Optimizer(model, optax.adamw(1e-2, eps=1e-6), wrt=nnx.Param)
-        results.append(([float(trained(model, optimizer)[0]) for _ in range(3)], flat(nnx.state(model, nnx.Param))))
-    (losses, weights), (cut_losses, cut_weights) = results
-    found["steps"] = [apart(cut_losses, losses), furthest(cut_weights, weights)]
+    losses, weights = learnt(cut)
+    found["steps"] = [apart(losses, expected_losses), furthest(weights, expected_weights)]
     tell("trained")
     return found
 
@@ -214,11 +224,14 @@ def main():
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank, **patience)
     mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     one = MistralForCausalLM(CONFIG).load_arrays(random_parameters(CONFIG, "MistralForCausalLM"))
+    told = directory.with_suffix(".json")
     if rank == 0:
         one.save_pretrained(directory / "one")
+        if task == "everything":  # once, and read by both
+            told.write_text(json.dumps(jax.tree.map(np.ndarray.tolist, alone(one))))
     sync_global_devices("saved")
     if task == "everything":
-        print(json.dumps(everything(rank, directory, mesh, one)))
+        print(json.dumps(everything(rank, directory, mesh, one, json.loads(told.read_text()))))
     else:
         task, lost = task.split()
         killed(task, int(lost), rank, directory, mesh, one)
