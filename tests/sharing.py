@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 LONGEST = (
-    "test_readme.py", "test_train_command.py", "test_editor.py", "test_generate.py", "test_flax_sharding.py",
-    "test_flax_sharding_processes.py", "test_loss_chunks.py", "test_loss_parts.py", "test_torch_compile.py",
-    "test_tf_strategies.py", "test_whole_prompt.py", "test_training.py", "test_torch_sharding.py", "test_whole_call.py",
+    "test_conformance.py", "test_readme.py", "test_train_command.py", "test_editor.py", "test_generate.py",
+    "test_flax_sharding.py", "test_flax_sharding_processes.py", "test_loss_chunks.py", "test_loss_parts.py",
+    "test_torch_compile.py", "test_tf_strategies.py", "test_whole_prompt.py", "test_training.py",
+    "test_torch_sharding.py", "test_whole_call.py",
 )  # fmt: skip
 """The files that several processes begin with, or one of them would be left alone with the last of these."""
 
