@@ -208,6 +208,7 @@ def test_one_file_is_the_same_adapter_in_every_framework(way, side, folder, tmp_
     assert np.array_equal(side.logits(model), logits)
 
 
+@pytest.mark.others(scheme=(None,))  # a packed base has its numbers in test_an_adapter_beside_a_packed_base
 @pytest.mark.parametrize("scheme", [None, "int8"])
 def test_generate_says_what_the_adapter_says_and_no_program_is_taken_for_another(scheme, side, folder):
     """The steps in C, the compiled programs: each is found by what the model is now."""
@@ -314,6 +315,7 @@ def test_several_adapters_by_name(side, folder, tmp_path):
     assert np.array_equal(side.logits(model), both)
 
 
+@pytest.mark.others(scheme=("nf4",))  # QLoRA's
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
 def test_an_adapter_beside_a_packed_base(scheme, side, folder):
     torch = oracle()

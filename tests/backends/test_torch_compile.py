@@ -57,8 +57,15 @@ def compiled(model):
 
 
 @pytest.mark.feature("Compiled forward pass")
-@IMPLEMENTATIONS
-@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize(
+    ("implementation", "use_cache"),
+    [
+        ("eager", False),
+        ("sdpa", True),
+        pytest.param("eager", True, marks=pytest.mark.slow),  # a cache that nobody reads, beside either
+        pytest.param("sdpa", False, marks=pytest.mark.slow),
+    ],
+)
 def test_one_graph_for_all_lengths_and_batches(implementation, use_cache):
     model = make(SHALLOW, attn_implementation=implementation)
     fast, counter = compiled(model)
