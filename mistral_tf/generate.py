@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("mistral.tf")
 
-FEW_COLUMNS = 32
-"""The most columns of a small step: a token, guesses, a short prompt."""
-
 _compiled: weakref.WeakKeyDictionary[Any, tuple[Callable[..., Any], ...]] = weakref.WeakKeyDictionary()
 
 
@@ -67,7 +64,7 @@ class Engine:
         self, ids_BT: np.ndarray, mask_BT: np.ndarray, cache: KVCache, rule: Rule, values: Values
     ) -> tuple[Choice, KVCache]:
         ids_BT, mask_BT = self.array(ids_BT), self.array(mask_BT)
-        step = self._decode if ids_BT.shape[1] <= FEW_COLUMNS else self._prefill
+        step = self._decode if ids_BT.shape[1] == 1 or rule.every else self._prefill  # a token and guesses of more
         started, known = time.perf_counter(), self._compilations()
         choice, cache = step(ids_BT, mask_BT, cache, rule, _tensors(values))
         if self._compilations() > known:
@@ -130,10 +127,11 @@ def _tensors(values: Values) -> Values:
 
 
 def _traced(model: MistralForCausalLM) -> tuple[Callable[..., Any], ...]:
-    """The traced steps of many columns and of few, and the loop, kept as long as the model stays as it is."""
+    """The traced steps of a text and of what follows, and the loop, kept as long as the model stays as it is."""
     if changed(model, "generate") or model not in _compiled:
         prefill, decode, loop = _plain(weakref.proxy(model))
-        # XLA on a CPU runs a small step faster, copies 16-bit weights to float32, and packed ones too
+        # XLA on a CPU runs a small step faster, once it has compiled it, which a text that is read once does not repay;
+        # it copies 16-bit weights to float32, and packed ones too
         whole = _is_float32_on_cpu(model) and not any(model.packed_parts())
         small = tf.function(decode, jit_compile=True if whole else None, autograph=False)
         _compiled[model] = tf.function(prefill, autograph=False), small, tf.function(loop, autograph=False)

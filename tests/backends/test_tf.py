@@ -17,6 +17,7 @@ from mistral_core.errors import ConfigError, InputError
 from mistral_core.parameters import shapes
 from mistral_tf import KVCache, MistralForCausalLM
 from mistral_tf.attention import Visibility, attend
+from mistral_tf.generate import _compiled
 
 CONFIG = TINY.replace(num_hidden_layers=1)
 DEEP = TINY.replace(num_hidden_layers=2)
@@ -66,6 +67,19 @@ def test_what_is_traced_here_is_written_as_it_runs(options, monkeypatch):
     monkeypatch.setattr(MistralForCausalLM, "call", told)
     model.generate(IDS, max_new_tokens=3, eos_token_id=None, compile="on", **options)
     assert {status for inside, status in seen if inside} == {"DISABLED"}
+
+
+def test_a_short_text_does_not_wait_for_xla():
+    """What is read once is traced; XLA may compile what runs again: a token, and guesses."""
+    model, ids = MistralForCausalLM(CONFIG), np.tile(IDS[:1, :4], 3)
+
+    def counts(**options):
+        model.generate(ids, eos_token_id=None, compile="on", **options)
+        return [each.experimental_get_tracing_count() for each in _compiled[model]]
+
+    assert counts(max_new_tokens=1) == [1, 0, 0]
+    assert counts(max_new_tokens=4) == [1, 1, 0]
+    assert counts(max_new_tokens=4, prompt_lookup_num_tokens=2) == [1, 2, 0]
 
 
 @pytest.mark.feature("Cache in a compiled step")
