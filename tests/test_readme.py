@@ -123,7 +123,10 @@ def test_there_are_examples():
     assert {*SHALLOW, *ALONE} <= set(CASES)
 
 
-@pytest.mark.lenient_jax("an example is what a user runs, and optax's Adam mixes dtypes")
+of_a_user = pytest.mark.lenient_jax("an example is what a user runs, and optax's Adam mixes dtypes")
+
+
+@of_a_user
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.xdist_group(case.framework)) for name, case in CASES.items()]
 )
@@ -131,6 +134,7 @@ def test_example(name):
     assert_printed(name, outputs(CASES[name].framework, alone=name if name in ALONE else ""))
 
 
+@of_a_user
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHALLOW)
 def test_an_example_with_all_layers(name):
