@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -15,9 +16,11 @@ from conformance.weights import random_parameters
 from mistral_core.config.presets import TINY
 from mistral_core.errors import ConfigError, InputError
 from mistral_core.parameters import shapes
+from mistral_core.training import TrainingSettings
 from mistral_tf import KVCache, MistralForCausalLM
 from mistral_tf.attention import Visibility, attend
 from mistral_tf.generate import _compiled
+from mistral_tf.train import Learner
 
 CONFIG = TINY.replace(num_hidden_layers=1)
 DEEP = TINY.replace(num_hidden_layers=2)
@@ -54,19 +57,34 @@ def test_tf_function_of_any_length_is_traced_once(model):
     assert traced.experimental_get_tracing_count() == 1
 
 
-@pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 0}, {"on_device_loop": True}])
-def test_what_is_traced_here_is_written_as_it_runs(options, monkeypatch):
-    """AutoGraph would write the source of all that is called anew first, which takes longer than to trace it."""
-    seen = []
-    model, call = MistralForCausalLM(CONFIG), MistralForCausalLM.call
+@pytest.fixture
+def autograph(monkeypatch):
+    """What AutoGraph is set to wherever a language model is traced."""
+    seen, call = set(), MistralForCausalLM.call
 
+    @functools.wraps(call)  # Keras reads its arguments
     def told(self, *arguments, **given):
-        seen.append((tf.inside_function(), tf.__internal__.autograph.control_status_ctx().status.name))
+        if tf.inside_function():
+            seen.add(tf.__internal__.autograph.control_status_ctx().status.name)
         return call(self, *arguments, **given)
 
     monkeypatch.setattr(MistralForCausalLM, "call", told)
-    model.generate(IDS, max_new_tokens=3, eos_token_id=None, compile="on", **options)
-    assert {status for inside, status in seen if inside} == {"DISABLED"}
+    return seen
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 0}, {"on_device_loop": True}])
+def test_text_is_traced_as_it_is_written(options, autograph):
+    """AutoGraph would write the source of all that is called anew first, which takes longer than to trace it."""
+    MistralForCausalLM(CONFIG).generate(IDS, max_new_tokens=3, eos_token_id=None, compile="on", **options)
+    assert autograph == {"DISABLED"}
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_a_trained_step_is_traced_as_it_is_written(measured, autograph):
+    learner = Learner(MistralForCausalLM(CONFIG), TrainingSettings(rate=1e-3))
+    rows = {"input_ids": IDS, "labels": IDS}
+    learner.measure(rows) if measured else learner.step([rows], items=IDS.size, rate=1e-3, number=0)
+    assert autograph == {"DISABLED"}
 
 
 def test_a_short_text_does_not_wait_for_xla():
