@@ -1,4 +1,4 @@
-"""The first layers of the embedded checkpoint, for what is the same of a few as of all: TensorFlow traces slowly."""
+"""The first layer of the embedded checkpoint, for what is the same of one as of all: frameworks trace each."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from mistral_core.parameters import parameters
 from mistral_core.weights import checkpoint, loading
 
 
-def first_layers(directory: str, *, layers: int = 1) -> str:
-    """The embedded checkpoint without the layers after the first ones, and its tokenizer, in a new directory."""
+def first_layer(directory: str) -> str:
+    """The embedded checkpoint without the layers after the first, and its tokenizer, in a new directory."""
     loaded = loading.load_pretrained(TINY_CHECKPOINT, "MistralForCausalLM", dtype="float32")
-    config = loaded.config.replace(num_hidden_layers=layers)
+    config = loaded.config.replace(num_hidden_layers=1)
     kept = {name for name, _ in parameters(config, "MistralForCausalLM")}
     checkpoint.save(directory, config, [(name, array) for name, array in loaded.tensors if name in kept])
     for path in TINY_CHECKPOINT.glob("tokenizer*"):

@@ -28,7 +28,7 @@ import numpy as np
 import pictures_page
 import pytest
 from PIL import Image
-from shallow import first_layers
+from shallow import first_layer
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -161,7 +161,7 @@ def outputs(name: str, *, whole: bool = False, alone: str = "") -> dict[str, tup
     `whole` runs those of SHALLOW alone, with all layers; `alone` is the only example that runs.
     """
     with tempfile.TemporaryDirectory() as directory:
-        first = "" if name == "torch" or whole else first_layers(f"{directory}/first")
+        first = "" if name == "torch" or whole else first_layer(f"{directory}/first")
         chosen = [alone] if alone else [key for key in CASES if key not in ALONE and (key in SHALLOW or not whole)]
         cases = [(key, CASES[key]) for key in chosen if CASES[key].framework == name]
         jobs = [

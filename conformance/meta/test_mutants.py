@@ -17,7 +17,7 @@ from conformance.meta.mutants import BACKENDS, CORE, MUTANTS, PACKED, Everywhere
 
 ROOT = Path(__file__).parents[2]
 TOGETHER = {name: pytest.mark.xdist_group(f"mutants-{name}") for name in BACKENDS}
-"""One process for a backend's, which loads no other framework."""
+"""One process for the mutants of a backend, which compiles alike programs once."""
 EACH = [pytest.param(name, marks=together) for name, together in TOGETHER.items()]
 
 

@@ -121,12 +121,13 @@ def learnt(model):
 
 
 def alone(one):
-    """What one device says, chooses and learns."""
-    logits = np.asarray(one(IDS, MASK).logits)
-    texts = {name: np.asarray(one.generate(IDS, max_new_tokens=12, **options)) for name, options in WAYS.items()}
+    """What one device says, chooses and learns, as lists."""
+    logits = one(IDS, MASK).logits
+    texts = {name: one.generate(IDS, max_new_tokens=12, **options) for name, options in WAYS.items()}
     loss, gradients = nnx.value_and_grad(loss_of)(one)
     losses, weights = learnt(MistralForCausalLM(CONFIG).load_arrays(one.params))
-    return jax.tree.map(np.asarray, (logits, texts, loss, flat(gradients), losses, weights))
+    found = logits, texts, loss, flat(gradients), losses, weights
+    return jax.tree.map(lambda array: np.asarray(array).tolist(), found)
 
 
 def everything(rank, directory, mesh, one, expected):
@@ -228,7 +229,7 @@ def main():
     if rank == 0:
         one.save_pretrained(directory / "one")
         if task == "everything":  # once, and read by both
-            told.write_text(json.dumps(jax.tree.map(np.ndarray.tolist, alone(one))))
+            told.write_text(json.dumps(alone(one)))
     sync_global_devices("saved")
     if task == "everything":
         print(json.dumps(everything(rank, directory, mesh, one, json.loads(told.read_text()))))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import pytest
 
@@ -287,10 +285,8 @@ def test_fit_holds_no_logits_tf(monkeypatch):
         model.compile(keras.optimizers.SGD(0.1), metrics=metrics)
         rows = tf.data.Dataset.from_tensor_slices((IDS, LABELS, np.float32(weight))).batch(3)
         history = model.fit(rows, verbose=0, epochs=2).history["loss"]
-        return history, model.get_weights(), functools.partial(traced, model, next(iter(rows)))
-
-    def traced(model, data):
-        return tf.function(model.train_step, autograph=False).get_concrete_function(data)
+        step = tf.function(lambda data: model.train_step(data))
+        return history, model.get_weights(), lambda: step.get_concrete_function(next(iter(rows)))
 
     def largest(function):
         """The most numbers of a floating tensor that the step's results need, in its loops too."""

@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from shallow import first_layers
+from shallow import first_layer
 
 from mistral_core.cli import main
 from mistral_core.cli.train import Teller
@@ -51,7 +51,7 @@ def trained(capsys, *arguments, model=TINY_CHECKPOINT, status=0):
 @pytest.fixture(scope="module")
 def shallow(tmp_path_factory):
     """A model of one layer: each framework traces, or compiles, every layer of what it trains."""
-    return first_layers(str(tmp_path_factory.mktemp("shallow") / "model"))
+    return first_layer(str(tmp_path_factory.mktemp("shallow") / "model"))
 
 
 CASES = {
