@@ -767,9 +767,32 @@ static void rows_in_registers(const void *argument, int64_t part)
     }
 }
 
-/* ---- the product with floats: rows of w beside each other, so that a number of x is read once for all of them ---- */
+/* ---- rows of w that meet the same numbers of x at once, so that each of these is read once for all of them ----
 
-enum { BESIDE = 4, MOST_BESIDE = 6 }; /* rows of w, and of x at most, that meet */
+   Which ones is the processor's choice. Intel's read fastest from several places far from each other, in each of them on
+   and on, and fetch ahead themselves; AMD's what lies beside each other, with the next rows fetched ahead by us. Where
+   most time goes into sums, the second is as fast on both. */
+
+enum { BESIDE = 4, STREAMS = 8 }; /* so many rows of w; and where they are far and meet one row of x */
+#ifndef IS_INTEL                  /* tests say it */
+#define IS_INTEL __builtin_cpu_is("intel")
+#endif
+
+/* Of a part: `beside` rows meet that are `between` apart, then the ones `apart` from these, up to `last`. */
+typedef struct {
+    int beside;
+    int64_t between, apart, last;
+} Order;
+
+static Order order_of(int64_t first, int64_t end, int beside, int is_near)
+{
+    int64_t run = (end - first + beside - 1) / beside;
+    return is_near ? (Order){beside, 1, beside, end} : (Order){beside, run, 1, first + run};
+}
+
+/* ---- the product with floats ---- */
+
+enum { MOST_BESIDE = 6 };                     /* rows of x, at most, that meet rows of w */
 enum { STRIP_OF_X = 384, UNDER_STRIPS = 32 }; /* more rows of x meet so many rows of w by strips of columns */
 /* Where x and w are bfloat16 and the processor adds products of pairs, which are exact, to sums in float32; it takes
    numbers below the smallest normal one for 0. */
@@ -793,30 +816,32 @@ static void as_halves(const float *x, int64_t n, uint16_t *to) /* of numbers tha
 }
 #endif
 
-/* totals[rows][BESIDE] += of some columns of rows of x, and of w from o on: those past `end` are the last again. */
+/* totals[rows][beside] += of some columns of rows of x, and of w `between` apart from o on: those past `end` are the last
+   again. */
 static inline __attribute__((always_inline)) void floats_by(
-    int rows, int type, const Matrix *m, const char *x, int64_t x_stride, int64_t o, int64_t end, int64_t first,
-    int64_t columns, int ahead, __m512 *totals)
+    int rows, int beside, int type, const Matrix *m, const char *x, int64_t x_stride, int64_t o, int64_t between,
+    int64_t end, int64_t first, int64_t columns, int ahead, __m512 *totals)
 {
     const int64_t step = type == FLOAT32 ? 16 : 32, size = type == FLOAT32 ? 4 : 2, of_x = type == PAIRS ? 2 : 4;
     const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
-    const uint8_t *codes[BESIDE];
-    __m512 total[MOST_BESIDE][BESIDE];
-    for (int h = 0; h < BESIDE; h++) {
-        codes[h] = m->codes + (o + h < end ? o + h : end - 1) * m->row_bytes + first * size;
-        for (int k = 0; k < rows; k++) total[k][h] = totals[k * BESIDE + h];
+    const uint8_t *codes[STREAMS];
+    __m512 total[MOST_BESIDE][STREAMS];
+    for (int h = 0; h < beside; h++) {
+        int64_t row = o + h * between;
+        codes[h] = m->codes + (row < end ? row : end - 1) * m->row_bytes + first * size;
+        for (int k = 0; k < rows; k++) total[k][h] = totals[k * beside + h];
     }
     /* the rows after these, in the order of memory where they are read whole */
-    const char *next = (const char *)codes[0] + BESIDE * m->row_bytes;
+    const char *next = (const char *)codes[0] + beside * m->row_bytes;
     const int is_whole = columns == m->I;
-    const int64_t further = is_whole ? 64 : m->row_bytes, by = is_whole ? BESIDE * size : size;
+    const int64_t further = is_whole ? 64 : m->row_bytes, by = is_whole ? beside * size : size;
     for (int64_t i = 0; i < columns; i += step) {
         int64_t left = columns - i;
         __mmask16 words = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
         __mmask32 halves = left >= 32 ? 0xffffffff : (__mmask32)(((uint64_t)1 << left) - 1);
-        __m512i both[BESIDE];
-        __m512 one[BESIDE], two[BESIDE];
-        for (int h = 0; h < BESIDE; h++) {
+        __m512i both[STREAMS];
+        __m512 one[STREAMS], two[STREAMS];
+        for (int h = 0; h < beside; h++) {
             const uint8_t *at = codes[h] + i * size;
             if (ahead) _mm_prefetch(next + i * by + h * further, _MM_HINT_T1);
             if (type == FLOAT32) one[h] = _mm512_maskz_loadu_ps(words, at);
@@ -830,20 +855,20 @@ static inline __attribute__((always_inline)) void floats_by(
 #ifdef __AVX512BF16__
             if (type == PAIRS) {
                 __m512bh pairs = (__m512bh)_mm512_load_si512(at);
-                for (int h = 0; h < BESIDE; h++) total[k][h] = _mm512_dpbf16_ps(total[k][h], (__m512bh)both[h], pairs);
+                for (int h = 0; h < beside; h++) total[k][h] = _mm512_dpbf16_ps(total[k][h], (__m512bh)both[h], pairs);
                 continue;
             }
 #endif
             __m512 odd, even = _mm512_load_ps(at);
             odd = type == FLOAT32 ? even : _mm512_load_ps(at + 64);
-            for (int h = 0; h < BESIDE; h++) {
+            for (int h = 0; h < beside; h++) {
                 total[k][h] = _mm512_fmadd_ps(one[h], even, total[k][h]);
                 if (type == BFLOAT16) total[k][h] = _mm512_fmadd_ps(two[h], odd, total[k][h]);
             }
         }
     }
     for (int k = 0; k < rows; k++)
-        for (int h = 0; h < BESIDE; h++) totals[k * BESIDE + h] = total[k][h];
+        for (int h = 0; h < beside; h++) totals[k * beside + h] = total[k][h];
 }
 
 /* Rows of x beside each other, a strip of columns after another, which stay in the first cache: `to` has as many. */
@@ -861,16 +886,19 @@ static void rows_of_floats(const void *argument, int64_t part)
     const Matrix *m = job->m;
     int type = job->x_words ? PAIRS : m->scale_type, most = most_beside(type);
     int64_t end = (part + 1) * job->rows_of_part < m->O ? (part + 1) * job->rows_of_part : m->O, R = job->R;
-    int64_t width = job->x_strips ? STRIP_OF_X : m->I, tall = job->x_strips ? UNDER_STRIPS : BESIDE;
+    int64_t width = job->x_strips ? STRIP_OF_X : m->I, most_groups = job->x_strips ? UNDER_STRIPS / BESIDE : 1;
+    int is_near = !IS_INTEL || job->x_strips;
+    Order order = order_of(part * job->rows_of_part, end, R == 1 && !is_near ? STREAMS : BESIDE, is_near);
     int64_t of_x = type == PAIRS ? 2 : 4;
-    __m512 *totals = scratch_of(1, (size_t)(R * tall) * 64);
+    __m512 *totals = scratch_of(1, (size_t)(R * most_groups * order.beside) * 64);
     if (!totals) {
         atomic_store(job->failed, ERROR_MEMORY);
         return;
     }
-    for (int64_t o = part * job->rows_of_part; o < end; o += tall) {
-        int64_t high = end - o < tall ? end - o : tall;
-        memset(totals, 0, (size_t)(R * tall) * 64);
+    for (int64_t o = part * job->rows_of_part; o < order.last; o += most_groups * order.apart) {
+        int64_t groups = (order.last - o + order.apart - 1) / order.apart;
+        if (groups > most_groups) groups = most_groups;
+        memset(totals, 0, (size_t)(R * groups * order.beside) * 64);
         for (int64_t first = 0; first < m->I; first += width) {
             int64_t columns = m->I - first < width ? m->I - first : width, stride = job->stride;
             const char *x = type == PAIRS ? (const char *)job->x_words : (const char *)job->x;
@@ -878,25 +906,31 @@ static void rows_of_floats(const void *argument, int64_t part)
                 x = job->x_strips + first * R * of_x;
                 stride = job->stride - first < width ? job->stride - first : width;
             }
-            for (int64_t h = 0; h < high; h += BESIDE)
+            for (int64_t g = 0; g < groups; g++)
                 for (int64_t r = 0, rows; r < R; r += rows) {
-                    int64_t left = R - r;
+                    int64_t left = R - r, row = o + g * order.apart;
+                    int ahead = r == 0 && is_near;
                     rows = left >= most ? most : left >= 4 ? 4 : left >= 2 ? 2 : 1;
                     const char *from = x + r * stride * of_x;
-                    __m512 *to = totals + h * R + r * BESIDE;
-#define WITH(n, of) \
-    if (rows == n && type == of) floats_by(n, of, m, from, stride, o + h, end, first, columns, r == 0, to)
-                    WITH(1, FLOAT32); WITH(2, FLOAT32); WITH(4, FLOAT32); WITH(6, FLOAT32);
-                    WITH(1, BFLOAT16); WITH(2, BFLOAT16); WITH(4, BFLOAT16);
+                    __m512 *to = totals + (g * R + r) * order.beside;
+#define WITH(n, high, of) \
+    if (rows == n && order.beside == high && type == of) \
+        floats_by(n, high, of, m, from, stride, row, order.between, end, first, columns, ahead, to)
+#define EACH(n, of) WITH(n, BESIDE, of)
+                    WITH(1, STREAMS, FLOAT32); WITH(1, STREAMS, BFLOAT16);
+                    EACH(1, FLOAT32); EACH(2, FLOAT32); EACH(4, FLOAT32); EACH(6, FLOAT32);
+                    EACH(1, BFLOAT16); EACH(2, BFLOAT16); EACH(4, BFLOAT16);
 #ifdef __AVX512BF16__
-                    WITH(1, PAIRS); WITH(2, PAIRS); WITH(4, PAIRS); WITH(6, PAIRS);
+                    WITH(1, STREAMS, PAIRS); EACH(1, PAIRS); EACH(2, PAIRS); EACH(4, PAIRS); EACH(6, PAIRS);
 #endif
+#undef EACH
 #undef WITH
                 }
         }
-        for (int64_t h = 0; h < high; h++)
-            for (int64_t r = 0; r < R; r++)
-                put(job, r, o + h, _mm512_reduce_add_ps(totals[h / BESIDE * BESIDE * R + r * BESIDE + h % BESIDE]));
+        for (int64_t g = 0; g < groups; g++)
+            for (int64_t h = 0, row; h < order.beside && (row = o + g * order.apart + h * order.between) < end; h++)
+                for (int64_t r = 0; r < R; r++)
+                    put(job, r, row, _mm512_reduce_add_ps(totals[(g * R + r) * order.beside + h]));
     }
 }
 
@@ -1250,10 +1284,10 @@ static inline __mmask64 of_bytes(int64_t count) /* the first so many, of 64 */
     return count >= 64 ? ~(__mmask64)0 : count <= 0 ? 0 : ((__mmask64)1 << count) - 1;
 }
 
-/* y[rows][BESIDE] of some rows of x from r on, and of w from o on: those past `end` are the last again. `scale` and
-   `zero` are of the first of them, the next ones' `scales` numbers further. */
+/* y[rows][BESIDE] of some rows of x from r on, and of w `between` apart from o on: those past `end` are the last again.
+   `scale` and `zero` are of the first of them, the next ones' `scales` numbers further. */
 static inline __attribute__((always_inline)) void dots_by(
-    const Job *job, int kind, int digits, int rows, int grouped, int64_t r, int64_t o, int64_t end,
+    const Job *job, int kind, int digits, int rows, int grouped, int64_t r, int64_t o, int64_t between, int64_t end,
     const float *scale, const float *zero, int64_t scales, __m512i index, float *y)
 {
     const Matrix *m = job->m;
@@ -1267,7 +1301,8 @@ static inline __attribute__((always_inline)) void dots_by(
     const uint8_t *codes[BESIDE];
     __m512 total[4][BESIDE];
     for (int h = 0; h < BESIDE; h++) {
-        codes[h] = m->codes + (o + h < end ? o + h : end - 1) * m->row_bytes;
+        int64_t row = o + h * between;
+        codes[h] = m->codes + (row < end ? row : end - 1) * m->row_bytes;
         for (int k = 0; k < rows; k++) total[k][h] = _mm512_setzero_ps();
     }
     for (int64_t c = 0; c < chunks; c++) {
@@ -1278,8 +1313,10 @@ static inline __attribute__((always_inline)) void dots_by(
         /* the rows after the next, in the order of memory and into the second cache: the first has no room for them */
         const char *next = (const char *)codes[0] + 2 * BESIDE * m->row_bytes + at * BESIDE;
         for (int h = 0; h < BESIDE; h++) {
-            _mm_prefetch(next + h * bytes, _MM_HINT_T1);
-            if (bytes == 128) _mm_prefetch(next + h * bytes + 64, _MM_HINT_T1);
+            if (between == 1) {
+                _mm_prefetch(next + h * bytes, _MM_HINT_T1);
+                if (bytes == 128) _mm_prefetch(next + h * bytes + 64, _MM_HINT_T1);
+            }
             one[h] = _mm512_maskz_loadu_epi8(here, codes[h] + at);
             if (kind == INT4) {
                 two[h] = _mm512_and_si512(_mm512_srli_epi16(one[h], 4), nibble);
@@ -1337,17 +1374,17 @@ static inline __attribute__((always_inline)) void dots_by(
 }
 
 typedef void (*Dots)(
-    const Job *, int64_t r, int64_t o, int64_t end, const float *scale, const float *zero, int64_t scales,
-    __m512i index, float *y);
+    const Job *, int64_t r, int64_t o, int64_t between, int64_t end, const float *scale, const float *zero,
+    int64_t scales, __m512i index, float *y);
 
 /* One function for each kind, number of digits and rows, and grouping, for the compiler knows more of it then. */
 #define DOTS(kind, digits, rows, grouped) \
     static __attribute__((noinline)) void dots_##kind##digits##rows##grouped( \
-        const Job *job, int64_t r, int64_t o, int64_t end, const float *scale, const float *zero, int64_t scales, \
-        __m512i index, float *y) \
+        const Job *job, int64_t r, int64_t o, int64_t between, int64_t end, const float *scale, const float *zero, \
+        int64_t scales, __m512i index, float *y) \
     { \
-        if (zero) dots_by(job, kind, digits, rows, grouped, r, o, end, scale, zero, scales, index, y); \
-        else dots_by(job, kind, digits, rows, grouped, r, o, end, scale, NULL, scales, index, y); \
+        if (zero) dots_by(job, kind, digits, rows, grouped, r, o, between, end, scale, zero, scales, index, y); \
+        else dots_by(job, kind, digits, rows, grouped, r, o, between, end, scale, NULL, scales, index, y); \
     }
 #define GROUPINGS(kind, digits, rows) \
     DOTS(kind, digits, rows, GROUPS_OF_BLOCKS) DOTS(kind, digits, rows, GROUPS_IN_A_BLOCK)
@@ -1429,10 +1466,10 @@ static inline __attribute__((always_inline)) void words_by(
 
 #define WORDS(rows, grouped) \
     static __attribute__((noinline)) void words_##rows##grouped( \
-        const Job *job, int64_t r, int64_t o, int64_t end, const float *scale, const float *zero, int64_t scales, \
-        __m512i index, float *y) \
+        const Job *job, int64_t r, int64_t o, int64_t between, int64_t end, const float *scale, const float *zero, \
+        int64_t scales, __m512i index, float *y) \
     { \
-        (void)zero; \
+        (void)zero, (void)between; /* which is 1 */ \
         words_by(job, rows, grouped, r, o, end, scale, scales, index, y); \
     }
 #define BOTH(rows) WORDS(rows, GROUPS_OF_BLOCKS) WORDS(rows, GROUPS_IN_A_BLOCK)
@@ -1473,16 +1510,20 @@ static void rows_by_digits(const void *argument, int64_t part)
     __m512i index = _mm512_setzero_si512();
     if (grouped == GROUPS_IN_A_BLOCK) index = lane_groups(m->wide, m->kind == INT4 ? 8 : 4);
     int64_t end = (part + 1) * job->rows_of_part < m->O ? (part + 1) * job->rows_of_part : m->O;
-    for (int64_t o = part * job->rows_of_part; o < end; o += BESIDE) {
-        int high = (int)(end - o < BESIDE ? end - o : BESIDE);
-        for (int h = 0; h < high; h++) row_scales(m, o + h, scale + 2 * size * h, zero ? zero + 2 * size * h : NULL);
+    int is_near = !IS_INTEL || job->digits == NO_DIGITS || job->R * job->digits > MOST_DIGITS;
+    Order order = order_of(part * job->rows_of_part, end, BESIDE, is_near);
+    for (int64_t o = part * job->rows_of_part; o < order.last; o += order.apart) {
+        int high = (int)((end - o + order.between - 1) / order.between);
+        if (high > BESIDE) high = BESIDE;
+        for (int h = 0; h < high; h++)
+            row_scales(m, o + h * order.between, scale + 2 * size * h, zero ? zero + 2 * size * h : NULL);
         for (int64_t r = 0; r < job->R;) {
             int64_t left = job->R - r;
             int rows = left >= 4 ? 4 : left >= 2 ? 2 : 1;
             Dots dots = dots_of(m->kind, job->digits, rows, grouped);
-            dots(job, r, o, end, scale, zero, 2 * size, index, y);
+            dots(job, r, o, order.between, end, scale, zero, 2 * size, index, y);
             for (int k = 0; k < rows; k++)
-                for (int h = 0; h < high; h++) put(job, r + k, o + h, y[k * BESIDE + h]);
+                for (int h = 0; h < high; h++) put(job, r + k, o + h * order.between, y[k * BESIDE + h]);
             r += rows;
         }
     }
@@ -1575,7 +1616,8 @@ int mistral_product(
     }
     job.x = as_floats, job.x_codes = x_codes, job.x_scales = scales, job.x_totals = totals;
 #ifdef HALVES
-    if (kind == INT4 && !zero && !rounded && grouping(&m, ROUNDED) >= 0 && are_bfloat16(as_floats, R * stride)) {
+    int by_words = kind == INT4 && !zero && !rounded && !IS_INTEL; /* whose sums of bytes are faster */
+    if (by_words && grouping(&m, ROUNDED) >= 0 && are_bfloat16(as_floats, R * stride)) {
         order_for_words(as_floats, stride * R, (uint16_t *)x_codes);
         job.x_words = (uint16_t *)x_codes;
         job.digits = NO_DIGITS;
