@@ -1759,7 +1759,9 @@ int mistral_dequantised_by(
     return code;
 }
 
-/* The sum of 64-bit words of memory, by all threads: how fast it can be read, for comparison. */
+/* The sum of 64-bit words of memory, by all threads, each in several places: how fast it can be read, for comparison. */
+enum { PLACES = 8, WORDS_OF_PART = 65536 };
+typedef uint64_t Words __attribute__((vector_size(64)));
 typedef struct {
     const uint64_t *words;
     int64_t count;
@@ -1769,19 +1771,26 @@ typedef struct {
 static void read_part(const void *argument, int64_t part)
 {
     Reading *job = (Reading *)argument;
-    int64_t first = part * 8192, end = first + 8192 < job->count ? first + 8192 : job->count;
-    uint64_t sum[8] = {0};
-    int64_t i = first;
-    for (; i + 8 <= end; i += 8)
-        for (int k = 0; k < 8; k++) sum[k] += job->words[i + k];
-    for (; i < end; i++) sum[0] += job->words[i];
-    for (int k = 1; k < 8; k++) sum[0] += sum[k];
-    atomic_fetch_add(&job->total, sum[0]);
+    const uint64_t *words = job->words + part * WORDS_OF_PART;
+    int64_t left = job->count - part * WORDS_OF_PART, count = left < WORDS_OF_PART ? left : WORDS_OF_PART;
+    int64_t run = count / PLACES / 8 * 8;
+    Words sums[PLACES] = {0};
+    uint64_t sum = 0;
+    for (int64_t i = 0; i < run; i += 8)
+        for (int k = 0; k < PLACES; k++) {
+            Words here;
+            memcpy(&here, words + k * run + i, sizeof here);
+            sums[k] += here;
+        }
+    for (int64_t i = PLACES * run; i < count; i++) sum += words[i];
+    for (int k = 0; k < PLACES; k++)
+        for (int i = 0; i < 8; i++) sum += sums[k][i];
+    atomic_fetch_add(&job->total, sum);
 }
 
 uint64_t mistral_read(const void *words, int64_t count, int threads)
 {
     Reading job = {words, count, 0};
-    run_parts(read_part, &job, (count + 8191) / 8192, threads);
+    run_parts(read_part, &job, (count + WORDS_OF_PART - 1) / WORDS_OF_PART, threads);
     return atomic_load(&job.total);
 }

@@ -196,6 +196,13 @@ def test_what_is_no_number_stays_none(rows, activations):
 
 
 @needs_compiler
+@pytest.mark.parametrize("count", [0, 7, 64, 513, 65536, 65601, 200003])
+def test_every_word_of_memory_is_read_once(count):
+    words = np.random.default_rng(count).integers(0, 1 << 60, count).astype(np.uint64)
+    assert library.kernels().read(words.ctypes.data, count, 2) == int(words.sum(dtype=np.uint64))
+
+
+@needs_compiler
 def test_empty_arrays_have_empty_products():
     matrix = random_matrix("int8", (5, 64), (1, 32))
     assert library.product(np.zeros((0, 64), np.float32), matrix).shape == (0, 5)
