@@ -1,4 +1,4 @@
-"""What the machine allows: how fast memory is read by the fastest way known here, and a framework's large matrix product.
+"""What the machine allows: reading memory the fastest way known here, and a framework's large matrix product.
 
 Option: framework.
 """
