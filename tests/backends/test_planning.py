@@ -5,7 +5,6 @@ JAX runs on eight virtual devices in a process of its own.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import subprocess
@@ -150,15 +149,18 @@ SENDING = {
     "few heads": {"tensor": 8},
 }
 """Meshes whose collectives are compared; "few heads" has 4 key/value heads on 8 devices."""
+FURTHER = ("data", "fsdp", "data, tensor")
+"""Meshes for which others stand, whose axes are theirs and more."""
+MESHES = [pytest.param(name, marks=pytest.mark.slow if name in FURTHER else ()) for name in SENDING]
 
 
-@functools.cache
-def measured() -> dict:
+@pytest.fixture(scope="module")
+def measured(asked_for) -> dict:
     """What JAX says."""
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     result = subprocess.run(
         [sys.executable, "-c", JAX],
-        input=json.dumps((CONFIG.to_dict(), B, T, SENDING)),
+        input=json.dumps((CONFIG.to_dict(), B, T, asked_for(SENDING))),
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
         capture_output=True,
         text=True,
@@ -172,8 +174,8 @@ def planned(mesh, layers, **options):
     return plan(CONFIG.replace(num_hidden_layers=layers), mesh, batch=B, sequence=T, **options)
 
 
-def test_parameters_and_moments_are_what_a_compiled_program_takes():
-    found = measured()["arguments"]
+def test_parameters_and_moments_are_what_a_compiled_program_takes(measured):
+    found = measured["arguments"]
     assert len(found) == 6
     for mesh, layers, dtype, parameters, with_moments in found:
         expected = planned(mesh, layers, dtype=dtype, optimizer="adamw")
@@ -182,8 +184,8 @@ def test_parameters_and_moments_are_what_a_compiled_program_takes():
         assert with_moments == expected.parameters + expected.optimizer + COUNTERS, (mesh, layers)
 
 
-def test_a_cache_is_what_a_device_holds():
-    found = measured()["cache"]
+def test_a_cache_is_what_a_device_holds(measured):
+    found = measured["cache"]
     assert len(found) == 6
     for mesh, layers, dtype, size in found:
         assert size == planned(mesh, layers, cache_dtype=dtype).cache, (mesh, layers)
@@ -212,22 +214,22 @@ def vectors(mesh, layers):
     return 4 * CONFIG.hidden_size * (2 * layers + 1) if "fsdp" in mesh else 0
 
 
-@pytest.mark.parametrize("name", SENDING)
-def test_the_collectives_of_a_forward_pass(name):
+@pytest.mark.parametrize("name", MESHES)
+def test_the_collectives_of_a_forward_pass(measured, name):
     """All bytes by kind; a gather for each tensor, and for each block a sum."""
     mesh = SENDING[name]
-    for layers, found in enumerate(measured()["collectives"][name]["forward"], 1):
+    for layers, found in enumerate(measured["collectives"][name]["forward"], 1):
         assert by_kind(found) == sent(mesh, layers, "prefill")
         kinds = Counter(kind for kind, _ in found)
         assert kinds["all-reduce"] == (1 + 2 * layers if "tensor" in mesh else 0)
         assert kinds["all-gather"] == (2 + 9 * layers if "fsdp" in mesh else 0)
 
 
-@pytest.mark.parametrize("name", SENDING)
-def test_the_collectives_of_a_training_step(name):
+@pytest.mark.parametrize("name", MESHES)
+def test_the_collectives_of_a_training_step(measured, name):
     """All bytes by kind, and of gathers at least those of forward: XLA decides what it keeps for backward."""
     mesh = SENDING[name]
-    for layers, found in enumerate(measured()["collectives"][name]["step"], 1):
+    for layers, found in enumerate(measured["collectives"][name]["step"], 1):
         expected, found = sent(mesh, layers, "forward", "backward"), by_kind(found)
         once = sent(mesh, layers, "forward")["all-gather"]
         if "data" in mesh and "fsdp" in mesh:  # the gradient of a vector is summed over both at once
@@ -241,12 +243,12 @@ def test_the_collectives_of_a_training_step(name):
 
 
 @pytest.mark.parametrize("name", ["tensor", "fsdp, tensor"])
-def test_the_collectives_of_a_training_step_that_computes_layers_again(name):
+def test_the_collectives_of_a_training_step_that_computes_layers_again(measured, name):
     """With remat the weights of layers are gathered again, as planned."""
     mesh, layers = SENDING[name], 2
     expected, found = (
         sent(mesh, layers, "forward", "backward", remat=True),
-        by_kind(measured()["collectives"][name]["remat"]),
+        by_kind(measured["collectives"][name]["remat"]),
     )
     if "fsdp" in mesh:
         rest = [c.nbytes for c in planned(mesh, layers, dtype="float32").collectives if c.what == "weights of the rest"]
@@ -255,9 +257,9 @@ def test_the_collectives_of_a_training_step_that_computes_layers_again(name):
 
 
 @pytest.mark.parametrize("name", ["tensor", "few heads"])
-def test_what_a_layer_adds_is_as_many_operations_as_planned(name):
+def test_what_a_layer_adds_is_as_many_operations_as_planned(measured, name):
     """Sums of matrices side by side are one operation, as planned; over `data` and `fsdp` XLA joins whole steps."""
-    of_step = measured()["collectives"][name]["step"]
+    of_step = measured["collectives"][name]["step"]
     one, two = (Counter(kind for kind, _ in found) for found in of_step)
     planned_one, planned_two = (
         Counter(
@@ -270,9 +272,9 @@ def test_what_a_layer_adds_is_as_many_operations_as_planned(name):
     assert two - one == planned_two - planned_one
 
 
-def test_stacked_layers_over_fsdp_are_gathered_one_at_a_time():
+def test_stacked_layers_over_fsdp_are_gathered_one_at_a_time(measured):
     """However many there are; side by side XLA on CPU has the weights and gradients of all of them whole."""
-    few, many = measured()["working"]
+    few, many = measured["working"]
     assert many < few + 0.3  # in layers; three more would be 6
     assert 2 < few < 4
 
