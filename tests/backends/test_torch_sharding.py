@@ -22,8 +22,8 @@ pytest.importorskip("torch")
 ROOT = Path(__file__).parents[2]
 
 CASES = {
-    "tensor 4": {"sizes": {"tensor": 4}, "K": 4},
-    "tensor 4, two key/value heads": {"sizes": {"tensor": 4}, "K": 2, "all_ways": True},
+    "tensor 4": {"sizes": {"tensor": 4}, "K": 4, "all_ways": True},
+    "tensor 4, two key/value heads": {"sizes": {"tensor": 4}, "K": 2},
     "tensor 4, one key/value head, tied": {"sizes": {"tensor": 4}, "K": 1, "tied": True},
     "fsdp 4": {"sizes": {"fsdp": 4}, "K": 4},
     "fsdp 2 x tensor 2": {"sizes": {"fsdp": 2, "tensor": 2}, "K": 4, "all_ways": True},
@@ -32,7 +32,10 @@ CASES = {
 }
 
 FURTHER = ("tensor 4", "tensor 4, one key/value head, tied", "fsdp 4")
-"""Meshes for which others stand: heads that divide, one that is shared, and whole rows are in those of two axes."""
+"""Meshes for which others stand: heads that divide, one that is shared, and whole rows are in those of two axes.
+
+So are all ways to generate, in "fsdp 2 x tensor 2".
+"""
 
 PROGRAM = r"""
 import contextlib, datetime, json, logging, math, os, sys, tempfile, time

@@ -64,7 +64,7 @@ CASES = {
 
 
 @pytest.mark.filterwarnings("ignore:.* are initialised")
-@pytest.mark.others(kind=("chat", "text"))  # what each kind is to a framework, test_training.py has
+@pytest.mark.others(kind=("text",))  # what each kind is to a framework, test_training.py has
 @pytest.mark.parametrize("kind", CASES)
 def test_a_kind_of_examples_is_learnt(backend, shallow, files, tmp_path, capsys, kind):
     name = backend.__name__.removeprefix("mistral_")
