@@ -41,7 +41,13 @@ class DemoRow(NamedTuple):
     """Whether the tokens written one by one from the cache are the likeliest ones of the one pass."""
     tokens_per_second: float
     load_seconds: float
-    agrees: bool
+    differs: tuple[str, ...] = ()
+    """What is not as the reference has it, a phrase each."""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether nothing differs."""
+        return not self.differs
 
 
 class Expected(NamedTuple):
@@ -79,7 +85,8 @@ def run(options: argparse.Namespace) -> int:
         rows.append(_framework(backend, path, expected, tokenizer, given))
     agree = all(row.agrees for row in rows) and len(rows) > 1
     if options.json:
-        put(json.dumps({"prompt": prompt, "agree": agree, "frameworks": [row._asdict() for row in rows]}, indent=1))
+        reports = [{**row._asdict(), "agrees": row.agrees} for row in rows]
+        put(json.dumps({"prompt": prompt, "agree": agree, "frameworks": reports}, indent=1))
     else:
         _print(prompt, rows, agree)
     return 0 if agree else 1
@@ -107,13 +114,14 @@ def _reference(path: Any, ids: np.ndarray, new: int, tokenizer: MistralTokenizer
     tokens = np.concatenate([ids, written], axis=1)
     logits = heads.causal_lm(loaded.config, parameters, tokens).logits
     assert logits is not None
-    cached_is_one_pass = bool((logits[:, ids.shape[1] - 1 : -1].argmax(-1) == written).all())
+    expected = Expected(tokens, logits, ids.shape[1])
     text = tokenizer.decode(tokens[0], skip_special_tokens=True)
+    differs = tuple(_differences(tokens, logits, expected, 0.0))
     row = DemoRow(
-        f"numpy {np.__version__}", text, 0.0, 0.0, 1.0, cached_is_one_pass, new / seconds,
-        loaded_at - started, cached_is_one_pass,
+        f"numpy {np.__version__}", text, 0.0, 0.0, 1.0, _one_pass(tokens, logits, expected), new / seconds,
+        loaded_at - started, differs,
     )  # fmt: skip
-    return row, Expected(tokens, logits, ids.shape[1])
+    return row, expected
 
 
 def _framework(
@@ -135,14 +143,31 @@ def _framework(
     difference = float(np.abs(logits - expected.logits).max())
     ulp = difference / (float(np.finfo(np.float32).eps) * float(np.abs(expected.logits).max()))
     argmax = float((logits.argmax(-1) == expected.logits.argmax(-1)).mean())
-    one_pass = logits[:, expected.prompt - 1 : -1].argmax(-1)
-    cached_is_one_pass = bool((one_pass == written[:, expected.prompt :]).all())
-    agrees = bool((written == expected.tokens).all()) and argmax == 1 and ulp <= BOUND_ULPS and cached_is_one_pass
     text = tokenizer.decode(written[0], skip_special_tokens=True)
     return DemoRow(
-        backends.version(backend), text, difference, ulp, argmax, cached_is_one_pass,
-        new / seconds, load_seconds, agrees,
+        backends.version(backend), text, difference, ulp, argmax, _one_pass(written, logits, expected),
+        new / seconds, load_seconds, tuple(_differences(written, logits, expected, ulp)),
     )  # fmt: skip
+
+
+def _one_pass(written: np.ndarray, logits: np.ndarray, expected: Expected) -> bool:
+    """Whether the tokens written from the cache are the likeliest of the one pass."""
+    return bool((logits[:, expected.prompt - 1 : -1].argmax(-1) == written[:, expected.prompt :]).all())
+
+
+def _differences(written: np.ndarray, logits: np.ndarray, expected: Expected, ulp: float) -> Iterator[str]:
+    """Phrases of what is not as the reference has it; where it first is, and by how much."""
+    for name, found, wanted in (
+        ("token written", written, expected.tokens), ("likeliest token", logits.argmax(-1), expected.logits.argmax(-1)),
+    ):  # fmt: skip
+        others = np.flatnonzero((found != wanted).any(axis=0))
+        if others.size:
+            at = others[0]
+            yield f"{others.size} times another {name}, first {found[0, at]} for {wanted[0, at]} at position {at}"
+    if not ulp <= BOUND_ULPS:
+        yield f"logits {ulp:.0f} ulp from the reference's"
+    if not _one_pass(written, logits, expected):
+        yield "the cache and one pass give different tokens"
 
 
 def _print(prompt: str, rows: list[DemoRow], agree: bool) -> None:
@@ -164,4 +189,8 @@ def _print(prompt: str, rows: list[DemoRow], agree: bool) -> None:
     for line in (head, *cells):
         put("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     verdict = "all agree" if agree else "THEY DISAGREE" if len(rows) > 1 else "no framework is installed"
-    put(f"\n{verdict} (same tokens, same argmax, logits within {BOUND_ULPS:.0f} ulp of the float64 reference)")
+    put("")
+    for row in rows:
+        if not row.agrees:
+            put(f"{row.framework}: {'; '.join(row.differs)}.")
+    put(f"{verdict} (same tokens, same argmax, logits within {BOUND_ULPS:.0f} ulp of the float64 reference)")

@@ -69,8 +69,11 @@ def test_demo_prints_text_and_table(capsys):
 
 def test_demo_fails_where_a_framework_disagrees(monkeypatch, capsys):
     plant_a_narrow_window(monkeypatch)
-    assert main(["demo", "--backend", "torch", "--max-new-tokens", "100"]) == 1
-    assert "DISAGREE" in capsys.readouterr().out
+    assert main(["demo", "--backend", "torch", "--backend", "flax", "--max-new-tokens", "100"]) == 1
+    *_, told, verdict = capsys.readouterr().out.splitlines()
+    assert "DISAGREE" in verdict
+    assert told.startswith("torch ")
+    assert told.endswith(" ulp from the reference's.")
 
 
 @pytest.mark.parametrize(("nudged", "agrees"), [(False, True), (True, False)])
@@ -89,6 +92,24 @@ def test_demo_wants_the_same_argmax_at_every_position(nudged, agrees):
     assert row.ulp < 2
     assert row.cached_is_one_pass
     assert row.agrees is agrees
+    assert row.differs == (() if agrees else ("1 times another likeliest token, first 3 for 1 at position 0",))
+
+
+@pytest.mark.parametrize(
+    ("written", "differs"),
+    [
+        ([0, 1, 2, 3], ()),
+        ([0, 1, 2, 0], ("1 times another token written, first 0 for 3 at position 3", "the cache and one pass give")),
+        ([0, 1, 3, 3], ("1 times another token written, first 3 for 2 at position 2", "the cache and one pass give")),
+    ],
+)
+def test_demo_says_where_what_is_written_differs(written, differs):
+    expected = demo.Expected(np.array([[0, 1, 2, 3]]), np.eye(4)[None, [1, 2, 3, 0]], 2)
+    found = list(demo._differences(np.array([written]), expected.logits, expected, 0.5))
+    assert len(found) == len(differs)
+    assert all(each.startswith(start) for each, start in zip(found, differs, strict=True))
+    far = list(demo._differences(np.array([written]), expected.logits, expected, float("nan")))
+    assert "logits nan ulp from the reference's" in far
 
 
 def test_demo_refuses_a_backend_that_is_not_there(capsys):
