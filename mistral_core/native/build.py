@@ -89,7 +89,8 @@ def _key(text: bytes, compiler: list[str], flags: tuple[str, ...]) -> str:
     """A name for what this source, compiler and processor make."""
     real = os.path.realpath(compiler[0])
     status = os.stat(real)
-    parts = [real, status.st_size, status.st_mtime_ns, *compiler[1:], *FLAGS, *flags, platform.platform(), _processor()]
+    told = (*compiler[1:], *FLAGS, PROCESSORS, *flags)
+    parts = [real, status.st_size, status.st_mtime_ns, *told, platform.platform(), _processor()]
     return hashlib.sha256(text + "\0".join(map(str, parts)).encode()).hexdigest()[:32]
 
 

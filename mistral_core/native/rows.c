@@ -19,6 +19,10 @@
 #include <unistd.h>
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define WIDE 1
+#elif defined(__AVX2__) && defined(__F16C__)
+#define EIGHT 1
+#endif
+#if defined(WIDE) || defined(EIGHT)
 #include <immintrin.h>
 #endif
 #include "tiles.h"
@@ -301,6 +305,60 @@ static void values_of(const Matrix *m, int64_t o, int64_t first, int64_t n, floa
     }
 }
 
+/* ---- vectors: as many numbers as the processor adds at once ---- */
+
+#if defined(WIDE)
+enum { LANES = 16, IS_WIDE = 1 };
+#elif defined(__AVX__)
+enum { LANES = 8, IS_WIDE = 0 };
+#else
+enum { LANES = 4, IS_WIDE = 0 };
+#endif
+#if defined(WIDE) || defined(__aarch64__)
+#define MANY_REGISTERS 1
+enum { MOST_ROWS = 6 }; /* rows of x, at most, whose sums with four of w stay in registers */
+#else
+enum { MOST_ROWS = 2 };
+#endif
+typedef float Lanes __attribute__((vector_size(4 * LANES)));
+typedef int32_t Bits __attribute__((vector_size(4 * LANES)));
+typedef float LooseLanes __attribute__((vector_size(4 * LANES), aligned(1), may_alias)); /* wherever they lie */
+typedef int32_t LooseBits __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
+
+static inline Lanes all(float x) { return x - (Lanes){0}; }
+static inline Lanes lanes_at(const void *from) { return *(const LooseLanes *)from; }
+static inline Bits bits_at(const void *from) { return *(const LooseBits *)from; }
+static inline void put_lanes(float *to, Lanes lanes) { *(LooseLanes *)to = lanes; }
+
+static inline float sum_of(Lanes lanes)
+{
+#ifdef WIDE
+    return _mm512_reduce_add_ps((__m512)lanes);
+#else
+    float sum[LANES];
+    memcpy(sum, &lanes, sizeof sum);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) sum[i] += sum[i + half];
+    return sum[0];
+#endif
+}
+
+/* Lane k has table[index[k]], an index below LANES. */
+static inline Lanes looked_up(const float *table, Bits index)
+{
+#if defined(WIDE)
+    return (Lanes)_mm512_permutexvar_ps((__m512i)index, _mm512_loadu_ps(table));
+#elif defined(EIGHT)
+    return (Lanes)_mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
+#else
+    Lanes found;
+    for (int k = 0; k < LANES; k++) found[k] = table[index[k]];
+    return found;
+#endif
+}
+
+/* ---- codes as numbers ---- */
+
 #ifdef WIDE
 
 static inline __m512i fp8_halves(__m256i codes) /* as float16, 256 times too small; what is no number is lost */
@@ -314,57 +372,121 @@ static inline int fp8_has_none(__m256i codes) /* whether a code is no number */
     return _mm256_cmpeq_epi8_mask(rest, _mm256_set1_epi8(0x7f)) != 0;
 }
 
-static inline __m512 sixteen(int kind, const uint8_t *codes, int64_t i, __mmask16 mask, __m512 table)
+#endif
+
+/* Words of eight codes become numbers by `of`, which is made of zero points, those of a lane in that lane. AVX-512 has a
+   table of all numbers. Elsewhere a code of int4 lies where it is in a float of 2^23 and is added to that: what is taken
+   from the sum leaves the number times `times_of`. */
+enum { SPOTS = 4 }; /* where a code is in such a float */
+
+static inline float times_of(int kind, int n) { return kind == INT4 && !IS_WIDE ? (float)(1 << 4 * (n % SPOTS)) : 1; }
+
+static inline __attribute__((always_inline)) void prepare_nibbles(int kind, Lanes zero, Lanes *of)
 {
-    if (kind == INT8) {
-        __m128i v = mask == 0xffff ? _mm_loadu_si128((const void *)(codes + i)) : _mm_maskz_loadu_epi8(mask, codes + i);
-        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(v));
-    }
-    if (kind == FP8) {
-        __m128i v = mask == 0xffff ? _mm_loadu_si128((const void *)(codes + i)) : _mm_maskz_loadu_epi8(mask, codes + i);
-        __m256i half = _mm256_slli_epi16(_mm256_cvtepi8_epi16(v), 7);
-        __m512 x = _mm512_cvtph_ps(_mm256_and_si256(half, _mm256_set1_epi16((short)0xbfff)));
-        __mmask16 none = _mm_cmpeq_epi8_mask(_mm_and_si128(v, _mm_set1_epi8(0x7f)), _mm_set1_epi8(0x7f));
-        return _mm512_mask_mov_ps(_mm512_mul_ps(x, _mm512_set1_ps(256)), none, _mm512_set1_ps(NAN));
-    }
-    uint64_t eight = 0;
-    if (mask == 0xffff)
-        memcpy(&eight, codes + i / 2, 8);
-    else
-        memcpy(&eight, codes + i / 2, ((size_t)__builtin_popcount(mask) + 1) / 2);
-    /* byte q in 64 bits: its lower half is the even column's, shifted by 28 the upper half is the odd one's */
-    __m512i v = _mm512_cvtepu8_epi64(_mm_cvtsi64_si128((long long)eight));
-    return _mm512_permutexvar_ps(_mm512_or_si512(v, _mm512_slli_epi64(v, 28)), table);
+    if (IS_WIDE) of[0] = lanes_at(kind == INT4 ? INT4_VALUES : NF4_VALUES) - zero;
+    else if (kind == INT4)
+        for (int n = 0; n < SPOTS; n++) of[n] = 0x1p23f + (8 + zero) * times_of(INT4, n);
 }
 
-static inline __attribute__((always_inline)) void decode_wide(
+static inline __attribute__((always_inline)) Lanes of_nibble(int kind, Bits words, int n, const Lanes *of)
+{
+#if defined(WIDE)
+    (void)kind;
+    __m512i v = (__m512i)words;
+    return (Lanes)_mm512_permutexvar_ps(n ? _mm512_srli_epi32(v, 4 * n) : v, (__m512)of[0]);
+#else
+    if (kind == INT4) {
+        Bits code = (n < SPOTS ? words : words >> 16) & (15 << 4 * (n % SPOTS));
+        return (Lanes)(code | 0x4b000000) - of[n % SPOTS];
+    }
+#if defined(EIGHT)
+    Lanes low = looked_up(NF4_VALUES, words >> 4 * n), high = looked_up(NF4_VALUES + 8, words >> 4 * n);
+    return (Lanes)_mm256_blendv_ps((__m256)low, (__m256)high, (__m256)(words << (28 - 4 * n)));
+#else
+    Lanes found;
+    for (int k = 0; k < LANES; k++) found[k] = NF4_VALUES[(uint32_t)words[k] >> 4 * n & 15];
+    return found;
+#endif
+#endif
+}
+
+/* The numbers of codes beside each other. */
+static inline __attribute__((always_inline)) Lanes numbers_at(int kind, const uint8_t *codes)
+{
+#if defined(WIDE)
+    if (kind == INT8)
+        return (Lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)codes)));
+    if (kind == FP8) {
+        __m128i v = _mm_loadu_si128((const void *)codes), rest = _mm_and_si128(v, _mm_set1_epi8(0x7f));
+        __m512 x = _mm512_cvtph_ps(_mm512_castsi512_si256(fp8_halves(_mm256_castsi128_si256(v))));
+        __mmask16 none = _mm_cmpeq_epi8_mask(rest, _mm_set1_epi8(0x7f));
+        return (Lanes)_mm512_mask_mov_ps(_mm512_mul_ps(x, _mm512_set1_ps(256)), none, _mm512_set1_ps(NAN));
+    }
+    /* byte q in 64 bits: its lower half is the even column's, shifted by 28 the upper half is the odd one's */
+    __m512i v = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const void *)codes));
+    Bits words = (Bits)_mm512_or_si512(v, _mm512_slli_epi64(v, 28));
+    Lanes of[SPOTS];
+    prepare_nibbles(kind, all(0), of);
+    return of_nibble(kind, words, 0, of);
+#elif defined(EIGHT)
+    if (kind == INT8)
+        return (Lanes)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)codes)));
+    if (kind == FP8) {
+        __m128i v = _mm_loadl_epi64((const void *)codes), rest = _mm_and_si128(v, _mm_set1_epi8(0x7f));
+        __m128i half = _mm_and_si128(_mm_slli_epi16(_mm_cvtepi8_epi16(v), 7), _mm_set1_epi16((short)0xbfff));
+        __m256i none = _mm256_cvtepi8_epi32(_mm_cmpeq_epi8(rest, _mm_set1_epi8(0x7f)));
+        __m256 x = _mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(256));
+        return (Lanes)_mm256_or_ps(x, (__m256)none); /* all bits are no number */
+    }
+    int32_t word;
+    memcpy(&word, codes, 4);
+    const Bits shifts = {0, 4, 8, 12, 16, 20, 24, 28};
+    Lanes of[SPOTS];
+    prepare_nibbles(kind, all(0), of);
+    return of_nibble(kind, (word - (Bits){0}) >> shifts, 0, of);
+#else
+    Lanes found;
+    for (int k = 0; k < LANES; k++)
+        found[k] = kind == INT8   ? (int8_t)codes[k]
+                   : kind == FP8  ? of_fp8(codes[k])
+                   : kind == INT4 ? INT4_VALUES[codes[k / 2] >> 4 * (k % 2) & 15]
+                                  : NF4_VALUES[codes[k / 2] >> 4 * (k % 2) & 15];
+    return found;
+#endif
+}
+
+static inline int64_t bytes_of(int kind, int64_t columns)
+{
+    return kind == INT8 || kind == FP8 ? columns : (columns + 1) / 2;
+}
+
+/* The same of `count` of them, and what a code of 0 is. */
+static inline __attribute__((always_inline)) Lanes some_numbers_at(int kind, const uint8_t *codes, int64_t count)
+{
+    if (count >= LANES) return numbers_at(kind, codes);
+    uint8_t some[LANES] = {0};
+    memcpy(some, codes, (size_t)bytes_of(kind, count));
+    return numbers_at(kind, some);
+}
+
+static inline __attribute__((always_inline)) void decode_by(
     const Matrix *m, int kind, int64_t o, int64_t first, int64_t n, const float *scale, const float *zero, float *to)
 {
     const uint8_t *codes = m->codes + o * m->row_bytes;
-    __m512 table = _mm512_loadu_ps(kind == INT4 ? INT4_VALUES : NF4_VALUES);
     int64_t i = first, end = first + n, group = m->G == 1 ? 0 : first / m->wide;
-    while (i < end) {
+    for (; i < end; group++) {
         int64_t stop = m->G == 1 ? end : (group + 1) * m->wide;
         if (stop > end) stop = end;
-        __m512 s = _mm512_set1_ps(scale[group]), z = _mm512_set1_ps(zero ? zero[group] : 0);
-        if (zero) {
-            for (; i + 16 <= stop; i += 16, to += 16)
-                _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_sub_ps(sixteen(kind, codes, i, 0xffff, table), z), s));
-        } else {
-            for (; i + 16 <= stop; i += 16, to += 16)
-                _mm512_storeu_ps(to, _mm512_mul_ps(sixteen(kind, codes, i, 0xffff, table), s));
-        }
-        if (i < stop) { /* the end of the row, for blocks are of multiples of 16 here */
-            __mmask16 mask = (__mmask16)((1u << (stop - i)) - 1);
-            _mm512_mask_storeu_ps(to, mask, _mm512_mul_ps(_mm512_sub_ps(sixteen(kind, codes, i, mask, table), z), s));
-            to += stop - i;
-            i = stop;
-        }
-        group++;
+        Lanes s = all(scale[group]), z = all(zero ? zero[group] : 0);
+        for (; i + LANES <= stop; i += LANES, to += LANES)
+            put_lanes(to, (numbers_at(kind, codes + bytes_of(kind, i)) - z) * s);
+        if (i == stop) continue;
+        /* the end of the row, for blocks are of multiples of LANES here */
+        Lanes rest = (some_numbers_at(kind, codes + bytes_of(kind, i), stop - i) - z) * s;
+        memcpy(to, &rest, (size_t)(stop - i) * 4);
+        i = stop;
     }
 }
-
-#endif
 
 /* n columns of row o from an even column `first` on, a multiple of 16, with the row's scales. */
 static void decode(
@@ -374,15 +496,13 @@ static void decode(
         values_of(m, o, first, n, to);
         return;
     }
-#ifdef WIDE
-    if (m->G == 1 || m->wide % 16 == 0) {
-        if (m->kind == INT8) decode_wide(m, INT8, o, first, n, scale, zero, to);
-        else if (m->kind == INT4) decode_wide(m, INT4, o, first, n, scale, zero, to);
-        else if (m->kind == NF4) decode_wide(m, NF4, o, first, n, scale, zero, to);
-        else decode_wide(m, FP8, o, first, n, scale, zero, to);
+    if (m->G == 1 || m->wide % LANES == 0) {
+        if (m->kind == INT8) decode_by(m, INT8, o, first, n, scale, zero, to);
+        else if (m->kind == INT4) decode_by(m, INT4, o, first, n, scale, zero, to);
+        else if (m->kind == NF4) decode_by(m, NF4, o, first, n, scale, zero, to);
+        else decode_by(m, FP8, o, first, n, scale, zero, to);
         return;
     }
-#endif
     values_of(m, o, first, n, to);
     for (int64_t i = first, group = first / m->wide; i < first + n; group++) {
         int64_t stop = (group + 1) * m->wide < first + n ? (group + 1) * m->wide : first + n;
@@ -393,24 +513,7 @@ static void decode(
 
 /* ---- the product of several rows: strips of w are decoded once and meet all of x ---- */
 
-#if defined(__AVX512F__)
-enum { LANES = 16, MOST_ROWS = 6 };
-#elif defined(__AVX__)
-enum { LANES = 8, MOST_ROWS = 2 };
-#else
-enum { LANES = 4, MOST_ROWS = 6 };
-#endif
-typedef float Lanes __attribute__((vector_size(4 * LANES)));
 enum { STRIP = 512, HIGH = 4 }; /* columns and rows of w at a time */
-
-static inline float sum_of(Lanes lanes)
-{
-    float sum[LANES];
-    memcpy(sum, &lanes, sizeof sum);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) sum[i] += sum[i + half];
-    return sum[0];
-}
 
 /* sums[rows][HIGH] += w[HIGH, n] x[rows, n]^T, lane by lane. */
 static inline __attribute__((always_inline)) void multiply(
@@ -504,13 +607,18 @@ static void several_rows(const void *argument, int64_t part)
     }
 }
 
-/* ---- the product by AVX-512: codes become floats in registers, which meet some rows of x there ---- */
-
-#ifdef WIDE
+/* ---- the product from registers: codes become numbers there, which meet some rows of x ---- */
 
 enum { AHEAD = 3072 }; /* bytes: what is read ahead, over the borders of pages */
 enum { GROUPS_OF_BLOCKS, GROUPS_IN_A_BLOCK }; /* a scale is of whole blocks of columns, or a block has several */
 enum { TOGETHER = 8, IN_CACHE = 6144 };       /* rows of w that meet floats of x while these are in the first cache */
+enum { OF_NIBBLES = 8 * LANES, OF_BYTES = 4 * LANES }; /* columns that are met at a time */
+/* Rows of x, at most, that meet codes at once, and for which each code becomes a number anew: more take it from a strip. */
+#ifdef WIDE
+enum { MOST_MET = 8, MOST_BY_CODES = INT32_MAX };
+#else
+enum { MOST_MET = 4, MOST_BY_CODES = 8 };
+#endif
 
 static inline int grouping(const Matrix *m, int64_t columns) /* of blocks of so many; -1: none that is known here */
 {
@@ -518,21 +626,21 @@ static inline int grouping(const Matrix *m, int64_t columns) /* of blocks of so 
     return columns % m->wide == 0 && m->wide >= 16 ? GROUPS_IN_A_BLOCK : -1;
 }
 
-static inline __m512i lane_groups(int64_t wide, int64_t columns_of_lane)
+static inline Bits lane_groups(int64_t wide, int64_t columns_of_lane)
 {
-    int32_t index[16];
-    for (int k = 0; k < 16; k++) index[k] = (int32_t)(k * columns_of_lane / wide);
-    return _mm512_loadu_si512(index);
+    Bits index;
+    for (int k = 0; k < LANES; k++) index[k] = (int32_t)(k * columns_of_lane / wide);
+    return index;
 }
 
-/* Columns of x as 4-bit codes meet them: of 128, [s][k] is column 8k + s. */
-static void order_for_nibbles(float *x, int64_t stride)
+/* Columns of x as 4-bit codes meet them: of OF_NIBBLES, [s][k] is column 8k + s, by what the code comes times. */
+static void order_for_nibbles(int kind, float *x, int64_t stride)
 {
-    for (int64_t b = 0; b < stride; b += 128) {
-        float before[128];
+    for (int64_t b = 0; b < stride; b += OF_NIBBLES) {
+        float before[OF_NIBBLES];
         memcpy(before, x + b, sizeof before);
         for (int s = 0; s < 8; s++)
-            for (int k = 0; k < 16; k++) x[b + s * 16 + k] = before[8 * k + s];
+            for (int k = 0; k < LANES; k++) x[b + s * LANES + k] = before[8 * k + s] / times_of(kind, s);
     }
 }
 
@@ -543,180 +651,212 @@ typedef struct {
     int64_t stride;
 } Strip;
 
+static inline Lanes met_at(const float *x) { return *(const Lanes *)x; } /* of x, which begins at whole vectors */
+
 static inline __attribute__((always_inline)) void nibbles_by(
-    int rows, int grouped, const Matrix *m, Strip at, __m512i index, int64_t ahead, __m512 *totals)
+    int rows, int grouped, int kind, const Matrix *m, Strip at, Bits index, int64_t ahead, Lanes *totals)
 {
-    __m512 values = _mm512_loadu_ps(m->kind == INT4 ? INT4_VALUES : NF4_VALUES), table = values, z = values, total[8];
+    /* whether numbers come without their zero points: one table is of all lanes, and what is looked up in two is whole */
+    const int is_left = IS_WIDE ? grouped == GROUPS_IN_A_BLOCK : kind == NF4;
+    Lanes of[SPOTS], s = {0}, z = {0}, total[MOST_MET];
     for (int r = 0; r < rows; r++) total[r] = totals[r];
-    int64_t of_group = m->G == 1 ? INT64_MAX : m->wide / 128, left = 0;
-    if (grouped == GROUPS_IN_A_BLOCK) {
+    int64_t of_group = m->G == 1 ? INT64_MAX : m->wide / OF_NIBBLES, left = of_group;
+    if (m->G > 1) {
         at.scale += at.first / m->wide;
         if (at.zero) at.zero += at.first / m->wide;
-    } else if (m->G > 1) {
-        at.scale += at.first / m->wide;
-        if (at.zero) at.zero += at.first / m->wide;
-        left = of_group - at.first / 128 % of_group;
-    } else
-        left = of_group;
-    if (grouped == GROUPS_OF_BLOCKS && at.zero) table = _mm512_sub_ps(values, _mm512_set1_ps(*at.zero));
-    for (int64_t b = 0; b < at.bytes; b += 64, at.x += 128) {
-        __mmask64 mask = at.bytes - b < 64 ? ((__mmask64)1 << (at.bytes - b)) - 1 : ~(__mmask64)0;
-        __m512i v = _mm512_maskz_loadu_epi8(mask, at.codes + b);
-        _mm_prefetch((const char *)at.codes + b + ahead, _MM_HINT_T0);
-        __m512 s, t[8], t2 = _mm512_setzero_ps();
+        if (grouped == GROUPS_OF_BLOCKS) left = of_group - at.first / OF_NIBBLES % of_group;
+    }
+    prepare_nibbles(kind, z, of);
+    for (int64_t b = 0, begins = 1; b < at.bytes; b += 4 * LANES, at.x += OF_NIBBLES) {
+        uint8_t rest[4 * LANES];
+        const uint8_t *codes = at.codes + b;
+        if (__builtin_expect(at.bytes - b < 4 * LANES, 0)) {
+            memset(rest, 0, sizeof rest);
+            codes = memcpy(rest, codes, (size_t)(at.bytes - b));
+        }
+        Bits v = bits_at(codes);
+        if (4 * LANES == 64 || b % 64 == 0) __builtin_prefetch(at.codes + b + ahead, 0, 3);
         if (grouped == GROUPS_IN_A_BLOCK) {
-            s = _mm512_permutexvar_ps(index, _mm512_loadu_ps(at.scale));
-            at.scale += 128 / m->wide;
+            s = looked_up(at.scale, index);
+            at.scale += OF_NIBBLES / m->wide;
             if (at.zero) {
-                z = _mm512_permutexvar_ps(index, _mm512_loadu_ps(at.zero));
-                at.zero += 128 / m->wide;
+                z = looked_up(at.zero, index);
+                if (!is_left) prepare_nibbles(kind, z, of);
+                at.zero += OF_NIBBLES / m->wide;
             }
-        } else
-            s = _mm512_set1_ps(*at.scale);
-        for (int r = 0; r < rows; r++) t[r] = _mm512_setzero_ps();
+        } else if (begins) {
+            s = all(*at.scale++);
+            if (at.zero) {
+                z = all(*at.zero++);
+                if (!is_left) prepare_nibbles(kind, z, of);
+            }
+            begins = 0;
+        }
+        Lanes t[MOST_MET], t2 = {0};
+        for (int r = 0; r < rows; r++) t[r] = (Lanes){0};
 #define STEP(n) { \
-            __m512 w = _mm512_permutexvar_ps(n ? _mm512_srli_epi32(v, 4 * n) : v, table); \
-            if (grouped == GROUPS_IN_A_BLOCK && at.zero) w = _mm512_sub_ps(w, z); \
-            if (rows == 1 && n % 2) \
-                t2 = _mm512_fmadd_ps(w, _mm512_load_ps(at.x + 16 * n), t2); \
+            Lanes w = of_nibble(kind, v, n, of); \
+            if (is_left && at.zero) w -= z; \
+            if (rows == 1 && n % 2) t2 += w * met_at(at.x + LANES * n); \
             else \
-                for (int r = 0; r < rows; r++) \
-                    t[r] = _mm512_fmadd_ps(w, _mm512_load_ps(at.x + r * at.stride + 16 * n), t[r]); \
+                for (int r = 0; r < rows; r++) t[r] += w * met_at(at.x + r * at.stride + LANES * n); \
         }
         STEP(0) STEP(1) STEP(2) STEP(3) STEP(4) STEP(5) STEP(6) STEP(7)
 #undef STEP
-        if (rows == 1) t[0] = _mm512_add_ps(t[0], t2);
-        for (int r = 0; r < rows; r++) total[r] = _mm512_fmadd_ps(t[r], s, total[r]);
+        if (rows == 1) t[0] += t2;
+        for (int r = 0; r < rows; r++) total[r] += t[r] * s;
         if (grouped == GROUPS_OF_BLOCKS && --left == 0) {
             left = of_group;
-            at.scale++;
-            if (at.zero) table = _mm512_sub_ps(values, _mm512_set1_ps(*++at.zero));
+            begins = 1;
         }
     }
     for (int r = 0; r < rows; r++) totals[r] = total[r];
 }
 
-/* Groups of multiples of 16 columns, or one. Those of fp8 are 256 times too small. */
-static inline __attribute__((always_inline)) void bytes_by(
-    int rows, int grouped, int kind, const Matrix *m, Strip at, int64_t ahead, __m512 *totals, __m512 *none)
+/* The numbers of OF_BYTES codes; of fp8 256 times too small, and where one is no number `none` is none. */
+static inline __attribute__((always_inline)) void four_at(int kind, const uint8_t *codes, Lanes *w, Lanes *none)
 {
-    __m512 total[8], same = _mm512_setzero_ps();
-    for (int r = 0; r < rows; r++) total[r] = totals[r];
+#if defined(WIDE)
+    if (kind == FP8) {
+        __m256i a = _mm256_loadu_si256((const void *)codes), b = _mm256_loadu_si256((const void *)(codes + 32));
+        __m512i low = fp8_halves(a), high = fp8_halves(b);
+        if (__builtin_expect(fp8_has_none(a) | fp8_has_none(b), 0)) *none = all(NAN);
+        w[0] = (Lanes)_mm512_cvtph_ps(_mm512_castsi512_si256(low));
+        w[1] = (Lanes)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(low, 1));
+        w[2] = (Lanes)_mm512_cvtph_ps(_mm512_castsi512_si256(high));
+        w[3] = (Lanes)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(high, 1));
+        return;
+    }
+#elif defined(EIGHT)
+    if (kind == FP8) {
+        __m256i v = _mm256_loadu_si256((const void *)codes), most = _mm256_set1_epi8(0x7f);
+        __m256i is_none = _mm256_cmpeq_epi8(_mm256_and_si256(v, most), most);
+        if (__builtin_expect(!_mm256_testz_si256(is_none, is_none), 0)) *none = all(NAN);
+        for (int k = 0; k < 2; k++) {
+            __m256i half = _mm256_cvtepi8_epi16(k ? _mm256_extracti128_si256(v, 1) : _mm256_castsi256_si128(v));
+            half = _mm256_and_si256(_mm256_slli_epi16(half, 7), _mm256_set1_epi16((short)0xbfff));
+            w[2 * k] = (Lanes)_mm256_cvtph_ps(_mm256_castsi256_si128(half));
+            w[2 * k + 1] = (Lanes)_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1));
+        }
+        return;
+    }
+#endif
+    (void)none;
+    for (int k = 0; k < 4; k++) {
+        w[k] = numbers_at(kind, codes + k * LANES);
+        if (kind == FP8) w[k] *= 1 / 256.0f;
+    }
+}
+
+/* Groups of multiples of LANES columns, or one. Those of fp8 are 256 times too small. */
+static inline __attribute__((always_inline)) void bytes_by(
+    int rows, int grouped, int kind, const Matrix *m, Strip at, int64_t ahead, Lanes *totals, Lanes *none)
+{
+    const float of_kind = kind == FP8 ? 1 / 256.0f : 1;
+    const int sums = rows == 1 ? 4 : rows; /* one row has four, none of which waits for the one before it */
+    Lanes total[MOST_MET];
+    for (int r = 0; r < sums; r++) total[r] = r < rows ? totals[r] : (Lanes){0};
     int64_t i = 0, group = m->G == 1 ? 0 : at.first / m->wide;
-    if (grouped == GROUPS_IN_A_BLOCK && (m->wide == 16 || m->wide == 32)) {
-        int half = m->wide == 32; /* two vectors have one scale, or each its own */
-        for (; i + 64 <= at.columns; i += 64, group += 4 >> half) {
-            _mm_prefetch((const char *)at.codes + i + ahead, _MM_HINT_T0);
-            __m512 t2 = same;
+    if (grouped == GROUPS_IN_A_BLOCK && (m->wide == LANES || m->wide == 2 * LANES)) {
+        int half = m->wide == 2 * LANES; /* two vectors have one scale, or each its own */
+        for (; i + OF_BYTES <= at.columns; i += OF_BYTES, group += 4 >> half) {
+            __builtin_prefetch(at.codes + i + ahead, 0, 3);
             for (int k = 0; k < 4; k++) {
-                __m512 w = sixteen(kind, at.codes, i + 16 * k, 0xffff, same);
-                if (at.zero) w = _mm512_sub_ps(w, _mm512_set1_ps(at.zero[group + (k >> half)]));
-                if (kind == FP8) w = _mm512_mul_ps(w, _mm512_set1_ps(1 / 256.0f));
-                w = _mm512_mul_ps(w, _mm512_set1_ps(at.scale[group + (k >> half)]));
-                const float *x = at.x + i + 16 * k;
-                if (rows == 1 && k % 2) t2 = _mm512_fmadd_ps(w, _mm512_load_ps(x), t2);
-                else
-                    for (int r = 0; r < rows; r++)
-                        total[r] = _mm512_fmadd_ps(w, _mm512_load_ps(x + r * at.stride), total[r]);
+                Lanes w = numbers_at(kind, at.codes + i + LANES * k);
+                if (at.zero) w -= all(at.zero[group + (k >> half)]);
+                if (kind == FP8) w *= of_kind;
+                w *= all(at.scale[group + (k >> half)]);
+                for (int r = 0; r < rows; r++)
+                    total[rows == 1 ? k : r] += w * met_at(at.x + r * at.stride + i + LANES * k);
             }
-            if (rows == 1) total[0] = _mm512_add_ps(total[0], t2);
         }
     }
     for (; i < at.columns; group++) {
         int64_t stop = m->G == 1 ? at.columns : (group + 1) * m->wide - at.first;
         if (stop > at.columns) stop = at.columns;
-        __m512 s = _mm512_set1_ps(at.scale[group]), z = _mm512_set1_ps(at.zero ? at.zero[group] : 0), t[8], t2 = same;
-        if (kind == FP8) z = _mm512_mul_ps(z, _mm512_set1_ps(1 / 256.0f));
+        Lanes s = all(at.scale[group]), z = all(at.zero ? at.zero[group] * of_kind : 0), t[MOST_MET];
         if (grouped == GROUPS_OF_BLOCKS)
-            for (int r = 0; r < rows; r++) t[r] = same;
+            for (int r = 0; r < sums; r++) t[r] = (Lanes){0};
         while (i < stop) {
-            __m512 w[4];
-            int parts = 4;
-            if (stop - i >= 64 && grouped == GROUPS_OF_BLOCKS) {
-                _mm_prefetch((const char *)at.codes + i + ahead, _MM_HINT_T0);
-                if (kind == INT8) {
-                    for (int k = 0; k < 4; k++) w[k] = sixteen(INT8, at.codes, i + 16 * k, 0xffff, same);
-                } else {
-                    __m256i a = _mm256_loadu_si256((const void *)(at.codes + i));
-                    __m256i b = _mm256_loadu_si256((const void *)(at.codes + i + 32));
-                    __m512i low = fp8_halves(a), high = fp8_halves(b);
-                    if (__builtin_expect(fp8_has_none(a) | fp8_has_none(b), 0)) *none = _mm512_set1_ps(NAN);
-                    w[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(low));
-                    w[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(low, 1));
-                    w[2] = _mm512_cvtph_ps(_mm512_castsi512_si256(high));
-                    w[3] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(high, 1));
-                }
+            Lanes w[4];
+            if (i % 64 == 0) __builtin_prefetch(at.codes + i + ahead, 0, 3);
+            if (stop - i >= OF_BYTES && grouped == GROUPS_OF_BLOCKS) {
+                four_at(kind, at.codes + i, w, none);
                 if (at.zero)
-                    for (int k = 0; k < 4; k++) w[k] = _mm512_sub_ps(w[k], z);
-                for (int k = 0; k < 4; k++) {
-                    const float *x = at.x + i + 16 * k;
-                    if (rows == 1 && k % 2) t2 = _mm512_fmadd_ps(w[k], _mm512_load_ps(x), t2);
-                    else
-                        for (int r = 0; r < rows; r++)
-                            t[r] = _mm512_fmadd_ps(w[k], _mm512_load_ps(x + r * at.stride), t[r]);
-                }
-                i += 64;
+                    for (int k = 0; k < 4; k++) w[k] -= z;
+                for (int k = 0; k < 4; k++)
+                    for (int r = 0; r < rows; r++)
+                        t[rows == 1 ? k : r] += w[k] * met_at(at.x + r * at.stride + i + LANES * k);
+                i += OF_BYTES;
                 continue;
             }
-            parts = (int)(stop - i < 16 ? stop - i : 16);
-            if (i % 64 == 0) _mm_prefetch((const char *)at.codes + i + ahead, _MM_HINT_T0);
-            w[0] = sixteen(kind, at.codes, i, (__mmask16)((1u << parts) - 1), same);
-            if (kind == FP8) w[0] = _mm512_mul_ps(w[0], _mm512_set1_ps(1 / 256.0f));
-            if (at.zero) w[0] = _mm512_sub_ps(w[0], z);
-            if (grouped == GROUPS_IN_A_BLOCK) w[0] = _mm512_mul_ps(w[0], s);
+            int64_t parts = stop - i < LANES ? stop - i : LANES;
+            w[0] = some_numbers_at(kind, at.codes + i, parts);
+            if (kind == FP8) w[0] *= of_kind;
+            if (at.zero) w[0] -= z;
+            if (grouped == GROUPS_IN_A_BLOCK) w[0] *= s;
             for (int r = 0; r < rows; r++) { /* x has zeros after its end */
-                __m512 *to = grouped == GROUPS_IN_A_BLOCK ? &total[r] : &t[r];
-                *to = _mm512_fmadd_ps(w[0], _mm512_load_ps(at.x + r * at.stride + i), *to);
+                Lanes *to = grouped == GROUPS_IN_A_BLOCK ? &total[r] : &t[r];
+                *to += w[0] * met_at(at.x + r * at.stride + i);
             }
             i += parts;
         }
         if (grouped == GROUPS_OF_BLOCKS) {
-            if (rows == 1) t[0] = _mm512_add_ps(t[0], t2);
-            for (int r = 0; r < rows; r++) total[r] = _mm512_fmadd_ps(t[r], s, total[r]);
+            for (int r = 0; r < sums; r++) total[r] += t[r] * s;
         }
     }
-    for (int r = 0; r < rows; r++) totals[r] = total[r];
+    if (rows == 1) totals[0] = (total[0] + total[1]) + (total[2] + total[3]);
+    else
+        for (int r = 0; r < rows; r++) totals[r] = total[r];
 }
 
 /* One function for each kind, grouping and number of rows, for the compiler knows more of it then. */
-#define BY(rows, grouped) \
-    static __attribute__((noinline)) void nibbles_##rows##grouped( \
-        const Matrix *m, const Strip *at, __m512i index, int64_t ahead, __m512 *totals, __m512 *none) \
+typedef void (*Kernel)(const Matrix *, const Strip *, Bits, int64_t, Lanes *, Lanes *);
+#define NIBBLES(name, kind, rows, grouped) \
+    static __attribute__((noinline)) void name##_##rows##grouped( \
+        const Matrix *m, const Strip *at, Bits index, int64_t ahead, Lanes *totals, Lanes *none) \
     { \
         (void)none; \
-        nibbles_by(rows, grouped, m, *at, index, ahead, totals); \
-    } \
-    static __attribute__((noinline)) void int8_##rows##grouped( \
-        const Matrix *m, const Strip *at, __m512i index, int64_t ahead, __m512 *totals, __m512 *none) \
+        nibbles_by(rows, grouped, kind, m, *at, index, ahead, totals); \
+    }
+#define BYTES(name, kind, rows, grouped) \
+    static __attribute__((noinline)) void name##_##rows##grouped( \
+        const Matrix *m, const Strip *at, Bits index, int64_t ahead, Lanes *totals, Lanes *none) \
     { \
         (void)index; \
-        bytes_by(rows, grouped, INT8, m, *at, ahead, totals, none); \
-    } \
-    static __attribute__((noinline)) void fp8_##rows##grouped( \
-        const Matrix *m, const Strip *at, __m512i index, int64_t ahead, __m512 *totals, __m512 *none) \
+        bytes_by(rows, grouped, kind, m, *at, ahead, totals, none); \
+    }
+#define BY(rows, grouped) \
+    BYTES(int8, INT8, rows, grouped) \
+    NIBBLES(int4, INT4, rows, grouped) \
+    NIBBLES(nf4, NF4, rows, grouped) \
+    BYTES(fp8, FP8, rows, grouped) \
+    static Kernel kernel_##rows##grouped(int kind) \
     { \
-        (void)index; \
-        bytes_by(rows, grouped, FP8, m, *at, ahead, totals, none); \
+        return kind == INT8   ? int8_##rows##grouped \
+               : kind == INT4 ? int4_##rows##grouped \
+               : kind == NF4  ? nf4_##rows##grouped \
+                              : fp8_##rows##grouped; \
     }
 #define BOTH(rows) BY(rows, GROUPS_OF_BLOCKS) BY(rows, GROUPS_IN_A_BLOCK)
-BOTH(1) BOTH(2) BOTH(3) BOTH(4) BOTH(6) BOTH(8)
+BOTH(1) BOTH(2) BOTH(3) BOTH(4)
+#ifdef WIDE
+BOTH(6) BOTH(8)
+#endif
 #undef BOTH
 #undef BY
-typedef void (*Kernel)(const Matrix *, const Strip *, __m512i, int64_t, __m512 *, __m512 *);
+#undef BYTES
+#undef NIBBLES
 
 static Kernel kernel_of(int kind, int rows, int grouped)
 {
-#define ROW(n) \
-    if (rows == n && grouped == GROUPS_OF_BLOCKS) \
-        return kind == INT8  ? int8_##n##GROUPS_OF_BLOCKS \
-               : kind == FP8 ? fp8_##n##GROUPS_OF_BLOCKS \
-                             : nibbles_##n##GROUPS_OF_BLOCKS; \
-    if (rows == n) \
-        return kind == INT8  ? int8_##n##GROUPS_IN_A_BLOCK \
-               : kind == FP8 ? fp8_##n##GROUPS_IN_A_BLOCK \
-                             : nibbles_##n##GROUPS_IN_A_BLOCK;
-    ROW(1) ROW(2) ROW(3) ROW(4) ROW(6) ROW(8)
-#undef ROW
+#define ROWS(n) \
+    if (rows == n) return (grouped == GROUPS_OF_BLOCKS ? kernel_##n##GROUPS_OF_BLOCKS : kernel_##n##GROUPS_IN_A_BLOCK)(kind);
+    ROWS(1) ROWS(2) ROWS(3) ROWS(4)
+#ifdef WIDE
+    ROWS(6) ROWS(8)
+#endif
+#undef ROWS
     return NULL;
 }
 
@@ -727,23 +867,24 @@ static void rows_in_registers(const void *argument, int64_t part)
     int64_t size = up_to(m->G + 16, 16);
     float *zero, *scale;
     if (!(scale = scratch_for_scales(job, TOGETHER, 0, &zero))) return;
-    int is_bytes = m->kind == INT8 || m->kind == FP8, grouped = grouping(m, is_bytes ? 64 : 128);
+    int is_bytes = m->kind == INT8 || m->kind == FP8, grouped = grouping(m, is_bytes ? OF_BYTES : OF_NIBBLES);
     if (is_bytes && grouped < 0) grouped = GROUPS_IN_A_BLOCK;
-    __m512i index = grouped == GROUPS_IN_A_BLOCK && !is_bytes ? lane_groups(m->wide, 8) : _mm512_setzero_si512();
+    Bits index = {0};
+    if (grouped == GROUPS_IN_A_BLOCK && !is_bytes) index = lane_groups(m->wide, 8);
     int64_t end = (part + 1) * job->rows_of_part < m->O ? (part + 1) * job->rows_of_part : m->O;
     for (int64_t o = part * job->rows_of_part; o < end; o += TOGETHER) {
         int high = (int)(end - o < TOGETHER ? end - o : TOGETHER);
         for (int h = 0; h < high; h++) row_scales(m, o + h, scale + 2 * size * h, zero ? zero + 2 * size * h : NULL);
         for (int64_t r = 0; r < job->R;) {
             int64_t left = job->R - r;
-            int rows = left >= 8 ? 8 : left == 7 ? 4 : left == 5 ? 3 : (int)left;
+            int rows = (int)(left >= MOST_MET ? MOST_MET : left == 7 ? 4 : left == 5 ? 3 : left);
             int64_t width = IN_CACHE / rows / 128 * 128;
             if (rows == 1 || width > m->I) width = job->stride;
             Kernel kernel = kernel_of(m->kind, rows, grouped);
-            __m512 totals[TOGETHER][8], none[TOGETHER];
+            Lanes totals[TOGETHER][MOST_MET], none[TOGETHER];
             for (int h = 0; h < high; h++) {
-                none[h] = _mm512_setzero_ps();
-                for (int k = 0; k < rows; k++) totals[h][k] = _mm512_setzero_ps();
+                none[h] = (Lanes){0};
+                for (int k = 0; k < rows; k++) totals[h][k] = (Lanes){0};
             }
             int64_t ahead = width < m->I ? TOGETHER * m->row_bytes : AHEAD;
             for (int64_t first = 0; first < m->I; first += width) {
@@ -759,8 +900,8 @@ static void rows_in_registers(const void *argument, int64_t part)
             }
             for (int h = 0; h < high; h++)
                 for (int k = 0; k < rows; k++) {
-                    float y = _mm512_reduce_add_ps(totals[h][k]);
-                    put(job, r + k, o + h, m->kind == FP8 ? y * 256 + _mm512_cvtss_f32(none[h]) : y);
+                    float y = sum_of(totals[h][k]);
+                    put(job, r + k, o + h, m->kind == FP8 ? y * 256 + none[h][0] : y);
                 }
             r += rows;
         }
@@ -775,7 +916,11 @@ static void rows_in_registers(const void *argument, int64_t part)
 
 enum { BESIDE = 4, STREAMS = 8 }; /* so many rows of w; and where they are far and meet one row of x */
 #ifndef IS_INTEL                  /* tests say it */
+#if defined(__x86_64__) || defined(__i386__)
 #define IS_INTEL __builtin_cpu_is("intel")
+#else
+#define IS_INTEL 0
+#endif
 #endif
 
 /* Of a part: `beside` rows meet that are `between` apart, then the ones `apart` from these, up to `last`. */
@@ -792,20 +937,19 @@ static Order order_of(int64_t first, int64_t end, int beside, int is_near)
 
 /* ---- the product with floats ---- */
 
-enum { MOST_BESIDE = 6 };                     /* rows of x, at most, that meet rows of w */
 enum { STRIP_OF_X = 384, UNDER_STRIPS = 32 }; /* more rows of x meet so many rows of w by strips of columns */
 /* Where x and w are bfloat16 and the processor adds products of pairs, which are exact, to sums in float32; it takes
    numbers below the smallest normal one for 0. */
 enum { PAIRS = FLOAT16 + 1 };
-static int most_beside(int type) { return type == BFLOAT16 ? 4 : MOST_BESIDE; } /* by the registers */
+static int most_beside(int type) { return type == BFLOAT16 && MOST_ROWS > 4 ? 4 : MOST_ROWS; } /* by the registers */
 
-/* Columns of x as bfloat16 are met: of 32, evens and then odds. */
+/* Columns of x as bfloat16 are met: of two vectors, evens and then odds. */
 static void order_for_halves(float *x, int64_t stride)
 {
-    for (int64_t b = 0; b < stride; b += 32) {
-        float before[32];
+    for (int64_t b = 0; b < stride; b += 2 * LANES) {
+        float before[2 * LANES];
         memcpy(before, x + b, sizeof before);
-        for (int k = 0; k < 16; k++) x[b + k] = before[2 * k], x[b + 16 + k] = before[2 * k + 1];
+        for (int k = 0; k < LANES; k++) x[b + k] = before[2 * k], x[b + LANES + k] = before[2 * k + 1];
     }
 }
 
@@ -816,16 +960,47 @@ static void as_halves(const float *x, int64_t n, uint16_t *to) /* of numbers tha
 }
 #endif
 
+/* totals[rows][beside] += of a vector of columns, or two of bfloat16, of rows of x, and of w at `codes`. */
+static inline __attribute__((always_inline)) void floats_at(
+    int rows, int beside, int type, const uint8_t *const *codes, const char *x, int64_t x_stride,
+    Lanes total[MOST_ROWS][STREAMS])
+{
+    Bits both[STREAMS];
+    Lanes one[STREAMS], two[STREAMS];
+    for (int h = 0; h < beside; h++) {
+        if (type == FLOAT32) one[h] = lanes_at(codes[h]);
+        else both[h] = bits_at(codes[h]);
+        if (type != BFLOAT16) continue;
+        one[h] = (Lanes)(both[h] << 16);
+        two[h] = (Lanes)(both[h] & (int32_t)0xffff0000);
+    }
+    for (int k = 0; k < rows; k++) {
+#ifdef __AVX512BF16__
+        if (type == PAIRS) {
+            __m512bh pairs = (__m512bh)_mm512_load_si512(x + k * x_stride * 2);
+            for (int h = 0; h < beside; h++)
+                total[k][h] = (Lanes)_mm512_dpbf16_ps((__m512)total[k][h], (__m512bh)both[h], pairs);
+            continue;
+        }
+#endif
+        const float *at = (const float *)(x + k * x_stride * 4);
+        Lanes even = met_at(at), odd = type == FLOAT32 ? even : met_at(at + LANES);
+        for (int h = 0; h < beside; h++) {
+            total[k][h] += one[h] * even;
+            if (type == BFLOAT16) total[k][h] += two[h] * odd;
+        }
+    }
+}
+
 /* totals[rows][beside] += of some columns of rows of x, and of w `between` apart from o on: those past `end` are the last
    again. */
 static inline __attribute__((always_inline)) void floats_by(
     int rows, int beside, int type, const Matrix *m, const char *x, int64_t x_stride, int64_t o, int64_t between,
-    int64_t end, int64_t first, int64_t columns, int ahead, __m512 *totals)
+    int64_t end, int64_t first, int64_t columns, int ahead, Lanes *totals)
 {
-    const int64_t step = type == FLOAT32 ? 16 : 32, size = type == FLOAT32 ? 4 : 2, of_x = type == PAIRS ? 2 : 4;
-    const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
+    const int64_t step = type == FLOAT32 ? LANES : 2 * LANES, size = type == FLOAT32 ? 4 : 2, of_x = type == PAIRS ? 2 : 4;
     const uint8_t *codes[STREAMS];
-    __m512 total[MOST_BESIDE][STREAMS];
+    Lanes total[MOST_ROWS][STREAMS];
     for (int h = 0; h < beside; h++) {
         int64_t row = o + h * between;
         codes[h] = m->codes + (row < end ? row : end - 1) * m->row_bytes + first * size;
@@ -835,37 +1010,17 @@ static inline __attribute__((always_inline)) void floats_by(
     const char *next = (const char *)codes[0] + beside * m->row_bytes;
     const int is_whole = columns == m->I;
     const int64_t further = is_whole ? 64 : m->row_bytes, by = is_whole ? beside * size : size;
-    for (int64_t i = 0; i < columns; i += step) {
-        int64_t left = columns - i;
-        __mmask16 words = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
-        __mmask32 halves = left >= 32 ? 0xffffffff : (__mmask32)(((uint64_t)1 << left) - 1);
-        __m512i both[STREAMS];
-        __m512 one[STREAMS], two[STREAMS];
-        for (int h = 0; h < beside; h++) {
-            const uint8_t *at = codes[h] + i * size;
-            if (ahead) _mm_prefetch(next + i * by + h * further, _MM_HINT_T1);
-            if (type == FLOAT32) one[h] = _mm512_maskz_loadu_ps(words, at);
-            else both[h] = _mm512_maskz_loadu_epi16(halves, at);
-            if (type != BFLOAT16) continue;
-            one[h] = _mm512_castsi512_ps(_mm512_slli_epi32(both[h], 16));
-            two[h] = _mm512_castsi512_ps(_mm512_and_si512(both[h], upper));
-        }
-        for (int k = 0; k < rows; k++) {
-            const char *at = x + (k * x_stride + i) * of_x;
-#ifdef __AVX512BF16__
-            if (type == PAIRS) {
-                __m512bh pairs = (__m512bh)_mm512_load_si512(at);
-                for (int h = 0; h < beside; h++) total[k][h] = _mm512_dpbf16_ps(total[k][h], (__m512bh)both[h], pairs);
-                continue;
-            }
-#endif
-            __m512 odd, even = _mm512_load_ps(at);
-            odd = type == FLOAT32 ? even : _mm512_load_ps(at + 64);
-            for (int h = 0; h < beside; h++) {
-                total[k][h] = _mm512_fmadd_ps(one[h], even, total[k][h]);
-                if (type == BFLOAT16) total[k][h] = _mm512_fmadd_ps(two[h], odd, total[k][h]);
-            }
-        }
+    int64_t i = 0;
+    for (; i + step <= columns; i += step) {
+        if (ahead && i * size % 64 == 0)
+            for (int h = 0; h < beside; h++) __builtin_prefetch(next + i * by + h * further, 0, 2);
+        floats_at(rows, beside, type, codes, x + i * of_x, x_stride, total);
+        for (int h = 0; h < beside; h++) codes[h] += step * size;
+    }
+    if (i < columns) { /* x has zeros after the last column */
+        uint8_t rest[STREAMS][4 * LANES] = {{0}};
+        for (int h = 0; h < beside; h++) codes[h] = memcpy(rest[h], codes[h], (size_t)((columns - i) * size));
+        floats_at(rows, beside, type, codes, x + i * of_x, x_stride, total);
     }
     for (int k = 0; k < rows; k++)
         for (int h = 0; h < beside; h++) totals[k * beside + h] = total[k][h];
@@ -890,7 +1045,7 @@ static void rows_of_floats(const void *argument, int64_t part)
     int is_near = !IS_INTEL || job->x_strips;
     Order order = order_of(part * job->rows_of_part, end, R == 1 && !is_near ? STREAMS : BESIDE, is_near);
     int64_t of_x = type == PAIRS ? 2 : 4;
-    __m512 *totals = scratch_of(1, (size_t)(R * most_groups * order.beside) * 64);
+    Lanes *totals = scratch_of(1, (size_t)(R * most_groups * order.beside) * sizeof(Lanes));
     if (!totals) {
         atomic_store(job->failed, ERROR_MEMORY);
         return;
@@ -898,7 +1053,7 @@ static void rows_of_floats(const void *argument, int64_t part)
     for (int64_t o = part * job->rows_of_part; o < order.last; o += most_groups * order.apart) {
         int64_t groups = (order.last - o + order.apart - 1) / order.apart;
         if (groups > most_groups) groups = most_groups;
-        memset(totals, 0, (size_t)(R * groups * order.beside) * 64);
+        memset(totals, 0, (size_t)(R * groups * order.beside) * sizeof(Lanes));
         for (int64_t first = 0; first < m->I; first += width) {
             int64_t columns = m->I - first < width ? m->I - first : width, stride = job->stride;
             const char *x = type == PAIRS ? (const char *)job->x_words : (const char *)job->x;
@@ -912,14 +1067,16 @@ static void rows_of_floats(const void *argument, int64_t part)
                     int ahead = r == 0 && is_near;
                     rows = left >= most ? most : left >= 4 ? 4 : left >= 2 ? 2 : 1;
                     const char *from = x + r * stride * of_x;
-                    __m512 *to = totals + (g * R + r) * order.beside;
+                    Lanes *to = totals + (g * R + r) * order.beside;
 #define WITH(n, high, of) \
     if (rows == n && order.beside == high && type == of) \
         floats_by(n, high, of, m, from, stride, row, order.between, end, first, columns, ahead, to)
 #define EACH(n, of) WITH(n, BESIDE, of)
                     WITH(1, STREAMS, FLOAT32); WITH(1, STREAMS, BFLOAT16);
-                    EACH(1, FLOAT32); EACH(2, FLOAT32); EACH(4, FLOAT32); EACH(6, FLOAT32);
-                    EACH(1, BFLOAT16); EACH(2, BFLOAT16); EACH(4, BFLOAT16);
+                    EACH(1, FLOAT32); EACH(2, FLOAT32); EACH(1, BFLOAT16); EACH(2, BFLOAT16);
+#ifdef MANY_REGISTERS
+                    EACH(4, FLOAT32); EACH(6, FLOAT32); EACH(4, BFLOAT16);
+#endif
 #ifdef __AVX512BF16__
                     WITH(1, STREAMS, PAIRS); EACH(1, PAIRS); EACH(2, PAIRS); EACH(4, PAIRS); EACH(6, PAIRS);
 #endif
@@ -930,11 +1087,9 @@ static void rows_of_floats(const void *argument, int64_t part)
         for (int64_t g = 0; g < groups; g++)
             for (int64_t h = 0, row; h < order.beside && (row = o + g * order.apart + h * order.between) < end; h++)
                 for (int64_t r = 0; r < R; r++)
-                    put(job, r, row, _mm512_reduce_add_ps(totals[(g * R + r) * order.beside + h]));
+                    put(job, r, row, sum_of(totals[(g * R + r) * order.beside + h]));
     }
 }
-
-#endif
 
 /* ---- the product by tiles ---- */
 
@@ -1508,7 +1663,7 @@ static void rows_by_digits(const void *argument, int64_t part)
     if (!(scale = scratch_for_scales(job, BESIDE, 0, &zero))) return;
     int grouped = grouping(m, ROUNDED);
     __m512i index = _mm512_setzero_si512();
-    if (grouped == GROUPS_IN_A_BLOCK) index = lane_groups(m->wide, m->kind == INT4 ? 8 : 4);
+    if (grouped == GROUPS_IN_A_BLOCK) index = (__m512i)lane_groups(m->wide, m->kind == INT4 ? 8 : 4);
     int64_t end = (part + 1) * job->rows_of_part < m->O ? (part + 1) * job->rows_of_part : m->O;
     int is_near = !IS_INTEL || job->digits == NO_DIGITS || job->R * job->digits > MOST_DIGITS;
     Order order = order_of(part * job->rows_of_part, end, BESIDE, is_near);
@@ -1627,7 +1782,6 @@ int mistral_product(
 #ifdef VNNI
     if (prepare_digits(&job, rounded, x_codes, totals, scales)) run = rows_by_digits;
 #endif
-#ifdef WIDE
     int is_plain = run == several_rows;
     if (is_plain && kind == FLOATS) {
         run = rows_of_floats;
@@ -1645,13 +1799,12 @@ int mistral_product(
             else in_strips((const char *)as_floats, R, stride, 4, strips);
             job.x_strips = strips;
         }
-    } else if (is_plain && (kind == INT8 || kind == FP8)) {
-        if (m.G == 1 || wide % 16 == 0) run = rows_in_registers;
-    } else if (is_plain && grouping(&m, 128) >= 0) {
-        for (int64_t r = 0; r < R; r++) order_for_nibbles(as_floats + r * stride, stride);
+    } else if (is_plain && R <= MOST_BY_CODES && (kind == INT8 || kind == FP8)) {
+        if (m.G == 1 || wide % LANES == 0) run = rows_in_registers;
+    } else if (is_plain && R <= MOST_BY_CODES && grouping(&m, OF_NIBBLES) >= 0) {
+        for (int64_t r = 0; r < R; r++) order_for_nibbles(kind, as_floats + r * stride, stride);
         run = rows_in_registers;
     }
-#endif
     run_parts(run, &job, parts, threads);
     return atomic_load(&failed);
 }
