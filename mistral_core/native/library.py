@@ -153,8 +153,8 @@ def numbers(
 def product(x: np.ndarray, matrix: PackedMatrix, *, activations: str | None = None, threads: int = 0) -> np.ndarray:
     """x W^T over the last axis of x, accumulated in float32, in the dtype of x: float32 or bfloat16.
 
-    With `activations` "int8" x is rounded in blocks of 128 columns to max|x| / 127, halves to even; sums of its
-    products are of integers. Raises InputError and MissingExtraError.
+    With `activations` "int8" x is rounded in blocks of 128 columns to max|x| / 127, halves to even; where a
+    processor adds products of bytes, their sums are of integers. Raises InputError and MissingExtraError.
     """
     kind, rows, columns, high, wide, rounded = _numbers(matrix, activations)
     if x.shape[-1:] != (columns,) or x.dtype.name not in ("float32", "bfloat16"):

@@ -1299,13 +1299,13 @@ static int is_done_by_tiles(
 
 enum { ROUNDED = 128 };
 
-/* x as codes * scale: scale = max|x| / 127, halves to even; a block that is 0, or nearly, has scale 0. Codes [I] stand
-   with zeros up to whole blocks. A block that holds what is no finite number has a scale that is none. */
-static void round_row(const float *x, int64_t I, int8_t *codes, float *scales)
+/* x becomes codes * scale: scale = max|x| / 127, halves to even; a block that is 0, or nearly, has scale 0. Codes [I]
+   stand with zeros up to whole blocks. A block that holds what is no finite number has a scale that is none. */
+static void round_row(float *x, int64_t I, int8_t *codes, float *scales)
 {
     for (int64_t first = 0; first < I; first += ROUNDED) {
         int64_t n = I - first < ROUNDED ? I - first : ROUNDED;
-        const float *from = x + first;
+        float *from = x + first;
         int8_t *to = codes + first;
         uint32_t most = 0;
         for (int64_t i = 0; i < n; i++) {
@@ -1318,46 +1318,8 @@ static void round_row(const float *x, int64_t I, int8_t *codes, float *scales)
         else if (scale < FLT_MIN) scale = 0;
         else
             for (int64_t i = 0; i < n; i++) to[i] = (int8_t)(int)rintf(from[i] / scale);
+        for (int64_t i = 0; i < n; i++) from[i] = (float)to[i] * scale;
         scales[first / ROUNDED] = scale;
-    }
-}
-
-static void rounded_rows_plain(const void *argument, int64_t part)
-{
-    const Job *job = argument;
-    const Matrix *m = job->m;
-    float *zero, *scale;
-    if (!(scale = scratch_for_scales(job, 1, (size_t)job->stride, &zero))) return;
-    int8_t *w = (int8_t *)(scale + 2 * up_to(m->G + 16, 16));
-    int64_t end = (part + 1) * job->rows_of_part < m->O ? (part + 1) * job->rows_of_part : m->O;
-    for (int64_t o = part * job->rows_of_part; o < end; o++) {
-        const uint8_t *codes = m->codes + o * m->row_bytes;
-        row_scales(m, o, scale, zero);
-        if (m->kind == INT8) memcpy(w, codes, (size_t)m->I);
-        else
-            for (int64_t i = 0; i < m->row_bytes; i++) {
-                w[2 * i] = (int8_t)((codes[i] & 15) - 8);
-                w[2 * i + 1] = (int8_t)((codes[i] >> 4) - 8);
-            }
-        for (int64_t r = 0; r < job->R; r++) {
-            const int8_t *x = job->x_codes + r * job->stride;
-            const float *x_scale = job->x_scales + r * (job->stride / ROUNDED);
-            float total = 0;
-            for (int64_t i = 0; i < m->I;) {
-                int64_t group = i / m->wide, block = i / ROUNDED;
-                int64_t stop = (group + 1) * m->wide < m->I ? (group + 1) * m->wide : m->I;
-                if (stop > (block + 1) * ROUNDED) stop = (block + 1) * ROUNDED;
-                int32_t sum = 0, x_sum = 0;
-                for (int64_t k = i; k < stop; k++) sum += (int16_t)w[k] * (int16_t)x[k];
-                if (zero) {
-                    for (int64_t k = i; k < stop; k++) x_sum += x[k];
-                    sum -= (int32_t)zero[group] * x_sum;
-                }
-                total += (float)sum * (scale[group] * x_scale[block]);
-                i = stop;
-            }
-            put(job, r, o, total);
-        }
     }
 }
 
@@ -1749,7 +1711,7 @@ int mistral_product(
 #endif
     int64_t stride = up_to(I, ROUNDED), blocks = stride / ROUNDED, parts, size = part_size(&m, R, &parts);
     Job job = {.m = &m, .y = y, .y_type = y_type, .R = R, .stride = stride, .rows_of_part = size, .failed = &failed};
-    Part run = rounded ? rounded_rows_plain : several_rows;
+    Part run = several_rows;
     /* floats of x; digits, scales and totals of these */
     size_t floats = (size_t)(R * stride) * 4, codes_size = 0, scales_size = (size_t)up_to(R * blocks, 16) * 4;
 #ifdef VNNI
