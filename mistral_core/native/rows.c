@@ -914,7 +914,8 @@ static void rows_in_registers(const void *argument, int64_t part)
    and on, and fetch ahead themselves; AMD's what lies beside each other, with the next rows fetched ahead by us. Where
    most time goes into sums, the second is as fast on both. */
 
-enum { BESIDE = 4, STREAMS = 8 }; /* so many rows of w; and where they are far and meet one row of x */
+/* So many rows of w; where they are far and meet one row of x; and where more of x than of w stay in few registers. */
+enum { BESIDE = 4, STREAMS = 8, NARROW = 2 };
 #ifndef IS_INTEL                  /* tests say it */
 #if defined(__x86_64__) || defined(__i386__)
 #define IS_INTEL __builtin_cpu_is("intel")
@@ -941,7 +942,13 @@ enum { STRIP_OF_X = 384, UNDER_STRIPS = 32 }; /* more rows of x meet so many row
 /* Where x and w are bfloat16 and the processor adds products of pairs, which are exact, to sums in float32; it takes
    numbers below the smallest normal one for 0. */
 enum { PAIRS = FLOAT16 + 1 };
-static int most_beside(int type) { return type == BFLOAT16 && MOST_ROWS > 4 ? 4 : MOST_ROWS; } /* by the registers */
+enum { MOST_BESIDE = 6 }; /* rows of x, at most, that meet rows of w */
+/* The same by the registers. */
+static int most_beside(int type, int beside)
+{
+    int most = beside == NARROW ? MOST_BESIDE : MOST_ROWS;
+    return type == BFLOAT16 && most > 4 ? 4 : most;
+}
 
 /* Columns of x as bfloat16 are met: of two vectors, evens and then odds. */
 static void order_for_halves(float *x, int64_t stride)
@@ -963,7 +970,7 @@ static void as_halves(const float *x, int64_t n, uint16_t *to) /* of numbers tha
 /* totals[rows][beside] += of a vector of columns, or two of bfloat16, of rows of x, and of w at `codes`. */
 static inline __attribute__((always_inline)) void floats_at(
     int rows, int beside, int type, const uint8_t *const *codes, const char *x, int64_t x_stride,
-    Lanes total[MOST_ROWS][STREAMS])
+    Lanes total[MOST_BESIDE][STREAMS])
 {
     Bits both[STREAMS];
     Lanes one[STREAMS], two[STREAMS];
@@ -1000,7 +1007,7 @@ static inline __attribute__((always_inline)) void floats_by(
 {
     const int64_t step = type == FLOAT32 ? LANES : 2 * LANES, size = type == FLOAT32 ? 4 : 2, of_x = type == PAIRS ? 2 : 4;
     const uint8_t *codes[STREAMS];
-    Lanes total[MOST_ROWS][STREAMS];
+    Lanes total[MOST_BESIDE][STREAMS];
     for (int h = 0; h < beside; h++) {
         int64_t row = o + h * between;
         codes[h] = m->codes + (row < end ? row : end - 1) * m->row_bytes + first * size;
@@ -1039,11 +1046,14 @@ static void rows_of_floats(const void *argument, int64_t part)
 {
     const Job *job = argument;
     const Matrix *m = job->m;
-    int type = job->x_words ? PAIRS : m->scale_type, most = most_beside(type);
+    int type = job->x_words ? PAIRS : m->scale_type;
     int64_t end = (part + 1) * job->rows_of_part < m->O ? (part + 1) * job->rows_of_part : m->O, R = job->R;
-    int64_t width = job->x_strips ? STRIP_OF_X : m->I, most_groups = job->x_strips ? UNDER_STRIPS / BESIDE : 1;
     int is_near = !IS_INTEL || job->x_strips;
-    Order order = order_of(part * job->rows_of_part, end, R == 1 && !is_near ? STREAMS : BESIDE, is_near);
+    int is_narrow = job->x_strips && R >= (type == FLOAT32 ? 6 : 8) && (int)MOST_ROWS < MOST_BESIDE;
+    int beside = R == 1 && !is_near ? STREAMS : is_narrow ? NARROW : BESIDE;
+    int most = most_beside(type, beside);
+    int64_t width = job->x_strips ? STRIP_OF_X : m->I, most_groups = job->x_strips ? UNDER_STRIPS / beside : 1;
+    Order order = order_of(part * job->rows_of_part, end, beside, is_near);
     int64_t of_x = type == PAIRS ? 2 : 4;
     Lanes *totals = scratch_of(1, (size_t)(R * most_groups * order.beside) * sizeof(Lanes));
     if (!totals) {
@@ -1076,6 +1086,9 @@ static void rows_of_floats(const void *argument, int64_t part)
                     EACH(1, FLOAT32); EACH(2, FLOAT32); EACH(1, BFLOAT16); EACH(2, BFLOAT16);
 #ifdef MANY_REGISTERS
                     EACH(4, FLOAT32); EACH(6, FLOAT32); EACH(4, BFLOAT16);
+#else
+                    WITH(1, NARROW, FLOAT32); WITH(2, NARROW, FLOAT32); WITH(4, NARROW, FLOAT32); WITH(6, NARROW, FLOAT32);
+                    WITH(1, NARROW, BFLOAT16); WITH(2, NARROW, BFLOAT16); WITH(4, NARROW, BFLOAT16);
 #endif
 #ifdef __AVX512BF16__
                     WITH(1, STREAMS, PAIRS); EACH(1, PAIRS); EACH(2, PAIRS); EACH(4, PAIRS); EACH(6, PAIRS);
@@ -1755,7 +1768,7 @@ int mistral_product(
 #endif
         if (scale_type == BFLOAT16 && !job.x_words)
             for (int64_t r = 0; r < R; r++) order_for_halves(as_floats + r * stride, stride);
-        if (R > most_beside(job.x_words ? PAIRS : scale_type) && stride > STRIP_OF_X) {
+        if (R > most_beside(job.x_words ? PAIRS : scale_type, BESIDE) && stride > STRIP_OF_X) {
             char *strips = (char *)scales + up_to((int64_t)scales_size, 64);
             if (job.x_words) in_strips((const char *)job.x_words, R, stride, 2, strips);
             else in_strips((const char *)as_floats, R, stride, 4, strips);

@@ -22,7 +22,7 @@ from mistral_core.quantization.matrix import KINDS, PackedMatrix, packed_codes, 
 from mistral_core.reference import quantized
 
 needs_compiler = pytest.mark.skipif(not library.available(), reason=f"no kernels in C: {library.why()}")
-ROWS = (1, 2, 3, 5, 17)
+ROWS = (1, 2, 3, 5, 8, 17)
 SHAPES = ((5, 7), (37, 176), (33, 1030), (18, 513))
 BLOCKS = ((1, 16), (1, 32), (1, 64), (1, 128), (1, 256), (1, None), (1, 24), (3, 48), (128, 128), (None, None))
 EPS = float(np.finfo(np.float32).eps)
