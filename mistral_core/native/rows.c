@@ -660,6 +660,7 @@ static inline __attribute__((always_inline)) void nibbles_by(
     const int is_left = IS_WIDE ? grouped == GROUPS_IN_A_BLOCK : kind == NF4;
     Lanes of[SPOTS], s = {0}, z = {0}, total[MOST_MET];
     for (int r = 0; r < rows; r++) total[r] = totals[r];
+    const int64_t of_block = OF_NIBBLES / m->wide; /* scales */
     int64_t of_group = m->G == 1 ? INT64_MAX : m->wide / OF_NIBBLES, left = of_group;
     if (m->G > 1) {
         at.scale += at.first / m->wide;
@@ -678,11 +679,11 @@ static inline __attribute__((always_inline)) void nibbles_by(
         if (4 * LANES == 64 || b % 64 == 0) __builtin_prefetch(at.codes + b + ahead, 0, 3);
         if (grouped == GROUPS_IN_A_BLOCK) {
             s = looked_up(at.scale, index);
-            at.scale += OF_NIBBLES / m->wide;
+            at.scale += of_block;
             if (at.zero) {
                 z = looked_up(at.zero, index);
                 if (!is_left) prepare_nibbles(kind, z, of);
-                at.zero += OF_NIBBLES / m->wide;
+                at.zero += of_block;
             }
         } else if (begins) {
             s = all(*at.scale++);
@@ -1426,6 +1427,7 @@ static inline __attribute__((always_inline)) void dots_by(
     const int64_t columns = halves ? 64 : ROUNDED, bytes = kind == INT8 && !halves ? 128 : 64;
     int64_t chunks = up_to(m->I, columns) / columns, blocks = job->stride / ROUNDED, of_row = job->stride * digits;
     int64_t totals_of_row = of_row / (columns / 16);
+    const int64_t of_block = columns / m->wide;
     int64_t of_group = m->G == 1 ? INT64_MAX : m->wide / columns, left = of_group;
     const __m512i nibble = _mm512_set1_epi8(15), sign = _mm512_set1_epi8((char)0x80);
     const uint8_t *codes[BESIDE];
@@ -1494,7 +1496,7 @@ static inline __attribute__((always_inline)) void dots_by(
                 total[k][h] = _mm512_fmadd_ps(dot, both, total[k][h]);
             }
         }
-        int64_t done = grouped == GROUPS_IN_A_BLOCK ? columns / m->wide : --left == 0;
+        int64_t done = grouped == GROUPS_IN_A_BLOCK ? of_block : --left == 0; /* scales */
         if (grouped == GROUPS_OF_BLOCKS && done) left = of_group;
         scale += done;
         if (zero) zero += done;
@@ -1558,6 +1560,7 @@ static inline __attribute__((always_inline)) void words_by(
     const Matrix *m = job->m;
     const __m512i table = _mm512_loadu_si512(INT4_WORDS);
     const int near = 2 * rows * job->stride + 2 * BESIDE * m->row_bytes <= NEAR_BYTES;
+    const int64_t of_block = ROUNDED / m->wide;
     int64_t chunks = job->stride / ROUNDED, of_group = m->G == 1 ? INT64_MAX : m->wide / ROUNDED, left = of_group;
     const uint8_t *codes[BESIDE];
     __m512 total[4][BESIDE];
@@ -1586,7 +1589,7 @@ static inline __attribute__((always_inline)) void words_by(
                 total[k][h] = _mm512_fmadd_ps(dot, by, total[k][h]);
             }
         }
-        int64_t done = grouped == GROUPS_IN_A_BLOCK ? ROUNDED / m->wide : --left == 0;
+        int64_t done = grouped == GROUPS_IN_A_BLOCK ? of_block : --left == 0; /* scales */
         if (grouped == GROUPS_OF_BLOCKS && done) left = of_group;
         scale += done;
     }
