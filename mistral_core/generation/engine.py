@@ -52,6 +52,13 @@ class Chosen(NamedTuple):
             candidates = noisy, scored, tokens
         return cls(to_numpy(choice.token), scores, candidates, logits)
 
+    @classmethod
+    def likeliest(cls, logits: Array) -> Chosen:
+        """The likeliest token of each place of logits [B, T, V]; -1 where one is none or the largest infinite."""
+        token = logits.argmax(-1)  # the first that is no number, where there is one
+        largest = np.take_along_axis(logits, token[..., None], -1)[..., 0]
+        return cls(np.where(np.isfinite(largest), token, -1).astype(np.int32))
+
 
 class Engine(Protocol):
     """A model's step, compiled or not, with NumPy at its border; the cache is the backend's own."""

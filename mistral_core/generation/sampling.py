@@ -36,6 +36,10 @@ class Rule(NamedTuple):
     normalised: bool = False
     """Whether what is chosen from are log-probabilities; where tokens are chosen in NumPy only."""
 
+    def takes_likeliest(self, values: Values) -> bool:
+        """Whether tokens are the likeliest ones of the logits as they are, and nothing else is asked for."""
+        return self._replace(every=False) == Rule() and values.bias is None and values.seen is None
+
     @classmethod
     def of(cls, generation: GenerationConfig, *, candidates: int = 0) -> Rule:
         """The rule of a generation's options; without `do_sample` nothing is filtered, as in transformers."""
