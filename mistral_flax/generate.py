@@ -66,7 +66,7 @@ class Engine:
             count_B = (mask_BT != 0).sum(1, dtype=np.int32)
             cache = cache._with(cache._kept(), cache.length + count_B, cache.capacity)
             if rule.takes_likeliest(values):  # a call of the framework takes as long as a small step
-                return driver.Chosen.likeliest(logits), cache
+                return driver.Chosen.likeliest(logits, values), cache
             choice = _chosen(logits, rule=rule, values=values)
         else:
             choice, cache = self._run(ids_BT, mask_BT, cache, rule, values)

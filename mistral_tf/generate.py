@@ -56,7 +56,7 @@ class Engine:
             count_B = tf.constant((mask_BT != 0).sum(1), cache.length.dtype)
             cache = cache._with(cache._kept(), cache.length + count_B, cache.capacity)
             if rule.takes_likeliest(values):  # a call of the framework takes as long as a small step
-                return driver.Chosen.likeliest(logits), cache
+                return driver.Chosen.likeliest(logits, values), cache
             choice = _chosen(tf.constant(logits), rule, _tensors(values))
         else:
             choice, cache = self._run(ids_BT, mask_BT, cache, rule, values)

@@ -16,6 +16,7 @@ from ..arrays import Array
 from ..config import MistralConfig
 from ..errors import InputError
 from ..outputs import GenerateOutput
+from ..reference import sampling
 from .cache_layout import cache_dtype, grown_layout
 from .hooks import Hooks
 from .options import GenerationConfig
@@ -53,11 +54,9 @@ class Chosen(NamedTuple):
         return cls(to_numpy(choice.token), scores, candidates, logits)
 
     @classmethod
-    def likeliest(cls, logits: Array) -> Chosen:
-        """The likeliest token of each place of logits [B, T, V]; -1 where one is none or the largest infinite."""
-        token = logits.argmax(-1)  # the first that is no number, where there is one
-        largest = np.take_along_axis(logits, token[..., None], -1)[..., 0]
-        return cls(np.where(np.isfinite(largest), token, -1).astype(np.int32))
+    def likeliest(cls, logits: Array, values: Values) -> Chosen:
+        """The likeliest token of each place of logits [B, T, V], as the reference chooses it."""
+        return cls(sampling.choose(logits, Rule(), values).token.astype(np.int32))
 
 
 class Engine(Protocol):

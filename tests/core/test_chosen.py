@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 
@@ -20,13 +22,19 @@ VALUES = Values(np.zeros(8, np.float32), np.zeros((3, 2), np.uint32), np.zeros(3
 
 
 def test_the_likeliest_is_the_reference_s():
-    chosen = Chosen.likeliest(LOGITS)
+    chosen = Chosen.likeliest(LOGITS, VALUES)
     assert chosen.token.dtype == np.int32
     assert np.array_equal(chosen.token, sampling.choose(LOGITS, Rule(), VALUES).token)
     assert chosen.token[0, 0] == 3
     assert chosen.token[2, 2] == 16
     assert (chosen.token == -1).sum() == 3
     assert chosen[1:] == (None, None, None)
+
+
+def test_the_likeliest_is_what_a_backend_chooses(backend):
+    arrays, of_backend = (importlib.import_module(f"{backend.__name__}.{name}") for name in ("arrays", "sampling"))
+    found = of_backend.choose(arrays.from_numpy(LOGITS), Rule(), VALUES).token
+    assert np.array_equal(arrays.to_numpy(found), Chosen.likeliest(LOGITS, VALUES).token)
 
 
 @pytest.mark.parametrize("every", [False, True])
