@@ -917,7 +917,7 @@ static void rows_in_registers(const void *argument, int64_t part)
 
 /* So many rows of w; where they are far and meet one row of x; and where more of x than of w stay in few registers. */
 enum { BESIDE = 4, STREAMS = 8, NARROW = 2 };
-#ifndef IS_INTEL                  /* tests say it */
+#ifndef IS_INTEL /* tests say it */
 #if defined(__x86_64__) || defined(__i386__)
 #define IS_INTEL __builtin_cpu_is("intel")
 #else
@@ -943,8 +943,7 @@ enum { STRIP_OF_X = 384, UNDER_STRIPS = 32 }; /* more rows of x meet so many row
 /* Where x and w are bfloat16 and the processor adds products of pairs, which are exact, to sums in float32; it takes
    numbers below the smallest normal one for 0. */
 enum { PAIRS = FLOAT16 + 1 };
-enum { MOST_BESIDE = 6 }; /* rows of x, at most, that meet rows of w */
-/* The same by the registers. */
+enum { MOST_BESIDE = 6 }; /* rows of x, at most, that meet rows of w; and so many by the registers */
 static int most_beside(int type, int beside)
 {
     int most = beside == NARROW ? MOST_BESIDE : MOST_ROWS;
