@@ -16,7 +16,21 @@ LIMIT = 2 << 30
 STEP = 1 << 28
 """Bytes by which a process has grown since it was last looked at."""
 
+LOWERED = {
+    "pjit": "_pjit_lower",
+    "interpreters.pxla": "_cached_lowering_to_hlo",
+    "interpreters.mlir": "make_ir_context",
+}
+"""Where JAX keeps what it lowers: a room of jax._src -> a cache."""
+
 _kept = [0]
+
+
+def share_dialects() -> None:
+    """JAX loads all dialects of MLIR anew for each program, a fifth of the time that a small one takes."""
+    mlir = sys.modules.get("jax._src.interpreters.mlir")
+    if mlir is not None and not hasattr(mlir.make_ir_context, "cache_clear"):
+        mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 
 def pytest_collection_finish() -> None:
@@ -29,7 +43,7 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def bounded_memory():
     """JAX, TensorFlow and torch keep whatever they have compiled; thousands of tests compile many gigabytes."""
-    _share_dialects()
+    share_dialects()
     yield
     if _resident() <= _kept[0] + STEP:
         return
@@ -39,20 +53,6 @@ def bounded_memory():
         if _resident() <= max(LIMIT, _kept[0] + STEP):
             break
     _kept[0] = _resident()
-
-
-def _share_dialects() -> None:
-    """JAX loads all dialects of MLIR anew for each program, a fifth of the time that a small one takes."""
-    mlir = sys.modules.get("jax._src.interpreters.mlir")
-    if mlir is not None and not hasattr(mlir.make_ir_context, "cache_clear"):
-        mlir.make_ir_context = functools.cache(mlir.make_ir_context)
-
-
-LOWERED = {
-    "pjit": "_pjit_lower",
-    "interpreters.pxla": "_cached_lowering_to_hlo",
-    "interpreters.mlir": "make_ir_context",
-}
 
 
 def _forget_lowered() -> None:

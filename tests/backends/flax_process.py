@@ -23,6 +23,7 @@ from jax.experimental.multihost_utils import process_allgather, sync_global_devi
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from conformance.bounded_memory import share_dialects
 from conformance.weights import random_parameters
 from mistral_core.config.presets import TINY
 from mistral_core.weights import loading
@@ -220,6 +221,7 @@ def killed(task, lost, rank, directory, mesh, one):
 
 
 def main():
+    share_dialects()
     task, rank, port, directory = sys.argv[1], int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
     patience = {} if task == "everything" else {"heartbeat_timeout_seconds": 10}
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank, **patience)

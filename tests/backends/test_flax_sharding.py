@@ -19,6 +19,7 @@ import json, math, re, sys, tempfile
 import jax, jax.numpy as jnp, numpy as np, optax
 from flax import nnx
 from jax.sharding import AxisType
+from conformance.bounded_memory import share_dialects
 from conformance.weights import random_parameters
 from mistral_core.config.presets import TINY
 from mistral_core.parameters import parameters
@@ -35,6 +36,7 @@ MASK[1, :3] = 0
 LABELS = np.where(MASK == 0, -100, IDS)
 LABELS[2:, 1:6] = -100
 MESHES = json.load(sys.stdin)
+share_dialects()
 
 
 def mesh_of(sizes):

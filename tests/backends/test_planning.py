@@ -36,6 +36,7 @@ JAX = """
 import json, math, re, sys
 import jax, jax.numpy as jnp, optax
 from flax import nnx
+from conformance.bounded_memory import share_dialects
 from mistral_core import MistralConfig
 from mistral_core.sharding import Sharding
 from mistral_flax import KVCache, MistralForCausalLM, shard
@@ -44,6 +45,7 @@ from mistral_flax.scan import scan_layers
 fields, B, T, SENDING = json.load(sys.stdin)
 CONFIG = MistralConfig(**fields)
 IDS = [[1, 2, 3, 4]] * 4
+share_dialects()
 
 
 class Placed:
