@@ -8,6 +8,7 @@ import gc
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ _kept = [0]
 
 def share_dialects() -> None:
     """JAX loads all dialects of MLIR anew for each program, a fifth of the time that a small one takes."""
-    mlir = sys.modules.get("jax._src.interpreters.mlir")
+    mlir: Any = sys.modules.get("jax._src.interpreters.mlir")
     if mlir is not None and not hasattr(mlir.make_ir_context, "cache_clear"):
         mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
@@ -58,7 +59,7 @@ def bounded_memory():
 def _forget_lowered() -> None:
     """JAX keeps the text of each program beside what was compiled of it, and never reads it again."""
     for room, name in LOWERED.items():
-        kept = getattr(sys.modules.get(f"jax._src.{room}"), name, None)
+        kept: Any = getattr(sys.modules.get(f"jax._src.{room}"), name, None)
         if hasattr(kept, "cache_clear"):  # another version of JAX keeps it elsewhere, and is bounded by LIMIT alone
             kept.cache_clear()
 
